@@ -1,0 +1,275 @@
+"""Hugging Face model folders <-> parameter trees, tensor by tensor, by the declarations in `model.weights`.
+
+Reading trusts nothing: names in the index stay inside the folder, headers are checked by safetensors, every
+tensor's presence, shape, dtype and finiteness by us, and a `MANIFEST.sha256` beside the weights, if there is
+one, is verified first. Writing goes to a temporary folder that is renamed when it is whole.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import json
+import os
+import shutil
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from dail_jax.errors import UserError
+from dail_jax.metrics import progress
+from dail_jax.model import weights
+from dail_jax.model.families import ModelConfig, read_config
+from dail_jax.rundir import sha256, sync_folder
+
+INDEX = "model.safetensors.index.json"
+MANIFEST = "MANIFEST.sha256"
+DTYPES = {"F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
+SHARD_BYTES = 4 << 30
+
+
+def load(folder: str | Path, mesh: jax.sharding.Mesh, dtype: str) -> tuple[weights.Params, ModelConfig]:
+    """The model in a folder, sharded over the mesh. Host memory: the largest single tensor.
+
+    Raises UserError for what is missing, superfluous, misshapen, not finite, damaged or not supported.
+    """
+    folder, cfg = Path(folder), read_config(folder)
+    verify_manifest(folder)
+    layout = weights.shardings(cfg, mesh)
+    names = {(name, i) for name, w in weights.declare(cfg).items() for i in (range(cfg.L) if w.layered else (0,))}
+    with Tensors(folder) as source, progress("loading weights", len(names), "tensors") as bar:
+        _check_names(source, cfg)
+
+        def leaf(name: str, weight: weights.Weight) -> jax.Array:
+            where = (layout["layers"] if weight.layered else layout)[name]
+            if not weight.layered:
+                bar.advance()
+                return _place(source.read(weight.hf, weight.torch_shape(cfg)), weight, cfg, dtype, where)
+            one_layer = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*where.spec[1:]))
+            stack = jax.jit(lambda: jnp.zeros((cfg.L, *weight.shape(cfg)), dtype), out_shardings=where)()
+            for i in range(cfg.L):
+                x = source.read(weight.hf.format(l=i), weight.torch_shape(cfg))
+                stack = _insert(stack, _place(x, weight, cfg, dtype, one_layer), i)
+                bar.advance()
+            return stack
+
+        return weights.tree(cfg, leaf), cfg
+
+
+def save(folder: str | Path, params: weights.Params, cfg: ModelConfig, config_json: dict[str, Any],
+         tokenizer: str | Path | None = None) -> None:  # fmt: skip
+    """Writes a folder that transformers and vLLM load; raises UserError if it exists. Process 0 writes."""
+    with new_folder(folder) as temporary:
+        (temporary / "config.json").write_text(json.dumps(config_json, indent=2) + "\n")
+        shards = list(_shards(params, cfg))
+        index: dict[str, str] = {}
+        for number, tensors in enumerate(shards, 1):
+            file = "model.safetensors" if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+            gathered = {name: read() for name, read in tensors.items()}
+            if jax.process_index() == 0:
+                save_file(gathered, temporary / file, metadata={"format": "pt"})
+            index |= dict.fromkeys(tensors, file)
+        if len(shards) > 1:
+            total = sum(weights.count(cfg) * np.dtype(params["norm"].dtype).itemsize for _ in (0,))
+            (temporary / INDEX).write_text(json.dumps({"metadata": {"total_size": total}, "weight_map": index}, indent=1))
+        if tokenizer is not None:
+            copy_tokenizer(tokenizer, temporary)
+        write_manifest(temporary)
+
+
+# ---------------------------------------------------------------------------------------------------
+# Folders
+# ---------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def new_folder(folder: str | Path) -> Iterator[Path]:
+    """A temporary folder that takes the name `folder` when the block ends well, and vanishes otherwise."""
+    folder = Path(folder)
+    if folder.exists():
+        raise UserError("already exists: choose another folder or delete this one", file=folder)
+    temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    try:
+        yield temporary
+        for file in temporary.iterdir():
+            with open(file, "rb") as handle:
+                os.fsync(handle.fileno())
+        sync_folder(temporary)
+        temporary.rename(folder)
+        sync_folder(folder.parent)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "merges.txt",
+                   "special_tokens_map.json", "added_tokens.json", "chat_template.jinja", "generation_config.json")  # fmt: skip
+
+
+def copy_tokenizer(source: str | Path, target: Path) -> None:
+    for name in TOKENIZER_FILES:
+        if (Path(source) / name).is_file():
+            shutil.copyfile(Path(source) / name, target / name)
+
+
+def write_manifest(folder: Path) -> None:
+    """SHA-256 of every file of a folder, in the format of `sha256sum`."""
+    files = sorted(p for p in folder.iterdir() if p.is_file() and p.name != MANIFEST)
+    (folder / MANIFEST).write_text("".join(f"{sha256(p)}  {p.name}\n" for p in files))
+
+
+def verify_manifest(folder: Path) -> None:
+    """Raises UserError where a file differs from the manifest; a folder without one passes."""
+    manifest = folder / MANIFEST
+    if not manifest.is_file():
+        return
+    for number, line in enumerate(manifest.read_text(errors="replace").splitlines(), 1):
+        digest, _, name = line.partition("  ")
+        if not name or Path(name).name != name:
+            raise UserError("got a line that is not `HASH  NAME`", file=manifest, row=number)
+        if not (folder / name).is_file():
+            raise UserError(f"missing, but listed in {MANIFEST}", file=folder / name)
+        if sha256(folder / name) != digest:
+            raise UserError(f"damaged: its SHA-256 differs from the one in {MANIFEST}", file=folder / name)
+
+
+# ---------------------------------------------------------------------------------------------------
+# Reading tensors
+# ---------------------------------------------------------------------------------------------------
+
+
+class Tensors:
+    """The tensors of a safetensors folder, single or sharded, read one at a time through a memory map."""
+
+    def __init__(self, folder: Path, single: str = "model.safetensors", index: str = INDEX):
+        self.folder, self.files = folder, contextlib.ExitStack()
+        self.where: dict[str, tuple[Path, Any]] = {}
+        for file in self._shards(single, index):
+            for name, handle in self._open(file):
+                if name in self.where:
+                    raise UserError(f"tensor {name!r} is also in {self.where[name][0].name}", file=file)
+                self.where[name] = (file, handle)
+
+    def __enter__(self) -> Tensors:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.files.close()
+
+    def _shards(self, single: str, index: str) -> list[Path]:
+        if (self.folder / single).exists():
+            return [self.folder / single]
+        path = self.folder / index
+        if not path.exists():
+            pickles = [p.name for p in self.folder.glob("*.bin")] + [p.name for p in self.folder.glob("*.pt")]
+            if pickles:
+                raise UserError(f"only pickle weights ({pickles[0]}): convert them with transformers' "
+                                "save_pretrained(safe_serialization=True)", file=self.folder)  # fmt: skip
+            raise UserError("no safetensors weights here", file=self.folder)
+        try:
+            listed = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
+            names = sorted(set(listed.values()))
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise UserError("not an index: want a JSON object with `weight_map`", file=path) from None
+        root = self.folder.resolve()
+        for name in names:
+            target = self.folder / str(name)
+            if Path(str(name)).name != name or (target.is_symlink() and not _is_cache_link(target, root)):
+                raise UserError(f"got file {name!r}, want a plain name inside the folder", file=path, field="weight_map")
+        return [self.folder / name for name in names]
+
+    def _open(self, file: Path) -> Iterable[tuple[str, Any]]:
+        try:
+            with open(file, "rb") as handle:
+                start = handle.read(64)
+        except OSError as error:
+            raise UserError(f"cannot be read: {error.strerror}", file=file) from None
+        if start.startswith(b"version https://git-lfs") or start.lstrip()[:1] == b"<":
+            raise UserError("not downloaded: this is a git-LFS pointer or a web page", file=file)
+        try:
+            handle = self.files.enter_context(safe_open(file, "np"))
+            names = list(handle.keys())
+        except (SafetensorError, OSError, ValueError) as error:
+            raise UserError(f"not a whole safetensors file: {error}", file=file) from None
+        return [(name, handle) for name in names]
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self.where[name][1].get_slice(name).get_shape())
+
+    def read(self, name: str, shape: tuple[int, ...]) -> np.ndarray:
+        """One tensor, checked."""
+        file, handle = self.where[name]
+        view = handle.get_slice(name)
+        if tuple(view.get_shape()) != shape:
+            raise UserError(f"got shape {tuple(view.get_shape())}, want {shape}", file=file, field=name)
+        if view.get_dtype() not in DTYPES:
+            raise UserError(f"got dtype {view.get_dtype()}, want one of {', '.join(DTYPES)}", file=file, field=name)
+        x = handle.get_tensor(name)
+        if not np.isfinite(x).all():
+            raise UserError("got NaN or infinity, want finite weights", file=file, field=name)
+        return x
+
+
+def _is_cache_link(path: Path, root: Path) -> bool:
+    """Hugging Face's own cache links snapshots/REV/FILE to ../../blobs/HASH: those links are fine."""
+    target = path.resolve()
+    return target.parent.name == "blobs" and root.parent.name == "snapshots" and target.parent.parent == root.parent.parent
+
+
+def _check_names(source: Tensors, cfg: ModelConfig) -> None:
+    """Every declared tensor is there, and nothing else."""
+    want = {
+        w.hf.format(l=i) for w in weights.declare(cfg).values() for i in (range(cfg.L) if w.layered else (0,))
+    }  # fmt: skip
+    missing = sorted(want - source.where.keys())
+    extra = sorted(
+        name for name in source.where.keys() - want
+        if not name.endswith("rotary_emb.inv_freq") and not (cfg.tied and name == "lm_head.weight")
+    )  # fmt: skip
+    for problem, names in (("missing", missing), ("superfluous", extra)):
+        if names:
+            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+            raise UserError(f"{problem} tensors: {', '.join(names[:3])}{more}", file=source.folder)
+
+
+def _place(x: np.ndarray, weight: weights.Weight, cfg: ModelConfig, dtype, where) -> jax.Array:
+    x = np.ascontiguousarray(weight.from_torch(x, cfg).astype(dtype))
+    return jax.make_array_from_callback(x.shape, where, lambda index: x[index])
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def _insert(stack: jax.Array, x: jax.Array, index: int) -> jax.Array:
+    return jax.lax.dynamic_update_index_in_dim(stack, x, index, 0)
+
+
+def _shards(params: weights.Params, cfg: ModelConfig) -> Iterator[dict[str, Any]]:
+    """Groups of {Hugging Face name: function that gathers the tensor}, each below SHARD_BYTES."""
+    group: dict[str, Any] = {}
+    size = 0
+    for name, weight in weights.declare(cfg).items():
+        stacked = (params["layers"] if weight.layered else params)[name]
+        for i in range(cfg.L) if weight.layered else (0,):
+            one = int(np.prod(weight.shape(cfg))) * stacked.dtype.itemsize
+            if group and size + one > SHARD_BYTES:
+                yield group
+                group, size = {}, 0
+            group[weight.hf.format(l=i)] = functools.partial(_gather, stacked, i if weight.layered else None, weight, cfg)
+            size += one
+    yield group
+
+
+def _gather(stacked: jax.Array, index: int | None, weight: weights.Weight, cfg: ModelConfig) -> np.ndarray:
+    x = stacked if index is None else stacked[index]
+    if jax.process_count() > 1:
+        from jax.experimental.multihost_utils import process_allgather
+
+        x = process_allgather(x, tiled=True)
+    return np.ascontiguousarray(weight.to_torch(np.asarray(x), cfg))

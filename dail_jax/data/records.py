@@ -1,0 +1,281 @@
+"""Rows of a dataset: problems with expert solutions, from JSON lines, parquet or a hub, checked one by one.
+
+Whatever is wrong with a row is a UserError that names file, row (counted from 1) and column.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dail_jax import config
+from dail_jax.errors import UserError
+
+MAX_LINE = 64 << 20  # bytes of one row
+MAX_DIGITS = 1000  # of a number
+
+
+@dataclass(frozen=True)
+class Row:
+    """One problem. `index` is its place in the dataset, from 0; absent texts are empty, absent answers None."""
+
+    problem_id: str
+    problem: str
+    solution: str
+    answer: str | None
+    index: int
+    waypoints: str | None = None  # one a line, for the extractor `file`
+
+
+def read_rows(cfg: config.Rows, need: Sequence[str] = ("problem", "solution")) -> list[Row]:
+    """The rows of a dataset, in its order, at most `cfg.limit`.
+
+    `need` are the fields of Row that must hold text; the others may be missing. Where there is no problem_id, the
+    row's content hash takes its place. Raises UserError at the first fault.
+    """
+    rows: list[Row] = []
+    seen: dict[str, int] = {}
+    for number, raw in _raw_rows(cfg):
+        row = _row(raw, cfg, need, number, len(rows))
+        if row.problem_id in seen:
+            raise UserError(f"got {row.problem_id[:80]!r} again, first seen in row {seen[row.problem_id]}, "
+                            "want every problem once", file=cfg.path, row=number, field=cfg.columns.problem_id)  # fmt: skip
+        seen[row.problem_id] = number
+        rows.append(row)
+        if cfg.limit is not None and len(rows) >= cfg.limit:
+            break
+    if not rows:
+        raise UserError("got an empty dataset, want at least one row", file=cfg.path)
+    return rows
+
+
+def dataset_hash(rows: Iterable[Row]) -> str:
+    """SHA-256 (hex) over the content of all rows, in order."""
+    digest = hashlib.sha256()
+    for row in rows:
+        digest.update(_serial(row.problem_id, row.problem, row.solution, row.answer, row.waypoints))
+    return digest.hexdigest()
+
+
+def _serial(*fields: str | None) -> bytes:
+    return json.dumps(fields).encode("ascii") + b"\n"
+
+
+# ---------------------------------------------------------------------------------------------------
+# One row
+# ---------------------------------------------------------------------------------------------------
+
+
+def _row(raw: Any, cfg: config.Rows, need: Sequence[str], number: int, index: int) -> Row:
+    """Checks one decoded row."""
+    if not isinstance(raw, dict):
+        raise UserError(f"got {_kind(raw)}, want an object with columns", file=cfg.path, row=number)
+    columns = cfg.columns.model_dump()
+    values: dict[str, str | None] = {}
+    for field, column in columns.items():
+        value = raw.get(column)
+        if value is None or (isinstance(value, str) and not value.strip()):
+            if field in need:
+                got = "null" if value is None else "an empty text"
+                if column not in raw:
+                    got = f"no such column (there are: {', '.join(sorted(raw))[:200] or 'none'})"
+                raise UserError(f"got {got}, want text", file=cfg.path, row=number, field=column)
+            values[field] = None
+            continue
+        if field == "waypoints" and isinstance(value, list) and all(isinstance(v, str) for v in value):
+            value = "\n".join(value)
+        values[field] = _text(value, field in ("answer", "problem_id"), cfg.path, number, column)
+    content = _serial(values["problem"], values["solution"], values["answer"])
+    return Row(
+        problem_id=values["problem_id"] or hashlib.sha256(content).hexdigest()[:16],
+        problem=values["problem"] or "",
+        solution=values["solution"] or "",
+        answer=values["answer"],
+        index=index,
+        waypoints=values.get("waypoints"),
+    )
+
+
+def _text(value: Any, number_allowed: bool, path: str, row: int, column: str) -> str:
+    """A field as text. Answers and ids may be numbers, as many datasets have them."""
+    if number_allowed and type(value) is int:
+        return str(value)
+    if number_allowed and type(value) is float:  # what a table makes of integers when one is missing
+        return str(int(value)) if value.is_integer() and abs(value) < 2**53 else repr(value)
+    if not isinstance(value, str):
+        want = "text or a number" if number_allowed else "text"
+        raise UserError(f"got {_kind(value)}, want {want}", file=path, row=row, field=column)
+    if "\0" in value:
+        raise UserError("got a NUL character, want plain text", file=path, row=row, field=column)
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError as error:
+        code = ord(value[error.start])
+        raise UserError(f"got half of a surrogate pair (U+{code:04X}), want Unicode text", file=path, row=row,
+                        field=column) from None  # fmt: skip
+    return value
+
+
+def _kind(value: Any) -> str:
+    """What a JSON value is, in words."""
+    names = {type(None): "null", bool: "a truth value", int: "a number", float: "a number", str: "text",
+             list: "a list", dict: "an object"}  # fmt: skip
+    return names.get(type(value), type(value).__name__)
+
+
+# ---------------------------------------------------------------------------------------------------
+# Sources: each yields (row number from 1, decoded row)
+# ---------------------------------------------------------------------------------------------------
+
+
+def _raw_rows(cfg: config.Rows) -> Iterator[tuple[int, Any]]:
+    if cfg.path.startswith("hub:"):
+        return _from_hub(cfg)
+    path = Path(cfg.path)
+    readers = {".jsonl": _from_lines, ".parquet": _from_parquet}
+    if path.suffix not in readers:
+        raise UserError(f"got the extension {path.suffix!r}, want .jsonl, .parquet or hub:NAME", file=cfg.path)
+    if not path.is_file():
+        raise UserError("got a folder, want a file" if path.is_dir() else "no such file", file=cfg.path)
+    with open(path, "rb") as file:
+        if file.read(200).startswith(b"version https://git-lfs"):
+            raise UserError("got a git-LFS pointer, want the file itself: it was not downloaded", file=cfg.path)
+    return readers[path.suffix](cfg)
+
+
+def _from_lines(cfg: config.Rows) -> Iterator[tuple[int, Any]]:
+    """JSON lines. Lines end at \\n alone: the other Unicode separators are ordinary characters inside of texts."""
+    with open(cfg.path, "rb") as file:
+        number = 0
+        while line := file.readline(MAX_LINE + 1):
+            number += 1
+            if len(line) > MAX_LINE:
+                raise UserError(f"got a line of more than {MAX_LINE >> 20} MiB, want one row", file=cfg.path, row=number)
+            line = line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
+            if line.strip():
+                yield number, _decode(line, cfg.path, number)
+
+
+def _decode(line: bytes, path: str, number: int) -> Any:
+    """One line of strict JSON."""
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found: dict[str, Any] = {}
+        for key, value in pairs:
+            if key in found:
+                raise UserError("got the key twice, want it once", file=path, row=number, field=key[:80])
+            found[key] = value
+        return found
+
+    def constant(name: str) -> None:
+        raise UserError(f"got {name}, which is no JSON value, want a number, text or null", file=path, row=number)
+
+    def whole(digits: str) -> int:
+        if len(digits) > MAX_DIGITS:
+            raise UserError(f"got a number of {len(digits)} digits, want at most {MAX_DIGITS}", file=path, row=number)
+        return int(digits)
+
+    def real(digits: str) -> float:
+        if (value := float(digits)) in (float("inf"), float("-inf")):
+            raise UserError(f"got the number {digits[:40]}, which is too large", file=path, row=number)
+        return value
+
+    try:
+        text = line.decode("utf-8")
+        return json.loads(text, object_pairs_hook=unique, parse_constant=constant, parse_int=whole, parse_float=real)
+    except UnicodeDecodeError as error:
+        raise UserError(f"got a byte that is not UTF-8 at position {error.start}", file=path, row=number) from None
+    except json.JSONDecodeError as error:
+        raise UserError(f"got a line that is not JSON: {error.msg} at character {error.pos + 1}", file=path,
+                        row=number) from None  # fmt: skip
+    except RecursionError:
+        raise UserError("got a line nested too deeply, want an object with columns", file=path, row=number) from None
+
+
+# A damaged parquet file can crash the C++ reader, and a small one can unfold to any size: it is read by a process with
+# limits, which writes the wanted columns as JSON lines. Its exit status tells what happened.
+_PARQUET = r"""
+import json, resource, sys
+resource.setrlimit(resource.RLIMIT_AS, (8 << 30, 8 << 30))
+resource.setrlimit(resource.RLIMIT_CPU, (300, 301))
+resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+path, cap, limit, columns = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys.argv[4:]
+pa.set_cpu_count(1)
+
+def fail(message):
+    sys.stderr.write("\x1e" + message)
+    sys.stderr.flush()
+    sys.exit(3)
+
+try:
+    file = pq.ParquetFile(path, memory_map=False, page_checksum_verification=True)
+    names = file.schema_arrow.names
+    if len(set(names)) != len(names):
+        fail("got a column name twice, want each once")
+    size = sum(file.metadata.row_group(i).total_byte_size for i in range(file.metadata.num_row_groups))
+    if size > cap:
+        fail(f"got a table of {size >> 20} MiB, want at most {cap >> 20} MiB")
+    wanted = [name for name in columns if name in names]
+    others = {name: None for name in names if name not in wanted}
+    written = rows = 0
+    for batch in file.iter_batches(batch_size=16, columns=wanted, use_threads=False):
+        batch.validate(full=True)
+        if batch.nbytes > cap:
+            fail(f"got rows that unfold to more than {cap >> 20} MiB")
+        for row in batch.to_pylist():
+            line = json.dumps({**others, **row}, default=lambda value: [type(value).__name__])
+            written += len(line)
+            if written > cap:
+                fail(f"got rows that unfold to more than {cap >> 20} MiB")
+            sys.stdout.write(line + "\n")
+            rows += 1
+            if rows == limit:
+                sys.exit(0)
+    if rows != file.metadata.num_rows:
+        fail(f"got {rows} rows, want the {file.metadata.num_rows} that its footer promises")
+except MemoryError:
+    fail("got a table that does not fit into 8 GiB of memory")
+except Exception as error:
+    fail(f"got a damaged parquet file: {error or type(error).__name__}")
+"""
+
+
+def _from_parquet(cfg: config.Rows, cap: int = 2 << 30) -> Iterator[tuple[int, Any]]:
+    """Parquet, of at most `cap` bytes when unfolded."""
+    columns = list(cfg.columns.model_dump().values())
+    with tempfile.TemporaryFile() as out:
+        command = [sys.executable, "-I", "-c", _PARQUET, cfg.path, str(cap), str(cfg.limit or 0), *columns]
+        done = subprocess.run(command, stdout=out, stderr=subprocess.PIPE, env={"ARROW_DEFAULT_MEMORY_POOL": "system"})
+        if done.returncode == 3:
+            reason = done.stderr.decode("utf-8", "replace").rpartition("\x1e")[2]
+            raise UserError(reason[:300], file=cfg.path)
+        if done.returncode:
+            raise UserError("got a damaged parquet file: its reader crashed or ran past its limits", file=cfg.path)
+        out.seek(0)
+        for number, line in enumerate(out, 1):
+            yield number, _decode(line, cfg.path, number)
+
+
+def _from_hub(cfg: config.Rows) -> Iterator[tuple[int, Any]]:
+    """`hub:NAME` or `hub:NAME:SUBSET` through the `datasets` package."""
+    try:
+        import datasets  # type: ignore[import-not-found]
+    except ImportError:
+        raise UserError("want the datasets package: pip install 'dail_jax[hub]'", file=cfg.path) from None
+    name, _, subset = cfg.path.removeprefix("hub:").partition(":")
+    try:
+        table = datasets.load_dataset(name, subset or None, split=cfg.split)
+    except Exception as error:  # whatever the network, the hub or the package raises
+        reason = str(error).strip().split("\n")[0] or type(error).__name__
+        raise UserError(f"cannot be loaded: {reason[:300]}", file=cfg.path) from None
+    yield from enumerate(table, 1)

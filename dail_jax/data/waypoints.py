@@ -1,0 +1,391 @@
+"""Waypoints: the coarse intermediate results of an expert solution, which the negative reference is told.
+
+An extractor is a function from a Row to texts in a sensible order; name it in EXTRACTORS and configs can use it.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Callable, Hashable
+from functools import lru_cache
+
+from dail_jax import config
+from dail_jax.data import latex
+from dail_jax.data.records import Row
+from dail_jax.errors import UserError
+
+
+def waypoints(row: Row, cfg: config.Waypoints) -> list[str]:
+    """The row's waypoints without its final answer, equal ones merged, at most `cfg.limit` spread over all of them."""
+    extract = EXTRACTORS.get(cfg.extractor)
+    if extract is None:
+        near = difflib.get_close_matches(cfg.extractor, EXTRACTORS, 1, 0.0)
+        raise UserError(f"got {cfg.extractor!r}, want one of {', '.join(EXTRACTORS)}; did you mean {near[0]!r}?",
+                        field="waypoints.extractor")  # fmt: skip
+    answer = final_answer(row)
+    seen: set[Hashable] = {latex.canonical(answer)} if answer else set()
+    found = []
+    for item in extract(row):
+        if (key := latex.canonical(item)) not in seen and item.strip():
+            seen.add(key)
+            found.append(item)
+    if cfg.limit and len(found) > cfg.limit:
+        last = len(found) - 1
+        found = [found[i * last // max(cfg.limit - 1, 1)] for i in range(cfg.limit)]
+    return found
+
+
+def final_answer(row: Row) -> str | None:
+    """The row's answer, else what its solution boxes last, else None."""
+    return row.answer.strip() if row.answer else latex.last_boxed(row.solution)
+
+
+# ---------------------------------------------------------------------------------------------------
+# `reference`: the categories of the reference implementation (method.md), sorted as text
+# ---------------------------------------------------------------------------------------------------
+
+_REFERENCE = re.compile(
+    r"""(?<![\w.])(?:
+        [a-zA-Z]\^\{[^{}]*\}                    # x^{n}
+      | (?:\d+\ ?)?[a-zA-Z]\ ?[+-]\ ?\d+(?!\w)  # n+1, 2x+1
+      | \d+[a-zA-Z](?![a-zA-Z])                 # 2x
+      | -?\d+(?:\.\d+)?                         # numbers
+    )""",
+    re.VERBOSE,
+)
+
+
+def reference(row: Row) -> list[str]:
+    """Numbers, powers, coefficient-variable products and small linear terms, sorted as text."""
+    return sorted({match[0] for match in _REFERENCE.finditer(row.solution)})
+
+
+# ---------------------------------------------------------------------------------------------------
+# `math`
+# ---------------------------------------------------------------------------------------------------
+
+_FIGURES = re.compile(
+    r"\\?\[asy\\?\].*?(?:\\?\[/asy\\?\]|\Z)|<asy>.*?(?:</asy>|\Z)|```.*?(?:```|\Z)|\\includegraphics[^{]*\{[^{}]*\}"
+    r"|\\begin\{(?:asy|tikzpicture|center|tabular|array|[bpvV]?matrix)\}.*?"
+    r"(?:\\end\{(?:asy|tikzpicture|center|tabular|array|[bpvV]?matrix)\}|\Z)|\[img[^\]]*\].*?(?:\[/img\]|\Z)"
+    r"|!\[[^\]]*\]\([^)]*\)|https?://\S+|<[a-zA-Z/][^<>]*>",
+    re.DOTALL,
+)
+_LIST_MARK = re.compile(r"^[ \t]*(?:\(?\d{1,3}[.)]|\(?[a-zA-Z][.)]|\(?[ivx]{1,4}\)|[*-])[ \t]+", re.MULTILINE)
+_THOUSANDS = re.compile(r"(?<![\d,.])\d{1,3}(?:(?:,|\{,\}|,\\!)\d{3})+(?![\d,]*\d)")
+_COMMA = "\ue000"  # stands for the comma inside of 10,000 while commas separate
+
+_ROWS = re.compile(r"\\\\(?:\[[^\]]*\])?|\\(?:newline|cr)(?![a-zA-Z])|\n\s*\n")
+_WORDS = re.compile(r"\\(?:text(?:rm|bf|it|sf)?|mbox|hbox|intertext|mathrm|operatorname|mathit)\s*\{([^{}]*)\}")
+_CLUTTER = re.compile(
+    r"\\(?:tag\*?|label|eqref|ref|color|begin|end)\s*\{[^{}]*\}|\\(?:hline|newline|therefore|because|noindent)(?![a-zA-Z])"
+)
+_MODULUS = re.compile(r"\\(?:pmod|bmod|mod|pod)(?![a-zA-Z])\s*(?:\{[^{}]*\}|\d+)?")
+
+_EQUAL = {"=", r"\equiv", r"\approx", r"\simeq", r"\doteq", r"\longequal"}
+_BOUND = {"<", ">", r"\lt", r"\gt", r"\le", r"\leq", r"\leqslant", r"\ge", r"\geq", r"\geqslant"}
+_BREAK = {",", ";", r"\implies", r"\Rightarrow", r"\Longrightarrow", r"\iff", r"\Leftrightarrow", r"\rightarrow", r"\to",
+          r"\longrightarrow", r"\quad", r"\qquad", r"\ne", r"\neq", r"\in", r"\mid", r"\nmid", r"\parallel", r"\perp",
+          r"\sim", r"\cong", r"\land", r"\lor", r"\wedge", r"\vee", r"\subset", r"\Longleftrightarrow", r"\mapsto", ":",
+          r"\propto", r"\subseteq", r"\colon", r"\leadsto", r"\Leftarrow", r"\longleftrightarrow"}  # fmt: skip
+_PIECE = re.compile(r"\\[a-zA-Z]+|\\.|.", re.DOTALL)
+_UP = {"(", "[", "{", r"\{", r"\lfloor", r"\lceil", r"\langle"}
+_DOWN = {")", "]", "}", r"\}", r"\rfloor", r"\rceil", r"\rangle"}
+
+_NUMBER = re.compile(rf"[-+]?(?:[\d{_COMMA}]+(?:\.\d+)?|\.\d+)(?:\^\{{?\\circ\}}?|\\%)?")
+_NAME = re.compile(
+    r"(?:\\(?:angle|triangle|overline|Delta|sin|cos|tan)\s*)?\{?(?:\\?[a-zA-Z]+'*|\[[A-Z]+\]|\|[^|]*\|)\}?"
+    r"(?:_(?:\w|\{[^{}]*\}))?(?:\([^()]*\))?|\[[A-Z']+\]|"
+)
+# Words before a value that say it is a result, and words before one that say it is none.
+_RESULT = re.compile(
+    r"\b(?:is|are|be|was|equals?|gets?|gives?|giving|gave|obtain(?:s|ed|ing)?|yields?|yielding|totals?|totall?ing|has|have"
+    r"|having|find|makes?|making|become[s]?|leaves?|leaving|into|approximately|result[s]?|(?:total|sum|value|area|length"
+    r"|product|count|volume|radius|number|probability)\s+of|to\s+(?:be|get)|comes?\s+(?:out\s+)?to)"
+    r"(?:\s+(?:us|that|then|thus|therefore|just|only|exactly|simply|now|also|about|equal|to|a\s+total\s+of|of|again"
+    r"|clearly|the|in\s+total|hence|indeed|actually)){0,3}\s*[:(]?\s*\Z",
+    re.IGNORECASE,
+)
+_CONDITION = re.compile(
+    r"\b(?:cases?|for|if|when|whenever|suppose|assume|assuming|where|consider|step|solution|equations?|eqn?|fig(?:ure)?|problem|part"
+    r"|lemma|theorem|claim|example|section|page|chapter|method|note|remark|row|mod(?:ulo)?|base|unless|until|from|with|case:)"
+    r"\.?\s*(?:that\s+|\()?\Z",
+    re.IGNORECASE,
+)
+
+_ATOM = (
+    rf"(?:\\?sqrt\s*(?:\([^()\n]{{1,40}}\)|\{{[^{{}}\n]{{1,40}}\}}|\d+)|\\[dt]?frac\s*\{{[^{{}}]{{1,40}}\}}\s*\{{[^{{}}]{{1,40}}\}}"
+    rf"|\\(?:pi|cdot|times)\b|\d[\d{_COMMA}]*+(?:\.\d++)?%?|[a-zA-Z](?![a-zA-Z])|\([^()\n]{{1,40}}\)|\{{[^{{}}\n]{{1,20}}\}})"
+)
+_PROSE_EXPRESSION = re.compile(rf"[-+]?\s*{_ATOM}(?:\s*[-+*/^]\s*{_ATOM}|{_ATOM})*+")
+_PROSE_EVENT = re.compile(rf"\\(?:approx|equiv)(?![a-zA-Z])|(?<![<>!])=+(?!>)|(?<![\w.{_COMMA}$/-])\d")
+
+
+def mathematical(row: Row) -> list[str]:
+    """Right-hand sides, fractions, roots, powers and stated numbers, in order of appearance.
+
+    Numbers that only number something (steps, cases, lists, years) are left out, and so is what the problem gives.
+    """
+    given = _givens(row.problem)
+    found: list[str] = []
+    before = ""
+    for is_formula, text in latex.spans(_prepared(row.solution)):
+        if is_formula:
+            found += _from_formula(text, before, given)
+            before = (before + " = " if text.rstrip().endswith("=") else "") or " "
+        else:
+            found += _from_prose(text, given)
+            before = text[-60:] if text.strip() else before
+    return [item.replace(_COMMA, ",") for item in found]
+
+
+def _prepared(text: str) -> str:
+    text = _LIST_MARK.sub("", _FIGURES.sub(" ", latex.unbox(text.translate(latex.SIGNS))))
+    return _THOUSANDS.sub(lambda m: re.sub(r"\{,\}|,\\!|,", _COMMA, m[0]), text)
+
+
+@lru_cache(maxsize=4)
+def _givens(problem: str) -> frozenset[Hashable]:
+    """What the problem states: keys of its numbers and formulas, and the characters of its equations."""
+    keys: set[Hashable] = set()
+    text = _prepared(problem)
+    for is_formula, piece in latex.spans(text):
+        for statement in _statements(piece) if is_formula else ():
+            keys.update(_key(side) for _, side in statement)
+            keys.add(re.sub(r"[\s{}]", "", "".join(relation + side for relation, side in statement)))
+    keys.update(_key(match[0]) for match in re.finditer(rf"\d[\d{_COMMA}]*(?:\.\d+)?", text))
+    return frozenset(keys)
+
+
+def _key(text: str) -> Hashable:
+    return latex.canonical(text.replace(_COMMA, ""))
+
+
+def _statements(formula: str) -> list[list[tuple[str, str]]]:
+    """A formula's statements, each a chain of (relation, side); the first relation of a chain is empty."""
+    text = _WORDS.sub(lambda m: ";" if len(m[1].strip()) > 1 else m[1], _ROWS.sub(" ; ", formula))
+    text = latex.tidy(_MODULUS.sub(" ; ", _CLUTTER.sub(" ", text)))
+    chains: list[list[tuple[str, str]]] = [[("", "")]]
+    depth = 0
+    for piece in _PIECE.findall(text):
+        depth = 0 if piece == ";" else max(0, depth + (piece in _UP) - (piece in _DOWN))
+        if depth == 0 and piece in _BREAK:
+            chains.append([("," if piece == "," else "", "")])
+        elif depth == 0 and (piece in _EQUAL or piece in _BOUND):
+            chains[-1].append((piece, ""))
+        else:
+            relation, side = chains[-1][-1]
+            chains[-1][-1] = (relation, side + piece)
+    cleaned = [[(relation, side.strip(" .?|$\n\t")) for relation, side in chain] for chain in chains]
+    return [chain for chain in cleaned if any(side for _, side in chain)]
+
+
+def _kind(side: str) -> str | None:
+    """`number`, `closed` (a value that is more than a number), `symbolic`, or None: nothing to go by."""
+    if not side or len(side) > 70 or re.search(r"\\[lc]?dots|\\infty|\.\.\.|\\pm|\\mp|\\sum|\\prod", side):
+        return None
+    if _NUMBER.fullmatch(side):
+        return "number"
+    poly = latex.polynomial(side.replace(_COMMA, ""))
+    if poly is not None and latex.is_closed(poly):
+        return "closed" if re.search(r"\d", side) else None
+    letters = re.sub(r"\\[a-zA-Z]+", "", side)
+    if poly is None and re.search(r"\d", side) and not re.search(r"[a-zA-Z=]", letters) and side.count("{") == side.count("}"):
+        return "closed" if re.search(r"[\d}\])!]\Z|\\r(?:floor|ceil)\Z|\\circ\Z", side) else None
+    return "symbolic" if len(side) <= 40 and re.search(r"\d|\\frac|\\sqrt", side) and "=" not in side else None
+
+
+def _from_formula(formula: str, before: str, given: frozenset[Hashable]) -> list[str]:
+    """The results that one formula states; `before` is the prose that leads to it."""
+    found: list[str] = []
+    conditional = _CONDITION.search(before) is not None
+    in_list = False  # after `x = 2,` a bare `3` is a result too
+    statements = _statements(formula)
+    listing = re.search(r"\\[lc]?dots|\.\.\.", formula) is not None
+    for number, statement in enumerate(statements):
+        relation, first = statement[0]
+        if len(statement) > 1:
+            results = _results(statement, conditional, given)
+            in_list = bool(results) and not listing
+            found += results
+            continue
+        kind = _kind(first)
+        if kind == "number":
+            stated = number == 0 and len(statements) == 1 and _RESULT.search(before) and not _CONDITION.search(before)
+            if (in_list and relation == ",") or (stated and _key(first) not in given):
+                found.append(first)
+        else:
+            in_list = False
+            if kind == "closed" and _key(first) not in given and not listing:
+                found.append(first)
+    return found
+
+
+def _results(statement: list[tuple[str, str]], conditional: bool, given: frozenset[Hashable]) -> list[str]:
+    """What a chain such as `a = b = c \\approx d < e` comes to: one value for each run of equal sides."""
+    left = statement[0][1]
+    name = _NAME.fullmatch(left) is not None
+    if re.sub(r"[\s{}]", "", "".join(r + side for r, side in statement)) in given:
+        return []
+    found: list[str] = []
+    run: list[str] = [left]
+    for relation, side in [*statement[1:], ("end", "")]:
+        if relation == "=":
+            run.append(side)
+            continue
+        found += _result(run, name, conditional)
+        run = [""] if relation in _EQUAL else ["<"]
+        if side:
+            run.append(side)
+    return found
+
+
+def _result(run: list[str], name: bool, conditional: bool) -> list[str]:
+    """The value of one run of equal sides, `[left, side, side, ...]`, as a list of none or one."""
+    left, sides = run[0], [side for side in run[1:] if side]
+    kinds = [_kind(side) for side in sides]
+    values = [side for side, kind in zip(sides, kinds, strict=True) if kind in ("number", "closed")]
+    numbers = [side for side, kind in zip(sides, kinds, strict=True) if kind == "number"]
+    if left == "<":
+        return [v for v in values[-1:] if not re.fullmatch(r"-?\d\d?", v)]
+    if values:
+        best = numbers[-1] if numbers else values[-1]
+        plain = best in numbers
+        if plain and conditional and len(sides) == 1:
+            return []
+        return [] if plain and not name and re.fullmatch(r"-?0*[01]", best) else [best]
+    if sides and _kind(left) in ("number", "closed") and not re.fullmatch(r"-?\d", left):
+        return [left]
+    return [sides[-1]] if sides and kinds[-1] == "symbolic" else []
+
+
+def _from_prose(text: str, given: frozenset[Hashable]) -> list[str]:
+    """Results in plain writing: what follows an equals sign, and numbers, fractions and roots that are stated."""
+    found: list[str] = []
+    end = 0
+    for event in _PROSE_EVENT.finditer(text):
+        if event.start() < end:
+            continue
+        relation = not event[0].isdigit()
+        start = event.end() if relation else event.start()
+        match = _PROSE_EXPRESSION.match(text, start + len(text[start:]) - len(text[start:].lstrip(" ")) if relation else start)
+        if match is None:
+            continue
+        end = match.end()
+        value = match[0].strip().replace("%", r"\%")
+        if re.match(r"\s*=(?!>)", text[end:]):
+            continue  # the chain goes on
+        value = re.sub(r"\^(\d{2,})", r"^{\1}", re.sub(r"\\?sqrt\s*\(([^()]*)\)", r"\\sqrt{\1}", value))
+        kind = _kind(value)
+        before = text[max(0, event.start() - 60) : event.start()]
+        if relation and kind:
+            found.append(value)
+        elif kind == "number" and _RESULT.search(before) and not _CONDITION.search(before) and _key(value) not in given:
+            found.append(value)
+        elif kind == "closed" and re.search(r"[/^]|sqrt|frac", value) and _key(value) not in given:
+            found.append(value)
+    return found
+
+
+# ---------------------------------------------------------------------------------------------------
+# `text` and `file`
+# ---------------------------------------------------------------------------------------------------
+
+_SENTENCE = re.compile(r"[^.!?\n]+(?:[.!?](?=\w)[^.!?\n]+)*")
+_CUE = re.compile(
+    r"\b(?:therefore|thus|hence|consequently|accordingly|so(?= (?:the|we|it|that|a|an|there|this|they|he|she)\b)"
+    r"|it follows that|(?:this|which|that) (?:means|shows|implies|gives|suggests|proves|makes|leaves)(?: that)?"
+    r"|we (?:conclude|find|see|obtain|infer|deduce|get|know)(?: that)?|(?:must|can only) be|turns out(?: to be| that)?"
+    r"|in other words|as a result|the (?:answer|conclusion|result|reason|cause|key|point) is(?: that)?)\b[,:]?\s*",
+    re.IGNORECASE,
+)
+_QUOTED = re.compile(r"[\"\u201c]([^\"\u201c\u201d\n]{3,60})[\"\u201d]|(?<!\*)\*\*?([^*\n]{3,60})\*\*?(?!\*)")
+_MEASURE = re.compile(r"(?<![\w.])[$\u20ac\u00a3]?\d[\d,]*(?:\.\d+)?\s?(?:%|[^\W\d_]+(?:/[^\W\d_]+)?)")
+_PROPER = re.compile(r"(?<!\A)(?<=[a-z,;] )[A-Z][\w'-]+(?:\s+(?:of\s+|the\s+|de\s+)?[A-Z][\w'-]+)*")
+_STOP = frozenset(
+    "a about above after again all also am an and any are as at be because been before being below between both but by can "
+    "cannot could did do does doing down during each even few for from further given had has have having he her here hers him "
+    "his how i if in into is it its itself just let like may me might more most must my no nor not now of off on once one only "
+    "or other our out over own same she should since so some such than that the their them then there these they this those "
+    "through to too two under until up upon us very was we were what when where which while who whom why will with would yet "
+    "you your thus hence therefore however every first second third next get gets make makes made take takes use used using "
+    "see way well much many".split()
+)
+
+
+def text(row: Row) -> list[str]:
+    """Salient short spans of a prose solution, in order: conclusions, names, quotations, measures, recurring terms.
+
+    It needs no symbols. Terms that the problem has already are no results; the length of the list follows the text's.
+    """
+    solution = re.sub(r"\s*\n\s*", "\n", latex.unbox(_FIGURES.sub(" ", row.solution)))
+    known = set(re.findall(r"\w+", row.problem.casefold()))
+    found: list[tuple[int, int, str]] = []  # (start, end, span)
+    for sentence in _SENTENCE.finditer(solution):
+        cues = list(_CUE.finditer(sentence[0]))
+        if cues:  # the clause after the last cue that leaves something to say
+            for cue in reversed(cues):
+                clause = re.split(r"[;:,](?=\s)|\s(?:because|since|although|while|whereas|and so)\s", sentence[0][cue.end() :])[0]
+                if len(words := clause.split()) >= 2:
+                    start = sentence.start() + cue.end()
+                    found.append((start, start + len(clause), " ".join(words[:14])))
+                    break
+    for pattern in (_QUOTED, _MEASURE, _PROPER):
+        for match in pattern.finditer(solution):
+            span = next((group for group in match.groups() if group), match[0]).strip()
+            if not set(re.findall(r"\w+", span.casefold())) <= known:
+                found.append((match.start(), match.end(), " ".join(span.split())))
+    found += _terms(solution, known)
+    kept: list[tuple[int, int, str]] = []
+    seen: set[str] = set()
+    for start, end, span in sorted(found, key=lambda item: (item[0], -item[1])):
+        inside = kept and end <= kept[-1][1]
+        if not inside and span.casefold() not in seen and not any(span.casefold() in other for other in seen):
+            kept.append((start, end, span))
+            seen.add(span.casefold())
+    return [span.strip(" ,;:.") for _, _, span in kept]
+
+
+def _terms(solution: str, known: set[str]) -> list[tuple[int, int, str]]:
+    """Runs of up to 4 content words, ranked by how often and how connected their words are; the best few."""
+    runs: list[list[re.Match[str]]] = [[]]
+    end = 0
+    for word in re.finditer(r"[^\W\d_][\w'-]*", solution):
+        if solution[end : word.start()].strip(" ") or word[0].casefold() in _STOP or len(runs[-1]) == 4:
+            runs.append([])
+        if word[0].casefold() not in _STOP and len(word[0]) > 2:
+            runs[-1].append(word)
+        end = word.end()
+    runs = [run for run in runs if run]
+    count: dict[str, int] = {}
+    company: dict[str, int] = {}
+    for run in runs:
+        for word in run:
+            key = word[0].casefold()
+            count[key] = count.get(key, 0) + 1
+            company[key] = company.get(key, 0) + len(run)
+    scored = []
+    for run in runs:
+        keys = [word[0].casefold() for word in run]
+        new = [key for key in keys if key not in known]
+        if new and (len(run) > 1 or count[keys[0]] > 1):
+            scored.append((sum(company[key] for key in new) / len(keys), run))
+    best = sorted(scored, key=lambda item: -item[0])[: max(3, len(solution.split()) // 20)]
+    return [(r[0].start(), r[-1].end(), " ".join(solution[r[0].start() : r[-1].end()].split())) for _, r in best]
+
+
+def given(row: Row) -> list[str]:
+    """The row's own waypoints, one a line; raises UserError where it has none."""
+    if row.waypoints is None:
+        raise UserError("got no waypoints, want one a line, as the extractor 'file' reads them", row=row.problem_id,
+                        field="waypoints")  # fmt: skip
+    return [line.strip() for line in row.waypoints.splitlines() if line.strip()]
+
+
+EXTRACTORS: dict[str, Callable[[Row], list[str]]] = {
+    "reference": reference,
+    "math": mathematical,
+    "text": text,
+    "file": given,
+}

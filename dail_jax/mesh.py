@@ -1,0 +1,65 @@
+"""Device meshes and the one table that says which array axis lives on which mesh axis.
+
+One letter per array axis, everywhere: B batch, T time, S cache slots, P prompt, D model, N query heads,
+K kv heads, G queries per kv head, H head size, F feed-forward, V vocabulary, L layers, R LoRA rank.
+"""
+
+from __future__ import annotations
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+from dail_jax import config as config_lib
+from dail_jax.errors import UserError
+
+AXES = ("data", "fsdp", "tensor")
+
+# Letters that are not listed are replicated.
+RULES: dict[str, str | tuple[str, ...]] = {
+    "b": ("data", "fsdp"),
+    "d": "fsdp",
+    "n": "tensor",
+    "k": "tensor",
+    "f": "tensor",
+    "v": "tensor",
+}
+
+
+def make_mesh(cfg: config_lib.Mesh, devices=None) -> jax.sharding.Mesh:
+    """The mesh `data` x `fsdp` x `tensor` over all devices (or `devices`); raises UserError if it cannot be."""
+    devices = np.asarray(jax.devices() if devices is None else devices)
+    sizes = [cfg.data, cfg.fsdp, cfg.tensor]
+    if -1 in sizes:
+        known = -int(np.prod(sizes))
+        sizes[sizes.index(-1)] = max(devices.size // known, 1)
+    if int(np.prod(sizes)) != devices.size:
+        shape = " x ".join(f"{a}={s}" for a, s in zip(AXES, sizes, strict=True))
+        raise UserError(f"got {shape}, want axis sizes whose product is the {devices.size} devices", field="mesh")
+    return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * 3, devices=list(devices.flat))
+
+
+def spec(axes: str) -> PartitionSpec:
+    """The PartitionSpec of an array whose axes are the letters of `axes`, e.g. `spec("ldnh")`."""
+    return PartitionSpec(*(RULES.get(letter) for letter in axes))
+
+
+def sharding(mesh: jax.sharding.Mesh, axes: str) -> NamedSharding:
+    return NamedSharding(mesh, spec(axes))
+
+
+def replicated(mesh: jax.sharding.Mesh) -> NamedSharding:
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def axis_size(mesh: jax.sharding.Mesh, letter: str) -> int:
+    """Into how many parts axis `letter` is divided."""
+    names = RULES.get(letter, ())
+    names = (names,) if isinstance(names, str) else names
+    return int(np.prod([mesh.shape[name] for name in names], dtype=int))
+
+
+def constrain(x: jax.Array, axes: str) -> jax.Array:
+    """Asks the compiler to lay `x` out by the rules, where a mesh is set; elsewhere a no-op."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return x if mesh.empty else jax.lax.with_sharding_constraint(x, spec(axes))

@@ -1,0 +1,94 @@
+"""Metrics and progress: metrics.jsonl always, TensorBoard and W&B on request, a rich bar on a terminal."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from dail_jax import config as config_lib
+from dail_jax.errors import UserError
+
+console = Console(highlight=False)
+
+
+def say(text: str) -> None:
+    """A line for the person who is watching; from the first process only."""
+    if jax.process_index() == 0:
+        console.print(text, soft_wrap=True, markup=False)
+
+
+class Metrics:
+    """Appends rows {stage, step, time, **values} to metrics.jsonl and to the writers that are switched on."""
+
+    def __init__(self, run_dir: Path, log: config_lib.Log, stage: str):
+        self.path, self.stage = run_dir / "metrics.jsonl", stage
+        self.board: Any = None
+        self.wandb: Any = None
+        if jax.process_index() != 0:
+            return
+        if log.tensorboard:
+            try:
+                from tensorboardX import SummaryWriter
+            except ImportError:
+                raise UserError("want tensorboardX: pip install 'dail_jax[tensorboard]'", field="log.tensorboard") from None
+            self.board = SummaryWriter(str(run_dir / "tensorboard"))
+        if log.wandb:
+            try:
+                import wandb
+            except ImportError:
+                raise UserError("want wandb: pip install 'dail_jax[wandb]'", field="log.wandb") from None
+            self.wandb = wandb.init(project=log.wandb, name=run_dir.name, dir=str(run_dir), resume="allow")
+
+    def write(self, step: int, **values: float | int | str | list) -> None:
+        if jax.process_index() != 0:
+            return
+        row = {"stage": self.stage, "step": step, "time": round(time.time(), 3), **values}
+        with open(self.path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+        numbers = {f"{self.stage}/{k}": v for k, v in values.items() if isinstance(v, (int, float))}
+        if self.board is not None:
+            for name, value in numbers.items():
+                self.board.add_scalar(name, value, step)
+        if self.wandb is not None:
+            self.wandb.log({**numbers, f"{self.stage}/step": step})
+
+    def close(self) -> None:
+        if self.board is not None:
+            self.board.close()
+        if self.wandb is not None:
+            self.wandb.finish()
+
+
+class Bar:
+    """One progress bar; `advance` also takes a short text such as the current loss."""
+
+    def __init__(self, progress: Progress | None, label: str, total: int, unit: str, done: int = 0):
+        self.progress, self.unit, self.started, self.count = progress, unit, time.monotonic(), 0
+        self.task = progress.add_task(label, total=total, completed=done, note="") if progress else None
+
+    def advance(self, amount: int = 1, note: str = "") -> None:
+        self.count += amount
+        if self.progress is not None and self.task is not None:
+            rate = self.count / max(time.monotonic() - self.started, 1e-9)
+            self.progress.update(self.task, advance=amount, note=f"{rate:.3g} {self.unit}/s {note}")
+
+
+@contextlib.contextmanager
+def progress(label: str, total: int, unit: str, done: int = 0) -> Iterator[Bar]:
+    """A bar with rate and estimate for long work; quiet when nobody is watching a terminal."""
+    if jax.process_index() != 0 or not sys.stdout.isatty():
+        yield Bar(None, label, total, unit, done)
+        return
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
+               TimeRemainingColumn(), TextColumn("{task.fields[note]}"))  # fmt: skip
+    with Progress(*columns, console=console) as shown:
+        yield Bar(shown, label, total, unit, done)

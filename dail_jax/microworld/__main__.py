@@ -1,0 +1,162 @@
+"""The world's commands.
+
+    python -m dail_jax.microworld corpus --out FILE --rows 45000 --seed 0    pre-training rows: prompt, response
+    python -m dail_jax.microworld data                                       the package's tokenizer and data sets
+    python -m dail_jax.microworld check FILE                                 judges traces.jsonl or samples.jsonl
+
+Role templates are the text files in assets/templates; a corpus prompt is such a template, filled in and put
+through the tokenizer's chat template, generation prompt included, exactly as the pipeline does it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+from rich.table import Table
+
+from dail_jax.errors import UserError
+from dail_jax.metrics import console
+from dail_jax.microworld import tokenizer, verify, world
+from dail_jax.rundir import json_line, write_atomic
+
+ASSETS = Path(__file__).parent / "assets"
+SEED = 3407  # of the shipped data sets
+
+
+@functools.cache
+def _frame() -> tuple[str, str]:
+    """What the chat template puts before and after a user's message, generation prompt included."""
+    from transformers import AutoTokenizer
+
+    loaded = AutoTokenizer.from_pretrained(ASSETS / "tokenizer")
+    text = loaded.apply_chat_template([{"role": "user", "content": "\0"}], tokenize=False, add_generation_prompt=True)
+    before, _, after = str(text).partition("\0")
+    return before, after
+
+
+@functools.cache
+def _template(role: str) -> str:
+    return (ASSETS / "templates" / f"{role}.txt").read_text(encoding="utf-8")
+
+
+def render(role: str, fields: dict[str, str]) -> str:
+    """The prompt of `role` as text: its template with the fields filled in, inside the chat template."""
+    text = _template(role)
+    for name, value in fields.items():
+        text = text.replace("{{" + name + "}}", value)
+    before, after = _frame()
+    return before + text + after
+
+
+def write_corpus(out: Path, rows: int, seed: int) -> None:
+    """Pre-training rows; the end token is the trainer's to add. Problems of the held-out sets are left out."""
+    held_out = {row["problem"] for name, part in world.datasets(SEED).items() if name != "train" for row in part}
+    lines = (
+        json_line({"prompt": render(row.role, row.fields), "response": row.response})
+        for row in world.corpus(seed, rows, held_out)
+    )
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        write_atomic(out, "".join(lines))
+    except OSError as error:
+        raise UserError(f"cannot be written: {error.strerror}", file=out) from None
+
+
+def write_data(folder: Path) -> None:
+    """Everything in assets that is generated."""
+    tokenizer.save(folder / "tokenizer")
+    for name, rows in world.datasets(SEED).items():
+        write_atomic(folder / f"{name}.jsonl", "".join(map(json_line, rows)))
+
+
+def check(path: Path, data: list[Path]) -> dict[str, verify.Tally]:
+    """Judges the `text` of every row of a traces.jsonl or samples.jsonl; problems are found by their id in `data`."""
+    problems = {
+        row["problem_id"]: row for file in data for _, row in _rows(file, ("problem_id", "problem", "solution"))
+    }
+
+    def verdicts() -> Iterator[tuple[str, verify.Verdict]]:
+        for number, row in _rows(path, ("problem_id", "text")):
+            problem = problems.get(row["problem_id"])
+            if problem is None:
+                raise UserError(f"got {row['problem_id']!r}, want a problem of the data sets (--data)", file=path,
+                                row=number, field="problem_id")  # fmt: skip
+            try:
+                yield row["problem_id"], verify.judge(row["text"], problem["problem"], problem["solution"])
+            except ValueError as error:
+                raise UserError(f"{error}: {problem['problem']!r}", field=row["problem_id"]) from None
+
+    return verify.tally(verdicts())
+
+
+def _rows(path: Path, fields: tuple[str, ...]) -> Iterator[tuple[int, dict[str, str]]]:
+    """Numbered rows of a JSON-lines file, with these fields of text."""
+    try:
+        lines = path.read_text(encoding="utf-8").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot be read: {error}", file=path) from None
+    for number, line in enumerate(lines, 1):
+        if not line:
+            continue
+        try:
+            row = json.loads(line)
+        except ValueError:
+            raise UserError("got a damaged line, want JSON", file=path, row=number) from None
+        for field in fields:
+            if not isinstance(row, dict) or not isinstance(row.get(field), str):
+                raise UserError("want a text", file=path, row=number, field=field)
+        yield number, row
+
+
+def table(tallies: dict[str, verify.Tally]) -> Table:
+    """Shares in percent, a line for each kind and each operator."""
+    out = Table(
+        "kind-operator",
+        title="Traces, judged from their text",
+        caption="right: the boxed answer; sound: every step too; complete: with all its work; "
+        "shortcuts: of the steps that owe work, those without",
+    )
+    for name in ("traces", "right %", "sound %", "complete %", "shortcuts %"):
+        out.add_column(name, justify="right")
+    for key, t in tallies.items():
+        parts = ((t.right, t.traces), (t.sound, t.traces), (t.complete, t.traces), (t.shortcuts, t.due))
+        out.add_row(key, str(t.traces), *(f"{100 * n / total:.1f}" if total else "-" for n, total in parts))
+    return out
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser("python -m dail_jax.microworld", description="The micro-world's generator.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    new = commands.add_parser("corpus", help="write pre-training rows")
+    new.add_argument("--out", type=Path, required=True, help="the .jsonl file to write")
+    new.add_argument("--rows", type=int, default=45000, help="how many (default: 45000, some 4.5 million tokens)")
+    new.add_argument("--seed", type=int, default=0)
+    new = commands.add_parser("data", help="write the package's tokenizer and data sets")
+    new.add_argument("--out", type=Path, default=ASSETS, help="the folder (default: the package's own)")
+    new = commands.add_parser("check", help="judge the traces in a file, operator by operator")
+    new.add_argument("file", type=Path, help="traces.jsonl or samples.jsonl")
+    new.add_argument("--data", type=Path, nargs="+", default=[ASSETS / f"{name}.jsonl" for name in world.SIZES],
+                     help="the data sets that the problems come from (default: the package's own)")  # fmt: skip
+    options = parser.parse_args(arguments)
+    match options.command:
+        case "corpus":
+            if options.rows < 1 or options.seed < 0:
+                raise UserError("want at least one row, and a seed that is not negative")
+            write_corpus(options.out, options.rows, options.seed)
+        case "data":
+            write_data(options.out)
+        case "check":
+            console.print(table(check(options.file, options.data)))
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)

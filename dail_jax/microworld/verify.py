@@ -1,0 +1,128 @@
+"""Judges traces of the world from their text, with nothing from the code that writes them.
+
+The method is read off the expert's solution and the registers off the problem, both as they stand in the data
+set; every step of a trace is then computed anew, and every column of its work by the rule of that column.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+PROBLEM = re.compile(r".*: A=(\d{3}) B=(\d{3})", re.DOTALL)
+STEP = re.compile(r"([a-z]{3}) (\d{3})(?: (\d{3}|\d))?(?: : (\d\d=\d\d(?: \d\d=\d\d)*))? > (\d{3})")
+BOXED = re.compile(r"\\boxed\{([^{}]*)\}")
+MEANINGS = {"+": "add", "-": "sub", "*": "mul", "~": "rev", "@": "rot", "#": "inv"}
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What one trace is: `due` counts its steps that owe column work, `shortcuts` those of them without it."""
+
+    right: bool  # the last boxed answer is the answer
+    sound: bool  # every step is the method's, with the right value and, where there is work, the right work
+    due: int
+    shortcuts: int
+
+
+@dataclass(frozen=True)
+class Tally:
+    """Sums over traces."""
+
+    traces: int = 0
+    right: int = 0
+    sound: int = 0
+    complete: int = 0  # sound, and no step is a shortcut
+    due: int = 0
+    shortcuts: int = 0
+
+    def add(self, v: Verdict) -> Tally:
+        complete = v.sound and not v.shortcuts
+        return Tally(
+            self.traces + 1,
+            self.right + v.right,
+            self.sound + v.sound,
+            self.complete + complete,
+            self.due + v.due,
+            self.shortcuts + v.shortcuts,
+        )
+
+
+def judge(text: str, problem: str, solution: str) -> Verdict:
+    """The verdict on a response to a problem of the world; ValueError where problem or solution is not of the world."""
+    registers = PROBLEM.fullmatch(problem)
+    *steps, last = solution.split("; ")
+    gold = BOXED.fullmatch(last)
+    if registers is None or gold is None or not all(step[0] in MEANINGS for step in steps):
+        raise ValueError("not a problem of the micro-world")
+    b = int(registers[2])
+    *written, final = text.removesuffix("<|end|>").strip().split(" ; ")
+    boxes = BOXED.findall(text)
+    sound = len(written) == len(steps) and BOXED.fullmatch(final) is not None and boxes == [gold[1]]
+    value, due, shortcuts = int(registers[1]), 0, 0
+    for i, line in enumerate(written):
+        found = STEP.fullmatch(line)
+        if found is None:
+            sound = False
+            continue
+        word, before, operand, work, after = found.groups()
+        owes = word in ("add", "sub", "mul")
+        due += owes
+        shortcuts += owes and work is None
+        if sound:
+            symbol, meant = steps[i][0], steps[i][1:].partition("=")[0]
+            wanted = f"{b:03d}" if meant == "B" else meant
+            sound = (word, int(before), operand or "") == (MEANINGS[symbol], value, wanted)
+            sound = sound and int(after) == _result(word, value, int(operand or 0)) and (owes or work is None)
+            sound = sound and (work is None or _works(word, before, operand, work, after))
+            value = int(after)
+    return Verdict(bool(boxes) and boxes[-1] == gold[1], sound, due, shortcuts)
+
+
+def _result(word: str, value: int, operand: int) -> int | None:
+    """The register after a step, by place values; None for a word that the machine does not know."""
+    hundreds, tens, ones = value // 100, value // 10 % 10, value % 10
+    table = {
+        "add": value + operand,
+        "sub": value - operand,
+        "mul": value * operand,
+        "rev": 100 * ones + 10 * tens + hundreds,
+        "rot": 100 * tens + 10 * ones + hundreds,
+        "inv": 999 - value,
+    }
+    return table[word] % 1000 if word in table else None
+
+
+def _works(word: str, x: str, y: str, work: str, z: str) -> bool:
+    """Whether three columns, ones first, carry x and y to z."""
+    cells = work.split(" ")
+    carry = 0
+    for place, cell in zip((2, 1, 0), cells, strict=False):
+        p, q, out, digit = (int(cell[i]) for i in (0, 1, 3, 4))
+        if (cell[0], cell[1]) != (x[place], y if word == "mul" else y[place]) or cell[4] != z[place]:
+            return False
+        before, carry = carry, out
+        match word:
+            case "add" if p + q + before == 10 * out + digit:
+                continue
+            case "sub" if p - q - before == digit - 10 * out:
+                continue
+            case "mul" if p * q + before == 10 * out + digit:
+                continue
+        return False
+    return len(cells) == 3
+
+
+def group(problem_id: str) -> str:
+    """`hard-zib` of `hard-zib-0017`."""
+    return problem_id.rpartition("-")[0]
+
+
+def tally(judged: Iterable[tuple[str, Verdict]]) -> dict[str, Tally]:
+    """Sums by kind (`hard`) and by kind and operator (`hard-zib`), sorted, from pairs of problem id and verdict."""
+    out: dict[str, Tally] = {}
+    for problem_id, verdict in judged:
+        for key in {group(problem_id), problem_id.partition("-")[0]}:
+            out[key] = out.get(key, Tally()).add(verdict)
+    return dict(sorted(out.items()))

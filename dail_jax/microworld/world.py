@@ -1,0 +1,308 @@
+"""A 3-digit register machine with named operators: problems, expert solutions, traces, pre-training rows.
+
+The register starts at A; a step adds or subtracts B, multiplies by a digit, reverses or rotates the digits, or
+takes the 9's complement, modulo 1000. For `zib: A=241 B=310`, where zib is "add B, reverse, times 3":
+
+    expert   +B=551; ~=155; *3=465; \\boxed{465}
+    trace    add 241 310 : 10=01 41=05 23=05 > 551 ; rev 551 > 155 ; mul 155 3 : 53=15 53=16 13=04 > 465 ; \\boxed{465}
+
+The expert writes other symbols, leaves out the work, and hides some results; the trace shows every column, least
+significant digit first, as `x y = carry digit`. *Hard* operators never occur in pre-training, neither their names
+nor their exact methods; *known* operators do; a *chain* problem gives its method instead of a name.
+
+Everything is a pure function of a numpy Generator. Only `integers`, `random` and `permutation` are drawn from it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+import numpy as np
+
+from dail_jax.microworld.tokenizer import CONSONANTS, VOWELS
+
+T = TypeVar("T")
+Step = tuple[str, str]  # word, operand ("B", a digit, or nothing)
+Method = tuple[Step, ...]
+
+SYMBOLS = {"add": "+", "sub": "-", "mul": "*", "rev": "~", "rot": "@", "inv": "#"}
+WORDS = tuple(SYMBOLS)
+WORK = ("add", "sub", "mul")  # the steps that owe column work
+
+
+def method(text: str) -> Method:
+    """The steps of e.g. `add B; rev; mul 3`."""
+    return tuple((word, operand) for word, _, operand in (step.partition(" ") for step in text.split("; ")))
+
+
+HARD: dict[str, Method] = {
+    "zib": method("add B; rev; mul 3"),
+    "vok": method("mul 7; sub B; rot"),
+    "dun": method("rot; add B; inv; mul 4"),
+    "gal": method("sub B; mul 6; add B"),
+    "pem": method("inv; mul 3; add B"),
+    "tuf": method("rev; sub B; mul 3; rot"),
+    "kos": method("mul 9; rot; add B; rev"),
+    "nid": method("add B; mul 7; inv"),
+}
+KNOWN: dict[str, Method] = {
+    "bam": method("mul 2; add B; rev"),
+    "fel": method("rev; mul 5; sub B"),
+    "gor": method("add B; rot; mul 3"),
+    "kip": method("inv; sub B; mul 4"),
+    "lod": method("mul 6; rot; add B"),
+    "mer": method("sub B; inv; mul 7"),
+    "nat": method("rot; mul 8; sub B; inv"),
+    "sov": method("add B; mul 9; rev"),
+}
+LENGTHS = {2: 0.2, 3: 0.45, 4: 0.35}  # of random methods
+FREQUENCY = {word: 2.0 if word in WORK else 1.0 for word in WORDS}  # of their steps: where the work is, as in HARD
+SHOWN = 0.7  # how often an expert shows an intermediate result
+
+# Rows of the pre-training mixture, by weight. Guesses (a fresh name, some method, nothing in context) give the
+# model its broad prior over what an unknown operator may be.
+MIXTURE = {"primitive": 0.5, "chain": 2.5, "known": 1.2, "guess": 0.4, "privileged": 4.5, "waypoints": 0.9}
+# Of the rows with a solution or waypoints in context, so many have a chain or a known operator as their problem.
+FAMILIAR = {"chain": 0.1, "known": 0.1}
+# How often a step whose result is in context is written without its work. Engineered: in large models it emerges.
+LAZINESS = {
+    "privileged": {"add": 0.15, "sub": 0.15, "mul": 0.3},
+    "waypoints": {"add": 0.97, "sub": 0.97, "mul": 0.97},
+}
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What is asked: an operator (or "" for a chain, which spells its method out) on registers A and B."""
+
+    name: str
+    method: Method
+    a: int
+    b: int
+
+    @property
+    def text(self) -> str:
+        what = self.name or "; ".join(f"{word} {operand}".strip() for word, operand in self.method)
+        return f"{what}: A={self.a:03d} B={self.b:03d}"
+
+
+@dataclass(frozen=True)
+class Row:
+    """A pre-training row: its kind, the role whose template it uses, the template's fields, and the target."""
+
+    kind: str
+    role: str
+    fields: dict[str, str]
+    response: str
+
+
+# ---------------------------------------------------------------------------------------------------
+# The machine and its texts
+# ---------------------------------------------------------------------------------------------------
+
+
+def operate(step: Step, value: int, b: int) -> int:
+    """The register after one step; all values lie in 0..999."""
+    word, operand = step
+    digits = f"{value:03d}"
+    match word:
+        case "add":
+            return (value + b) % 1000
+        case "sub":
+            return (value - b) % 1000
+        case "mul":
+            return value * int(operand) % 1000
+        case "rev":
+            return int(digits[::-1])
+        case "rot":
+            return int(digits[1:] + digits[0])
+        case "inv":
+            return 999 - value
+    raise ValueError(f"no step {word!r}")
+
+
+def results(problem: Problem) -> list[int]:
+    """The register after each step; the last is the answer."""
+    out = [problem.a]
+    for step in problem.method:
+        out.append(operate(step, out[-1], problem.b))
+    return out[1:]
+
+
+def columns(word: str, x: int, y: int) -> str:
+    """The work of `x word y`, three columns from the right; `y` is one digit for mul."""
+    out, carry = [], 0
+    for place in (1, 10, 100):
+        p, q = x // place % 10, y if word == "mul" else y // place % 10
+        total = p * q + carry if word == "mul" else p + q + carry if word == "add" else p - q - carry
+        carry, digit = (int(total < 0), total % 10) if word == "sub" else divmod(total, 10)
+        out.append(f"{p}{q}={carry}{digit}")
+    return " ".join(out)
+
+
+def draw_shown(rng: np.random.Generator, problem: Problem) -> tuple[bool, ...]:
+    """Which results the expert shows: the last always."""
+    return (*(bool(rng.random() < SHOWN) for _ in problem.method[:-1]), True)
+
+
+def expert(problem: Problem, shown: tuple[bool, ...]) -> str:
+    """The expert's solution: terse symbols, some of the results, no work."""
+    found = results(problem)
+    steps = [
+        SYMBOLS[word] + operand + (f"={value:03d}" if show else "")
+        for (word, operand), value, show in zip(problem.method, found, shown, strict=True)
+    ]
+    return "; ".join([*steps, boxed(problem)])
+
+
+def waypoints(problem: Problem, shown: tuple[bool, ...]) -> list[str]:
+    """The results that the expert shows, each once, without the answer."""
+    found = results(problem)
+    seen = dict.fromkeys(f"{value:03d}" for value, show in zip(found, shown, strict=True) if show)
+    seen.pop(answer(problem), None)
+    return list(seen)
+
+
+def trace(problem: Problem, skipped: Collection[int] = ()) -> str:
+    """The constructive solution; the steps numbered in `skipped` jump to their result without work."""
+    steps, value = [], problem.a
+    for i, (step, result) in enumerate(zip(problem.method, results(problem), strict=True)):
+        word, operand = step
+        line = f"{word} {value:03d}"
+        if word in WORK:
+            line += f" {problem.b:03d}" if operand == "B" else f" {operand}"
+            if i not in skipped:
+                line += " : " + columns(word, value, problem.b if operand == "B" else int(operand))
+        steps.append(f"{line} > {result:03d}")
+        value = result
+    return " ; ".join([*steps, boxed(problem)])
+
+
+def answer(problem: Problem) -> str:
+    return f"{results(problem)[-1]:03d}"
+
+
+def boxed(problem: Problem) -> str:
+    return f"\\boxed{{{answer(problem)}}}"
+
+
+# ---------------------------------------------------------------------------------------------------
+# Random things
+# ---------------------------------------------------------------------------------------------------
+
+
+def _pick(rng: np.random.Generator, weights: dict[T, float]) -> T:
+    """A key, with probability proportional to its weight."""
+    point = rng.random() * sum(weights.values())
+    for key, weight in weights.items():
+        point -= weight
+        if point < 0:
+            return key
+    return next(reversed(weights.keys()))  # rounding left a crumb
+
+
+def _among(rng: np.random.Generator, items: Sequence[T]) -> T:
+    return items[int(rng.integers(len(items)))]
+
+
+def draw_method(rng: np.random.Generator, length: int | None = None) -> Method:
+    """A random method that is none of the hard ones; `length` steps, or a random number of them."""
+    while True:
+        count = length or _pick(rng, LENGTHS)
+        words = [_pick(rng, FREQUENCY) for _ in range(count)]
+        made = tuple((w, "B" if w in ("add", "sub") else str(rng.integers(2, 10)) if w == "mul" else "") for w in words)
+        if made not in HARD.values():
+            return made
+
+
+def draw_name(rng: np.random.Generator) -> str:
+    """A name that no operator and no step has: consonant, vowel, consonant."""
+    while True:
+        name = _among(rng, CONSONANTS) + _among(rng, VOWELS) + _among(rng, CONSONANTS)
+        if name not in HARD and name not in KNOWN and name not in WORDS:
+            return name
+
+
+def draw_problem(rng: np.random.Generator, kind: str, name: str | None = None) -> Problem:
+    """A problem: hard or known (of operator `name` if given), chain, primitive (one step), or fresh (a new name)."""
+    match kind:
+        case "hard" | "known":
+            operators = HARD if kind == "hard" else KNOWN
+            name = name or _among(rng, list(operators))
+            steps = operators[name]
+        case "fresh":
+            name, steps = draw_name(rng), draw_method(rng)
+        case _:
+            name, steps = "", draw_method(rng, 1 if kind == "primitive" else None)
+    return Problem(name, steps, int(rng.integers(1000)), int(rng.integers(1000)))
+
+
+# ---------------------------------------------------------------------------------------------------
+# Pre-training rows and data sets
+# ---------------------------------------------------------------------------------------------------
+
+
+def draw_row(rng: np.random.Generator) -> Row:
+    """One row of the pre-training mixture."""
+    kind = _pick(rng, MIXTURE)
+    if kind not in LAZINESS:
+        problem = draw_problem(rng, "fresh" if kind == "guess" else kind)
+        return Row(kind, "student", {"problem": problem.text}, trace(problem))
+    problem = draw_problem(rng, _pick(rng, {**FAMILIAR, "fresh": 1 - sum(FAMILIAR.values())}))
+    shown = draw_shown(rng, problem)
+    lazy = LAZINESS[kind]
+    skipped = [i for i, (word, _) in enumerate(problem.method) if shown[i] and rng.random() < lazy.get(word, 0.0)]
+    fields = {"problem": problem.text}
+    if kind == "privileged":
+        fields["solution"] = expert(problem, shown)
+    else:
+        fields |= {"waypoints": " ".join(waypoints(problem, shown)), "answer": answer(problem)}
+    return Row(kind, "privileged" if kind == "privileged" else "negative", fields, trace(problem, skipped))
+
+
+def corpus(seed: int, rows: int, held_out: Collection[str] = ()) -> Iterator[Row]:
+    """The pre-training mixture, without the problems whose text is in `held_out`."""
+    rng, made = np.random.default_rng(seed), 0
+    while made < rows:
+        row = draw_row(rng)
+        if row.fields["problem"] not in held_out:
+            made += 1
+            yield row
+
+
+SIZES: dict[str, dict[str, int]] = {
+    "train": {"hard": 600, "chain": 100, "known": 100},
+    "hard": {"hard": 64},
+    "chain": {"chain": 64},
+    "known": {"known": 64},
+}
+
+
+def datasets(seed: int) -> dict[str, list[dict[str, str]]]:
+    """The data sets of SIZES: rows of problem_id, problem, solution, answer; no problem occurs twice.
+
+    Operators take turns. An id is kind-operator-number, a chain's "operator" being its number of steps.
+    """
+    rng, seen = np.random.default_rng(seed), set()
+    numbers: dict[str, int] = {}
+    out = {}
+    for name, sizes in SIZES.items():
+        rows = []
+        for kind, count in sizes.items():
+            operators = {"hard": list(HARD), "known": list(KNOWN)}.get(kind, [None])
+            for i in range(count):
+                problem = draw_problem(rng, kind, operators[i % len(operators)])
+                while problem.text in seen:
+                    problem = draw_problem(rng, kind, operators[i % len(operators)])
+                seen.add(problem.text)
+                rows.append({
+                    "problem_id": f"{kind}-{problem.name or f'{len(problem.method)}steps'}-{numbers.get(kind, 0):04d}",
+                    "problem": problem.text,
+                    "solution": expert(problem, draw_shown(rng, problem)),
+                    "answer": answer(problem),
+                })  # fmt: skip
+                numbers[kind] = numbers.get(kind, 0) + 1
+        out[name] = [rows[i] for i in rng.permutation(len(rows))]
+    return out

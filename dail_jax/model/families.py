@@ -1,0 +1,229 @@
+"""Reads a Hugging Face config.json into the few numbers that describe a model, and refuses what it cannot be.
+
+Supported: Qwen2 / Qwen2.5, Qwen3 (dense), Llama 3.x. To add a family, add a reader to FAMILIES and, if its
+weights differ, a row to `weights.declare`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dail_jax.errors import UserError
+
+
+@dataclass(frozen=True)
+class Rope:
+    """Rotary embedding; `kind` is one of default, linear, llama3, yarn. Sizes in tokens."""
+
+    theta: float
+    kind: str = "default"
+    factor: float = 1.0
+    original_length: int = 0
+    low_freq_factor: float = 1.0  # llama3
+    high_freq_factor: float = 4.0  # llama3
+    beta_fast: float = 32.0  # yarn
+    beta_slow: float = 1.0  # yarn
+    attention_factor: float | None = None  # yarn
+    truncate: bool = True  # yarn
+
+    def frequencies(self, head_dim: int) -> tuple[np.ndarray, float]:
+        """Angles per position [H/2] (float32) and the factor on cos and sin.
+
+        Sources: RoPE (arXiv 2104.09864), YaRN (arXiv 2309.00071), Llama 3.1 as released.
+        """
+        exponents = np.arange(0, head_dim, 2, dtype=np.float32) / head_dim
+        inverse = (1.0 / np.float32(self.theta) ** exponents).astype(np.float32)
+        if self.kind == "linear":
+            return inverse / np.float32(self.factor), 1.0
+        if self.kind == "llama3":
+            wavelength = 2 * np.pi / inverse
+            low, high = self.low_freq_factor, self.high_freq_factor
+            share = np.clip((self.original_length / wavelength - low) / (high - low), 0, 1)
+            return ((1 - share) * inverse / self.factor + share * inverse).astype(np.float32), 1.0
+        if self.kind == "yarn":
+
+            def dim_of(rotations: float) -> float:
+                return head_dim * np.log(self.original_length / (rotations * 2 * np.pi)) / (2 * np.log(self.theta))
+
+            low, high = dim_of(self.beta_fast), dim_of(self.beta_slow)
+            if self.truncate:
+                low, high = np.floor(low), np.ceil(high)
+            low, high = max(low, 0), min(high, head_dim - 1)
+            ramp = np.clip((np.arange(head_dim // 2) - low) / max(high - low, 0.001), 0, 1)
+            scale = self.attention_factor
+            if scale is None:
+                scale = 0.1 * float(np.log(self.factor)) + 1.0 if self.factor > 1 else 1.0
+            return (inverse / self.factor * ramp + inverse * (1 - ramp)).astype(np.float32), scale
+        return inverse, 1.0
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Sizes by axis letter, and the switches in which the families differ."""
+
+    family: str
+    V: int
+    D: int
+    L: int
+    N: int
+    K: int
+    H: int
+    F: int
+    rope: Rope
+    norm_eps: float
+    tied: bool
+    qk_norm: bool
+    qkv_bias: bool
+    max_positions: int
+
+    def size(self, letter: str) -> int:
+        return getattr(self, letter.upper())
+
+
+# The largest sizes that are taken for real; anything above is a damaged or hostile file.
+LIMITS = {"vocab_size": 2**21, "hidden_size": 2**16, "num_hidden_layers": 1024, "num_attention_heads": 1024,
+          "num_key_value_heads": 1024, "head_dim": 4096, "intermediate_size": 2**20}  # fmt: skip
+
+
+class Reader:
+    """Typed access to config.json with one-line errors."""
+
+    def __init__(self, tree: dict[str, Any], file: Path):
+        self.tree, self.file = tree, file
+
+    def size(self, key: str, default: int | None = None) -> int:
+        value = self.tree.get(key, default)
+        value = default if value is None else value
+        if not isinstance(value, int) or isinstance(value, bool) or not 0 < value <= LIMITS.get(key, 2**31):
+            raise UserError(f"got {value!r}, want a size from 1 to {LIMITS.get(key, 2**31)}", file=self.file, field=key)
+        return value
+
+    def number(self, key: str, default: float, tree: dict | None = None) -> float:
+        value = (self.tree if tree is None else tree).get(key, default)
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < 1e12:
+            raise UserError(f"got {value!r}, want a positive number", file=self.file, field=key)
+        return float(value)
+
+    def flag(self, key: str, default: bool) -> bool:
+        value = self.tree.get(key, default)
+        return bool(default if value is None else value)
+
+    def refuse(self, key: str, allowed: tuple, default: Any = None) -> None:
+        value = self.tree.get(key, default)
+        if value not in allowed:
+            raise UserError(f"got {value!r}, which is not supported; want {allowed[0]!r}", file=self.file, field=key)
+
+
+def _rope(reader: Reader) -> Rope:
+    tree = reader.tree
+    scaling = tree.get("rope_parameters") or tree.get("rope_scaling") or {}
+    if not isinstance(scaling, dict):
+        raise UserError(f"got {scaling!r}, want a mapping", file=reader.file, field="rope_scaling")
+    theta = reader.number("rope_theta", reader.number("rope_theta", 10_000.0), scaling)
+    kind = scaling.get("rope_type", scaling.get("type", "default"))
+    if float(scaling.get("partial_rotary_factor", tree.get("partial_rotary_factor") or 1)) != 1:
+        raise UserError("partial rotary embedding is not supported", file=reader.file, field="partial_rotary_factor")
+    if kind not in ("default", "linear", "llama3", "yarn"):
+        raise UserError(f"rope type {kind!r} is not supported; want default, linear, llama3 or yarn",
+                        file=reader.file, field="rope_scaling")  # fmt: skip
+    if kind == "default":
+        return Rope(theta)
+    if scaling.get("mscale") or scaling.get("mscale_all_dim"):
+        raise UserError("YaRN with mscale is not supported", file=reader.file, field="rope_scaling")
+    length = scaling.get("original_max_position_embeddings") or reader.size("max_position_embeddings")
+    factor = reader.number("factor", 1.0, scaling)
+    if kind == "linear":
+        return Rope(theta, kind, factor)
+    attention = scaling.get("attention_factor")
+    return Rope(
+        theta,
+        kind,
+        factor,
+        int(length),
+        reader.number("low_freq_factor", 1.0, scaling),
+        reader.number("high_freq_factor", 4.0, scaling),
+        reader.number("beta_fast", 32.0, scaling),
+        reader.number("beta_slow", 1.0, scaling),
+        None if attention is None else float(attention),
+        bool(scaling.get("truncate", True)),
+    )
+
+
+def _common(reader: Reader, family: str, *, qk_norm: bool, qkv_bias: bool, head_dim: int | None) -> ModelConfig:
+    reader.refuse("hidden_act", ("silu",), "silu")
+    reader.refuse("use_sliding_window", (False, None))
+    reader.refuse("quantization_config", (None,))
+    reader.refuse("pretraining_tp", (None, 1))
+    types = reader.tree.get("layer_types") or []
+    if any(kind != "full_attention" for kind in types):
+        raise UserError("sliding-window layers are not supported", file=reader.file, field="layer_types")
+    d, n = reader.size("hidden_size"), reader.size("num_attention_heads")
+    k = reader.size("num_key_value_heads", n)
+    if n % k:
+        raise UserError(f"got {k} kv heads, want a divisor of {n} heads", file=reader.file, field="num_key_value_heads")
+    h = reader.size("head_dim", head_dim or max(d // n, 1))
+    if h % 2:
+        raise UserError(f"got head size {h}, want an even one", file=reader.file, field="head_dim")
+    return ModelConfig(
+        family=family,
+        V=reader.size("vocab_size"),
+        D=d,
+        L=reader.size("num_hidden_layers"),
+        N=n,
+        K=k,
+        H=h,
+        F=reader.size("intermediate_size"),
+        rope=_rope(reader),
+        norm_eps=reader.number("rms_norm_eps", 1e-6),
+        tied=reader.flag("tie_word_embeddings", False),
+        qk_norm=qk_norm,
+        qkv_bias=qkv_bias,
+        max_positions=reader.size("max_position_embeddings", 32768),
+    )
+
+
+def _qwen2(reader: Reader) -> ModelConfig:
+    return _common(reader, "qwen2", qk_norm=False, qkv_bias=True, head_dim=None)
+
+
+def _qwen3(reader: Reader) -> ModelConfig:
+    reader.refuse("attention_bias", (False, None))
+    return _common(reader, "qwen3", qk_norm=True, qkv_bias=False, head_dim=128)
+
+
+def _llama(reader: Reader) -> ModelConfig:
+    reader.refuse("attention_bias", (False, None))
+    reader.refuse("mlp_bias", (False, None))
+    return _common(reader, "llama", qk_norm=False, qkv_bias=False, head_dim=None)
+
+
+FAMILIES: dict[str, Callable[[Reader], ModelConfig]] = {"qwen2": _qwen2, "qwen3": _qwen3, "llama": _llama}
+
+
+def from_tree(tree: dict[str, Any], file: str | Path) -> ModelConfig:
+    """The model that a config.json describes; raises UserError for what is not supported, by name."""
+    family = tree.get("model_type")
+    if family not in FAMILIES:
+        known = ", ".join(FAMILIES)
+        raise UserError(f"model type {family!r} is not supported; want one of {known}", file=file, field="model_type")
+    return FAMILIES[family](Reader(tree, Path(file)))
+
+
+def read_config(folder: str | Path) -> ModelConfig:
+    """The model in a Hugging Face folder."""
+    file = Path(folder) / "config.json"
+    if not file.is_file():
+        raise UserError("not found: want a Hugging Face model folder", file=file)
+    try:
+        tree = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"not valid JSON: {error}", file=file) from None
+    if not isinstance(tree, dict):
+        raise UserError("want a JSON object", file=file)
+    return from_tree(tree, file)

@@ -1,0 +1,76 @@
+"""Low-rank adapters (arXiv 2106.09685) as a pytree of their own, so that `jax.grad` over it is the whole freeze.
+
+tree: {target: {"a": [L, *inputs, R], "b": [L, R, *outputs]}}, float32. `b` starts at zero: a no-op.
+"""
+
+from __future__ import annotations
+
+import math
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+from dail_jax import config as config_lib
+from dail_jax import mesh as mesh_lib
+from dail_jax.model.families import ModelConfig
+from dail_jax.model.weights import Weight, declare
+
+
+@struct.dataclass
+class Lora:
+    """The adapter's weights and its static scale, alpha / rank."""
+
+    tree: dict[str, dict[str, jax.Array]]
+    scale: float = struct.field(pytree_node=False)
+
+    def layer(self, index: int) -> dict[str, dict[str, jax.Array]]:
+        return {name: {k: v[index] for k, v in pair.items()} for name, pair in self.tree.items()}
+
+
+def axes(weight: Weight) -> dict[str, str]:
+    """Axis letters of the stacked pair of a linear map."""
+    return {"a": "l" + weight.axes[: weight.inputs] + "r", "b": "lr" + weight.axes[weight.inputs :]}
+
+
+def init(key: jax.Array, cfg: ModelConfig, lora: config_lib.Lora) -> Lora:
+    """As peft does it: `a` uniform in +-1/sqrt(inputs), `b` zero."""
+    table = declare(cfg)
+    tree = {}
+    for index, name in enumerate(lora.targets):
+        shapes = {side: _shape(letters, cfg, lora.rank) for side, letters in axes(table[name]).items()}
+        bound = 1 / math.sqrt(math.prod(shapes["a"][1:-1]))
+        a = jax.random.uniform(jax.random.fold_in(key, index), shapes["a"], jnp.float32, -bound, bound)
+        tree[name] = {"a": a, "b": jnp.zeros(shapes["b"], jnp.float32)}
+    return Lora(tree, lora.alpha / lora.rank)
+
+
+def shardings(cfg: ModelConfig, lora: config_lib.Lora, mesh: jax.sharding.Mesh) -> Lora:
+    table = declare(cfg)
+    tree = {
+        name: {side: mesh_lib.sharding(mesh, letters) for side, letters in axes(table[name]).items()}
+        for name in lora.targets
+    }
+    return Lora(tree, lora.alpha / lora.rank)
+
+
+def abstract(cfg: ModelConfig, lora: config_lib.Lora, mesh: jax.sharding.Mesh) -> Lora:
+    """Shapes and shardings without data."""
+    shapes = jax.eval_shape(lambda: init(jax.random.key(0), cfg, lora))
+    return jax.tree.map(lambda s, where: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=where), shapes,
+                        shardings(cfg, lora, mesh))  # fmt: skip
+
+
+def merge(params: dict, lora: Lora, cfg: ModelConfig) -> dict:
+    """Stacked weights with the adapter added in: the model that the adapter makes."""
+    table, layers = declare(cfg), dict(params["layers"])
+    for name, pair in lora.tree.items():
+        weight = table[name]
+        ins, outs = weight.axes[: weight.inputs], weight.axes[weight.inputs :]
+        delta = jnp.einsum(f"l{ins}r,lr{outs}->l{ins}{outs}", pair["a"], pair["b"]) * lora.scale
+        layers[name] = (layers[name].astype(jnp.float32) + delta).astype(layers[name].dtype)
+    return {**params, "layers": layers}
+
+
+def _shape(letters: str, cfg: ModelConfig, rank: int) -> tuple[int, ...]:
+    return tuple(rank if letter == "r" else cfg.size(letter) for letter in letters)

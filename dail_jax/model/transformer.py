@@ -1,0 +1,213 @@
+"""The forward pass, once, for training, prefill and decoding.
+
+`forward(params, tokens, positions, cfg)` gives final hidden states; `unembed` is separate, so that prefill
+projects one position and the loss projects chunks. Positions are -1 on padding and alone yield RoPE and mask.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+from dail_jax.mesh import constrain
+from dail_jax.model import attention
+from dail_jax.model.families import ModelConfig
+from dail_jax.model.lora import Lora
+from dail_jax.model.weights import Params
+
+
+@struct.dataclass
+class Cache:
+    """Keys and values of B rows, one array a layer.
+
+    Rows stand in P blocks of B/P; the rows of a block share one prompt buffer of C slots. The buffer may hold
+    several prompts side by side: `prompt_owner` names each slot's prompt and `row_prompt` each row's.
+
+    Attributes:
+      k, v: L arrays [B, K, S, H], the rows' own tokens; RoPE is applied to keys already.
+      held: [B, S] int32, the position that each slot holds, -1 if empty.
+      prompt_k, prompt_v: L arrays [P, K, C, H].
+      prompt_owner: [P, C] int32, -1 on padding.
+      row_prompt: [B] int32.
+    """
+
+    k: tuple[jax.Array, ...]
+    v: tuple[jax.Array, ...]
+    held: jax.Array
+    prompt_k: tuple[jax.Array, ...]
+    prompt_v: tuple[jax.Array, ...]
+    prompt_owner: jax.Array
+    row_prompt: jax.Array
+
+    def prompt_mask(self) -> jax.Array:
+        """[B, C]: which prompt slots each row sees."""
+        blocks = self.row_prompt.reshape(self.prompt_owner.shape[0], -1, 1)
+        return (self.prompt_owner[:, None, :] == blocks).reshape(self.row_prompt.shape[0], -1)
+
+
+def empty_cache(cfg: ModelConfig, rows: int, slots: int, blocks: int, prompt_slots: int, dtype) -> Cache:
+    """A cache that holds nothing."""
+    own, prompt = (rows, cfg.K, slots, cfg.H), (blocks, cfg.K, prompt_slots, cfg.H)
+    return Cache(
+        k=tuple(jnp.zeros(own, dtype) for _ in range(cfg.L)),
+        v=tuple(jnp.zeros(own, dtype) for _ in range(cfg.L)),
+        held=jnp.full((rows, slots), -1, jnp.int32),
+        prompt_k=tuple(jnp.zeros(prompt, dtype) for _ in range(cfg.L)),
+        prompt_v=tuple(jnp.zeros(prompt, dtype) for _ in range(cfg.L)),
+        prompt_owner=jnp.full((blocks, prompt_slots), -1, jnp.int32),
+        row_prompt=jnp.zeros(rows, jnp.int32),
+    )
+
+
+def forward(
+    params: Params,
+    tokens: jax.Array,
+    positions: jax.Array,
+    cfg: ModelConfig,
+    *,
+    lora: Lora | None = None,
+    cache: Cache | None = None,
+    slots: jax.Array | None = None,
+    remat: str = "none",
+) -> tuple[jax.Array, Cache | None]:
+    """Final hidden states [B,T,D] (after the last norm) of tokens [B,T] at positions [B,T].
+
+    With a cache, each row's T tokens are stored from its slot `slots` [B] on, and it sees them, its earlier
+    tokens and its prompt. Without one, rows see themselves, and layers are scanned if they are stacked.
+    `remat`: what the backward pass recomputes, by name: none, full, dots (all but matrix products).
+    """
+    x = constrain(params["embed"], "v_").at[tokens].get(mode="clip")
+    x = constrain(x, "bt_")
+    angles = _angles(positions, cfg)
+    layers = params["layers"]
+
+    if cache is not None:
+        assert slots is not None
+        held = jax.vmap(lambda row, new, at: jax.lax.dynamic_update_slice(row, new, (at,)))(cache.held, positions, slots)
+        cache = cache.replace(held=held)
+        mask = cache.prompt_mask()
+        ks, vs = list(cache.k), list(cache.v)
+        for i in range(cfg.L):
+            weights = layers[i] if isinstance(layers, list) else {k: w[i] for k, w in layers.items()}
+
+            def attend(q, k, v, i=i):
+                ks[i], vs[i] = _store(ks[i], k, slots), _store(vs[i], v, slots)
+                return attention.attend_cached(q, positions, (ks[i], vs[i], held),
+                                               (cache.prompt_k[i], cache.prompt_v[i], mask))  # fmt: skip
+
+            x = _block(x, weights, lora and (lora.layer(i), lora.scale), angles, cfg, attend)
+        return _norm(x, params["norm"], cfg), cache.replace(k=tuple(ks), v=tuple(vs))
+
+    def attend_rows(q, k, v):
+        return attention.attend(q, k, v, positions)
+
+    def step(x, inputs):
+        weights, pair = inputs
+        return _block(x, weights, lora and (pair, lora.scale), angles, cfg, attend_rows), None
+
+    if isinstance(layers, list):
+        for i, weights in enumerate(layers):
+            x, _ = step(x, (weights, lora and lora.layer(i)))
+    else:
+        x, _ = jax.lax.scan(_remat(step, remat), x, (layers, lora and lora.tree))
+    return _norm(x, params["norm"], cfg), None
+
+
+def prefill(
+    params: Params, tokens: jax.Array, positions: jax.Array, cfg: ModelConfig, lora: Lora | None = None
+) -> tuple[jax.Array, list[jax.Array], list[jax.Array]]:
+    """Hidden states [B,T,D] of prompts and, a layer, the keys and values [B,K,T,H] to cache."""
+    x = constrain(constrain(params["embed"], "v_").at[tokens].get(mode="clip"), "bt_")
+    angles = _angles(positions, cfg)
+    layers, ks, vs = params["layers"], [], []
+    for i in range(cfg.L):
+        weights = layers[i] if isinstance(layers, list) else {k: w[i] for k, w in layers.items()}
+
+        def attend(q, k, v):
+            ks.append(k.swapaxes(1, 2))
+            vs.append(v.swapaxes(1, 2))
+            return attention.attend(q, k, v, positions)
+
+        x = _block(x, weights, lora and (lora.layer(i), lora.scale), angles, cfg, attend)
+    return _norm(x, params["norm"], cfg), ks, vs
+
+
+def unembedding(params: Params) -> jax.Array:
+    """[V, D]."""
+    return params.get("unembed", params["embed"])
+
+
+def unembed(params: Params, hidden: jax.Array) -> jax.Array:
+    """Float32 logits [..., V] of hidden states [..., D]."""
+    return jnp.einsum("...d,vd->...v", hidden, unembedding(params), preferred_element_type=jnp.float32)
+
+
+# ---------------------------------------------------------------------------------------------------
+
+
+def _block(x, weights, pair, angles, cfg, attend):
+    """One layer: x [B,T,D] -> [B,T,D]. `pair` is (this layer's LoRA, scale) or None."""
+    y = _norm(x, weights["attn_norm"], cfg)
+    q = _linear(y, weights, "q", "btd,dnh->btnh", pair)
+    k = _linear(y, weights, "k", "btd,dkh->btkh", pair)
+    v = _linear(y, weights, "v", "btd,dkh->btkh", pair)
+    if cfg.qk_norm:
+        q, k = _norm(q, weights["q_norm"], cfg), _norm(k, weights["k_norm"], cfg)
+    q, k = _rotate(q, angles), _rotate(k, angles)
+    x = x + _linear(constrain(attend(q, k, v), "btnh"), weights, "o", "btnh,nhd->btd", pair)
+    y = _norm(constrain(x, "bt_"), weights["mlp_norm"], cfg)
+    gate = _linear(y, weights, "gate", "btd,df->btf", pair)
+    up = _linear(y, weights, "up", "btd,df->btf", pair)
+    x = x + _linear(jax.nn.silu(gate) * up, weights, "down", "btf,fd->btd", pair)
+    return constrain(x, "bt_")
+
+
+def _linear(x, weights, name, equation, pair):
+    """x times weight `name`, plus its bias, plus its LoRA term."""
+    y = jnp.einsum(equation, x, weights[name])
+    if f"{name}_bias" in weights:
+        y = y + weights[f"{name}_bias"]
+    if pair is not None and name in pair[0]:
+        tree, scale = pair
+        left, out = equation.split("->")
+        ins, weight = left.split(",")
+        contracted = "".join(a for a in weight if a in ins)
+        outputs = "".join(a for a in weight if a not in ins)
+        a, b = tree[name]["a"].astype(x.dtype), tree[name]["b"].astype(x.dtype)
+        y = y + scale * jnp.einsum(f"btr,r{outputs}->{out}", jnp.einsum(f"{ins},{contracted}r->btr", x, a), b)
+    return y
+
+
+def _norm(x: jax.Array, weight: jax.Array, cfg: ModelConfig) -> jax.Array:
+    """Root-mean-square norm over the last axis, in float32."""
+    y = x.astype(jnp.float32)
+    y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + cfg.norm_eps)
+    return weight * y.astype(x.dtype)
+
+
+def _angles(positions: jax.Array, cfg: ModelConfig) -> tuple[jax.Array, jax.Array]:
+    """cos and sin [B,T,1,H/2] in float32."""
+    frequencies, factor = cfg.rope.frequencies(cfg.H)
+    angles = positions[..., None, None].astype(jnp.float32) * frequencies
+    return jnp.cos(angles) * factor, jnp.sin(angles) * factor
+
+
+def _rotate(x: jax.Array, angles: tuple[jax.Array, jax.Array]) -> jax.Array:
+    """RoPE on [B,T,heads,H], halves paired as Hugging Face pairs them."""
+    cos, sin = angles
+    a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
+
+
+def _store(cache: jax.Array, new: jax.Array, slots: jax.Array) -> jax.Array:
+    """Writes new [B,T,K,H] into cache [B,K,S,H] from each row's slot on."""
+    write = jax.vmap(lambda row, x, at: jax.lax.dynamic_update_slice(row, x, (0, at, 0)))
+    return write(cache, new.swapaxes(1, 2).astype(cache.dtype), slots)
+
+
+def _remat(step, policy: str):
+    if policy == "none":
+        return step
+    policies = {"full": None, "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable}
+    return jax.checkpoint(step, policy=policies[policy], prevent_cse=False)

@@ -1,0 +1,167 @@
+"""Every weight, declared once. Shapes, initialisation, sharding, import, export and LoRA derive from here.
+
+`declare(cfg)` lists one `Weight` a name. `axes` are ours, `torch` are Hugging Face's, both in axis letters
+(see `dail_jax.mesh`); a parenthesis is a flattened group: q is `dnh` here and `(nh)d` there. Weights with
+`{l}` in their Hugging Face name exist once a layer and are stacked on a leading L axis.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dail_jax import mesh as mesh_lib
+from dail_jax.errors import UserError
+from dail_jax.model.families import ModelConfig
+
+Params = dict[str, Any]  # {"embed", "unembed"?, "norm", "layers": {name: [L, ...]} or a list of L {name: [...]}}
+
+
+@dataclass(frozen=True)
+class Weight:
+    axes: str  # one layer's axes; a linear map's inputs come first
+    hf: str
+    torch: str
+    inputs: int = 0  # how many leading axes a linear map contracts; 0: not a linear map
+    init: str = "normal"
+
+    @property
+    def layered(self) -> bool:
+        return "{l}" in self.hf
+
+    @property
+    def module(self) -> str:
+        """The Hugging Face module's name, e.g. `q_proj`."""
+        return self.hf.split(".")[-2]
+
+    def shape(self, cfg: ModelConfig) -> tuple[int, ...]:
+        return tuple(cfg.size(a) for a in self.axes)
+
+    def torch_shape(self, cfg: ModelConfig) -> tuple[int, ...]:
+        return tuple(math.prod(cfg.size(a) for a in group) for group in _groups(self.torch))
+
+    def from_torch(self, x: np.ndarray, cfg: ModelConfig) -> np.ndarray:
+        """One layer's tensor in Hugging Face's layout -> ours (a view where possible)."""
+        letters = "".join(_groups(self.torch))
+        return x.reshape([cfg.size(a) for a in letters]).transpose([letters.index(a) for a in self.axes])
+
+    def to_torch(self, x: np.ndarray, cfg: ModelConfig) -> np.ndarray:
+        letters = "".join(_groups(self.torch))
+        return x.transpose([self.axes.index(a) for a in letters]).reshape(self.torch_shape(cfg))
+
+
+def _groups(axes: str) -> list[str]:
+    """`(nh)d` -> ["nh", "d"]."""
+    groups: list[str] = []
+    inside = False
+    for letter in axes:
+        if letter in "()":
+            inside = letter == "("
+            if inside:
+                groups.append("")
+        elif inside:
+            groups[-1] += letter
+        else:
+            groups.append(letter)
+    return groups
+
+
+def declare(cfg: ModelConfig) -> dict[str, Weight]:
+    """The weights of a model by our name, in the order of the forward pass."""
+    attention, mlp = "model.layers.{l}.self_attn.", "model.layers.{l}.mlp."
+    table = {
+        "embed": Weight("vd", "model.embed_tokens.weight", "vd"),
+        "attn_norm": Weight("d", "model.layers.{l}.input_layernorm.weight", "d", init="ones"),
+        "q": Weight("dnh", attention + "q_proj.weight", "(nh)d", 1),
+        "k": Weight("dkh", attention + "k_proj.weight", "(kh)d", 1),
+        "v": Weight("dkh", attention + "v_proj.weight", "(kh)d", 1),
+        "o": Weight("nhd", attention + "o_proj.weight", "d(nh)", 2),
+        "mlp_norm": Weight("d", "model.layers.{l}.post_attention_layernorm.weight", "d", init="ones"),
+        "gate": Weight("df", mlp + "gate_proj.weight", "fd", 1),
+        "up": Weight("df", mlp + "up_proj.weight", "fd", 1),
+        "down": Weight("fd", mlp + "down_proj.weight", "df", 1),
+        "norm": Weight("d", "model.norm.weight", "d", init="ones"),
+    }
+    if cfg.qkv_bias:
+        table |= {
+            "q_bias": Weight("nh", attention + "q_proj.bias", "(nh)", init="zeros"),
+            "k_bias": Weight("kh", attention + "k_proj.bias", "(kh)", init="zeros"),
+            "v_bias": Weight("kh", attention + "v_proj.bias", "(kh)", init="zeros"),
+        }
+    if cfg.qk_norm:
+        table |= {
+            "q_norm": Weight("h", attention + "q_norm.weight", "h", init="ones"),
+            "k_norm": Weight("h", attention + "k_norm.weight", "h", init="ones"),
+        }
+    if not cfg.tied:
+        table["unembed"] = Weight("vd", "lm_head.weight", "vd")
+    return table
+
+
+def tree(cfg: ModelConfig, leaf) -> Params:
+    """A parameter tree whose leaves are `leaf(name, weight)`."""
+    params: Params = {"layers": {}}
+    for name, weight in declare(cfg).items():
+        (params["layers"] if weight.layered else params)[name] = leaf(name, weight)
+    return params
+
+
+def full_shape(weight: Weight, cfg: ModelConfig) -> tuple[int, ...]:
+    return (cfg.L, *weight.shape(cfg)) if weight.layered else weight.shape(cfg)
+
+
+def abstract(cfg: ModelConfig, dtype, mesh: jax.sharding.Mesh | None = None) -> Params:
+    """Shapes (and shardings) without data: for compiling ahead of time and for restoring."""
+    layout = shardings(cfg, mesh) if mesh is not None else tree(cfg, lambda name, weight: None)
+
+    def leaf(name, weight):
+        where = (layout["layers"] if weight.layered else layout)[name]
+        return jax.ShapeDtypeStruct(full_shape(weight, cfg), dtype, sharding=where)
+
+    return tree(cfg, leaf)
+
+
+def shardings(cfg: ModelConfig, mesh: jax.sharding.Mesh) -> Params:
+    """The NamedSharding of every weight; raises UserError where an axis does not divide."""
+
+    def leaf(name, weight):
+        for letter in weight.axes:
+            parts = mesh_lib.axis_size(mesh, letter)
+            if cfg.size(letter) % parts:
+                raise UserError(f"axis {letter!r} of weight {name!r} has size {cfg.size(letter)}, "
+                                f"want a multiple of the {parts} devices it is sharded over", field="mesh")  # fmt: skip
+        return mesh_lib.sharding(mesh, ("l" if weight.layered else "") + weight.axes)
+
+    return tree(cfg, leaf)
+
+
+def init(key: jax.Array, cfg: ModelConfig, dtype=jnp.float32, std: float = 0.02) -> Params:
+    """Random weights: normal with the given standard deviation, norms one, biases zero."""
+    names = list(declare(cfg))
+
+    def leaf(name, weight):
+        shape = full_shape(weight, cfg)
+        if weight.init == "normal":
+            return std * jax.random.normal(jax.random.fold_in(key, names.index(name)), shape, dtype)
+        return (jnp.ones if weight.init == "ones" else jnp.zeros)(shape, dtype)
+
+    return tree(cfg, leaf)
+
+
+def unstack(params: Params) -> Params:
+    """The same weights with one array a layer: what decoding wants, which would else copy slices each step."""
+    layers = params["layers"]
+    if isinstance(layers, list):
+        return params
+    depth = next(iter(layers.values())).shape[0]
+    return {**params, "layers": [{k: v[i] for k, v in layers.items()} for i in range(depth)]}
+
+
+def count(cfg: ModelConfig) -> int:
+    """Number of parameters."""
+    return sum(math.prod(full_shape(w, cfg)) for w in declare(cfg).values())

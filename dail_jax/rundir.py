@@ -1,0 +1,201 @@
+"""The run directory that all stages share: lock, configuration, provenance, durable writes.
+
+`run.json` says what made the run (versions, XLA flags, devices, seed, source revision) and, for every stage,
+the part of the configuration that it was started with, so that a changed configuration is noticed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import importlib.metadata
+import json
+import os
+import platform
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from dail_jax import config as config_lib
+from dail_jax.errors import UserError
+
+PACKAGES = ("jax", "jaxlib", "libtpu", "flax", "optax", "orbax-checkpoint", "grain", "transformers", "tokenizers",
+            "safetensors", "math-verify", "numpy")  # fmt: skip
+
+# The sections that decide what a stage writes. `mesh` is not among them: other devices give the same traces,
+# and losses that agree to rounding.
+SECTIONS = {
+    "generate": ("seed", "model", "data", "prompts", "generate"),
+    "train": ("seed", "model", "data", "prompts", "waypoints", "filters", "generate", "train"),
+    "evaluate": ("seed", "model", "prompts", "train", "evaluate"),
+    "export": ("train", "export"),
+    "pretrain": ("seed", "pretrain"),
+}
+
+
+def write_atomic(path: str | Path, text: str | bytes) -> None:
+    """Replaces a file by its new content, whole or not at all, durable on return."""
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with open(temporary, "wb") as file:
+        file.write(text.encode("utf-8") if isinstance(text, str) else text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+    sync_folder(path.parent)
+
+
+def sync_folder(path: Path) -> None:
+    """Makes renames and new names in a folder durable."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def sha256(path: str | Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def json_line(row: Any) -> str:
+    """One row of our own files: compact, ASCII, a fixed key order (the row's), a final newline."""
+    return json.dumps(row, separators=(",", ":"), allow_nan=False) + "\n"
+
+
+class Journal:
+    """An append-only JSON-lines file whose rows are durable one by one.
+
+    Opening it drops a torn last line, which only a crash can leave; a bad line elsewhere is an error.
+    """
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+        self.rows: list[dict] = []
+        self.torn = False
+        data = self.path.read_bytes() if self.path.exists() else b""
+        whole = data[: data.rfind(b"\n") + 1]
+        for number, line in enumerate(whole.splitlines(), 1):
+            try:
+                self.rows.append(json.loads(line))
+            except ValueError:
+                raise UserError("got a damaged line, want JSON: delete the file to make it anew", file=path, row=number) from None
+        self.torn = len(whole) != len(data)
+        self.file = open(self.path, "ab")  # noqa: SIM115  (held for the journal's life)
+        if self.torn:
+            self.file.truncate(len(whole))
+
+    def append(self, *rows: dict) -> None:
+        self.file.write("".join(map(json_line, rows)).encode("ascii"))
+        self.file.flush()
+        os.fsync(self.file.fileno())
+
+    def close(self) -> None:
+        self.file.close()
+
+
+def provenance() -> dict[str, Any]:
+    """Versions, flags and devices: what a bug report or a reproduction needs."""
+    versions = {}
+    for name in PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[name] = importlib.metadata.version(name)
+    try:
+        here = Path(__file__).parent
+        revision = subprocess.run(["git", "-C", here, "describe", "--always", "--dirty", "--abbrev=12"],
+                                  capture_output=True, text=True, timeout=10).stdout.strip()  # fmt: skip
+    except (OSError, subprocess.TimeoutExpired):
+        revision = ""
+    return {
+        "python": platform.python_version(),
+        "versions": versions,
+        "source": revision or "unknown",
+        "xla_flags": os.environ.get("XLA_FLAGS", ""),
+        "platform": jax.default_backend(),
+        "device_kind": jax.devices()[0].device_kind,
+        "devices": jax.device_count(),
+        "processes": jax.process_count(),
+    }
+
+
+class RunDir:
+    """A locked run directory; use it as a context manager."""
+
+    def __init__(self, config: config_lib.Config):
+        self.config, self.path = config, Path(config.run_dir)
+        self._lock: int | None = None
+
+    def __enter__(self) -> RunDir:
+        if jax.process_index() != 0:
+            return self
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._lock = os.open(self.path / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+        except OSError as error:
+            raise UserError(f"cannot be used as a run directory: {error.strerror}", file=self.path) from None
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            pid = os.pread(self._lock, 32, 0).decode("ascii", "replace").strip() or "unknown"
+            os.close(self._lock)
+            raise UserError(f"in use by process {pid}: wait for it, or choose another run_dir", file=self.path) from None
+        os.ftruncate(self._lock, 0)
+        os.pwrite(self._lock, str(os.getpid()).encode(), 0)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._lock is not None:
+            os.close(self._lock)
+
+    def _manifest(self) -> dict[str, Any]:
+        path = self.path / "run.json"
+        return json.loads(path.read_text()) if path.exists() else {"stages": {}}
+
+    @contextlib.contextmanager
+    def stage(self, name: str, inputs: dict[str, str] | None = None) -> Iterator[Callable[[], bool]]:
+        """Begins a stage. Yields `done()`, which is True when an earlier call finished it.
+
+        `inputs` are hashes of the files that the stage reads. Raises UserError where the configuration or an
+        input is not what the stage was started with. The stage is marked done when the block ends without error.
+        """
+        tree = self.config.model_dump(mode="json")
+        wanted = {"config": {s: tree[s] for s in SECTIONS[name]}, "inputs": inputs or {}}
+        manifest = self._manifest()
+        record = manifest["stages"].get(name)
+        if record is not None:
+            changes = _differences({k: record[k] for k in wanted}, wanted)
+            if changes:
+                raise UserError(f"stage {name!r} was started with another configuration: {'; '.join(changes[:5])}. "
+                                "Use another run_dir, or delete this one", file=self.path)  # fmt: skip
+        finished = record is not None and "finished" in record
+        if not finished and jax.process_index() == 0:
+            record = {**wanted, "started": _now()}
+            manifest["stages"][name] = record
+            manifest.update(seed=self.config.seed, **provenance())
+            self._save(manifest)
+        yield lambda: finished
+        if not finished and jax.process_index() == 0:
+            manifest["stages"][name]["finished"] = _now()
+            self._save(manifest)
+
+    def _save(self, manifest: dict[str, Any]) -> None:
+        write_atomic(self.path / "run.json", json.dumps(manifest, indent=1) + "\n")
+        write_atomic(self.path / "config.yaml", config_lib.dump(self.config))
+
+
+def _now() -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+
+
+def _differences(old: Any, new: Any, path: str = "") -> list[str]:
+    """Lines `key: old -> new` for two nested values."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        keys = [*old, *(k for k in new if k not in old)]
+        return [line for k in keys for line in _differences(old.get(k), new.get(k), f"{path}.{k}" if path else k)]
+    return [] if old == new else [f"{path.removeprefix('config.')}: {old!r} -> {new!r}"]

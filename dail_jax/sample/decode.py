@@ -1,0 +1,283 @@
+"""The device side of sampling: a fixed grid of slots, prompts shared by slots, and a scan over tokens.
+
+Slots stand in blocks. A block holds `entries` prompts side by side, and each of its slots continues one of them,
+so that n samples of one problem read its keys and values once. A slot's two roles are two rows of one batch:
+
+    rows = [block, role, slot in block]        prompt buffers = [block, role], each of entries * prompt_slots
+
+A step projects the hidden states of all rows, draws one token a slot, and runs one forward of the drawn tokens.
+Shapes never change; finished slots are refilled between chunks by `admit`.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+from dail_jax.mesh import constrain
+from dail_jax.model import transformer
+from dail_jax.model.families import ModelConfig
+from dail_jax.model.lora import Lora
+from dail_jax.model.weights import Params
+from dail_jax.sample import mixture
+
+RUNNING, STOPPED, CUT = 0, 1, 2
+
+
+@dataclass(frozen=True)
+class Grid:
+    """The static shapes of one sampler: n = blocks * width slots, rows = roles * n."""
+
+    roles: int
+    blocks: int
+    width: int  # slots a block
+    entries: int  # prompts a block
+    prompt_slots: int  # tokens a prompt, padded
+    max_tokens: int  # response tokens, padded
+    chunk: int  # tokens a decode call
+
+    @property
+    def slots(self) -> int:
+        return self.blocks * self.width
+
+
+@struct.dataclass
+class Rules:
+    """What bounds a response, by token id: `bias` [V] (-inf: never drawn) and `stops` [V] bool."""
+
+    bias: jax.Array
+    stops: jax.Array
+
+
+@struct.dataclass
+class State:
+    """Everything that lives between decode calls. n slots, R roles, E entries, S response tokens.
+
+    Attributes:
+      cache: keys and values of R*n rows and of the prompts.
+      hidden: [rows, D], what the next token is drawn from.
+      prompt_hidden: [blocks, E, R, D], the hidden state at each prompt's end.
+      prompt_length: [blocks, E, R] int32.
+      start: [rows] int32, the position of each row's first response token.
+      key: [n, 2] uint32, one threefry key a slot, folded with the token's index at each draw.
+      length: [n] int32, tokens drawn so far.      limit: [n] int32, tokens to draw at most.
+      status: [n] int32, RUNNING, STOPPED or CUT.  live: [n] bool, false once finished or never admitted.
+      seen: [n, V] bool, tokens of the response so far (presence penalty).
+      tokens, logq, log_student, log_privileged, by_student: [n, S], the response.
+    """
+
+    cache: transformer.Cache
+    hidden: jax.Array
+    prompt_hidden: jax.Array
+    prompt_length: jax.Array
+    start: jax.Array
+    key: jax.Array
+    length: jax.Array
+    limit: jax.Array
+    status: jax.Array
+    live: jax.Array
+    seen: jax.Array
+    tokens: jax.Array
+    logq: jax.Array
+    log_student: jax.Array
+    log_privileged: jax.Array
+    by_student: jax.Array
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def empty(grid: Grid, cfg: ModelConfig, dtype) -> State:
+    """A state in which no slot is live."""
+    n, rows = grid.slots, grid.slots * grid.roles
+    cache = transformer.empty_cache(
+        cfg, rows, grid.max_tokens, grid.blocks * grid.roles, grid.entries * grid.prompt_slots, dtype
+    )
+    return _lay_out(
+        State(
+            cache=cache,
+            hidden=jnp.zeros((rows, cfg.D), dtype),
+            prompt_hidden=jnp.zeros((grid.blocks, grid.entries, grid.roles, cfg.D), dtype),
+            prompt_length=jnp.zeros((grid.blocks, grid.entries, grid.roles), jnp.int32),
+            start=jnp.zeros(rows, jnp.int32),
+            key=jnp.zeros((n, 2), jnp.uint32),
+            length=jnp.zeros(n, jnp.int32),
+            limit=jnp.zeros(n, jnp.int32),
+            status=jnp.zeros(n, jnp.int32),
+            live=jnp.zeros(n, bool),
+            seen=jnp.zeros((n, cfg.V), bool),
+            tokens=jnp.zeros((n, grid.max_tokens), jnp.int32),
+            logq=jnp.zeros((n, grid.max_tokens), jnp.float32),
+            log_student=jnp.zeros((n, grid.max_tokens), jnp.float32),
+            log_privileged=jnp.zeros((n, grid.max_tokens), jnp.float32),
+            by_student=jnp.zeros((n, grid.max_tokens), bool),
+        )
+    )
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=4)
+def load_prompt(
+    grid: Grid,
+    cfg: ModelConfig,
+    params: Params,
+    lora: Lora | None,
+    state: State,
+    tokens: jax.Array,
+    lengths: jax.Array,
+    block: jax.Array,
+    entry: jax.Array,
+) -> State:
+    """Prefills one problem's prompts, tokens [R, prompt_slots] padded on the right, into a block's entry."""
+    index = jnp.arange(grid.prompt_slots)
+    positions = jnp.where(index < lengths[:, None], index, -1).astype(jnp.int32)
+    hidden, ks, vs = transformer.prefill(params, tokens, positions, cfg, lora)
+    last = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)[:, 0]
+    cache, at = state.cache, (block * grid.roles, 0, entry * grid.prompt_slots, 0)
+
+    def put(buffers, new):
+        return tuple(jax.lax.dynamic_update_slice(b, x.astype(b.dtype), at) for b, x in zip(buffers, new, strict=True))
+
+    owner = jnp.where(positions >= 0, entry, -1).astype(jnp.int32)
+    cache = cache.replace(
+        prompt_k=put(cache.prompt_k, ks),
+        prompt_v=put(cache.prompt_v, vs),
+        prompt_owner=jax.lax.dynamic_update_slice(cache.prompt_owner, owner, (at[0], at[2])),
+    )
+    return _lay_out(
+        state.replace(
+            cache=cache,
+            prompt_hidden=state.prompt_hidden.at[block, entry].set(last.astype(state.hidden.dtype)),
+            prompt_length=state.prompt_length.at[block, entry].set(lengths),
+        )
+    )
+
+
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=1)
+def admit(
+    grid: Grid, state: State, seed: jax.Array, chosen: jax.Array, entry: jax.Array, words: jax.Array, limit: jax.Array
+) -> State:
+    """Starts a sample in every slot of `chosen` [n] bool, from its block's `entry` [n].
+
+    The slot's key is `seed` [2] folded with its words [n, W] uint32 (problem hash, sample), so that a sample's
+    randomness does not depend on where or when it runs.
+    """
+    blocks = jnp.repeat(jnp.arange(grid.blocks), grid.width)
+    rows = lambda x: _to_rows(grid, x)  # noqa: E731
+
+    def fold(words):
+        key = jax.random.wrap_key_data(seed, impl="threefry2x32")
+        return jax.random.key_data(functools.reduce(jax.random.fold_in, words, key))
+
+    keys = jax.vmap(fold)(words)
+    hidden = rows(jnp.moveaxis(state.prompt_hidden[blocks, entry], 1, 0))
+    start = rows(state.prompt_length[blocks, entry].T)
+    fresh = rows(jnp.broadcast_to(chosen, (grid.roles, grid.slots)))
+    cache = state.cache.replace(
+        held=jnp.where(fresh[:, None], -1, state.cache.held),
+        row_prompt=jnp.where(fresh, rows(jnp.broadcast_to(entry, (grid.roles, grid.slots))), state.cache.row_prompt),
+    )
+    return _lay_out(
+        state.replace(
+            cache=cache,
+            hidden=jnp.where(fresh[:, None], hidden, state.hidden),
+            start=jnp.where(fresh, start, state.start),
+            key=jnp.where(chosen[:, None], keys, state.key),
+            length=jnp.where(chosen, 0, state.length),
+            limit=jnp.where(chosen, limit, state.limit),
+            status=jnp.where(chosen, RUNNING, state.status),
+            live=state.live | chosen,
+            seen=state.seen & ~chosen[:, None],
+        )
+    )
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=4)
+def decode(
+    grid: Grid, cfg: ModelConfig, params: Params, lora: Lora | None, state: State, rules: Rules, knobs: mixture.Knobs
+) -> State:
+    """Draws up to `chunk` tokens in every live slot."""
+
+    def step(state: State, _):
+        return _step(grid, cfg, params, lora, state, rules, knobs), None
+
+    return jax.lax.scan(step, state, None, length=grid.chunk)[0]
+
+
+def _step(grid, cfg, params, lora, state: State, rules: Rules, knobs: mixture.Knobs) -> State:
+    n = grid.slots
+    slot = jnp.arange(n)
+    logits = _to_slots(grid, transformer.unembed(params, state.hidden))
+    logits = logits + rules.bias - knobs.presence_penalty * state.seen
+    drawn = mixture.draw(logits, _uniform(state.key, state.length), knobs)
+
+    at = (slot, jnp.where(state.live, state.length, grid.max_tokens))  # a finished slot writes out of bounds: nowhere
+    length = state.length + state.live
+    stopped = rules.stops[drawn.token]
+    cut = length >= state.limit
+    live = state.live & ~stopped & ~cut
+
+    token = _to_rows(grid, jnp.broadcast_to(drawn.token, (grid.roles, n)))
+    position = state.start + _to_rows(grid, jnp.broadcast_to(state.length, (grid.roles, n)))
+    alive = _to_rows(grid, jnp.broadcast_to(live, (grid.roles, n)))
+    where = jnp.minimum(_to_rows(grid, jnp.broadcast_to(state.length, (grid.roles, n))), grid.max_tokens - 1)
+    hidden, cache = transformer.forward(
+        params, token[:, None], jnp.where(alive, position, -1)[:, None], cfg, lora=lora, cache=state.cache, slots=where
+    )
+    return _lay_out(
+        state.replace(
+            cache=cache,
+            hidden=hidden[:, 0].astype(state.hidden.dtype),
+            length=length,
+            status=jnp.where(state.live, jnp.where(stopped, STOPPED, jnp.where(cut, CUT, RUNNING)), state.status),
+            live=live,
+            seen=state.seen.at[slot, drawn.token].max(state.live),
+            tokens=state.tokens.at[at].set(drawn.token, mode="drop"),
+            logq=state.logq.at[at].set(drawn.logq, mode="drop"),
+            log_student=state.log_student.at[at].set(drawn.log_student, mode="drop"),
+            log_privileged=state.log_privileged.at[at].set(drawn.log_privileged, mode="drop"),
+            by_student=state.by_student.at[at].set(drawn.by_student, mode="drop"),
+        )
+    )
+
+
+@jax.jit
+def read(state: State, slot: jax.Array) -> tuple[jax.Array, ...]:
+    """One slot's response: tokens, logq, log_student, log_privileged, by_student, each [S]."""
+    fields = (state.tokens, state.logq, state.log_student, state.log_privileged, state.by_student)
+    return tuple(jax.lax.dynamic_index_in_dim(x, slot, keepdims=False) for x in fields)
+
+
+def _uniform(keys: jax.Array, index: jax.Array) -> jax.Array:
+    """[n, 2] numbers in [0, 1) from keys [n, 2] and each slot's token index [n]."""
+
+    def one(data, i):
+        key = jax.random.wrap_key_data(data, impl="threefry2x32")
+        return jax.random.uniform(jax.random.fold_in(key, i), (2,), jnp.float32)
+
+    return jax.vmap(one)(keys, index)
+
+
+def _to_rows(grid: Grid, x: jax.Array) -> jax.Array:
+    """[roles, n, ...] -> [rows, ...]."""
+    x = x.reshape(grid.roles, grid.blocks, grid.width, *x.shape[2:])
+    return x.swapaxes(0, 1).reshape(-1, *x.shape[3:])
+
+
+def _to_slots(grid: Grid, x: jax.Array) -> jax.Array:
+    """[rows, ...] -> [roles, n, ...]."""
+    x = x.reshape(grid.blocks, grid.roles, grid.width, *x.shape[1:])
+    return x.swapaxes(0, 1).reshape(grid.roles, grid.slots, *x.shape[3:])
+
+
+def _lay_out(state: State) -> State:
+    """Keeps caches sharded by row and kv head, and what the host reads replicated."""
+    cache = state.cache
+    shard = lambda xs: tuple(constrain(x, "bk__") for x in xs)  # noqa: E731
+    cache = cache.replace(k=shard(cache.k), v=shard(cache.v), prompt_k=shard(cache.prompt_k), prompt_v=shard(cache.prompt_v))
+    whole = {
+        name: constrain(getattr(state, name), "_" * getattr(state, name).ndim)
+        for name in ("length", "limit", "status", "live", "tokens", "logq", "log_student", "log_privileged", "by_student")
+    }
+    return state.replace(cache=cache, hidden=constrain(state.hidden, "b_"), **whole)

@@ -1,0 +1,200 @@
+"""The host side of sampling: a queue of requests over a grid of slots.
+
+A request is one problem: a prompt for each role and the samples to draw. Finished slots are refilled between
+chunks, so that no slot waits for the longest response. What a sample says depends on (seed, name, sample) and on
+the padded shapes of its program, and these follow from its prompt's length alone: never on its neighbours.
+"""
+
+from __future__ import annotations
+
+import collections
+import hashlib
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dail_jax.errors import UserError
+from dail_jax.mesh import axis_size
+from dail_jax.model.families import ModelConfig
+from dail_jax.model.lora import Lora
+from dail_jax.model.weights import Params, unstack
+from dail_jax.sample import decode, mixture
+
+CHUNK = 8
+
+
+@dataclass(frozen=True)
+class Request:
+    """One problem. `name` decides the randomness; `prompts` are token ids, one list a role."""
+
+    name: str
+    prompts: tuple[tuple[int, ...], ...]
+    samples: tuple[int, ...]
+    limit: int
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A finished response. Arrays are [tokens]; `finish` is stop (a stop token, included) or length."""
+
+    name: str
+    sample: int
+    tokens: np.ndarray
+    logq: np.ndarray
+    log_student: np.ndarray
+    log_privileged: np.ndarray
+    by_student: np.ndarray
+    finish: str
+
+
+def bucket(length: int) -> int:
+    """The padded length of a prompt: powers of two and the halves between them, from 32 on."""
+    size = 32
+    while size < length:
+        size *= 2
+    return size * 3 // 4 if size > 32 and length <= size * 3 // 4 else size
+
+
+def words(name: str, sample: int) -> tuple[int, int, int]:
+    """What a sample's key is folded with: 64 bits of its problem's hash, and its index."""
+    digest = hashlib.sha256(name.encode("utf-8")).digest()
+    return int.from_bytes(digest[:4], "big"), int.from_bytes(digest[4:8], "big"), sample
+
+
+@dataclass
+class Usage:
+    """What a run did; `live` of `drawn` slot-steps produced a token that was kept."""
+
+    live: int = 0
+    drawn: int = 0
+    chunks: int = 0
+    prefills: int = 0
+
+
+@dataclass
+class _Entry:
+    """A loaded prompt and the samples of it that have not started or finished."""
+
+    request: Request
+    waiting: collections.deque[int]
+    running: int = 0
+
+
+@dataclass
+class Sampler:
+    """Draws samples for requests with `run`. Reusable: programs compile once per prompt bucket."""
+
+    params: Params
+    cfg: ModelConfig
+    mesh: jax.sharding.Mesh
+    stops: tuple[int, ...]
+    seed: int
+    slots: int
+    max_tokens: int
+    knobs: mixture.Knobs
+    roles: int = 1
+    lora: Lora | None = None
+    never: tuple[int, ...] = ()  # token ids that are never drawn
+    usable: int | None = None  # ids from here on are padding of the embedding
+    usage: Usage = field(default_factory=Usage)
+
+    def __post_init__(self):
+        self.params = unstack(self.params)
+        bias, stops = np.zeros(self.cfg.V, np.float32), np.zeros(self.cfg.V, bool)
+        for token in (*self.stops, *self.never):
+            if not 0 <= token < self.cfg.V:
+                raise UserError(f"got token id {token}, want one below the model's vocabulary of {self.cfg.V}")
+        bias[list(self.never)] = -np.inf
+        if self.usable is not None:
+            bias[self.usable :] = -np.inf
+        stops[list(self.stops)] = True
+        self.rules = decode.Rules(jnp.asarray(bias), jnp.asarray(stops))
+        self.key = jax.random.key_data(jax.random.key(self.seed, impl="threefry2x32"))
+
+    def grid(self, samples: int, prompt_slots: int) -> decode.Grid:
+        """The shapes for requests of up to `samples` samples: two prompts a block where several samples share one."""
+        shards = axis_size(self.mesh, "b")
+        entries = 1 if samples == 1 else 2
+        width = min(entries * samples, max(self.slots // shards, 1))
+        blocks = -(-max(self.slots // width, 1) // shards) * shards
+        return decode.Grid(self.roles, blocks, width, entries, prompt_slots, self.max_tokens, CHUNK)
+
+    def run(self, requests: Iterable[Request]) -> Iterator[Sample]:
+        """Yields samples as they finish, bucket by bucket; the order depends on the slots, the samples do not."""
+        queues: dict[int, collections.deque[Request]] = collections.defaultdict(collections.deque)
+        most = 1
+        for request in requests:
+            assert len(request.prompts) == self.roles and 0 < request.limit <= self.max_tokens
+            if request.samples:
+                queues[bucket(max(map(len, request.prompts)))].append(request)
+                most = max(most, len(request.samples))
+        for prompt_slots in sorted(queues):
+            yield from self._run_bucket(self.grid(most, prompt_slots), queues[prompt_slots])
+
+    def _run_bucket(self, grid: decode.Grid, queue: collections.deque[Request]) -> Iterator[Sample]:
+        n = grid.slots
+        state = decode.empty(grid, self.cfg, self.params["norm"].dtype)
+        entries: list[list[_Entry | None]] = [[None] * grid.entries for _ in range(grid.blocks)]
+        running: list[tuple[_Entry, int] | None] = [None] * n  # what each slot is drawing
+        counted = np.zeros(n, int)
+        while True:
+            state = self._refill(grid, state, queue, entries, running, counted)
+            if not any(running):
+                return
+            state = decode.decode(grid, self.cfg, self.params, self.lora, state, self.rules, self.knobs)
+            live, length, status = (np.asarray(x) for x in jax.device_get((state.live, state.length, state.status)))
+            busy = np.array([r is not None for r in running])
+            self.usage.chunks += 1
+            self.usage.drawn += n * grid.chunk
+            self.usage.live += int((length - counted)[busy].sum())
+            counted = np.where(busy, length, 0)
+            for slot in np.flatnonzero(busy & ~live):
+                entry, sample = running[slot]  # pyright: ignore[reportGeneralTypeIssues]
+                running[slot] = None
+                entry.running -= 1
+                finish = "stop" if status[slot] == decode.STOPPED else "length"
+                fields = (np.asarray(x)[: length[slot]] for x in jax.device_get(decode.read(state, slot)))
+                yield Sample(entry.request.name, sample, *fields, finish)
+
+    def _refill(self, grid, state, queue, entries, running, counted) -> decode.State:
+        """Loads prompts into free entries and starts waiting samples in free slots."""
+        n = grid.slots
+        chosen, entry_of = np.zeros(n, bool), np.zeros(n, np.int32)
+        key_words, limit = np.zeros((n, 3), np.uint32), np.zeros(n, np.int32)
+        for slot in [s for s in range(n) if running[s] is None]:
+            block = slot // grid.width
+            index, state = self._entry_with_work(grid, state, queue, entries[block], block)
+            if index is None:
+                continue
+            entry = entries[block][index]
+            sample = entry.waiting.popleft()
+            entry.running += 1
+            running[slot] = (entry, sample)
+            counted[slot] = 0
+            chosen[slot], entry_of[slot], limit[slot] = True, index, entry.request.limit
+            key_words[slot] = words(entry.request.name, sample)
+        if not chosen.any():
+            return state
+        return decode.admit(grid, state, self.key, chosen, entry_of, key_words, limit)
+
+    def _entry_with_work(self, grid, state, queue, entries: list[_Entry | None], block: int):
+        """(index of an entry of this block that has waiting samples, or None; the state), loading one if need be."""
+        for index, entry in enumerate(entries):
+            if entry is not None and entry.waiting:
+                return index, state
+        for index, entry in enumerate(entries):
+            if queue and (entry is None or not entry.running):
+                request = queue.popleft()
+                entries[index] = _Entry(request, collections.deque(request.samples))
+                tokens = np.zeros((grid.roles, grid.prompt_slots), np.int32)
+                for role, prompt in enumerate(request.prompts):
+                    tokens[role, : len(prompt)] = prompt
+                lengths = np.array([len(p) for p in request.prompts], np.int32)
+                self.usage.prefills += 1
+                return index, decode.load_prompt(
+                    grid, self.cfg, self.params, self.lora, state, tokens, lengths, block, index
+                )  # fmt: skip
+        return None, state

@@ -1,0 +1,158 @@
+"""The distribution that a token is drawn from, in closed form, and the draw itself.
+
+The student proposes, the privileged student keeps a proposal v when p_T(v) >= tau, and writes the token itself
+after n refusals. With S and T their distributions after temperature and truncation, A = {v : p_T(v) >= tau}
+measured on the full softmax of the privileged student (temperature 1, nothing truncated), and a = S(A):
+
+    q(v) = (1 - (1-a)^n) * S(v) [v in A] / a  +  (1-a)^n * T(v)          (q = T where a = 0)
+
+One draw from q replaces the rejection loop, and log q is the exact behaviour policy (arXiv 2602.02405, section 3).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+from dail_jax import config as config_lib
+
+LOG_FLOOR = -100.0  # what is recorded as the log-probability of a token that truncation removed
+_LANES = 128
+_ONE_AS_BITS = 0x3F800000
+
+
+@struct.dataclass
+class Knobs:
+    """Sampling parameters as traced scalars: changing one never recompiles."""
+
+    temperature: jax.Array
+    top_p: jax.Array
+    top_k: jax.Array
+    presence_penalty: jax.Array
+    tau: jax.Array
+    proposals: jax.Array
+
+
+def knobs(sampling: config_lib.Sampling, tau: float = 0.0, proposals: int = 1) -> Knobs:
+    return Knobs(
+        temperature=jnp.float32(sampling.temperature),
+        top_p=jnp.float32(sampling.top_p),
+        top_k=jnp.int32(sampling.top_k),
+        presence_penalty=jnp.float32(sampling.presence_penalty),
+        tau=jnp.float32(tau),
+        proposals=jnp.float32(proposals),
+    )
+
+
+def truncated(logits: jax.Array, k: Knobs) -> jax.Array:
+    """Probabilities [..., V] of float32 logits after temperature, top-k, then top-p (ties at the edge are kept).
+
+    Temperature 0 is all mass on the first largest logit.
+    """
+    greedy = jax.nn.one_hot(jnp.argmax(logits, -1), logits.shape[-1], dtype=jnp.float32)
+    probs = jax.nn.softmax(logits / jnp.where(k.temperature > 0, k.temperature, 1.0), axis=-1)
+    probs = jax.lax.cond((k.top_k > 0) | (k.top_p < 1), lambda p: _truncate(p, k), lambda p: p, probs)
+    return jnp.where(k.temperature > 0, probs, greedy)
+
+
+def _truncate(probs: jax.Array, k: Knobs) -> jax.Array:
+    """Cuts to the top k, then to the smallest set of mass top_p, and normalises; without sorting."""
+    bits = jax.lax.bitcast_convert_type(probs, jnp.int32)  # of non-negative floats: same order as the floats
+    edge = _largest(bits, lambda kept: kept.sum(-1) >= jnp.where(k.top_k > 0, k.top_k, probs.shape[-1]))
+    probs = jnp.where(bits >= edge, probs, 0)
+    mass = probs.sum(-1)
+    edge = _largest(bits, lambda kept: jnp.where(kept, probs, 0).sum(-1) >= jnp.minimum(k.top_p, 1.0) * mass)
+    probs = jnp.where((bits >= edge) | (k.top_p >= 1), probs, 0)
+    return probs / probs.sum(-1, keepdims=True)
+
+
+def _largest(bits: jax.Array, enough: Callable[[jax.Array], jax.Array]) -> jax.Array:
+    """The largest threshold [..., 1] for which `enough(bits >= threshold)`, by bisection over float patterns."""
+
+    def halve(_, bounds):
+        low, high = bounds
+        middle = low + (high - low) // 2
+        ok = enough(bits >= middle)[..., None]
+        return jnp.where(ok, middle, low), jnp.where(ok, high, middle)
+
+    low = jnp.zeros((*bits.shape[:-1], 1), jnp.int32)
+    return jax.lax.fori_loop(0, 31, halve, (low, jnp.full_like(low, _ONE_AS_BITS + 2)))[0]
+
+
+def mix(student: jax.Array, privileged: jax.Array, acceptance: jax.Array, k: Knobs) -> tuple[jax.Array, jax.Array]:
+    """(mass from accepted proposals, mass written by the privileged student), each [..., V]; q is their sum.
+
+    `student` and `privileged` are S and T, `acceptance` is p_T on the full softmax, all [..., V].
+    """
+    accepted = jnp.where(acceptance >= k.tau, student, 0)
+    a = jnp.minimum(accepted.sum(-1, keepdims=True), 1.0)
+    refused = (1 - a) ** k.proposals
+    return accepted * jnp.where(a > 0, (1 - refused) / jnp.maximum(a, 1e-30), 0), refused * privileged
+
+
+def inverse_cdf(weights: jax.Array, u: jax.Array) -> jax.Array:
+    """The index [...] at which the running sum of `weights` [..., V] passes u * total, u [...] in [0, 1).
+
+    Two levels (blocks, then within one block) take one pass over V; an index of weight zero is never drawn.
+    """
+    pad = -weights.shape[-1] % _LANES
+    blocks = jnp.pad(weights, [(0, 0)] * (weights.ndim - 1) + [(0, pad)]).reshape(*weights.shape[:-1], -1, _LANES)
+    sums = blocks.sum(-1)
+    block, rest = _pass(sums, u * sums.sum(-1))
+    inner = jnp.take_along_axis(blocks, block[..., None, None], axis=-2)[..., 0, :]
+    lane, _ = _pass(inner, rest)
+    return block * _LANES + lane
+
+
+def _pass(weights: jax.Array, target: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The first positive entry whose running sum exceeds target (else the last positive one), and what is left."""
+    running = jnp.cumsum(weights, -1)
+    positive = weights > 0
+    hit = positive & (running > target[..., None])
+    last = weights.shape[-1] - 1 - jnp.argmax(positive[..., ::-1], -1)
+    index = jnp.where(hit.any(-1), jnp.argmax(hit, -1), last)
+    before = jnp.take_along_axis(running - weights, index[..., None], -1)[..., 0]
+    return index, target - before
+
+
+@struct.dataclass
+class Draw:
+    """A token for each of n slots, and how it came about."""
+
+    token: jax.Array  # [n] int32
+    logq: jax.Array  # [n] log-probability under the distribution that was drawn from
+    log_student: jax.Array  # [n]; equals logq where one role runs alone
+    log_privileged: jax.Array  # [n]
+    by_student: jax.Array  # [n] bool: an accepted proposal, else written by the privileged student
+
+
+def draw(logits: jax.Array, u: jax.Array, k: Knobs) -> Draw:
+    """Draws from logits [roles, n, V] (roles: student, or student and privileged student) with u [n, 2] in [0, 1)."""
+    if logits.shape[0] == 1:
+        probs = truncated(logits[0], k)
+        token = inverse_cdf(probs, u[:, 0])
+        logq = _log(_at(probs, token))
+        return Draw(token, logq, logq, logq, jnp.ones_like(token, bool))
+    student, privileged = truncated(logits, k)
+    kept, written = mix(student, privileged, jax.nn.softmax(logits[1], axis=-1), k)
+    token = inverse_cdf(kept + written, u[:, 0])
+    from_student, from_privileged = _at(kept, token), _at(written, token)
+    q = from_student + from_privileged
+    return Draw(
+        token=token,
+        logq=_log(q),
+        log_student=_log(_at(student, token)),
+        log_privileged=_log(_at(privileged, token)),
+        by_student=u[:, 1] * q < from_student,
+    )
+
+
+def _at(x: jax.Array, index: jax.Array) -> jax.Array:
+    return jnp.take_along_axis(x, index[..., None], -1)[..., 0]
+
+
+def _log(p: jax.Array) -> jax.Array:
+    return jnp.where(p > 0, jnp.log(jnp.maximum(p, 1e-38)), LOG_FLOOR)

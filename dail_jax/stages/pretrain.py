@@ -1,0 +1,134 @@
+"""pretrain: all weights of a small model, from scratch, on rows with `prompt` and `response` texts.
+
+This is how the embedded micro-world model was made. The model is written to `model.path` as a Hugging Face
+folder. The loss is over responses; batches hold a fixed number of tokens in length buckets.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from dail_jax import config as config_lib
+from dail_jax import mesh as mesh_lib
+from dail_jax.checkpoint import hf
+from dail_jax.errors import UserError
+from dail_jax.metrics import Metrics, progress, say
+from dail_jax.model import families, transformer, weights
+from dail_jax.rundir import RunDir, sha256
+from dail_jax.text import load_tokenizer
+from dail_jax.train import objectives, optimizer
+
+
+def run(config: config_lib.Config) -> None:
+    cfg = config.pretrain
+    if cfg is None:
+        raise UserError("missing: `pretrain` wants rows and an architecture", field="pretrain")
+    if config.model.tokenizer is None:
+        raise UserError("missing: pretraining wants a tokenizer folder", field="model.tokenizer")
+    model = families.from_tree(cfg.architecture, "pretrain.architecture")
+    mesh = mesh_lib.make_mesh(config.mesh)
+    with RunDir(config) as run_dir, run_dir.stage("pretrain", {"rows": sha256(cfg.rows)}) as done, jax.set_mesh(mesh):
+        if done():
+            say(f"pretrain: already done, see {config.model.path}")
+            return
+        if Path(config.model.path).exists():
+            raise UserError("already exists: choose another folder or delete this one", file=config.model.path)
+        examples = read(cfg, config.model.tokenizer, model)
+        metrics = Metrics(run_dir.path, config.log, "pretrain")
+        params = jax.jit(weights.init, static_argnums=1, out_shardings=weights.shardings(model, mesh))(
+            jax.random.key(config.seed), model
+        )
+        say(f"pretrain: {weights.count(model):,} weights, {len(examples):,} rows, {cfg.steps} steps")
+        params = train(params, model, cfg, examples, config.seed, metrics)
+        cast = jax.tree.map(lambda w: w.astype(config.model.dtype), params)
+        tree = {**cfg.architecture, "dtype": config.model.dtype}
+        hf.save(config.model.path, cast, model, tree, config.model.tokenizer)
+        metrics.close()
+        say(f"pretrain: wrote {config.model.path}")
+
+
+def read(cfg: config_lib.Pretrain, tokenizer_path: str, model: families.ModelConfig) -> list[tuple[np.ndarray, int]]:
+    """(token ids of prompt + response + end, prompt length) of every row that fits; raises UserError by row."""
+    tokenizer = load_tokenizer(tokenizer_path)
+    examples = []
+    with open(cfg.rows, encoding="utf-8") as file:
+        for number, line in enumerate(file, 1):
+            try:
+                row = json.loads(line)
+                prompt, response = tokenizer.encode(row["prompt"]), tokenizer.encode(row["response"])
+            except (ValueError, KeyError, TypeError):
+                raise UserError("want JSON with texts `prompt` and `response`", file=cfg.rows, row=number) from None
+            ids = np.array([*prompt, *response, tokenizer.eos_id], np.int32)
+            if ids.max() >= model.V:
+                raise UserError(f"got token id {ids.max()}, want below vocab_size {model.V}", file=cfg.rows, row=number)
+            if len(ids) <= cfg.max_tokens:
+                examples.append((ids, len(prompt)))
+    if not examples:
+        raise UserError(f"no row of at most {cfg.max_tokens} tokens", file=cfg.rows)
+    return examples
+
+
+def batches(cfg: config_lib.Pretrain, examples: list[tuple[np.ndarray, int]], seed: int):
+    """Endless batches {tokens, positions, targets, mask} [rows, bucket] with rows * bucket ~ tokens_per_step."""
+    rng = np.random.default_rng(seed)
+    buckets: dict[int, list[int]] = {}
+    for index, (ids, _) in enumerate(examples):
+        buckets.setdefault(-(-len(ids) // cfg.bucket) * cfg.bucket, []).append(index)
+    while True:
+        epoch = []
+        for size, members in sorted(buckets.items()):
+            rows = max(cfg.tokens_per_step // size, 1)
+            order = rng.permutation(members)
+            epoch += [(size, rows, order[i : i + rows]) for i in range(0, len(order), rows)]
+        for i in rng.permutation(len(epoch)):
+            size, rows, chosen = epoch[i]
+            out = {k: np.zeros((rows, size), np.int32) for k in ("tokens", "targets", "mask")}
+            out["positions"] = np.full((rows, size), -1, np.int32)
+            for r, index in enumerate(chosen):
+                ids, prompt = examples[index]
+                n = len(ids) - 1
+                out["tokens"][r, :n], out["targets"][r, :n] = ids[:-1], ids[1:]
+                out["positions"][r, :n] = np.arange(n)
+                out["mask"][r, prompt - 1 : n] = 1
+            yield out
+
+
+def train(params, model, cfg: config_lib.Pretrain, examples, seed: int, metrics: Metrics):
+    """The trained weights."""
+    tx = optimizer.for_all_weights(cfg.optimizer, cfg.steps, model)
+    state = jax.jit(tx.init)(params)
+    step = functools.partial(_update, model, tx)
+    feed = batches(cfg, examples, seed)
+    total = jnp.zeros(())
+    with progress("pretraining", cfg.steps, "steps") as bar:
+        for i in range(1, cfg.steps + 1):
+            batch = next(feed)
+            params, state, loss = step(params, state, batch)
+            total = total + loss
+            bar.advance(note=f"loss {float(loss):.3f}" if i % cfg.log_every == 0 else "")
+            if i % cfg.log_every == 0:
+                mean = float(total) / cfg.log_every
+                total = jnp.zeros(())
+                if not np.isfinite(mean):
+                    raise UserError(f"loss is {mean} at step {i}: lower the learning rate", field="pretrain.optimizer")
+                metrics.write(i, loss=mean)
+    return params
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=(2, 3))
+def _update(model, tx, params, state, batch):
+    def loss(params):
+        hidden, _ = transformer.forward(params, batch["tokens"], batch["positions"], model)
+        total = objectives.cross_entropy(hidden, batch["targets"], batch["mask"] > 0, transformer.unembedding(params))
+        return total / jnp.maximum(batch["mask"].sum(), 1)
+
+    value, grads = jax.value_and_grad(loss)(params)
+    updates, state = tx.update(grads, state, params)
+    return optax.apply_updates(params, updates), state, value

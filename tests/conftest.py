@@ -1,0 +1,24 @@
+import os
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
+    os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+
+import jax
+import pytest
+
+from dail_jax import config as config_lib
+from dail_jax import mesh as mesh_lib
+
+jax.config.update("jax_default_matmul_precision", "highest")
+
+
+def mesh_of(data=1, fsdp=1, tensor=1):
+    """A mesh over the first data x fsdp x tensor of the eight fake devices."""
+    return mesh_lib.make_mesh(config_lib.Mesh(data=data, fsdp=fsdp, tensor=tensor), jax.devices()[: data * fsdp * tensor])
+
+
+@pytest.fixture(scope="session")
+def one_device():
+    return mesh_of()

@@ -1,0 +1,229 @@
+"""Answers: extraction, equality, and text that was made to stop a grader."""
+
+import subprocess
+import sys
+import time
+
+import pytest
+
+from dail_jax.evaluate import grading
+from dail_jax.evaluate.grading import Grader, Limits, extract, quick_verdict
+
+
+@pytest.fixture(scope="module")
+def grader():
+    with Grader(workers=1) as one:
+        yield one
+
+
+@pytest.mark.parametrize(
+    ("text", "kind", "answer"),
+    [
+        (r"so \boxed{\frac{1}{2}}.", "math", r"\frac{1}{2}"),
+        (r"\boxed{1} no: \boxed {\{1, \{2\}\}} done", "math", r"\{1, \{2\}\}"),
+        (r"\boxed{7} and \boxed{8", "math", "7"),  # the last one was cut
+        (r"\boxed{so I think \boxed{43}", "math", "43"),
+        (r"\boxed{\boxed{5}}", "math", "5"),
+        (r"} stray \boxed{5} { open", "math", "5"),
+        (r"\boxed{\text{a \} b}}", "math", r"\text{a \} b}"),
+        (r"\boxed{ }", "math", None),
+        ("the answer is 5", "math", None),
+        ("", "math", None),
+        ("The answer is 1,204. Thanks", "integer", "1,204"),
+        ("The final answer is **204**", "integer", "204"),
+        ("The answer is 12.5", "integer", None),
+        (r"answer: 3, but \boxed{4}", "integer", "4"),
+        (r"\boxed{\text{(C)}}", "choice", "C"),
+        (r"\boxed{\textbf{B}}", "choice", "B"),
+        (r"\boxed{c}", "choice", "C"),
+        (r"\boxed{D. The mass}", "choice", "D"),
+        (r"\boxed{Dog}", "choice", None),
+        ("Answer: (A)\nThe answer is **D**.", "choice", "D"),
+        ("The answer is a mystery", "choice", None),
+    ],
+)
+def test_extract(text, kind, answer):
+    assert extract(text, kind) == answer
+
+
+def test_extract_takes_nothing_from_thoughts():
+    assert extract(r"<think>\boxed{1}</think> it is \boxed{2}") == "2"
+    assert extract(r"\boxed{1}</think> it is \boxed{2}", thinking=True) == "2"
+    assert extract(r"<think>\boxed{1}</think> I do not know") is None
+    assert extract(r"<think> maybe \boxed{1}, but") is None
+    assert extract(r"maybe \boxed{1}, but", thinking=True) is None
+    assert extract(r"a</think>\boxed{1}</think>\boxed{2}") == "2"
+
+
+def test_extract_from_a_forced_answer():
+    force = "\n</think>\n\nThe final answer is \\boxed{"
+    assert extract(r"<think> maybe \boxed{1}", forced=force + "42}") == "42"
+    assert extract(r"<think> maybe \boxed{1}", forced=force + "42") is None  # never closed: it may have gone on
+    assert extract("x", forced=force + r"hm</think> \boxed{43}", thinking=True) == "43"
+    assert extract("x", "choice", forced=force + "(B)}", thinking=True) == "B"
+
+
+def test_extract_is_linear():
+    """A megabyte each; a quadratic scan would take minutes."""
+    started = time.monotonic()
+    for text in (r"\boxed{" * 150_000, "{" * 10**6, r"\boxed{" + "0" * 10**6 + "x}", "answer is " + "7" * 10**6 + ".5",
+                 "answer:" + " " * 10**6 + "x", r"\boxed{" + "1 " * 500_000 + "x}", "answer:\\" + "a" * 10**6):  # fmt: skip
+        for kind in ("math", "integer", "choice"):
+            answer = extract(text, kind)
+            quick_verdict(answer, "5", kind)
+            grading.normalise(answer or "")
+    assert time.monotonic() - started < 20
+
+
+EQUAL = [  # gold, prediction; those of the first group need no worker
+    ("465", " 465 "), ("7", "007"), ("0", "-0"), ("10,000", "10000"), ("10000", r"10{,}000"), ("10000", "10 000"),
+    ("5", "5."), ("5", "5.0"), ("-5", "\u22125"), ("5", "$5$"), ("5", r"\$5"), ("5", r"\text{5}"),
+    (r"\frac{1}{2}", r"\dfrac{1}{2}"), ("(1,2)", r"\left( 1, 2 \right)"), (r"3\pi", r"3 \, \pi"),
+    ("155 465", "155 465"), ("155 465", "(155, 465)"), ("155 065", "155 65"),
+    (r"\text{Yes}", "yes"), ("even", r"\text{Even}"), (r"\text{All primes}", "all primes"), ("A", r"\mathrm{A}"),
+]  # fmt: skip
+EQUAL_BY_ALGEBRA = [
+    ("1/2", "0.5"), (r"\frac12", r"\frac{1}{2}"), (r"\sqrt{8}", r"2\sqrt2"), ("x^2+2x+1", "(x+1)^2"), ("204", "x = 204"),
+    (r"\frac{\sqrt{3}}{2}", r"\frac{3}{2\sqrt 3}"), (r"\binom{10}{3}", "120"), (r"90^\circ", "90"), ("1,2,3", "3,2,1"),
+    (r"x \in \{1,2\}", "1,2"), ("f(x)=2x+1", "2x+1"), ("5", r"5 \text{ apples}"), ("1+2i", "2i+1"), ("465", r"\boxed{465}"),
+    (r"\begin{pmatrix}1&2\\3&4\end{pmatrix}", r"\begin{bmatrix}1&2\\3&4\end{bmatrix}"), (r"\frac{1}{3}", "0.333333"),
+]  # fmt: skip
+DIFFERENT = [
+    ("465", "456"), ("465", "-465"), ("465", "4 65"), ("155 465", "465 155"), ("155 465", "620"), ("155 465", "155465"),
+    ("155 465", r"\frac{1240}{2}"), ("yes", "no"), ("even", "veen"), ("9" * 900, "9" * 901), ("10000", "10 0 0 0"),
+]  # fmt: skip
+DIFFERENT_BY_ALGEBRA = [
+    (r"\frac{1}{2}", r"\frac{1}{3}"), ("(1,2)", "(2,1)"), ("[0,1)", "(0,1)"), ("465", r"465 \text{ and } 466"),
+    (r"\frac{1}{3}", "0.33"), ("x+1", "x+2"), (r"\{1,2\}", "1"), ("2^{10}", "1023"), ("1", r"\frac{1}{2}"),
+]  # fmt: skip
+
+
+def test_equality_without_a_process():
+    for gold, prediction in EQUAL:
+        assert quick_verdict(prediction, gold) == grading.Verdict(True, "equal"), (gold, prediction)
+    for gold, prediction in DIFFERENT:
+        assert quick_verdict(prediction, gold) == grading.Verdict(False, "different"), (gold, prediction)
+    with Grader() as grader:
+        items = [(p, g, "math") for g, p in EQUAL + DIFFERENT]
+        assert [v.correct for v in grader.grade_many(items)] == [True] * len(EQUAL) + [False] * len(DIFFERENT)
+        assert grader.check_gold("465") is None and grader.check_gold("155 465") is None
+        assert grader.processes == 0
+
+
+def test_equality_by_algebra(grader):
+    for correct, pairs in ((True, EQUAL_BY_ALGEBRA), (False, DIFFERENT_BY_ALGEBRA)):
+        for gold, prediction in pairs:
+            assert quick_verdict(prediction, gold) is None, (gold, prediction)
+            assert grader.grade(prediction, gold).correct is correct, (gold, prediction)
+
+
+def test_the_short_way_agrees_with_math_verify(grader):
+    """Where math-verify reads both as they are meant: not rows of integers (it adds them), nor words (it multiplies)."""
+    ours = {"155 465", "155 065", "even", r"\text{All primes}", "10000", "yes", "5"}
+    for correct, pairs in ((True, EQUAL), (False, DIFFERENT)):
+        for gold, prediction in pairs:
+            if gold not in ours:
+                tidy = grading._tidy(gold), grading._tidy(prediction)
+                assert (grader._ask(tidy) == "equal") is correct, (gold, prediction)
+
+
+def test_reasons(grader):
+    assert grader.grade(None, "5").reason == "no answer"
+    assert grader.grade(r"\frac{1}{", "5").reason == "unparseable"
+    assert grader.grade(r"\begin{cases}", "5").reason == "unparseable"
+    assert grader.grade("x+1", r"\begin{cases}").reason == "gold"
+    assert grader.grade("B", "C", "choice").reason == "different"
+    assert grader.grade("(c)", "C", "choice") == grading.Verdict(True, "equal")
+    assert grader.grade("2^3", "8", "integer").correct
+
+
+def test_check_gold(grader):
+    good = [
+        ("1/2", "math"),
+        (r"\frac12", "math"),
+        ("7", "integer"),
+        ("1,204", "integer"),
+        ("C", "choice"),
+        ("(c)", "choice"),
+    ]
+    bad = [("", "math"), (r"\frac{1}{", "math"), ("x=", "math"), (r"\text{}", "math"), ("{" * 99, "math"),
+           ("x" * 2001, "math"), ("2^3", "integer"), ("", "integer"), ("Dog", "choice"), ("", "choice")]  # fmt: skip
+    assert [grader.check_gold(*item) for item in good] == [None] * len(good)
+    for item in bad:
+        assert (grader.check_gold(*item) or "").startswith("got "), item
+    assert grading.check_gold("7", "integer") is None
+
+
+HOSTILE = {
+    "9^{9^{9^9}}": "too large",
+    "1000000000!": "too large",
+    "7" * 10**6: "too long",
+    "(" * 10_000 + "1" + ")" * 10_000: "too long",
+    "(" * 900 + "1" + ")" * 900: "too deep",
+    r"\{" + ",".join(map(str, range(3000))) + r"\}": "too long",
+    r"\ud800": "different",
+    "\ud800\x00": "unparseable",
+    "!" * 1900: "too large",
+}
+
+
+def test_hostile_answers_are_refused_at_a_look(grader):
+    started = time.monotonic()
+    for answer, reason in HOSTILE.items():
+        assert grader.grade(answer, r"\frac{1}{2}").reason == reason, answer[:30]
+        assert grader.grade("0.5", r"\frac{1}{2}").correct
+    assert time.monotonic() - started < 10
+
+
+def test_a_frozen_worker_is_killed_and_the_next_answer_is_right():
+    """Past the first look, with eight workers whatever the cores: the kernel counts each one's CPU seconds."""
+    freezing = ["(10^{10})!", "10^{10^{10}}", r"\binom{10^9}{10^8}", r"\sum_{k=1}^{10^9} \frac{1}{k}", "(x+1)^{5000}"]
+    items = [item for i, answer in enumerate(freezing)
+             for item in ((answer, "x^2", "math"), (f"x+{i}", f"{i}+x", "math"), (f"x+{i}", "x-1", "math"))]  # fmt: skip
+    with Grader(workers=8, limits=Limits(cpu_seconds=1)) as grader:
+        started = time.monotonic()
+        verdicts = grader.grade_many(items)
+        assert time.monotonic() - started < 30
+        assert [v.reason for v in verdicts] == ["timeout", "equal", "different"] * len(freezing)
+        assert grader.grade("0.25", r"\frac{1}{4}").correct
+        alive = [worker.process for worker in grader._all if worker.process is not None]
+    assert alive and all(process.poll() is not None for process in alive)
+
+
+def test_a_worker_out_of_memory_is_replaced():
+    with Grader(workers=1, limits=Limits(memory_mib=120, cpu_seconds=20)) as grader:
+        assert grader.grade("0.5", r"\frac{1}{2}").correct
+        assert grader._ask(("1/2", "7" * 10**7)) == "memory"
+        assert grader.grade("0.25", r"\frac{1}{4}").correct
+
+
+def test_a_worker_that_sleeps_meets_the_wall_clock():
+    with Grader(workers=1, limits=Limits(wall_seconds=0.5)) as grader:
+        assert grader.grade("0.5", r"\frac{1}{2}").correct
+        process = grader._all[0].process
+        assert process is not None
+        subprocess.run(["kill", "-STOP", str(process.pid)], check=True)
+        assert grader.grade("0.25", r"\frac{1}{4}").reason == "timeout"
+        assert grader.grade("0.75", r"\frac{3}{4}").correct
+
+
+def test_a_worker_that_was_killed_is_replaced_unnoticed():
+    with Grader(workers=1) as grader:
+        assert grader.grade("0.5", r"\frac{1}{2}").correct
+        process = grader._all[0].process
+        assert process is not None
+        process.kill()
+        process.wait()
+        assert grader.grade("0.25", r"\frac{1}{4}").correct
+
+
+def test_verdicts_are_remembered(grader):
+    first = grader.grade("0.125", r"\frac{1}{8}")
+    served = grader._all[0].served
+    assert [v == first for v in grader.grade_many([("0.125", r"\frac{1}{8}", "math")] * 5)] == [True] * 5
+    assert grader._all[0].served == served
+
+
+def test_grading_imports_no_jax():
+    code = "import sys, dail_jax.evaluate.grading; sys.exit(any(m in sys.modules for m in ('jax', 'numpy', 'sympy')))"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0

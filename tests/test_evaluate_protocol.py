@@ -1,0 +1,102 @@
+"""From rows of samples.jsonl to results, tables and lines."""
+
+import json
+import random
+
+import pytest
+from rich.console import Console
+
+from dail_jax import config
+from dail_jax.errors import UserError
+from dail_jax.evaluate import protocol
+
+CFG = config.Evaluate.model_validate(
+    {
+        "benchmarks": [{"name": "hard", "rows": {"path": "h"}}, {"name": "chain", "rows": {"path": "c"}}],
+        "samples": 4, "budgets": [8, 64], "bootstrap": 200, "sampling": {"max_tokens": 64},
+    }
+)  # fmt: skip
+
+
+def rows(right: dict[str, int], benchmark: str, budget: int) -> list[dict]:
+    """Four samples a problem, the first `right[problem]` of them right; 8 means forced, sample i has 5 + i tokens."""
+    return [
+        {"benchmark": benchmark, "problem_id": problem, "sample": i, "budget": budget, "tokens": 5 + i,
+         "forced_tokens": 3 if budget == 8 and i == 3 else 0, "text": "", "forced_text": "", "answer": "1" if i < 3 else None,
+         "gold": "1", "correct": i < c, "reason": "equal" if i < c else "different" if i < 3 else "no answer",
+         "finish": "forced" if budget == 8 and i == 3 else "stop"}
+        for problem, c in right.items() for i in range(4)
+    ]  # fmt: skip
+
+
+@pytest.fixture
+def results():
+    samples = [*rows({"a": 2, "b": 0}, "hard", 8), *rows({"a": 3, "b": 1}, "hard", 64), *rows({"c": 3}, "chain", 64)]
+    random.Random(0).shuffle(samples)
+    return {**protocol.summarise(samples, CFG, seed=1), "arm": "dail", "objective": "dail"}
+
+
+def test_summarise(results):
+    assert json.loads(json.dumps(results)) == results
+    assert list(results["benchmarks"]) == ["hard", "chain"] and list(results["benchmarks"]["hard"]) == ["8", "64"]
+    cut, full = results["benchmarks"]["hard"].values()
+    assert (cut["problems"], cut["samples"]) == (2, 4)
+    assert [cut["pass@k"][k]["mean"] for k in ("1", "2", "4")] == pytest.approx([1 / 4, 5 / 12, 1 / 2], abs=1e-6)
+    assert [full["pass@k"][k]["mean"] for k in ("1", "2", "4")] == pytest.approx([1 / 2, 3 / 4, 1], abs=1e-6)
+    assert (cut["pass@k"]["1"]["low"], cut["pass@k"]["1"]["high"]) == (0.0, 0.5)  # two problems: 0 and 1/2
+    # a: two of three votes are right; b: none. At 64, b: one of three is right, the two wrong agree.
+    assert cut["maj@k"]["4"]["mean"] == 0.5 and cut["maj@k"]["1"]["mean"] == 0.25 and full["maj@k"]["4"]["mean"] == 0.5
+    assert cut["mean_tokens"] == 6.5 == cut["tokens"]["mean"] and cut["median_tokens"] == 6.5
+    assert (cut["forced"], cut["forced_tokens"], full["forced"], full["forced_tokens"]) == (0.25, 3, 0, 0)
+    assert cut["answered"] == 0.75
+    assert cut["reasons"] == {"different": 4, "equal": 2, "no answer": 2}
+    assert cut["per_problem"] == {"a": [2, 4], "b": [0, 4]}
+
+
+def test_summarise_does_not_depend_on_the_order_of_rows(results):
+    samples = [*rows({"a": 2, "b": 0}, "hard", 8), *rows({"a": 3, "b": 1}, "hard", 64), *rows({"c": 3}, "chain", 64)]
+    again = protocol.summarise(samples, CFG, seed=1)
+    assert json.dumps(again["benchmarks"]) == json.dumps(results["benchmarks"])
+
+
+def test_summarise_refuses_missing_and_repeated_samples():
+    samples = rows({"a": 2}, "hard", 8)
+    with pytest.raises(UserError, match=r"samples.jsonl:a: got 3 samples, want 4"):
+        protocol.summarise(samples[:3], CFG, 0)
+    with pytest.raises(UserError, match=r"samples.jsonl:a: got sample 0 twice"):
+        protocol.summarise([*samples, samples[0]], CFG, 0)
+
+
+def test_compare(results):
+    better = {"benchmarks": protocol.summarise(rows({"a": 4, "b": 2}, "hard", 64), CFG, 0)["benchmarks"]}
+    found = protocol.compare(results, better, "hard", "64", 1, seed=0, resamples=50)
+    assert (found.mean, found.low, found.high, found.better) == (0.25, 0.25, 0.25, 2)
+
+
+def test_one_line(results):
+    assert protocol.one_line(results) == (
+        "dail_jax (arm=dail, objective=dail)"
+        " | hard: budget=8, problems=2, samples=4, pass@1 25.0 [0.0, 50.0], pass@4 50.0 [0.0, 100.0], tokens 6.5"
+        " | hard: budget=64, problems=2, samples=4, pass@1 50.0 [25.0, 75.0], pass@4 100.0 [100.0, 100.0], tokens 6.5"
+        " | chain: budget=64, problems=1, samples=4, pass@1 75.0 [75.0, 75.0], pass@4 100.0 [100.0, 100.0], tokens 6.5"
+    )
+
+
+def test_tables(results):
+    base = protocol.summarise(rows({"a": 0, "b": 0}, "hard", 64), CFG, 0)
+    runs = {"base": base, "dail": results}
+    assert protocol.markdown(runs, ks=(1, 4, 32)).splitlines()[:8] == [
+        "| benchmark | method | pass@1 | pass@4 | mean tokens |",
+        "| --- | --- | ---: | ---: | ---: |",
+        "| hard (64) | base | 0.0 [0.0, 0.0] | 0.0 [0.0, 0.0] | 6.5 [6.5, 6.5] |",
+        "| hard (64) | dail | 50.0 [25.0, 75.0] | 100.0 [100.0, 100.0] | 6.5 [6.5, 6.5] |",
+        "| hard (8) | base | - | - | - |",
+        "| hard (8) | dail | 25.0 [0.0, 50.0] | 50.0 [0.0, 100.0] | 6.5 [6.5, 6.5] |",
+        "| chain | base | - | - | - |",
+        "| chain | dail | 75.0 [75.0, 75.0] | 100.0 [100.0, 100.0] | 6.5 [6.5, 6.5] |",
+    ]
+    console = Console(width=80, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+    console.print(protocol.table(runs, ks=(1, 4, 32)))
+    shown = console.export_text()
+    assert all(len(line) <= 80 for line in shown.splitlines())
+    assert "[25.0, 75.0]" in " ".join(shown.split()) and "pass@32" not in shown

@@ -1,0 +1,336 @@
+"""The micro-world: its arithmetic, its tokenizer, its corpus, its data sets, and the judge of its traces."""
+
+from __future__ import annotations
+
+import collections
+import json
+import math
+import re
+
+import numpy as np
+import pytest
+from transformers import AutoTokenizer
+
+from dail_jax.errors import UserError
+from dail_jax.microworld import tokenizer, verify, world
+from dail_jax.microworld.__main__ import ASSETS, SEED, check, main, render
+
+ROWS = 6000
+
+
+@pytest.fixture(scope="module")
+def hf():
+    return AutoTokenizer.from_pretrained(ASSETS / "tokenizer")
+
+
+@pytest.fixture(scope="module")
+def sets():
+    return world.datasets(SEED)
+
+
+@pytest.fixture(scope="module")
+def rows():
+    return list(world.corpus(5, ROWS))
+
+
+def every_kind(count: int):
+    """Problems of all kinds, `count` of each."""
+    rng = np.random.default_rng(11)
+    return [world.draw_problem(rng, k) for k in ("hard", "known", "chain", "primitive", "fresh") for _ in range(count)]
+
+
+def judged(problem: world.Problem, text: str) -> verify.Verdict:
+    return verify.judge(text, problem.text, world.expert(problem, (True,) * len(problem.method)))
+
+
+# ---------------------------------------------------------------------------------------------------
+# Arithmetic and the judge
+# ---------------------------------------------------------------------------------------------------
+
+
+def test_the_worked_example():
+    problem = world.Problem("zib", world.HARD["zib"], 241, 310)
+    assert problem.text == "zib: A=241 B=310"
+    assert world.expert(problem, (True, True, True)) == r"+B=551; ~=155; *3=465; \boxed{465}"
+    assert world.expert(problem, (False, True, True)) == r"+B; ~=155; *3=465; \boxed{465}"
+    assert world.waypoints(problem, (True, True, True)) == ["551", "155"]
+    assert world.waypoints(problem, (False, False, True)) == []
+    assert world.trace(problem) == (
+        r"add 241 310 : 10=01 41=05 23=05 > 551 ; rev 551 > 155 ; mul 155 3 : 53=15 53=16 13=04 > 465 ; \boxed{465}"
+    )
+    assert world.trace(problem, {0, 2}) == r"add 241 310 > 551 ; rev 551 > 155 ; mul 155 3 > 465 ; \boxed{465}"
+
+
+def test_every_sum_and_product_has_right_columns():
+    rng = np.random.default_rng(3)
+    pairs = [(0, 0), (0, 999), (999, 0), (999, 999), (500, 500), *map(tuple, rng.integers(0, 1000, (500, 2)).tolist())]
+    for a, b in pairs:
+        for words in ("add B", "sub B", f"mul {2 + b % 8}"):
+            problem = world.Problem("", world.method(words), a, b)
+            assert judged(problem, world.trace(problem)) == verify.Verdict(True, True, 1, 0)
+    assert world.columns("sub", 302, 418) == "28=14 01=18 34=18"  # borrows: 302 - 418 = -116 = 884 modulo 1000
+
+
+def test_the_judge_agrees_with_the_generator_on_problems_of_all_kinds():
+    for problem in every_kind(200):
+        due = sum(word in ("add", "sub", "mul") for word, _ in problem.method)
+        assert judged(problem, world.trace(problem)) == verify.Verdict(True, True, due, 0)
+        everything = range(len(problem.method))
+        assert judged(problem, world.trace(problem, everything)) == verify.Verdict(True, True, due, due)
+
+
+def test_the_judge_notices_every_changed_digit_and_every_missing_step():
+    """A wrong digit anywhere makes a trace unsound; only one in the box makes its answer wrong."""
+    for problem in every_kind(6):
+        text = world.trace(problem)
+        box = text.index("\\boxed")
+        for place, char in enumerate(text):
+            if char.isdigit():
+                changed = judged(problem, text[:place] + str((int(char) + 1) % 10) + text[place + 1 :])
+                assert not changed.sound and changed.right == (place < box), (text, place)
+        steps = text.split(" ; ")
+        for i in range(len(steps) - 1):
+            without = judged(problem, " ; ".join(steps[:i] + steps[i + 1 :]))
+            assert without.right and not without.sound
+        assert not judged(problem, text[: box - 2]).right
+        for cut in range(len(text)):
+            assert not judged(problem, text[:cut]).sound
+
+
+def test_odd_texts_are_judged_not_raised():
+    problem = world.Problem("zib", world.HARD["zib"], 241, 310)
+    text = world.trace(problem)
+    assert judged(problem, text + "<|end|>").sound
+    assert not judged(problem, text.replace("rev", "foo")).sound
+    assert not judged(problem, text.replace("rev 551", "rev 551 310")).sound
+    assert not judged(problem, text.replace("41=05 ", "")).sound  # a column too few
+    assert not judged(problem, text.replace("23=05", "23=05 00=00")).sound  # one too many
+    assert not judged(problem, text + " ; " + r"\boxed{465}").sound
+    for odd in ("", " ; ", "\\boxed{", "\\boxed{}", "add", "add 241 > ", "é\n"):
+        assert judged(problem, odd) == verify.Verdict(False, False, 0, 0)
+    invented = r"rot 234 > 342 ; add 342 386 > 078 ; \boxed{465}"
+    assert judged(problem, invented) == verify.Verdict(True, False, 1, 1)
+    with pytest.raises(ValueError, match="micro-world"):
+        verify.judge(text, "What is 1+1?", r"Two: \boxed{2}")
+
+
+# ---------------------------------------------------------------------------------------------------
+# Tokenizer
+# ---------------------------------------------------------------------------------------------------
+
+
+def test_tokenizer_is_small_and_whole(hf):
+    assert len(tokenizer.VOCABULARY) == len(set(tokenizer.VOCABULARY)) == len(hf) == 64
+    assert [hf.decode([i]) for i in range(64)] == list(tokenizer.VOCABULARY)
+    assert (hf.pad_token, hf.eos_token, hf.unk_token) == (tokenizer.PAD, tokenizer.END, tokenizer.UNKNOWN)
+    assert hf.decode(hf.encode("\\boxed{465}") + [hf.eos_token_id], skip_special_tokens=True) == r"\boxed{465}"
+    assert "|".join(hf.convert_ids_to_tokens(hf.encode("mul 155 3 : 53=15"))) == "mul |1|5|5| |3| : |5|3|=|1|5"
+
+
+def test_texts_of_the_world_come_back_from_the_tokenizer(hf, rows):
+    for row in rows[:2000]:
+        for text in (render(row.role, row.fields), row.response):
+            ids = hf.encode(text, add_special_tokens=False)
+            assert hf.unk_token_id not in ids and hf.decode(ids) == text
+    for text in ("what?", "zib: A=241 B=310 äöü", "\n"):  # not of the world: an id for everything, never an error
+        assert hf.unk_token_id in hf.encode(text)
+
+
+def test_chat_template(hf):
+    user, reply = {"role": "user", "content": "zib: A=241 B=310"}, {"role": "assistant", "content": r"\boxed{465}"}
+    prompt = hf.apply_chat_template([user], tokenize=False, add_generation_prompt=True)
+    assert prompt == "<|user|>zib: A=241 B=310<|end|><|assistant|>" == render("student", {"problem": user["content"]})
+    assert hf.apply_chat_template([user, reply], tokenize=False) == prompt + r"\boxed{465}<|end|>"
+    ids = hf.apply_chat_template([user], add_generation_prompt=True, return_dict=False)
+    assert ids == hf.encode(prompt, add_special_tokens=False)
+    with pytest.raises(Exception, match="want user or assistant"):
+        hf.apply_chat_template([{"role": "system", "content": "zib"}], tokenize=False)
+
+
+def test_tokenizer_loads_beside_a_model(hf, tmp_path):
+    tokenizer.save(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "qwen3", "vocab_size": 64}))
+    text = world.trace(world.Problem("zib", world.HARD["zib"], 241, 310))
+    assert AutoTokenizer.from_pretrained(tmp_path).encode(text) == hf.encode(text)
+
+
+def test_role_prompts():
+    fields = {"problem": "zib: A=241 B=310", "solution": r"+B; ~=155; *3=465; \boxed{465}"}
+    assert render("privileged", fields) == (
+        "<|user|>zib: A=241 B=310\nSolution: +B; ~=155; *3=465; \\boxed{465}<|end|><|assistant|>"
+    )
+    fields = {"problem": "zib: A=241 B=310", "waypoints": "551 155", "answer": "465"}
+    assert render("negative", fields) == ("<|user|>zib: A=241 B=310\nResults: 551 155\nAnswer: 465<|end|><|assistant|>")
+
+
+# ---------------------------------------------------------------------------------------------------
+# Corpus
+# ---------------------------------------------------------------------------------------------------
+
+
+def test_mixture_proportions(rows):
+    """Counts within 4.5 standard deviations: wrong by chance once in 20,000 runs (the seed is fixed)."""
+    counts, total = collections.Counter(row.kind for row in rows), sum(world.MIXTURE.values())
+    for kind, weight in world.MIXTURE.items():
+        share = weight / total
+        assert abs(counts[kind] - ROWS * share) < 4.5 * math.sqrt(ROWS * share * (1 - share)), kind
+    roles = {"privileged": "privileged", "waypoints": "negative"}
+    assert all(row.role == roles.get(row.kind, "student") for row in rows)
+
+
+def parse_problem(text: str):
+    """What a prompt says: name and method of its problem; the method is () where only a name is given."""
+    what = text.partition(": A=")[0]
+    steps = world.method(what)
+    return ("", steps) if all(w in world.WORDS for w, _ in steps) else (what, ())
+
+
+def test_hard_operators_never_occur(rows):
+    """Neither a hard name nor a hard method, whatever the prompt looks like."""
+    hard = set(world.HARD.values())
+    for row in rows:
+        prompt = render(row.role, row.fields)
+        assert not any(re.search(rf"\b{name}\b", prompt) for name in world.HARD)
+        done = [step.split(" > ")[0].split(" : ")[0].split(" ") for step in row.response.split(" ; ")[:-1]]
+        b = row.fields["problem"][-3:]
+        operands = [(step[0], "" if len(step) < 3 else "B" if step[0] != "mul" else step[2]) for step in done]
+        assert tuple(operands) not in hard and all(s[2] == b for s in done if s[0] in ("add", "sub"))
+    assert not {name for name, _ in map(parse_problem, (r.fields["problem"] for r in rows))} & set(world.HARD)
+
+
+def test_random_methods_leave_the_hard_ones_out(monkeypatch):
+    """With the hard methods made common, none is drawn."""
+    monkeypatch.setattr(world, "HARD", {f"x{i}": ((word, "B"),) for i, word in enumerate(("add", "sub"))})
+    rng = np.random.default_rng(2)
+    drawn = collections.Counter(world.draw_method(rng, 1)[0][0] for _ in range(2000))
+    assert set(drawn) == {"mul", "rev", "rot", "inv"}
+
+
+def test_targets_are_right_and_lazy_only_where_the_result_is_shown(rows):
+    """Every target is sound; shortcuts come at their stated rates, and only at results in the context."""
+    skipped, could = collections.Counter(), collections.Counter()
+    for row in rows:
+        values = [step[-3:] for step in row.response.split(" ; ")[:-1]]
+        steps = row.response.split(" ; ")[:-1]
+        if row.kind == "privileged":
+            terse = row.fields["solution"].split("; ")[:-1]
+            verdict = verify.judge(row.response, row.fields["problem"], row.fields["solution"])
+            assert verdict.right and verdict.sound
+            shown = [step.endswith("=" + value) for step, value in zip(terse, values, strict=True)]
+        elif row.kind == "waypoints":
+            listed = row.fields["waypoints"].split()
+            assert len(set(listed)) == len(listed) and row.fields["answer"] == values[-1] and values[-1] not in listed
+            later = iter(values)
+            assert all(v in later for v in listed)  # in order of appearance
+            shown = [v in [*listed, values[-1]] for v in values]
+        else:
+            shown = [False] * len(steps)
+        for step, show in zip(steps, shown, strict=True):
+            if step[:3] in world.WORK:
+                lazy = " : " not in step
+                assert show or not lazy, row
+                could[row.kind, step[:3]] += show
+                skipped[row.kind, step[:3]] += lazy
+    for kind, rates in world.LAZINESS.items():
+        for word, rate in rates.items():
+            n = could[kind, word]
+            # A result that comes twice may have been shown the first time only, hence the small allowance.
+            assert abs(skipped[kind, word] - n * rate) < 4.5 * math.sqrt(n * rate * (1 - rate)) + 0.01 * n, (kind, word)
+    assert (world.LAZINESS["privileged"]["mul"], world.LAZINESS["privileged"]["add"]) == (0.3, 0.15)
+
+
+def test_corpus_is_deterministic_and_leaves_held_out_problems_out(tmp_path):
+    first, again, other = (list(world.corpus(seed, 300)) for seed in (7, 7, 8))
+    assert first == again and first != other
+    banned = {row.fields["problem"] for row in first[:100]}
+    assert not banned & {row.fields["problem"] for row in world.corpus(7, 300, banned)}
+    for name in ("a.jsonl", "b.jsonl"):
+        main(["corpus", "--out", str(tmp_path / name), "--rows", "50", "--seed", "7"])
+    lines = (tmp_path / "a.jsonl").read_text().splitlines()
+    assert (tmp_path / "b.jsonl").read_text().splitlines() == lines and len(lines) == 50
+    assert [json.loads(line) for line in lines] == [
+        {"prompt": render(row.role, row.fields), "response": row.response} for row in first[:50]
+    ]
+
+
+# ---------------------------------------------------------------------------------------------------
+# Data sets
+# ---------------------------------------------------------------------------------------------------
+
+
+def test_shipped_files_are_what_the_command_writes(tmp_path):
+    main(["data", "--out", str(tmp_path)])
+    made = sorted(path for path in tmp_path.rglob("*") if path.is_file())
+    assert len(made) == 6
+    for path in made:
+        assert path.read_bytes() == (ASSETS / path.relative_to(tmp_path)).read_bytes(), path.name
+
+
+def test_data_sets(sets):
+    assert {name: len(part) for name, part in sets.items()} == {"train": 800, "hard": 64, "chain": 64, "known": 64}
+    everything = [row for part in sets.values() for row in part]
+    assert len({row["problem"] for row in everything}) == len({row["problem_id"] for row in everything}) == 992
+    kinds = collections.Counter(row["problem_id"].split("-")[0] for row in sets["train"])
+    assert kinds == {"hard": 600, "chain": 100, "known": 100}
+    assert set(collections.Counter(verify.group(row["problem_id"]) for row in sets["hard"]).values()) == {8}
+    names = {f"hard-{name}" for name in world.HARD}
+    assert {verify.group(r["problem_id"]) for r in sets["train"] if r["problem_id"].startswith("hard")} == names
+    for row in everything:
+        kind, operator, _ = row["problem_id"].split("-")
+        name, steps = parse_problem(row["problem"])
+        assert (name == operator) if kind != "chain" else (f"{len(steps)}steps" == operator)
+        problem = world.Problem(name, steps or (world.HARD | world.KNOWN)[name],
+                                *(int(v) for v in re.findall(r"=(\d{3})", row["problem"])))  # fmt: skip
+        assert verify.judge(world.trace(problem), row["problem"], row["solution"]).sound
+        assert row["solution"].endswith(f"; \\boxed{{{row['answer']}}}")
+
+
+def test_operators_are_distinct_and_not_spelt_like_steps():
+    methods = [*world.HARD.values(), *world.KNOWN.values()]
+    assert len(set(methods)) == 16 and len(world.HARD | world.KNOWN) == 16
+    for name in world.HARD | world.KNOWN:
+        assert re.fullmatch(f"[{tokenizer.CONSONANTS}][{tokenizer.VOWELS}][{tokenizer.CONSONANTS}]", name)
+        assert name not in world.WORDS
+    assert all(3 <= len(steps) <= 4 and any(o == "B" for _, o in steps) for steps in methods)
+
+
+# ---------------------------------------------------------------------------------------------------
+# The check command
+# ---------------------------------------------------------------------------------------------------
+
+
+def test_check_breaks_down_by_operator(sets, tmp_path, capsys):
+    lines = []
+    for row in sets["hard"]:
+        name, _ = parse_problem(row["problem"])
+        a, b = (int(v) for v in re.findall(r"=(\d{3})", row["problem"]))
+        problem = world.Problem(name, world.HARD[name], a, b)
+        text = world.trace(problem, {0, 1, 2, 3} if name == "gal" else ()) if name != "vok" else r"\boxed{x}"
+        lines.append(json.dumps({"problem_id": row["problem_id"], "sample": 0, "text": text}))
+    path = tmp_path / "traces.jsonl"
+    path.write_text("\n".join(lines) + "\n")
+    tallies = check(path, [ASSETS / "hard.jsonl"])
+    assert tallies["hard"] == verify.Tally(64, 56, 56, 48, 8 * 15, 24)
+    assert tallies["hard-gal"] == verify.Tally(8, 8, 8, 0, 24, 24)
+    assert tallies["hard-vok"] == verify.Tally(8, 0, 0, 0, 0, 0)
+    main(["check", str(path)])
+    shown = capsys.readouterr().out
+    assert re.search(r"hard-zib\W+8\W+100\.0\W+100\.0\W+100\.0\W+0\.0", shown)
+    assert re.search(r"hard \W+64\W+87\.5\W+87\.5\W+75\.0\W+20\.0", shown)
+
+
+def test_errors_of_the_commands(tmp_path):
+    bad = tmp_path / "traces.jsonl"
+    bad.write_text('{"problem_id":"hard-zib-9999","text":"x"}\n')
+    with pytest.raises(UserError, match=r"traces\.jsonl:1:problem_id: got 'hard-zib-9999'"):
+        main(["check", str(bad)])
+    bad.write_text('{"problem_id":"hard-zib-0000"}\n')
+    with pytest.raises(UserError, match="1:text: want a text"):
+        main(["check", str(bad)])
+    bad.write_text('\n{"problem_id"\n')
+    with pytest.raises(UserError, match="2: got a damaged line"):
+        main(["check", str(bad)])
+    with pytest.raises(UserError, match="cannot be read"):
+        main(["check", str(tmp_path / "absent.jsonl")])
+    with pytest.raises(UserError, match="at least one row"):
+        main(["corpus", "--out", str(bad), "--rows", "0"])

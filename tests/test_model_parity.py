@@ -1,0 +1,145 @@
+"""Logits equal those of transformers, in float32, on random weights with unequal dimensions."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+import transformers
+
+from dail_jax.checkpoint import hf
+from dail_jax.errors import UserError
+from dail_jax.model import families, transformer, weights
+
+SIZES = dict(vocab_size=61, hidden_size=24, intermediate_size=40, num_hidden_layers=3, num_attention_heads=6,
+             num_key_value_heads=2, max_position_embeddings=256, rms_norm_eps=1e-5)  # fmt: skip
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+          "original_max_position_embeddings": 32, "rope_theta": 500.0}  # fmt: skip
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32, "rope_theta": 10000.0}
+CASES = {
+    "qwen2": ("Qwen2", dict(tie_word_embeddings=True)),
+    "qwen2_untied": ("Qwen2", dict(tie_word_embeddings=False)),
+    "qwen3": ("Qwen3", dict(head_dim=10, tie_word_embeddings=False)),
+    "qwen3_yarn": ("Qwen3", dict(head_dim=10, tie_word_embeddings=True, rope_parameters=YARN)),
+    "llama": ("Llama", dict(tie_word_embeddings=False, head_dim=8)),
+    "llama3": ("Llama", dict(tie_word_embeddings=True, rope_parameters=LLAMA3)),
+    "llama_linear": ("Llama", dict(rope_parameters={"rope_type": "linear", "factor": 2.0, "rope_theta": 10000.0})),
+}
+
+
+def make(case, folder):
+    """A random transformers model saved to `folder`; norms and biases are random too."""
+    kind, extra = CASES[case]
+    torch.manual_seed(sum(map(ord, case)))
+    config = getattr(transformers, f"{kind}Config")(**SIZES, **extra)
+    model = getattr(transformers, f"{kind}ForCausalLM")(config).eval()
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            p.add_(torch.randn_like(p) * (0.2 if "norm" in name or "bias" in name else 0.08))
+    model.save_pretrained(folder)
+    return model
+
+
+@pytest.fixture(scope="module", params=CASES)
+def pair(request, tmp_path_factory, one_device):
+    folder = tmp_path_factory.mktemp(request.param)
+    model = make(request.param, folder)
+    params, cfg = hf.load(folder, one_device, "float32")
+    return model, params, cfg
+
+
+def batch():
+    """Three rows, padded on the left to 19 tokens: [3, 19] tokens and positions."""
+    rng = np.random.default_rng(0)
+    lengths = [19, 12, 5]
+    tokens, positions = np.zeros((3, 19), np.int32), np.full((3, 19), -1, np.int32)
+    for row, n in enumerate(lengths):
+        tokens[row, 19 - n :] = rng.integers(1, 61, n)
+        positions[row, 19 - n :] = np.arange(n)
+    return tokens, positions
+
+
+def expected(model, tokens, positions):
+    mask = torch.tensor(positions >= 0).long()
+    with torch.no_grad():
+        out = model(torch.tensor(tokens).long(), attention_mask=mask, position_ids=torch.tensor(positions).clamp(min=0).long())
+    return out.logits.numpy()
+
+
+def close(ours, theirs, live):
+    scale = np.abs(theirs[live]).max()
+    return np.abs(np.asarray(ours)[live] - theirs[live]).max() / scale
+
+
+def test_full_forward(pair):
+    model, params, cfg = pair
+    tokens, positions = batch()
+    hidden, _ = transformer.forward(params, tokens, positions, cfg)
+    assert close(transformer.unembed(params, hidden), expected(model, tokens, positions), positions >= 0) < 1e-4
+
+
+def test_prefill_and_decode_equal_the_full_forward(pair):
+    """Two prompts share a buffer; four rows decode them, one token and then three tokens at a time."""
+    model, params, cfg = pair
+    params = weights.unstack(params)
+    tokens, positions = batch()
+    prompt, last = 9, 19
+    tokens, positions = tokens[:1], positions[:1]
+    other = (tokens + 7) % 61
+    both = np.concatenate([tokens, other])
+    pad = np.concatenate([np.zeros((2, 2), np.int32), both[:, :prompt]], 1)
+    pad_positions = np.concatenate([np.full((2, 2), -1, np.int32), np.tile(positions[:, :prompt], (2, 1))], 1)
+    hidden, ks, vs = transformer.prefill(params, pad, pad_positions, cfg)
+    cache = transformer.empty_cache(cfg, rows=4, slots=12, blocks=1, prompt_slots=2 * 11, dtype=jnp.float32)
+    flat = lambda x: x.swapaxes(0, 1).reshape(1, cfg.K, 22, cfg.H)  # noqa: E731
+    owner = np.where(pad_positions >= 0, np.arange(2)[:, None], -1).reshape(1, 22)
+    rows = np.array([0, 1, 1, 0], np.int32)
+    cache = cache.replace(prompt_k=tuple(map(flat, ks)), prompt_v=tuple(map(flat, vs)),
+                          prompt_owner=jnp.asarray(owner), row_prompt=jnp.asarray(rows))  # fmt: skip
+    theirs = expected(model, both, np.tile(positions, (2, 1)))
+    ours = transformer.unembed(params, hidden)[:, -1]
+    assert np.abs(ours - theirs[:, prompt - 1]).max() / np.abs(theirs).max() < 1e-4
+    step = jax.jit(lambda t, p, c, s: transformer.forward(params, t, p, cfg, cache=c, slots=s))
+    at = prompt
+    for width in (1, 1, 1, 1, 3, 3):
+        chunk, where = both[rows, at : at + width], np.tile(positions[0, at : at + width], (4, 1))
+        hidden, cache = step(chunk, where, cache, np.full(4, at - prompt, np.int32))
+        out = transformer.unembed(params, hidden)
+        assert np.abs(out - theirs[rows, at : at + width]).max() / np.abs(theirs).max() < 1e-4
+        at += width
+    assert at == last
+
+
+def test_unrolled_equals_scanned(pair):
+    _, params, cfg = pair
+    tokens, positions = batch()
+    scanned, _ = transformer.forward(params, tokens, positions, cfg, remat="full")
+    unrolled, _ = transformer.forward(weights.unstack(params), tokens, positions, cfg)
+    np.testing.assert_allclose(scanned, unrolled, atol=2e-5)
+
+
+def test_round_trip_is_exact(pair, tmp_path):
+    model, params, cfg = pair
+    hf.save(tmp_path / "out", params, cfg, model.config.to_dict())
+    again = type(model).from_pretrained(tmp_path / "out")
+    for (name, a), (_, b) in zip(model.state_dict().items(), again.state_dict().items(), strict=True):
+        assert torch.equal(a, b), name
+
+
+@pytest.mark.parametrize(("key", "value", "words"), [
+    ("model_type", "mamba", "mamba"), ("hidden_act", "gelu", "gelu"), ("use_sliding_window", True, "use_sliding_window"),
+    ("rope_scaling", {"rope_type": "longrope"}, "longrope"), ("hidden_size", 10**12, "hidden_size"),
+    ("num_hidden_layers", "3", "num_hidden_layers"), ("num_key_value_heads", 4, "divisor"),
+])  # fmt: skip
+def test_what_is_not_supported_is_refused_by_name(key, value, words):
+    tree = {"model_type": "qwen3", **SIZES, key: value}
+    with pytest.raises(UserError, match=words):
+        families.from_tree(tree, "config.json")
+
+
+def test_count_matches(pair):
+    model, _, cfg = pair
+    assert weights.count(cfg) == sum(p.numel() for p in model.parameters())
+    assert dataclasses.replace(cfg, L=1).L == 1

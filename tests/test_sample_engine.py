@@ -1,0 +1,170 @@
+"""The engine against a loop without cache, slots, or batching; and that neighbours never matter."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import mesh_of
+
+from dail_jax import config as config_lib
+from dail_jax.model import families, transformer, weights
+from dail_jax.sample import decode, engine, mixture
+
+CFG = families.ModelConfig("qwen3", V=30, D=16, L=2, N=4, K=2, H=6, F=20, rope=families.Rope(10_000.0), norm_eps=1e-6,
+                           tied=True, qk_norm=True, qkv_bias=False, max_positions=512)  # fmt: skip
+STOP = 3
+
+
+@pytest.fixture(scope="module")
+def params():
+    return weights.init(jax.random.key(0), CFG, std=0.4)
+
+
+def sampler(params, mesh, roles=2, slots=8, seed=7, tau=0.3, proposals=2, never=(5,), **kw):
+    sampling = config_lib.Sampling(**{"temperature": 0.9, "top_p": 0.97, "presence_penalty": 0.3, **kw})
+    return engine.Sampler(params, CFG, mesh, stops=(STOP,), seed=seed, slots=slots, max_tokens=24,
+                          knobs=mixture.knobs(sampling, tau, proposals), roles=roles, never=never)  # fmt: skip
+
+
+def requests(count=5, samples=3, roles=2, limit=24):
+    rng = np.random.default_rng(0)
+    return [
+        engine.Request(f"p{i}", tuple(tuple(rng.integers(6, 30, 4 + 9 * i + r).tolist()) for r in range(roles)),
+                       tuple(range(samples)), limit - i)
+        for i in range(count)
+    ]  # fmt: skip
+
+
+def collect(s, reqs):
+    out = {(x.name, x.sample): x for x in s.run(reqs)}
+    assert len(out) == sum(len(r.samples) for r in reqs)
+    return out
+
+
+def same(a, b, exact=True):
+    assert a.keys() == b.keys()
+    for k in a:
+        assert a[k].tokens.tolist() == b[k].tokens.tolist(), k
+        assert a[k].finish == b[k].finish
+        if exact:
+            for name in ("logq", "log_student", "log_privileged", "by_student"):
+                assert getattr(a[k], name).tobytes() == getattr(b[k], name).tobytes(), (k, name)
+        else:
+            np.testing.assert_allclose(a[k].logq, b[k].logq, atol=1e-4)
+
+
+@pytest.fixture(scope="module")
+def reference(params, one_device):
+    with jax.set_mesh(one_device):
+        return collect(sampler(params, one_device), requests())
+
+
+def naive(params, s, request, sample):
+    """The same sample by a full forward a token: no cache, no batch."""
+    roles = [list(p) for p in request.prompts]
+    data = functools.reduce(jax.random.fold_in, engine.words(request.name, sample), jax.random.key(s.seed, impl="threefry2x32"))
+    response, logq = [], []
+    while True:
+        logits = []
+        for prompt in roles:
+            ids = np.zeros((1, 96), np.int32)  # fixed shapes: one compilation
+            positions = np.full((1, 96), -1, np.int32)
+            n = len(prompt) + len(response)
+            ids[0, :n], positions[0, :n] = prompt + response, np.arange(n)
+            hidden, _ = jitted_forward(params, ids, positions)
+            logits.append(transformer.unembed(params, hidden[0, n - 1]))
+        seen = np.isin(np.arange(CFG.V), response)
+        logits = jnp.stack(logits)[:, None] + s.rules.bias - s.knobs.presence_penalty * seen
+        u = jax.random.uniform(jax.random.fold_in(data, len(response)), (1, 2), jnp.float32)
+        out = jitted_draw(logits, u, s.knobs)
+        response.append(int(out.token[0]))
+        logq.append(float(out.logq[0]))
+        if response[-1] == STOP or len(response) == request.limit:
+            return response, logq
+
+
+jitted_forward = jax.jit(lambda p, t, x: transformer.forward(p, t, x, CFG))
+jitted_draw = jax.jit(mixture.draw)
+
+
+def test_equals_the_naive_loop(params, one_device, reference):
+    s = sampler(params, one_device)
+    for request in requests():
+        for sample in (0, 2):
+            tokens, logq = naive(params, s, request, sample)
+            got = reference[request.name, sample]
+            assert got.tokens.tolist() == tokens
+            np.testing.assert_allclose(got.logq, logq, atol=2e-4)
+            assert got.finish == ("stop" if tokens[-1] == STOP else "length")
+            assert 5 not in tokens
+
+
+def test_samples_differ_and_lengths_vary(reference):
+    lengths = {len(x.tokens) for x in reference.values()}
+    assert len(lengths) > 3
+    assert len({tuple(x.tokens) for x in reference.values() if len(x.tokens) > 4}) > 5
+
+
+@pytest.mark.parametrize("change", ["order", "subset", "restart"])
+def test_neighbours_do_not_matter(params, one_device, reference, change):
+    reqs = requests()
+    with jax.set_mesh(one_device):
+        if change == "order":
+            same(collect(sampler(params, one_device), reqs[::-1]), reference)
+        elif change == "subset":
+            got = collect(sampler(params, one_device), [reqs[3], reqs[1]])
+            same(got, {k: v for k, v in reference.items() if k[0] in ("p1", "p3")})
+        else:  # as after a crash: some samples of a problem exist already
+            half = [dataclasses.replace(r, samples=(2, 1)) for r in reqs[1:]]
+            got = collect(sampler(params, one_device, slots=8), [reqs[0], *half])
+            same(got, {k: v for k, v in reference.items() if k[0] == "p0" or k[1] > 0})
+
+
+@pytest.mark.parametrize("slots", [1, 4, 64])
+def test_slot_counts_do_not_matter(params, one_device, reference, slots):
+    with jax.set_mesh(one_device):
+        same(collect(sampler(params, one_device, slots=slots), requests()), reference, exact=False)
+
+
+@pytest.mark.parametrize("shape", [(8, 1, 1), (2, 2, 2), (1, 1, 2)], ids=str)
+def test_devices_do_not_matter(params, reference, shape):
+    mesh = mesh_of(*shape)
+    with jax.set_mesh(mesh):
+        sharded = jax.device_put(params, weights.shardings(CFG, mesh))
+        same(collect(sampler(sharded, mesh, slots=8), requests()), reference, exact=False)
+
+
+def test_one_role_draws_from_its_own_softmax(params, one_device):
+    with jax.set_mesh(one_device):
+        out = collect(sampler(params, one_device, roles=1, top_p=1.0, temperature=1.0, presence_penalty=0.0, never=()),
+                      requests(2, 4, roles=1))  # fmt: skip
+    for request in requests(2, 4, roles=1):
+        for sample in range(4):
+            x = out[request.name, sample]
+            ids = np.array([[*request.prompts[0], *x.tokens]], np.int32)
+            hidden, _ = transformer.forward(params, ids, np.arange(ids.shape[1])[None], CFG)
+            logp = jax.nn.log_softmax(transformer.unembed(params, hidden[0]))
+            n = len(request.prompts[0])
+            want = [logp[n - 1 + i, t] for i, t in enumerate(x.tokens)]
+            np.testing.assert_allclose(x.logq, want, atol=1e-4)
+            assert x.by_student.all()
+
+
+def test_one_program_a_bucket_and_none_for_new_knobs(params, one_device):
+    with jax.set_mesh(one_device):
+        before = decode.decode._cache_size(), decode.load_prompt._cache_size()
+        for temperature, tau in ((1.0, 0.1), (0.5, 0.9), (0.0, 0.5)):
+            s = sampler(params, one_device, tau=tau, temperature=temperature, slots=5)
+            collect(s, requests())
+            assert s.usage.live == sum(len(x.tokens) for x in collect(s, requests()).values())
+        buckets = {engine.bucket(max(map(len, r.prompts))) for r in requests()}
+        assert len(buckets) == 2
+        assert decode.decode._cache_size() - before[0] == len(buckets)
+        assert decode.load_prompt._cache_size() - before[1] == len(buckets)
+
+
+def test_bucket_depends_on_the_length_alone():
+    assert [engine.bucket(n) for n in (1, 32, 33, 48, 49, 64, 65, 96, 97, 1025)] == [32, 32, 48, 48, 64, 64, 96, 96, 128, 1536]
