@@ -181,7 +181,8 @@ class Train(Section):
     bucket: Count = 64  # prompts and responses are padded to multiples of this
     chunk: Count = 1024  # response positions whose logits exist at one time
     remat: Literal["none", "full", "dots"] = "full"
-    cache_references: bool = True
+    cache_references: bool = True  # keep the frozen roles' states on disk and reuse them in every epoch
+    references_gib: Positive = 64.0  # ... if they take no more than this
     workers: Natural = 0  # Grain worker processes
     save_every: Count = 50
     keep_checkpoints: Count = 2
@@ -275,6 +276,7 @@ class Config(Section):
     prompts: Prompts = Prompts()
     waypoints: Waypoints = Waypoints()
     generate: Generate = Generate()
+    traces: str | None = None  # a traces.jsonl made elsewhere; null = this run's own
     filters: Filters = Filters()
     train: Train = Train()
     evaluate: Evaluate = Evaluate()

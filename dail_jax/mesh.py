@@ -63,3 +63,24 @@ def constrain(x: jax.Array, axes: str) -> jax.Array:
     """Asks the compiler to lay `x` out by the rules, where a mesh is set; elsewhere a no-op."""
     mesh = jax.sharding.get_abstract_mesh()
     return x if mesh.empty else jax.lax.with_sharding_constraint(x, spec(axes))
+
+
+def local_rows(mesh: jax.sharding.Mesh, count: int) -> slice:
+    """Which of `count` batch rows this process holds; raises UserError if they do not divide."""
+    parts = axis_size(mesh, "b")
+    if count % parts:
+        raise UserError(f"got {count} rows a step, want a multiple of the {parts} devices along data and fsdp",
+                        field="train.batch_size")  # fmt: skip
+    slices = sharding(mesh, "b").addressable_devices_indices_map((count,)).values()
+    bounds = [s[0].indices(count) for s in slices if s is not None]
+    return slice(min(b[0] for b in bounds), max(b[1] for b in bounds))
+
+
+def to_devices(batch: dict[str, np.ndarray], mesh, rows: int) -> dict[str, jax.Array]:
+    """Each process's rows [A, local, ...] as global arrays [A, rows, ...], sharded by row."""
+
+    def put(x: np.ndarray) -> jax.Array:
+        where = sharding(mesh, "_b" + "_" * (x.ndim - 2))
+        return jax.make_array_from_process_local_data(where, x, (x.shape[0], rows, *x.shape[2:]))
+
+    return {name: put(x) for name, x in batch.items() if name != "rows"}

@@ -13,7 +13,9 @@ import importlib.metadata
 import json
 import os
 import platform
+import signal
 import subprocess
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -30,8 +32,8 @@ PACKAGES = ("jax", "jaxlib", "libtpu", "flax", "optax", "orbax-checkpoint", "gra
 # The sections that decide what a stage writes. `mesh` is not among them: other devices give the same traces,
 # and losses that agree to rounding.
 SECTIONS = {
-    "generate": ("seed", "model", "data", "prompts", "generate"),
-    "train": ("seed", "model", "data", "prompts", "waypoints", "filters", "generate", "train"),
+    "generate": ("seed", "model", "data", "prompts", "generate", "filters"),
+    "train": ("seed", "model", "data", "prompts", "waypoints", "filters", "train"),
     "evaluate": ("seed", "model", "prompts", "train", "evaluate"),
     "export": ("train", "export"),
     "pretrain": ("seed", "pretrain"),
@@ -199,3 +201,28 @@ def _differences(old: Any, new: Any, path: str = "") -> list[str]:
         keys = [*old, *(k for k in new if k not in old)]
         return [line for k in keys for line in _differences(old.get(k), new.get(k), f"{path}.{k}" if path else k)]
     return [] if old == new else [f"{path.removeprefix('config.')}: {old!r} -> {new!r}"]
+
+
+class Interrupt:
+    """SIGTERM and SIGINT as a wish to stop soon: check `wanted` where work can be put down safely."""
+
+    def __enter__(self) -> Interrupt:
+        self.wanted = False
+        self._old = {}
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGTERM, signal.SIGINT):
+                self._old[number] = signal.signal(number, self._note)
+        return self
+
+    def _note(self, number: int, _: object) -> None:
+        if self.wanted and number == signal.SIGINT:
+            raise KeyboardInterrupt  # asked twice
+        self.wanted = True
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._old.items():
+            signal.signal(number, handler)
+
+
+class Interrupted(Exception):
+    """A stage was asked to stop, and has saved its work: the command ends with exit status 0."""

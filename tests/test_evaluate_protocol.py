@@ -22,8 +22,9 @@ def rows(right: dict[str, int], benchmark: str, budget: int) -> list[dict]:
     """Four samples a problem, the first `right[problem]` of them right; 8 means forced, sample i has 5 + i tokens."""
     return [
         {"benchmark": benchmark, "problem_id": problem, "sample": i, "budget": budget, "tokens": 5 + i,
-         "forced_tokens": 3 if budget == 8 and i == 3 else 0, "text": "", "forced_text": "", "answer": "1" if i < 3 else None,
-         "gold": "1", "correct": i < c, "reason": "equal" if i < c else "different" if i < 3 else "no answer",
+         "forced_tokens": 3 if budget == 8 and i == 3 else 0, "text": "", "forced_text": "",
+         "answer": "1" if i < 3 else None, "gold": "1", "correct": i < c,
+         "reason": "equal" if i < c else "different" if i < 3 else "no answer",
          "finish": "forced" if budget == 8 and i == 3 else "stop"}
         for problem, c in right.items() for i in range(4)
     ]  # fmt: skip

@@ -13,7 +13,7 @@ from dail_jax.checkpoint import hf
 from dail_jax.errors import UserError
 from dail_jax.model import families, transformer, weights
 
-SIZES = dict(vocab_size=61, hidden_size=24, intermediate_size=40, num_hidden_layers=3, num_attention_heads=6,
+SIZES = dict(vocab_size=62, hidden_size=24, intermediate_size=40, num_hidden_layers=3, num_attention_heads=6,
              num_key_value_heads=2, max_position_embeddings=256, rms_norm_eps=1e-5)  # fmt: skip
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
           "original_max_position_embeddings": 32, "rope_theta": 500.0}  # fmt: skip
@@ -87,7 +87,7 @@ def test_prefill_and_decode_equal_the_full_forward(pair):
     tokens, positions = batch()
     prompt, last = 9, 19
     tokens, positions = tokens[:1], positions[:1]
-    other = (tokens + 7) % 61
+    other = (tokens + 7) % 62
     both = np.concatenate([tokens, other])
     pad = np.concatenate([np.zeros((2, 2), np.int32), both[:, :prompt]], 1)
     pad_positions = np.concatenate([np.full((2, 2), -1, np.int32), np.tile(positions[:, :prompt], (2, 1))], 1)

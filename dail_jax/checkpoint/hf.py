@@ -100,7 +100,7 @@ def new_folder(folder: str | Path) -> Iterator[Path]:
     temporary.mkdir(parents=True)
     try:
         yield temporary
-        for file in temporary.iterdir():
+        for file in (f for f in temporary.rglob("*") if f.is_file()):
             with open(file, "rb") as handle:
                 os.fsync(handle.fileno())
         sync_folder(temporary)

@@ -132,7 +132,8 @@ def tidy(formula: str) -> str:
     text = _SPACING.sub(" ", formula)
     text = re.sub(r"\\([dtc]frac|over(?=\s*\d))(?![a-zA-Z])", lambda m: "/" if m[1] == "over" else r"\frac", text)
     text = re.sub(r"\\[dt]binom(?![a-zA-Z])", r"\\binom", text)
-    text = re.sub(r"\{\s*([^{}]{1,40}?)\s*\\choose\s*([^{}]{1,40}?)\s*\}", r"\\binom{\1}{\2}", text)
+    text = re.sub(r"\{\s*(?:\{([^{}]{1,40})\}|([^{}]{1,40}?))\s*\\choose\s*(?:\{([^{}]{1,40})\}|([^{}]{1,40}?))\s*\}",
+                  lambda m: rf"\binom{{{m[1] or m[2]}}}{{{m[3] or m[4]}}}", text)  # fmt: skip
     text = re.sub(r"(\\[a-zA-Z]+)\s+(?![a-zA-Z])", r"\1", re.sub(r"\s+", " ", text))
     return text.strip()
 

@@ -24,12 +24,13 @@ def waypoints(row: Row, cfg: config.Waypoints) -> list[str]:
         raise UserError(f"got {cfg.extractor!r}, want one of {', '.join(EXTRACTORS)}; did you mean {near[0]!r}?",
                         field="waypoints.extractor")  # fmt: skip
     answer = final_answer(row)
-    seen: set[Hashable] = {latex.canonical(answer)} if answer else set()
-    found = []
+    final = latex.canonical(answer) if answer else None
+    simplest: dict[Hashable, str] = {}  # in order of first appearance
     for item in extract(row):
-        if (key := latex.canonical(item)) not in seen and item.strip():
-            seen.add(key)
-            found.append(item)
+        key = latex.canonical(item)
+        if item.strip() and key != final and len(item) < len(simplest.get(key, item + " ")):
+            simplest[key] = item
+    found = list(simplest.values())
     if cfg.limit and len(found) > cfg.limit:
         last = len(found) - 1
         found = [found[i * last // max(cfg.limit - 1, 1)] for i in range(cfg.limit)]
@@ -76,12 +77,15 @@ _LIST_MARK = re.compile(r"^[ \t]*(?:\(?\d{1,3}[.)]|\(?[a-zA-Z][.)]|\(?[ivx]{1,4}
 _THOUSANDS = re.compile(r"(?<![\d,.])\d{1,3}(?:(?:,|\{,\}|,\\!)\d{3})+(?![\d,]*\d)")
 _COMMA = "\ue000"  # stands for the comma inside of 10,000 while commas separate
 
+_CONTINUED = re.compile(r"\\\\(?:\[[^\]]*\])?(?=[&\s]*(?:=|\\equiv|\\approx))")  # a row break inside of a chain
 _ROWS = re.compile(r"\\\\(?:\[[^\]]*\])?|\\(?:newline|cr)(?![a-zA-Z])|\n\s*\n")
 _WORDS = re.compile(r"\\(?:text(?:rm|bf|it|sf)?|mbox|hbox|intertext|mathrm|operatorname|mathit)\s*\{([^{}]*)\}")
 _CLUTTER = re.compile(
     r"\\(?:tag\*?|label|eqref|ref|color|begin|end)\s*\{[^{}]*\}|\\(?:hline|newline|therefore|because|noindent)(?![a-zA-Z])"
 )
 _MODULUS = re.compile(r"\\(?:pmod|bmod|mod|pod)(?![a-zA-Z])\s*(?:\{[^{}]*\}|\d+)?")
+
+_EDGES = re.compile(r"^[\s?$]+|^\s*\.(?!\d)\s*|[\s.?$]+$")
 
 _EQUAL = {"=", r"\equiv", r"\approx", r"\simeq", r"\doteq", r"\longequal"}
 _BOUND = {"<", ">", r"\lt", r"\gt", r"\le", r"\leq", r"\leqslant", r"\ge", r"\geq", r"\geqslant"}
@@ -100,8 +104,8 @@ _NAME = re.compile(
 )
 # Words before a value that say it is a result, and words before one that say it is none.
 _RESULT = re.compile(
-    r"\b(?:is|are|be|was|equals?|gets?|gives?|giving|gave|obtain(?:s|ed|ing)?|yields?|yielding|totals?|totall?ing|has|have"
-    r"|having|find|makes?|making|become[s]?|leaves?|leaving|into|approximately|result[s]?|(?:total|sum|value|area|length"
+    r"\b(?:is|are|be|was|equals?|gets?|gives?|giving|gave|obtain(?:s|ed|ing)?|yields?|yielding|totals?|totall?ing|we\s+have"
+    r"|find|makes?|making|become[s]?|leaves?|leaving|into|approximately|result[s]?|(?:total|sum|value|area|length"
     r"|product|count|volume|radius|number|probability)\s+of|to\s+(?:be|get)|comes?\s+(?:out\s+)?to)"
     r"(?:\s+(?:us|that|then|thus|therefore|just|only|exactly|simply|now|also|about|equal|to|a\s+total\s+of|of|again"
     r"|clearly|the|in\s+total|hence|indeed|actually)){0,3}\s*[:(]?\s*\Z",
@@ -118,8 +122,9 @@ _ATOM = (
     rf"(?:\\?sqrt\s*(?:\([^()\n]{{1,40}}\)|\{{[^{{}}\n]{{1,40}}\}}|\d+)|\\[dt]?frac\s*\{{[^{{}}]{{1,40}}\}}\s*\{{[^{{}}]{{1,40}}\}}"
     rf"|\\(?:pi|cdot|times)\b|\d[\d{_COMMA}]*+(?:\.\d++)?%?|[a-zA-Z](?![a-zA-Z])|\([^()\n]{{1,40}}\)|\{{[^{{}}\n]{{1,20}}\}})"
 )
-_PROSE_EXPRESSION = re.compile(rf"[-+]?\s*{_ATOM}(?:\s*[-+*/^]\s*{_ATOM}|{_ATOM})*+")
-_PROSE_EVENT = re.compile(rf"\\(?:approx|equiv)(?![a-zA-Z])|(?<![<>!])=+(?!>)|(?<![\w.{_COMMA}$/-])\d")
+_PROSE_EXPRESSION = re.compile(rf"\s*[-+]?\s*{_ATOM}(?:\s*[-+*/^]\s*{_ATOM}|{_ATOM})*+")
+_GOES_ON = re.compile(r"\s*=\s*[-+]?\s*(?:[\d(\\]|sqrt)")  # a chain that has another value to come
+_PROSE_EVENT = re.compile(rf"\\(?:approx|equiv)(?![a-zA-Z])|(?<![<>!])=+(?!>)|(?<![\w.{_COMMA}$/-])(?:\d|sqrt)")
 
 
 def mathematical(row: Row) -> list[str]:
@@ -164,7 +169,7 @@ def _key(text: str) -> Hashable:
 
 def _statements(formula: str) -> list[list[tuple[str, str]]]:
     """A formula's statements, each a chain of (relation, side); the first relation of a chain is empty."""
-    text = _WORDS.sub(lambda m: ";" if len(m[1].strip()) > 1 else m[1], _ROWS.sub(" ; ", formula))
+    text = _WORDS.sub(lambda m: ";" if len(m[1].strip()) > 1 else m[1], _ROWS.sub(" ; ", _CONTINUED.sub(" ", formula)))
     text = latex.tidy(_MODULUS.sub(" ; ", _CLUTTER.sub(" ", text)))
     chains: list[list[tuple[str, str]]] = [[("", "")]]
     depth = 0
@@ -177,22 +182,26 @@ def _statements(formula: str) -> list[list[tuple[str, str]]]:
         else:
             relation, side = chains[-1][-1]
             chains[-1][-1] = (relation, side + piece)
-    cleaned = [[(relation, side.strip(" .?|$\n\t")) for relation, side in chain] for chain in chains]
+    cleaned = [[(relation, _EDGES.sub("", side)) for relation, side in chain] for chain in chains]
     return [chain for chain in cleaned if any(side for _, side in chain)]
 
 
 def _kind(side: str) -> str | None:
     """`number`, `closed` (a value that is more than a number), `symbolic`, or None: nothing to go by."""
-    if not side or len(side) > 70 or re.search(r"\\[lc]?dots|\\infty|\.\.\.|\\pm|\\mp|\\sum|\\prod", side):
+    if not side or len(side) > 70 or side.count("|") % 2 or re.search(r"\\[lc]?dots|\\infty|\.\.\.|\\sum|\\prod", side):
         return None
     if _NUMBER.fullmatch(side):
         return "number"
     poly = latex.polynomial(side.replace(_COMMA, ""))
     if poly is not None and latex.is_closed(poly):
-        return "closed" if re.search(r"\d", side) else None
+        return None if re.fullmatch(r"\(\d+\)|\D*", side) else "closed"
+    if _NAME.fullmatch(side) or re.match(r"[(\s]*\\(?:times|cdot)(?![a-z])|\\[a-z]+_(?:\d|\{[^{}]*\})\Z", side):
+        return None
     letters = re.sub(r"\\[a-zA-Z]+", "", side)
     if poly is None and re.search(r"\d", side) and not re.search(r"[a-zA-Z=]", letters) and side.count("{") == side.count("}"):
         return "closed" if re.search(r"[\d}\])!]\Z|\\r(?:floor|ceil)\Z|\\circ\Z", side) else None
+    if re.fullmatch(r"[A-Z]{2,3}'?\s*\^\s*(?:\d|\{\d\})", side):
+        return None  # the square of a segment
     return "symbolic" if len(side) <= 40 and re.search(r"\d|\\frac|\\sqrt", side) and "=" not in side else None
 
 
@@ -217,6 +226,9 @@ def _from_formula(formula: str, before: str, given: frozenset[Hashable]) -> list
                 found.append(first)
         else:
             in_list = False
+            ranging = re.fullmatch(r"(\d+) ?-+ ?(\d+)", first)  # `0-9` means "from 0 to 9"
+            if ranging and int(ranging[1][:9]) < int(ranging[2][:9]):
+                continue
             if kind == "closed" and _key(first) not in given and not listing:
                 found.append(first)
     return found
@@ -254,8 +266,10 @@ def _result(run: list[str], name: bool, conditional: bool) -> list[str]:
         plain = best in numbers
         if plain and conditional and len(sides) == 1:
             return []
-        return [] if plain and not name and re.fullmatch(r"-?0*[01]", best) else [best]
-    if sides and _kind(left) in ("number", "closed") and not re.fullmatch(r"-?\d", left):
+        if plain and not name and re.fullmatch(r"-?0*[01]", best):
+            return [f"{left} = {best}"] if best == "0" and _kind(left) == "symbolic" else []
+        return [best]
+    if sides and _kind(left) == "number" and not re.fullmatch(r"-?\d", left):
         return [left]
     return [sides[-1]] if sides and kinds[-1] == "symbolic" else []
 
@@ -267,15 +281,15 @@ def _from_prose(text: str, given: frozenset[Hashable]) -> list[str]:
     for event in _PROSE_EVENT.finditer(text):
         if event.start() < end:
             continue
-        relation = not event[0].isdigit()
+        relation = not event[0][0].isalnum()
         start = event.end() if relation else event.start()
-        match = _PROSE_EXPRESSION.match(text, start + len(text[start:]) - len(text[start:].lstrip(" ")) if relation else start)
+        match = _PROSE_EXPRESSION.match(text, start)
         if match is None:
             continue
         end = match.end()
         value = match[0].strip().replace("%", r"\%")
-        if re.match(r"\s*=(?!>)", text[end:]):
-            continue  # the chain goes on
+        if _GOES_ON.match(text, end):
+            continue
         value = re.sub(r"\^(\d{2,})", r"^{\1}", re.sub(r"\\?sqrt\s*\(([^()]*)\)", r"\\sqrt{\1}", value))
         kind = _kind(value)
         before = text[max(0, event.start() - 60) : event.start()]
@@ -302,7 +316,7 @@ _CUE = re.compile(
 )
 _QUOTED = re.compile(r"[\"\u201c]([^\"\u201c\u201d\n]{3,60})[\"\u201d]|(?<!\*)\*\*?([^*\n]{3,60})\*\*?(?!\*)")
 _MEASURE = re.compile(r"(?<![\w.])[$\u20ac\u00a3]?\d[\d,]*(?:\.\d+)?\s?(?:%|[^\W\d_]+(?:/[^\W\d_]+)?)")
-_PROPER = re.compile(r"(?<!\A)(?<=[a-z,;] )[A-Z][\w'-]+(?:\s+(?:of\s+|the\s+|de\s+)?[A-Z][\w'-]+)*")
+_PROPER = re.compile(r"(?<!\A)(?<=[a-z,;] )[A-Z][\w-]+(?:\s+(?:of\s+|the\s+|de\s+)?[A-Z][\w-]+)*")
 _STOP = frozenset(
     "a about above after again all also am an and any are as at be because been before being below between both but by can "
     "cannot could did do does doing down during each even few for from further given had has have having he her here hers him "
@@ -310,7 +324,7 @@ _STOP = frozenset(
     "or other our out over own same she should since so some such than that the their them then there these they this those "
     "through to too two under until up upon us very was we were what when where which while who whom why will with would yet "
     "you your thus hence therefore however every first second third next get gets make makes made take takes use used using "
-    "see way well much many".split()
+    "see way well much many whose less".split()
 )
 
 

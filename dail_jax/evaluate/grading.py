@@ -1,6 +1,6 @@
-"""Answers: taking them out of a text, and deciding whether two are the same, however hostile the text is.
+"""Deciding whether an answer equals the gold answer, however hostile it is.
 
-Most comparisons are decided here by a few certain rules (the same string, two integers, lists of integers, words).
+Most comparisons are decided here by a few certain rules (the same string, two integers, rows of integers, words).
 The others go to math-verify in worker processes with limits on memory and CPU time, so that no answer can stop or
 bring down the caller. A verdict is right or wrong with a reason:
 
@@ -19,7 +19,6 @@ import contextlib
 import json
 import os
 import queue
-import re
 import select
 import signal
 import subprocess
@@ -29,169 +28,21 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
 
-AnswerType = Literal["math", "integer", "choice"]
+from dail_jax.evaluate.answers import (
+    MAX_LENGTH,
+    AnswerType,
+    canonical_integer,
+    choice_letter,
+    extract,
+    normalise,
+    refusal,
+    rows_agree,
+    tidy,
+    words_agree,
+)
 
-MAX_LENGTH = 2000  # characters of an answer
-MAX_DIGITS = 1000  # of one number
-MAX_DEPTH = 40  # of nested brackets
-THINK_OPEN, THINK_CLOSE = "<think>", "</think>"
-
-# ---------------------------------------------------------------------------------------------------
-# Extraction
-# ---------------------------------------------------------------------------------------------------
-
-_BOX_TOKENS = re.compile(r"\\boxed\s*\{|\\.|[{}]", re.DOTALL)
-_STATED = r"(?i:answer)\s*(?:(?i:is)|:|=)[\s:*$]*(?:\\\w+\{)?"
-_STATED_INTEGER = re.compile(_STATED + r"([+-]?\d[\d,]*+)(?!\.\d)")  # possessive: no backtracking over a megabyte
-_STATED_CHOICE = re.compile(_STATED + r"\(?([A-H])\b")
-_LETTER = re.compile(r"\(?([A-Z])\)?(?:[.:,)\s].*)?|\(?([a-z])\)?\.?", re.DOTALL)
-
-
-def extract(
-    text: str, answer_type: AnswerType = "math", *, thinking: bool = False, forced: str | None = None
-) -> str | None:
-    """The answer in a completion, or None: the balanced `\\boxed{...}` of the answer part that opens last.
-
-    The answer part follows the last `</think>`. Where thinking began (in the text, or by `thinking=True` in the
-    prompt) and never ended there is none: a box among thoughts is not an answer. `forced` is the text that closed
-    the thinking of a cut sample and what was drawn after it; then only this counts. For integers and choices an
-    "answer is 12" or "Answer: (C)" serves where there is no box. A choice comes back as its capital letter.
-    """
-    if forced is not None:
-        part = forced
-    elif THINK_CLOSE in text:
-        part = text[text.rindex(THINK_CLOSE) + len(THINK_CLOSE) :]
-    elif thinking or THINK_OPEN in text:
-        return None
-    else:
-        part = text
-    box = last_box(part)
-    if answer_type == "choice":
-        if box is not None:
-            return _letter(box)
-        stated = _STATED_CHOICE.findall(part)
-        return stated[-1] if stated else None
-    if box is None and answer_type == "integer":
-        stated = _STATED_INTEGER.findall(part)
-        box = stated[-1].rstrip(",") if stated else None
-    return box.strip() or None if box is not None else None
-
-
-def last_box(text: str) -> str | None:
-    """The content of the balanced `\\boxed{...}` that opens last, in one pass over the text."""
-    stack: list[int | None] = []  # for each open brace: where the box's content starts, None for other braces
-    best: tuple[int, int] | None = None
-    for token in _BOX_TOKENS.finditer(text):
-        if token[0].startswith("\\boxed"):
-            stack.append(token.end())
-        elif token[0] == "{":
-            stack.append(None)
-        elif token[0] == "}" and stack:
-            start = stack.pop()
-            if start is not None and (best is None or start > best[0]):
-                best = (start, token.start())
-    return None if best is None else text[best[0] : best[1]]
-
-
-def _letter(text: str) -> str | None:
-    match = _LETTER.fullmatch(_unwrap(_tidy(text)))
-    return (match[1] or match[2]).upper() if match else None
-
-
-# ---------------------------------------------------------------------------------------------------
-# Forms that need no algebra
-# ---------------------------------------------------------------------------------------------------
-
-_DROP = re.compile(r"\\(?:left|right|displaystyle|limits)(?![A-Za-z])|\\[!()\[\]]|\\?\$")
-_BLANK = re.compile(r"\\[,;: ]|\\q?quad(?![A-Za-z])|~|\s+")
-_TEXT = re.compile(r"\\(?:text|textbf|textit|textrm|mathrm|mathbf|mathit|operatorname)\s*\{([^{}]*)\}")
-_INTEGER = re.compile(r"([+-]?)(\d++)(?:\.0++)?")  # possessive, as below: linear in hostile lengths
-_THOUSANDS = re.compile(r"[+-]?\d{1,3}(?:,\d{3})+(?:\.\d+)?")
-_GROUPED = re.compile(r"[+-]?\d{1,3}(?: \d{3})+")
-_ROW = re.compile(r"[+-]?\d+(?: [+-]?\d+)+")
-_LIST = re.compile(r"\(? ?([+-]?\d+(?:(?: ?[,;] ?| )[+-]?\d+)*) ?\)?")
-_WORDS = re.compile(r"[A-Za-z]+(?:(?:, ?| |-)[A-Za-z]+)*")
-_TOWER = re.compile(r"\^[{(]*\d+\^[{(]*\d+\^|\^[{(]*\d{7}|\d{6}[})]*!|!!!")
-
-
-def normalise(text: str) -> str:
-    """A form in which spellings of the same answer agree: spaces, delimiters, `\\dfrac`, `1,234`, `007`, `5.0`."""
-    text = _unwrap(_tidy(text))
-    if _ROW.fullmatch(text):
-        return text
-    text = re.sub(r" ?([^\w ]) ?", r"\1", text)
-    if _THOUSANDS.fullmatch(text):
-        text = text.replace(",", "")
-    return _integer(text) or text
-
-
-def _tidy(text: str) -> str:
-    """Without what only lays out; runs of blanks are one space."""
-    text = text.replace("\u2212", "-").replace("\u2013", "-").replace("{,}", ",")
-    text = _BLANK.sub(" ", _DROP.sub("", text))
-    text = re.sub(r"\\[dtc]frac(?![A-Za-z])", r"\\frac", text).strip()
-    return text[:-1].rstrip() if text.endswith(".") else text
-
-
-def _unwrap(text: str) -> str:
-    """The inside of `\\text{...}` where that is all."""
-    match = _TEXT.fullmatch(text)
-    return match[1].strip() if match else text
-
-
-def _integer(text: str) -> str | None:
-    """A canonical integer, as text: Python refuses to convert very long ones."""
-    match = _INTEGER.fullmatch(text)
-    if not match:
-        return None
-    digits = match[2].lstrip("0") or "0"
-    return "-" + digits if match[1] == "-" and digits != "0" else digits
-
-
-def _rows_agree(gold: str, prediction: str) -> bool | None:
-    """For integers that stand side by side, which math-verify would add; None where neither answer is such a row."""
-    if not _ROW.fullmatch(gold) and not _ROW.fullmatch(prediction):
-        return None
-
-    def parts(text: str) -> list[str | None]:
-        match = _LIST.fullmatch(text)
-        return [_integer(part) for part in re.split(r"[ ,;]+", match[1])] if match else [text]
-
-    if _integer(gold) and _GROUPED.fullmatch(prediction):  # 10 000; but a row that is asked for stays a row
-        return _integer(gold) == _integer(prediction.replace(" ", ""))
-    return parts(gold) == parts(prediction)
-
-
-def _words_agree(gold: str, prediction: str) -> bool | None:
-    """For answers in words, which math-verify would multiply letter by letter; None where it is not about words."""
-    plain = [_TEXT.sub(r" \1 ", text) for text in (gold, prediction)]
-    words = [re.split(r"[ ,-]+", text.strip().casefold()) for text in plain]
-    if not all(_WORDS.fullmatch(" ".join(w)) for w in words):
-        return None
-    if "\\" in gold + prediction or any(len(w) > 3 or w in ("yes", "no") for ws in words for w in ws):
-        return words[0] == words[1]
-    return None
-
-
-def refusal(text: str) -> str | None:
-    """Why an answer should not be computed with, from a look at it; None where it may."""
-    if len(text) > MAX_LENGTH or re.search(rf"\d{{{MAX_DIGITS + 1}}}", text):
-        return "too long"
-    depth = braces = deepest = 0
-    for char in re.findall(r"(?<!\\)[{}]|[()\[\]]", text):
-        step = 1 if char in "([{" else -1
-        depth += step
-        braces += step if char in "{}" else 0
-        deepest = max(deepest, depth)
-        if braces < 0:
-            return "unparseable"
-    if deepest > MAX_DEPTH:
-        return "too deep"
-    if braces:
-        return "unparseable"
-    return "too large" if _TOWER.search(re.sub(r"\s|\\left|\\right", "", text)) else None
+__all__ = ["AnswerType", "Grader", "Limits", "Verdict", "check_gold", "extract", "normalise", "quick_verdict"]
 
 
 @dataclass(frozen=True)
@@ -211,7 +62,7 @@ def quick_verdict(prediction: str | None, gold: str, answer_type: AnswerType = "
     if len(prediction) > MAX_LENGTH:
         return Verdict(False, "too long")
     if answer_type == "choice":
-        letters = _letter(gold), _letter(prediction)
+        letters = choice_letter(gold), choice_letter(prediction)
         if None in letters:
             return Verdict(False, "gold" if letters[0] is None else "unparseable")
         return _verdict(letters[0] == letters[1])
@@ -223,10 +74,10 @@ def quick_verdict(prediction: str | None, gold: str, answer_type: AnswerType = "
         reason = "gold"
     if reason is not None:
         return Verdict(False, reason)
-    if _integer(one) and _integer(other):
+    if canonical_integer(one) and canonical_integer(other):
         return Verdict(False, "different")
-    for rule in (_rows_agree, _words_agree):
-        agree = rule(_tidy(gold), _tidy(prediction))
+    for rule in (rows_agree, words_agree):
+        agree = rule(tidy(gold), tidy(prediction))
         if agree is not None:
             return _verdict(agree)
     return None
@@ -234,11 +85,6 @@ def quick_verdict(prediction: str | None, gold: str, answer_type: AnswerType = "
 
 def _verdict(agree: bool) -> Verdict:
     return Verdict(agree, "equal" if agree else "different")
-
-
-# ---------------------------------------------------------------------------------------------------
-# Algebra, in processes that may die
-# ---------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -365,7 +211,7 @@ class Grader:
     def grade_many(self, items: Sequence[tuple[str | None, str, AnswerType]]) -> list[Verdict]:
         """One verdict for each (prediction, gold, answer type), in order."""
         verdicts = [quick_verdict(*item) for item in items]
-        keys = {i: (_tidy(items[i][1]), _tidy(items[i][0] or "")) for i, known in enumerate(verdicts) if known is None}
+        keys = {i: (tidy(items[i][1]), tidy(items[i][0] or "")) for i, known in enumerate(verdicts) if known is None}
         self._learn(list(keys.values()))
         for i, key in keys.items():
             verdicts[i] = Verdict(self._known[key] == "equal", self._known[key])
@@ -375,13 +221,13 @@ class Grader:
         """Why a gold answer cannot be graded against, in words for an error message; None where it can."""
         shown = repr(gold if len(gold) <= 60 else gold[:57] + "...")
         if answer_type == "choice":
-            return None if _letter(gold) else f"got {shown}, want one letter"
+            return None if choice_letter(gold) else f"got {shown}, want one letter"
         if answer_type == "integer":
-            return None if _integer(normalise(gold)) else f"got {shown}, want an integer"
+            return None if canonical_integer(normalise(gold)) else f"got {shown}, want an integer"
         reason = "no answer" if not gold.strip() else refusal(gold)
         if reason is None:
-            text = _tidy(gold)
-            if _integer(normalise(gold)) or _ROW.fullmatch(text) or _words_agree(text, text):
+            text = tidy(gold)
+            if canonical_integer(normalise(gold)) or rows_agree(text, text) or words_agree(text, text):
                 return None
             self._learn([(text, None)])
             reason = self._known[text, None]

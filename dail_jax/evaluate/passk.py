@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from dail_jax.evaluate.grading import normalise
+from dail_jax.evaluate.answers import normalise
 
 MAJORITY_DRAWS = 200  # subsets of k samples behind one maj@k
 

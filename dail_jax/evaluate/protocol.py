@@ -3,7 +3,7 @@
 results.json, for each benchmark and each budget (its key is the budget as text):
 
     problems, samples            how many problems, and samples for each
-    pass@k, maj@k                {"1": {mean, low, high}, "2": ...}: fractions with 95% bootstrap intervals over problems
+    pass@k, maj@k                {"1": {mean, low, high}, "2": ...}: fractions, 95% bootstrap intervals over problems
     tokens                       {mean, low, high} of tokens drawn within the budget
     mean_tokens, median_tokens   the same mean, and the median over samples
     forced, forced_tokens        the share of samples whose answer was forced, and the mean tokens of such an answer
@@ -59,7 +59,7 @@ def _one(problems: Mapping[str, Mapping[int, Mapping[str, Any]]], cfg: config_li
     right = np.array([sum(bool(row["correct"]) for row in drawn) for drawn in table])
     tokens = np.array([[row["tokens"] for row in drawn] for drawn in table])
     forced = [row["forced_tokens"] for row in rows if row["finish"] == "forced"]
-    votes = np.array([passk.maj_at_k([row["answer"] for row in drawn], [bool(row["correct"]) for row in drawn], ks, seed)
+    votes = np.array([passk.maj_at_k([r["answer"] for r in drawn], [bool(r["correct"]) for r in drawn], ks, seed)
                       for drawn in table])  # fmt: skip
 
     def interval(values: np.ndarray) -> dict[str, float]:
@@ -100,8 +100,8 @@ def one_line(results: Results) -> str:
         for budget, found in budgets.items():
             ks = list(dict.fromkeys([min(found["pass@k"], key=int), max(found["pass@k"], key=int)]))
             scores = ", ".join(f"pass@{k} {_percent(found['pass@k'][k])}" for k in ks)
-            parts.append(f"{name}: budget={budget}, problems={found['problems']}, samples={found['samples']}, {scores}, "
-                         f"tokens {found['mean_tokens']:.1f}")  # fmt: skip
+            counts = f"budget={budget}, problems={found['problems']}, samples={found['samples']}"
+            parts.append(f"{name}: {counts}, {scores}, tokens {found['mean_tokens']:.1f}")
     return " | ".join([head, *parts])
 
 

@@ -1,0 +1,100 @@
+"""Training checkpoints: LoRA, optimiser, Grain iterator and counters, as one Orbax step, under a SHA-256 manifest.
+
+A step counts only once its manifest is there, which is written last: a step that was torn by a kill, or half
+deleted, is never restored. Corrupt steps are named and passed over for the one before.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+
+from dail_jax.errors import UserError
+from dail_jax.metrics import say
+from dail_jax.rundir import sha256, write_atomic
+
+TRASH = "trash"
+
+
+class Store:
+    """Checkpoints in a folder: `save(step, state, progress)` and `restore(abstract_state)`."""
+
+    def __init__(self, folder: str | Path, keep: int):
+        self.folder = Path(folder).absolute()
+        self.manifests = self.folder / "manifests"
+        if jax.process_index() == 0:
+            self.manifests.mkdir(parents=True, exist_ok=True)
+            shutil.rmtree(self.folder / TRASH, ignore_errors=True)
+            for path in self.folder.iterdir():  # what a kill left behind: not ours to restore
+                if path.is_dir() and path.name.isdigit() and not self._manifest(int(path.name)).exists():
+                    shutil.rmtree(path)
+        _barrier("store")
+        options = ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=False, todelete_subdir=TRASH,
+                                               cleanup_tmp_directories=True)  # fmt: skip
+        self.manager = ocp.CheckpointManager(self.folder, options=options)
+
+    def save(self, step: int, state: Any, progress: dict[str, Any]) -> None:
+        """Durable on return. `progress` is JSON: the Grain iterator's state and what must not change."""
+        args = ocp.args.Composite(state=ocp.args.StandardSave(state), progress=ocp.args.JsonSave(progress))
+        if not self.manager.save(step, args=args, force=True):
+            raise RuntimeError(f"checkpoint {step} was not saved: it exists already")
+        self.manager.wait_until_finished()
+        if jax.process_index() == 0:
+            root = self.folder / str(step)
+            files = {str(p.relative_to(root)): sha256(p) for p in sorted(root.rglob("*")) if p.is_file()}
+            write_atomic(self._manifest(step), json.dumps(files, indent=0))
+            for path in self.manifests.glob("*.json"):
+                if not (self.folder / path.stem).exists():
+                    path.unlink()
+        _barrier(f"saved {step}")
+
+    def steps(self) -> list[int]:
+        """Whole checkpoints, oldest first."""
+        return sorted(int(p.stem) for p in self.manifests.glob("*.json") if (self.folder / p.stem).is_dir())
+
+    def progress(self, step: int) -> dict[str, Any]:
+        return self.manager.restore(step, args=ocp.args.Composite(progress=ocp.args.JsonRestore()))["progress"]
+
+    def restore(self, abstract: Any) -> tuple[int, Any, dict[str, Any]] | None:
+        """(step, state, progress) of the newest undamaged checkpoint, or None if there is none yet."""
+        steps = self.steps()
+        for step in reversed(steps):
+            damaged = self.damaged(step)
+            if damaged:
+                say(f"checkpoint {step} is damaged ({damaged}); falling back to the one before")
+                continue
+            args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract), progress=ocp.args.JsonRestore())
+            out = self.manager.restore(step, args=args)
+            for newer in [s for s in steps if s > step]:
+                self.manager.delete(newer)
+            return step, out["state"], out["progress"]
+        if steps:
+            raise UserError("every checkpoint is damaged: delete the folder to start anew", file=self.folder)
+        return None
+
+    def damaged(self, step: int) -> str | None:
+        """The first file of a step that is missing or differs from its manifest."""
+        root = self.folder / str(step)
+        try:
+            files = json.loads(self._manifest(step).read_text())
+        except ValueError:
+            return "manifest"
+        return next((f for f, h in files.items() if not (root / f).is_file() or sha256(root / f) != h), None)
+
+    def _manifest(self, step: int) -> Path:
+        return self.manifests / f"{step}.json"
+
+    def close(self) -> None:
+        self.manager.close()
+
+
+def _barrier(name: str) -> None:
+    if jax.process_count() > 1:
+        from jax.experimental.multihost_utils import sync_global_devices
+
+        sync_global_devices(name)

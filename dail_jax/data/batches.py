@@ -1,0 +1,141 @@
+"""Training batches through Grain: which examples, in which order, padded how.
+
+An example has a prompt for each role and one response. A batch pads prompts on the left and responses on the
+right, so that the states which predict responses are one static slice of every row:
+
+    tokens    . . p p p p | r r r r . .        positions -1 where there is a dot
+    slice           [P-1 : P-1+T]  predicts the T response tokens
+
+Lengths are rounded up to multiples of `bucket`; examples of like length are put together, so little is padding.
+The order is a pure function of (seed, epoch), so resuming needs only Grain's own small state.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import grain
+import numpy as np
+
+WINDOW = 8  # batches among which examples are sorted by length
+
+
+@dataclass(frozen=True)
+class Example:
+    """What one row of a batch is made of: token ids of each role's prompt, and of the response."""
+
+    name: str
+    prompts: Mapping[str, tuple[int, ...]]
+    response: tuple[int, ...]
+
+
+def digest(examples: list[Example]) -> str:
+    """SHA-256 over all token ids: what cached references and resumed runs are compared by."""
+    h = hashlib.sha256()
+    for e in examples:
+        for role in sorted(e.prompts):
+            h.update(f"{role}:{','.join(map(str, e.prompts[role]))};".encode())
+        h.update(f"{','.join(map(str, e.response))}\n".encode())
+    return h.hexdigest()
+
+
+class Plan:
+    """Random access to the batches of a whole run: `plan[i]` is [batch_size] example indices, -1 where empty."""
+
+    def __init__(self, examples: list[Example], batch_size: int, epochs: int, seed: int):
+        self.lengths = np.array([len(e.response) for e in examples])
+        self.batch_size, self.epochs, self.seed = batch_size, epochs, seed
+        self.per_epoch = -(-len(examples) // batch_size)
+
+    def __len__(self) -> int:
+        return self.epochs * self.per_epoch
+
+    def __getitem__(self, index: int) -> np.ndarray:
+        return self._epoch(int(index) // self.per_epoch)[int(index) % self.per_epoch]
+
+    @functools.lru_cache(maxsize=2)  # noqa: B019  (one plan a run)
+    def _epoch(self, epoch: int) -> list[np.ndarray]:
+        rng = np.random.default_rng((self.seed, epoch))
+        order = rng.permutation(len(self.lengths))
+        window = self.batch_size * WINDOW
+        parts = [order[i : i + window] for i in range(0, len(order), window)]
+        order = np.concatenate([part[np.argsort(self.lengths[part], kind="stable")] for part in parts])
+        batches = [order[i : i + self.batch_size] for i in range(0, len(order), self.batch_size)]
+        batches = [np.pad(b, (0, self.batch_size - len(b)), constant_values=-1) for b in batches]
+        return [batches[i] for i in rng.permutation(len(batches))]
+
+
+def pad(count: int, to: int) -> int:
+    return -(-count // to) * to
+
+
+@dataclass(frozen=True)
+class Assemble(grain.transforms.Map):
+    """Indices of a batch -> arrays of the rows that this process holds.
+
+    Returns {rows [A, b] int32, mask and targets [A, b, T], and for each of `roles` tokens and positions
+    [A, b, P+T]}, where A micro-batches of b local rows make the update. `references(role, index)` gives [t, D]
+    final states, which are added as [A, b, T, D] under `ref_ROLE`.
+    """
+
+    examples: list[Example]
+    bucket: int
+    accumulate: int
+    local: slice  # rows of a micro-batch
+    roles: tuple[str, ...]
+    cached: tuple[str, ...] = ()
+    references: Callable[[str, int], np.ndarray] | None = None
+
+    def map(self, element: np.ndarray) -> dict[str, np.ndarray]:
+        chosen = np.asarray(element)
+        live = [self.examples[i] for i in chosen if i >= 0]
+        t = pad(max(len(e.response) for e in live), self.bucket)
+        rows = chosen.reshape(self.accumulate, -1)[:, self.local]
+        out = {"rows": rows.astype(np.int32), "mask": np.zeros((*rows.shape, t), bool),
+               "targets": np.zeros((*rows.shape, t), np.int32)}  # fmt: skip
+        for at in np.ndindex(rows.shape):
+            if rows[at] >= 0:
+                response = self.examples[rows[at]].response
+                out["mask"][at][: len(response)] = True
+                out["targets"][at][: len(response)] = response
+        for role in self.roles:
+            p = pad(max(len(e.prompts[role]) for e in live), self.bucket)
+            tokens = np.zeros((*rows.shape, p + t), np.int32)
+            positions = np.full((*rows.shape, p + t), -1, np.int32)
+            for at in np.ndindex(rows.shape):
+                if rows[at] >= 0:
+                    e = self.examples[rows[at]]
+                    n, r = len(e.prompts[role]), len(e.response)
+                    tokens[at][p - n : p + r] = (*e.prompts[role], *e.response)
+                    positions[at][p - n : p + r] = np.arange(n + r)
+            out[f"{role}_tokens"], out[f"{role}_positions"] = tokens, positions
+        for role in self.cached:
+            assert self.references is not None
+            first = self.references(role, int(chosen[chosen >= 0][0]))
+            states = np.zeros((*rows.shape, t, first.shape[-1]), first.dtype)
+            for at in np.ndindex(rows.shape):
+                if rows[at] >= 0:
+                    states[at][: len(self.examples[rows[at]].response)] = self.references(role, int(rows[at]))
+            out[f"ref_{role}"] = states
+        return out
+
+
+def iterator(plan: Plan, assemble: Assemble, workers: int) -> grain.DatasetIterator:
+    """Batches in order; `get_state` and `set_state` make resuming exact."""
+    dataset = grain.MapDataset.source(plan).map(assemble).to_iter_dataset()  # pyright: ignore[reportArgumentType]
+    if workers:
+        dataset = dataset.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers))
+    return iter(dataset)
+
+
+def padding_share(plan: Plan, bucket: int) -> float:
+    """The share of trained positions in the first epoch that are padding."""
+    used = total = 0
+    for i in range(plan.per_epoch):
+        lengths = plan.lengths[plan[i][plan[i] >= 0]]
+        used += lengths.sum()
+        total += pad(int(lengths.max()), bucket) * len(lengths)
+    return 1 - used / total

@@ -1,0 +1,188 @@
+"""Prompts of the three roles: one builder for generation, training and evaluation, so that they cannot differ.
+
+A template is a text file. `{{problem}}`, `{{solution}}`, `{{waypoints}}` and `{{answer}}` stand for a row's values, put in
+once and never scanned again; `{{waypoints:, }}` chooses what stands between waypoints. A line whose values are all
+empty is left out. A file that begins with a line `[system]` continues with a line `[user]`; any other is the user's
+message as a whole.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+
+from dail_jax import config
+from dail_jax.data.records import Row
+from dail_jax.data.waypoints import final_answer, waypoints
+from dail_jax.errors import UserError
+from dail_jax.text import Tokenizer, open_tag
+
+NAMES = ("problem", "solution", "waypoints", "answer")
+
+# What each role may see. The student must not be told anything of the solution.
+ALLOWED = {
+    "student": ("problem",),
+    "privileged": NAMES,
+    "negative": ("problem", "waypoints", "answer"),
+    "expert": NAMES,
+}
+
+_PLACEHOLDER = re.compile(r"\{\{\s*(\w+)\s*(?::([^{}]*))?\}\}")
+_SECTION = re.compile(r"\s*\[(system|user)\][ \t]*\n")
+
+
+@dataclass(frozen=True)
+class Template:
+    """A checked template: (role, text with placeholders) for each message."""
+
+    sections: tuple[tuple[str, str], ...]
+
+    def messages(self, values: dict[str, str | list[str]]) -> list[dict[str, str]]:
+        """Chat messages with the values put in."""
+        return [{"role": role, "content": _fill(text, values)} for role, text in self.sections]
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """Token ids of a row's prompts, each ending where the reply begins, and of the reply that SFT imitates."""
+
+    student: list[int]
+    privileged: list[int]
+    negative: list[int]
+    expert: list[int]
+    cut: bool  # the solution was longer than max_solution_tokens
+
+
+class PromptBuilder:
+    """Builds every prompt of a run from its templates and chat template; raises UserError for bad templates."""
+
+    def __init__(self, tokenizer: Tokenizer, cfg: config.Prompts, waypoint_cfg: config.Waypoints):
+        self.tokenizer, self.cfg, self.waypoint_cfg = tokenizer, cfg, waypoint_cfg
+        self.student = load_template(cfg.student, "student")
+        self.privileged = load_template(cfg.privileged, "privileged")
+        self.negative = load_template(cfg.negative, "negative")
+        self.expert = load_template(cfg.expert, "expert") if cfg.expert else None
+
+    def build(self, row: Row) -> Prompts:
+        """All prompts of a row. Where the solution is cut, every role sees the cut one; the final answer stays."""
+        values, cut = self.values(row)
+        return Prompts(
+            student=self._render(self.student, values),
+            privileged=self._render(self.privileged, values),
+            negative=self._render(self.negative, values),
+            expert=self.tokenizer.encode(self.reply(values, cut)) + ([] if cut else [self.tokenizer.eos_id]),
+            cut=cut,
+        )
+
+    def values(self, row: Row) -> tuple[dict[str, str | list[str]], bool]:
+        """What the placeholders stand for, and whether the solution was cut."""
+        solution, cut = self.cut(row.solution)
+        answer = final_answer(row)
+        seen = Row(row.problem_id, row.problem, solution, answer, row.index, row.waypoints)
+        return {
+            "problem": row.problem,
+            "solution": solution,
+            "waypoints": waypoints(seen, self.waypoint_cfg),
+            "answer": answer or "",
+        }, cut
+
+    def student_only(self, problem: str, template: str | None = None) -> list[int]:
+        """The prompt of an evaluation: the student's, or that of a benchmark's own template file."""
+        return self._render(_student_template(template) if template else self.student, {"problem": problem})
+
+    def cut(self, solution: str) -> tuple[str, bool]:
+        """The longest prefix of a solution (to within a character) of at most max_solution_tokens tokens."""
+        limit = self.cfg.max_solution_tokens
+        if len(self.tokenizer.encode(solution)) <= limit:
+            return solution, False
+        low, high = 0, len(solution)  # a prefix of `low` characters fits, one of `high` does not
+        while high - low > 1:
+            middle = (low + high) // 2
+            if len(self.tokenizer.encode(solution[:middle])) <= limit:
+                low = middle
+            else:
+                high = middle
+        return solution[:low], True
+
+    def reply(self, values: dict[str, str | list[str]], cut: bool) -> str:
+        """The text that SFT imitates: the `expert` template's, or the solution, after the prompt's opening.
+
+        Without a template, a solution that the opening puts inside of a tag such as <think> is followed by the
+        closing tag and the boxed answer; a cut one ends where it was cut.
+        """
+        if self.expert is not None:
+            text = self.expert.messages(values)[-1]["content"]
+        else:
+            text = str(values["solution"]).strip()
+            tag = open_tag(self.cfg.opening)
+            if tag and f"</{tag}>" not in text and not cut:
+                boxed = f"\\boxed{{{values['answer']}}}" if values["answer"] else ""
+                text = f"{text}\n</{tag}>\n\n{boxed}".rstrip(" ")
+        opening = self.cfg.opening
+        if opening.strip() and text.lstrip().startswith(opening.strip()):
+            text = text.lstrip().removeprefix(opening.strip()).lstrip("\n")
+        return text
+
+    def _render(self, template: Template, values: dict[str, str | list[str]]) -> list[int]:
+        return self.tokenizer.render(template.messages(values), self.cfg.opening)
+
+
+@functools.lru_cache(maxsize=64)
+def _student_template(path: str) -> Template:
+    return load_template(path, "student")
+
+
+def load_template(path: str | None, role: str) -> Template:
+    """A role's template from a file, or the package's own; raises UserError with the line at fault."""
+    if path is None:
+        source, text = f"{role}.txt", resources.files("dail_jax.data").joinpath(f"templates/{role}.txt").read_text("utf-8")
+    else:
+        try:
+            source, text = path, Path(path).read_text(encoding="utf-8-sig")
+        except FileNotFoundError:
+            raise UserError("no such template", file=path) from None
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"cannot be read as UTF-8 text: {error}", file=path) from None
+    allowed = ALLOWED[role]
+    for match in _PLACEHOLDER.finditer(text):
+        if match[1] not in allowed or (match[2] is not None and match[1] != "waypoints"):
+            line = text.count("\n", 0, match.start()) + 1
+            want = ", ".join("{{" + name + "}}" for name in allowed)
+            raise UserError(f"got {match[0]}, want one of {want} in the template of role {role!r}", file=source, row=line)
+    if role != "expert" and not any(match[1] == "problem" for match in _PLACEHOLDER.finditer(text)):
+        raise UserError("got a template without {{problem}}", file=source)
+    return Template(_sections(text, source, role))
+
+
+def _sections(text: str, source: str, role: str) -> tuple[tuple[str, str], ...]:
+    """Splits at the lines [system] and [user], in this order, where the file begins with one of them."""
+    if not _SECTION.match(text):
+        return (("user", text.strip()),)
+    marks = list(re.finditer(r"^\[(system|user)\][ \t]*$", text, re.MULTILINE))
+    names = [mark[1] for mark in marks]
+    if names not in (["system", "user"], ["user"]) or role == "expert":
+        line = text.count("\n", 0, marks[-1].start()) + 1
+        want = "none in an expert's reply" if role == "expert" else "[system] and then [user]"
+        raise UserError(f"got the sections {', '.join(names)}, want {want}", file=source, row=line)
+    ends = [mark.start() for mark in marks[1:]] + [len(text)]
+    return tuple((mark[1], text[mark.end() : end].strip()) for mark, end in zip(marks, ends, strict=True))
+
+
+def _fill(text: str, values: dict[str, str | list[str]]) -> str:
+    """Puts the values in, in one pass, line by line."""
+
+    def value(match: re.Match[str]) -> str:
+        found = values[match[1]]
+        if isinstance(found, str):
+            return found.strip()
+        return (match[2].replace("\\n", "\n") if match[2] is not None else "; ").join(found)
+
+    lines = []
+    for line in text.split("\n"):
+        matches = list(_PLACEHOLDER.finditer(line))
+        if not matches or any(value(match) for match in matches):
+            lines.append(_PLACEHOLDER.sub(value, line))
+    return "\n".join(lines)

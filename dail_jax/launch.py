@@ -1,0 +1,136 @@
+"""The command line: `python -m dail_jax.launch STAGE --config FILE key.sub=value ...`.
+
+Picks a stage, loads the configuration, applies overrides, calls the stage. `run` is all of them in order.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import traceback
+from collections.abc import Callable
+
+STAGES = {
+    "run": "everything below in order; with `arms`, once for each, on shared traces",
+    "convert": "a Hugging Face model -> checked, sharded weights in RUN_DIR/model",
+    "generate": "mixed policy rollouts -> RUN_DIR/traces.jsonl",
+    "train": "the LoRA -> RUN_DIR/checkpoints",
+    "evaluate": "pass@k -> RUN_DIR/samples.jsonl and results.json",
+    "export": "the LoRA as a PEFT adapter -> RUN_DIR/adapter",
+    "report": "tables, RUN_DIR/report.html and RUN_DIR/plots",
+    "pretrain": "all weights of a small model, from scratch (the embedded micro-world)",
+    "env": "versions, devices and mesh: what a bug report needs",
+}
+
+
+def parser() -> argparse.ArgumentParser:
+    top = argparse.ArgumentParser(prog="python -m dail_jax.launch", description=__doc__.split("\n")[0])  # pyright: ignore
+    stages = top.add_subparsers(dest="stage", required=True, metavar="STAGE")
+    for name, words in STAGES.items():
+        sub = stages.add_parser(name, help=words, description=words)
+        sub.add_argument("--config", required=name != "env", help="a YAML file, see configs/")
+        sub.add_argument("--trace", action="store_true", help="show a traceback with errors")
+        sub.add_argument("--distributed", action="store_true", help="call jax.distributed.initialize (several hosts)")
+        sub.add_argument("overrides", nargs="*", metavar="key.sub=value", help="replaces a key of the configuration")
+    return top
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parser().parse_args(argv)
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")  # models and tokenizers are folders
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+    from dail_jax.errors import UserError
+    from dail_jax.rundir import Interrupted
+
+    try:
+        if args.distributed:
+            import jax
+
+            jax.distributed.initialize()
+        from dail_jax import config as config_lib
+
+        config = config_lib.load(args.config, args.overrides) if args.config else None
+        _stage(args.stage)(config)
+        return 0
+    except UserError as error:
+        if args.trace:
+            traceback.print_exc()
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except Interrupted as stopped:
+        print(stopped)
+        return 0
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+
+
+def _stage(name: str) -> Callable:
+    if name == "run":
+        return run
+    if name == "env":
+        return env
+    import importlib
+
+    return importlib.import_module(f"dail_jax.stages.{name}").run
+
+
+def run(config) -> None:
+    """generate, train, evaluate, export, report: for the run itself, or for each of its arms."""
+    from dail_jax import config as config_lib
+    from dail_jax.metrics import say
+    from dail_jax.stages import evaluate, export, generate, report, train
+
+    arms = {name: arm(config, name) for name in config.arms} or {"": config}
+    if any(a.traces for a in arms.values()) or (not config.arms and config.train.objective in ("dail", "nll")):
+        generate.run(config)
+    for name, one in arms.items():
+        if name:
+            say(f"\n== {name} ==")
+            if one.train.objective in ("dail", "nll") and not one.traces:
+                generate.run(one)
+        for stage in (train, evaluate, export):
+            stage.run(one)
+    say("")
+    report.run(config)
+    assert isinstance(config, config_lib.Config)
+
+
+def arm(config, name: str):
+    """One arm's own configuration: in RUN_DIR/NAME, on the parent's traces unless it changes how they are made."""
+    from pathlib import Path
+
+    from dail_jax import config as config_lib
+
+    changes = config.arms[name] or {}
+    source = f"arms.{name}"
+    own = config_lib.with_overrides(config, {"arms": {}, "run_dir": str(Path(config.run_dir) / name), **changes}, source)
+    made = ("seed", "model", "data", "prompts", "generate", "filters")
+    same = all(getattr(own, section) == getattr(config, section) for section in made)
+    if same and own.train.objective in ("dail", "nll") and not own.traces:
+        own = config_lib.with_overrides(own, {"traces": str(Path(config.run_dir) / "traces.jsonl")}, source)
+    return own
+
+
+def env(config) -> None:
+    """Prints what a bug report needs."""
+    from rich.table import Table
+
+    from dail_jax import mesh as mesh_lib
+    from dail_jax.metrics import console
+    from dail_jax.rundir import provenance
+
+    table = Table(show_header=False)
+    for key, value in provenance().items():
+        shown = ", ".join(f"{k} {v}" for k, v in value.items()) if isinstance(value, dict) else str(value)
+        table.add_row(key, shown)
+    if config is not None:
+        table.add_row("mesh", str(dict(mesh_lib.make_mesh(config.mesh).shape)))
+        table.add_row("run_dir", config.run_dir)
+    console.print(table)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,220 @@
+"""Reads run directories and boils them down to what the page and the plots show.
+
+Every file may be missing, and one that is still being written may end in a torn line. Files are read in one pass
+without holding their texts, so that millions of long samples fit; the few rows to show are read again.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dail_jax import config as config_lib
+from dail_jax.errors import UserError
+
+MAX_SAMPLES = 400  # of one run, in the page
+MAX_TRACES = 200  # of one file, in the page
+MAX_TEXT = 8000  # characters of one text; its middle is left out
+MAX_TOKENS = 1024  # of one trace
+
+Rows = dict[str, dict[int, float]]  # metric -> step -> value
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run directory. `lengths` has the tokens of all samples by (benchmark, budget); `samples` only some rows."""
+
+    name: str
+    folder: Path
+    manifest: dict[str, Any]
+    config_text: str
+    config: dict[str, Any]
+    results: dict[str, Any]
+    metrics: dict[str, Rows]  # by stage
+    lengths: dict[tuple[str, int], list[int]]
+    samples: list[dict[str, Any]]
+    total: int
+
+    @property
+    def benchmarks(self) -> dict[str, dict[str, dict[str, Any]]]:
+        return self.results.get("benchmarks", {})
+
+    @property
+    def objective(self) -> str:
+        return self.results.get("objective") or setting(self.config, "train.objective") or ""
+
+
+@dataclass
+class Traces:
+    """One traces.jsonl: counts over all rows, and the rows to show. `owner` is its run's place, or None if shared."""
+
+    name: str
+    owner: int | None
+    total: int = 0
+    lengths: list[int] = field(default_factory=list)
+    acceptance: list[float] = field(default_factory=list)
+    by_student: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))  # tokens at each position
+    by_anyone: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
+    finish: Counter[str] = field(default_factory=Counter)
+    drops: Counter[str] = field(default_factory=Counter)  # reasons, without their details
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    scored: bool = False  # whether token scores were found for some rows
+
+
+def read(runs: Mapping[str, Path], traces: Path | None = None) -> tuple[list[Run], list[Traces]]:
+    """All runs, and the traces: one file that they share, or each run's own. Raises UserError for damaged files."""
+    folders = [Path(folder) for folder in runs.values()]
+    missing = next((folder for folder in folders if not folder.is_dir()), None)
+    if missing is not None or not folders:
+        raise UserError("no such run directory" if missing else "got no run directories, want at least one", file=missing)
+    read_runs = [_run(name, Path(folder)) for name, folder in runs.items()]
+    files: dict[Path, tuple[str, int | None]] = {}
+    if traces is not None:
+        path = Path(traces)
+        files[path / "traces.jsonl" if path.is_dir() else path] = ("all arms" if len(runs) > 1 else next(iter(runs)), None)
+    else:
+        for i, run in enumerate(read_runs):
+            files.setdefault((run.folder / "traces.jsonl").resolve(), (run.name, i))
+    found = [_traces(path, *owner, [*folders, path.parent]) for path, owner in files.items() if path.is_file()]
+    return read_runs, found
+
+
+def setting(tree: Mapping[str, Any], key: str) -> Any:
+    """The value at a dotted key, or None."""
+    node: Any = tree
+    for part in key.split("."):
+        node = node.get(part) if isinstance(node, Mapping) else None
+    return node
+
+
+def lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """(byte offset, row) for each whole line of a JSON-lines file; nothing where there is no file."""
+    if not path.is_file():
+        return
+    offset = 0
+    with open(path, "rb") as file:
+        for number, line in enumerate(file, 1):
+            if not line.endswith(b"\n"):
+                return  # still being written
+            row = _parse(line, path, number)
+            yield offset, row
+            offset += len(line)
+
+
+def spread(groups: Mapping[Any, Sequence[int]], limit: int) -> list[int]:
+    """At most `limit` members in rising order: equally many from each group, as far as it goes, evenly spaced within."""
+    left, chosen = limit, []
+    for i, members in enumerate(sorted(groups.values(), key=len)):
+        take = min(len(members), left // (len(groups) - i))
+        chosen += [members[j] for j in np.linspace(0, len(members) - 1, take).round().astype(int)]
+        left -= take
+    return sorted(chosen)
+
+
+def _parse(text: str | bytes, path: Path, number: int | None = None) -> dict[str, Any]:
+    try:
+        row = json.loads(text)
+    except ValueError:
+        row = None
+    if not isinstance(row, dict):
+        raise UserError("got damaged content, want a JSON object", file=path, row=number)
+    return row
+
+
+def _rows_at(path: Path, offsets: Sequence[int]) -> Iterator[dict[str, Any]]:
+    with open(path, "rb") as file:
+        for offset in offsets:
+            file.seek(offset)
+            yield json.loads(file.readline())
+
+
+def _run(name: str, folder: Path) -> Run:
+    def whole(file: str) -> dict[str, Any]:
+        path = folder / file
+        return _parse(path.read_bytes(), path) if path.is_file() else {}
+
+    path = folder / "config.yaml"
+    text = path.read_text("utf-8") if path.is_file() else ""
+    metrics: dict[str, Rows] = defaultdict(lambda: defaultdict(dict))
+    for _, row in lines(folder / "metrics.jsonl"):
+        for key, value in row.items():
+            if key not in ("stage", "step", "time") and isinstance(value, int | float):
+                metrics[row["stage"]][key][row["step"]] = value  # after a resume, the later one
+    lengths, groups = defaultdict(list), defaultdict(list)
+    for offset, row in lines(folder / "samples.jsonl"):
+        lengths[row["benchmark"], row["budget"]].append(row["tokens"])
+        groups[row["benchmark"], row["budget"], bool(row["correct"])].append(offset)
+    chosen = spread(groups, MAX_SAMPLES)
+    samples = [_sample(row) for row in _rows_at(folder / "samples.jsonl", chosen)] if chosen else []
+    return Run(name, folder, whole("run.json"), text, config_lib.parse_yaml(text, path) or {}, whole("results.json"),
+               {stage: dict(rows) for stage, rows in metrics.items()}, dict(lengths), samples,
+               sum(map(len, lengths.values())))  # fmt: skip
+
+
+def _sample(row: dict[str, Any]) -> dict[str, Any]:
+    kept = ("benchmark", "problem_id", "sample", "budget", "tokens", "forced_tokens", "answer", "gold", "correct", "reason",
+            "finish")  # fmt: skip
+    return {**{key: row.get(key) for key in kept}, "text": clip(row.get("text") or ""),
+            "forced_text": clip(row.get("forced_text") or "")}  # fmt: skip
+
+
+def clip(text: str) -> str:
+    """The text, or its two ends."""
+    if len(text) <= MAX_TEXT:
+        return text
+    half = MAX_TEXT // 2
+    return f"{text[:half]}\n\n[… {len(text) - 2 * half:,} characters left out …]\n\n{text[-half:]}"
+
+
+def _traces(path: Path, name: str, owner: int | None, folders: Sequence[Path]) -> Traces:
+    found, groups = Traces(name, owner), defaultdict(list)
+    for offset, row in lines(path):
+        writer = np.frombuffer((row.get("writer") or "").encode("ascii", "replace"), np.uint8) == ord("s")
+        if len(writer) > len(found.by_anyone):
+            longer = (0, len(writer) - len(found.by_anyone))
+            found.by_student, found.by_anyone = np.pad(found.by_student, longer), np.pad(found.by_anyone, longer)
+        found.by_student[: len(writer)] += writer
+        found.by_anyone[: len(writer)] += 1
+        found.total += 1
+        found.lengths.append(len(row.get("response_ids") or writer))
+        if row.get("acceptance") is not None:
+            found.acceptance.append(row["acceptance"])
+        found.finish[row.get("finish") or "unknown"] += 1
+        reason = (row.get("drop") or "").split(":")[0]
+        if reason:
+            found.drops[reason] += 1
+        groups[reason].append(offset)
+    found.rows = [_trace(row) for row in _rows_at(path, spread(groups, MAX_TRACES))]
+    places = {(row["problem_id"], row["sample"]): row for row in found.rows}
+    for folder in dict.fromkeys(folders):
+        for _, score in lines(folder / "token_scores.jsonl"):
+            row = places.get((score["problem_id"], score["sample"]))
+            if row is not None and row["push"] is None:
+                row["push"], found.scored = _logs(score["log_ratio"]), True
+    return found
+
+
+def _trace(row: dict[str, Any]) -> dict[str, Any]:
+    return {
+        **{key: row.get(key) for key in ("problem_id", "sample", "acceptance", "finish", "drop")},
+        "tokens": len(row.get("response_ids") or row.get("writer") or ""),
+        "text": clip(row.get("text") or ""),
+        "writer": (row.get("writer") or "")[:MAX_TOKENS],
+        "pieces": row["pieces"][:MAX_TOKENS] if row.get("pieces") else None,
+        **{key: _logs(row.get(key)) for key in ("logq", "log_student", "log_privileged")},
+        "push": None,
+    }
+
+
+def _logs(values: Sequence[float | None] | None) -> list[float | None] | None:
+    """Rounded, with null for what JSON cannot say."""
+    if values is None:
+        return None
+    return [None if v is None or not math.isfinite(v) else round(v, 3) for v in values[:MAX_TOKENS]]

@@ -1,0 +1,163 @@
+"""report.html: one page for a run or a comparison of runs, which needs no network and no server.
+
+Tables are written here; charts, samples and traces are JSON in the page that its own script draws. Every text of a
+model or a dataset goes through the template's escaping or the JSON's, and a content policy with the hashes of the
+page's own script and style keeps the browser from running or fetching anything else.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from datetime import datetime
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import jinja2
+
+from dail_jax.report import charts, collect, diagnosis
+from dail_jax.report.collect import Run, Traces, setting
+from dail_jax.rundir import write_atomic
+
+KS = (1, 8, 32, 128)  # columns of the result table, with the largest k of all
+# Rows of the table that says what was run; others follow where runs differ.
+SETTINGS = ("model.path", "data.path", "seed", "train.objective", "train.gamma", "train.kl", "train.epochs", "train.batch_size",
+            "train.lora.rank", "train.optimizer.learning_rate", "generate.tau", "generate.sampling.temperature",
+            "evaluate.samples", "evaluate.sampling.temperature")  # fmt: skip
+SECTIONS = {"pass": "pass@k", "budget": "Accuracy and tokens", "lengths": "Token lengths", "training": "Training"}
+
+
+def write(runs: Mapping[str, Path], out: Path, title: str, traces: Path | None = None) -> Path:
+    """Writes the page for run directories by name (arm), and returns its path; any file of a run may be missing.
+
+    `traces` is the traces.jsonl (or its folder) that the arms share; without it each run's own is shown. Raises
+    UserError where a directory is missing or a file is damaged.
+    """
+    write_atomic(out, render(*collect.read(runs, traces), title).encode("utf-8", "replace"))
+    return out
+
+
+def render(runs: Sequence[Run], traces: Sequence[Traces], title: str) -> str:
+    """The page's HTML; the same for the same runs."""
+    room = resources.files("dail_jax.report")
+    html, css, js = (room.joinpath(f"page.{kind}").read_text("utf-8") for kind in ("html", "css", "js"))
+    found = charts.build(runs, traces)
+    data = {
+        "runs": [run.name for run in runs],
+        "charts": [{**asdict(chart), "series": [asdict(s) for s in chart.series]} for chart in found],
+        "samples": [{"arm": i, **row} for i, run in enumerate(runs) for row in run.samples],
+        "traces": [{"file": t.name, **row} for t in traces for row in t.rows],
+    }
+    present = {chart.section for chart in found}
+    return jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True).from_string(html).render(
+        title=title, css=css, js=js, css_hash=_hash(css), js_hash=_hash(js), data=_json(data), runs=runs, traces=traces,
+        settings=_settings(runs), header=_header(runs), results=_results(runs), findings=diagnosis.find(runs, traces),
+        sections={key: name for key, name in SECTIONS.items() if key in present},
+        samples=(len(data["samples"]), sum(run.total for run in runs)),
+        shown=(len(data["traces"]), sum(t.total for t in traces)), limits=collect,
+    )  # fmt: skip
+
+
+def _hash(text: str) -> str:
+    return base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+
+
+def _json(data: Any) -> str:
+    """JSON that cannot end its script element or open a comment in it."""
+    text = json.dumps(data, separators=(",", ":"), allow_nan=False)
+    return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
+
+
+# ---------------------------------------------------------------------------------------------------
+# What was run
+# ---------------------------------------------------------------------------------------------------
+
+
+def _settings(runs: Sequence[Run]) -> list[tuple[str, list[str], bool]]:
+    """(name, value of each run, whether they differ) of what identifies runs."""
+    flat = [_flatten(run.config) for run in runs]
+    keys = dict.fromkeys(key for tree in flat for key in tree)
+    differing = [key for key in keys if key != "run_dir" and not key.startswith("arms.")
+                 and len({tree.get(key, "") for tree in flat}) > 1]  # fmt: skip
+    rows = [(key, [tree.get(key, "") for tree in flat]) for key in dict.fromkeys([*SETTINGS, *differing]) if key in keys]
+    for key in ("platform", "device_kind", "devices", "processes", "python", "source", "xla_flags"):
+        rows.append((key.replace("_", " "), [str(run.manifest.get(key, "")) for run in runs]))
+    versions = dict.fromkeys(name for run in runs for name in run.manifest.get("versions", {}))
+    rows += [(name, [run.manifest.get("versions", {}).get(name, "") for run in runs]) for name in versions]
+    stages = dict.fromkeys(name for run in runs for name in run.manifest.get("stages", {}))
+    rows += [(f"stage {name}", [_duration(run.manifest.get("stages", {}).get(name)) for run in runs]) for name in stages]
+    return [(key, values, len(set(values)) > 1) for key, values in rows if any(values)]
+
+
+def _flatten(tree: Any, path: str = "") -> dict[str, str]:
+    if isinstance(tree, dict) and tree:
+        return {k: v for key, node in tree.items() for k, v in _flatten(node, f"{path}.{key}" if path else str(key)).items()}
+    return {path: tree if isinstance(tree, str) else json.dumps(tree)}
+
+
+def _duration(stage: Mapping[str, Any] | None) -> str:
+    if stage is None:
+        return ""
+    if "finished" not in stage:
+        return "not finished"
+    start, end = (datetime.fromisoformat(stage[key]) for key in ("started", "finished"))
+    minutes, seconds = divmod(int((end - start).total_seconds()), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min {seconds} s" if minutes else f"{seconds} s"
+
+
+# ---------------------------------------------------------------------------------------------------
+# Results
+# ---------------------------------------------------------------------------------------------------
+
+
+def _ks(runs: Sequence[Run]) -> list[str]:
+    known = {int(k) for run in runs for budgets in run.benchmarks.values() for cell in budgets.values() for k in cell["pass@k"]}
+    return [str(k) for k in sorted(known & {*KS, max(known, default=1)})]
+
+
+def _header(runs: Sequence[Run]) -> list[str]:
+    ks = _ks(runs)
+    against = [f"pass@1 against {runs[diagnosis.baseline(runs)].name}"] if len(runs) > 1 else []
+    return [*(f"pass@{k}" for k in ks), *(f"maj@{k}" for k in ks[-1:]), *against, "mean tokens", "median", "forced", "answered"]
+
+
+def _results(runs: Sequence[Run]) -> list[tuple[str, list[tuple[int, str, list[dict[str, Any]]]]]]:
+    """(benchmark, budget and problems; its runs as (place, name, cells)); a cell: text, and note, interval, sign."""
+    ks, first, sections = _ks(runs), diagnosis.baseline(runs), []
+    for name, budgets in charts.places(runs).items():
+        for budget in budgets:
+            rows, label = [], name
+            for i, run in enumerate(runs):
+                found = run.benchmarks.get(name, {}).get(budget)
+                if found is None:
+                    continue
+                label = f"{name} · budget {int(budget):,} · {found['problems']:,} problems × {found['samples']:,} samples"
+                cells = [_share(found["pass@k"].get(k), drawn=True) for k in ks]
+                cells += [_share(found.get("maj@k", {}).get(k)) for k in ks[-1:]]
+                if len(runs) > 1:
+                    cells.append(_against(diagnosis.difference(runs[first], run, name, budget) if i != first else None))
+                cells += [{"text": f"{found[key]:{form}}" if key in found else "–"} for key, form in
+                          (("mean_tokens", ",.1f"), ("median_tokens", ",.0f"), ("forced", ".1%"), ("answered", ".1%"))]  # fmt: skip
+                rows.append((i, run.name, cells))
+            sections.append((label, rows))
+    return sections
+
+
+def _share(found: Mapping[str, float] | None, drawn: bool = False) -> dict[str, Any]:
+    if found is None:
+        return {"text": "–"}
+    mean, low, high = (100 * found[key] for key in ("mean", "low", "high"))
+    interval = drawn and (round(mean, 2), round(low, 2), round(high, 2))
+    return {"text": f"{mean:.1f}", "note": f"{low:.1f} – {high:.1f}", "interval": interval}
+
+
+def _against(found: Any) -> dict[str, Any]:
+    if found is None:
+        return {"text": "–"}
+    sign = "better" if found.low > 0 else "worse" if found.high < 0 else ""
+    return {"text": f"{100 * found.mean:+.1f}", "note": f"{100 * found.low:+.1f} – {100 * found.high:+.1f}", "sign": sign}

@@ -1,0 +1,32 @@
+"""convert: a Hugging Face folder -> sharded Orbax weights, checked and with checksums, for quick starts on pods."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import jax
+
+from dail_jax import config as config_lib
+from dail_jax import mesh as mesh_lib
+from dail_jax.checkpoint import base, hf
+from dail_jax.errors import UserError
+from dail_jax.metrics import say
+from dail_jax.model import weights
+from dail_jax.text import load_tokenizer
+
+
+def run(config: config_lib.Config) -> None:
+    source, target = Path(config.model.path), Path(config.run_dir) / "model"
+    mesh = mesh_lib.make_mesh(config.mesh)
+    if target.exists():
+        say(f"convert: already done, see {target}")
+        return
+    if (source / base.PARAMS).is_dir():
+        raise UserError("is a converted folder already", file=source)
+    load_tokenizer(config.model.tokenizer or source)
+    with jax.set_mesh(mesh):
+        params, cfg = hf.load(source, mesh, config.model.dtype)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        base.save(target, params, source)
+    say(f"convert: {weights.count(cfg):,} weights of {cfg.family} in {config.model.dtype}, wrote {target}")
+    say(f"         use it with model.path={target}")

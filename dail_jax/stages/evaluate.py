@@ -1,0 +1,197 @@
+"""evaluate: n samples a problem, cut at every budget, graded -> samples.jsonl and results.json.
+
+One generation to the largest budget serves all smaller ones, since a sample's tokens do not depend on where it
+will be cut. A sample that is still thinking when its budget ends has its thoughts closed by a fixed text and is
+asked for its answer (`evaluate.force`): those tokens are drawn for each budget and counted apart.
+"""
+
+from __future__ import annotations
+
+import collections
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import jax
+
+from dail_jax import config as config_lib
+from dail_jax.data.records import Row, dataset_hash, read_rows
+from dail_jax.errors import UserError
+from dail_jax.evaluate import protocol
+from dail_jax.evaluate.grading import Grader, extract
+from dail_jax.metrics import Metrics, console, progress, say
+from dail_jax.rundir import Interrupt, Interrupted, Journal, RunDir, json_line, write_atomic
+from dail_jax.sample.engine import Request, Sampler
+from dail_jax.stages.generate import report_usage
+from dail_jax.stages.session import Session, open_session
+from dail_jax.stages.train import trained_lora
+from dail_jax.text import open_tag
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One problem of a benchmark, ready to be sampled. `key` names it among all benchmarks."""
+
+    benchmark: config_lib.Benchmark
+    row: Row
+    gold: str
+    prompt: tuple[int, ...]
+
+    @property
+    def key(self) -> str:
+        return f"evaluate/{self.benchmark.name}/{self.row.problem_id}"
+
+
+def run(config: config_lib.Config) -> None:
+    cfg = config.evaluate
+    if not cfg.benchmarks:
+        say("evaluate: nothing to do (no evaluate.benchmarks)")
+        return
+    tables = {b.name: read_rows(b.rows, need=("problem", "answer")) for b in cfg.benchmarks}
+    check_golds(cfg, tables)
+    with RunDir(config) as run_dir:
+        with run_dir.stage("evaluate", {name: dataset_hash(rows) for name, rows in tables.items()}) as done:
+            if done():
+                say(f"evaluate: already done, see {run_dir.path / 'results.json'}")
+            else:
+                session = open_session(config)
+                with jax.set_mesh(session.mesh):
+                    samples = draw(session, problems(session, tables), run_dir)
+                finish(config, samples, run_dir.path)
+        results = json.loads((run_dir.path / "results.json").read_text())
+    if jax.process_index() == 0:
+        console.print(protocol.table({results["arm"]: results}))
+        say(protocol.one_line(results))
+
+
+def check_golds(cfg: config_lib.Evaluate, tables: dict[str, list[Row]]) -> None:
+    """Every gold answer can be graded against; raises UserError before anything is sampled."""
+    with Grader() as grader:
+        for benchmark in cfg.benchmarks:
+            for row in tables[benchmark.name]:
+                problem = grader.check_gold(row.answer or "", benchmark.answer)
+                if problem:
+                    raise UserError(problem, file=benchmark.rows.path, row=row.index + 1, field=benchmark.rows.columns.answer)
+
+
+def problems(session: Session, tables: dict[str, list[Row]]) -> list[Problem]:
+    """All problems whose prompt fits; the others are skipped and counted."""
+    cfg, out, too_long = session.config.evaluate, [], 0
+    for benchmark in cfg.benchmarks:
+        for row in tables[benchmark.name]:
+            prompt = tuple(session.prompts.student_only(row.problem, benchmark.template))
+            if len(prompt) > cfg.max_prompt_tokens:
+                too_long += 1
+            else:
+                out.append(Problem(benchmark, row, row.answer or "", prompt))
+    if too_long:
+        say(f"evaluate: skipped {too_long} problems with prompts above max_prompt_tokens={cfg.max_prompt_tokens}")
+    if not out:
+        raise UserError("every prompt is above max_prompt_tokens", field="evaluate.max_prompt_tokens")
+    return out
+
+
+def draw(session: Session, todo: list[Problem], run_dir: RunDir) -> list[dict]:
+    """Ungraded rows of samples.jsonl, drawing what the journals do not have."""
+    config, cfg = session.config, session.config.evaluate
+    lora = trained_lora(session, run_dir.path)
+    metrics = Metrics(run_dir.path, config.log, "evaluate")
+    sampler = session.sampler(cfg.sampling, slots=cfg.slots, max_tokens=cfg.sampling.max_tokens, lora=lora)
+    requests = [Request(p.key, (p.prompt,), tuple(range(cfg.samples)), cfg.sampling.max_tokens) for p in todo]
+    path = run_dir.path / "samples.partial.jsonl"
+    drawn = collect(sampler, requests, path, "evaluating", cfg.samples)
+    report_usage(sampler, metrics)
+
+    forced: dict[str, list[dict]] = {}
+    forced_path = run_dir.path / "forced.partial.jsonl"
+    if cfg.force is not None:
+        text = tuple(session.tokenizer.encode(cfg.force.text))
+        requests = [
+            Request(f"force/{budget}/{p.key}/{s['sample']}", ((*p.prompt, *s["ids"][:budget], *text),), (0,), cfg.force.max_tokens)
+            for p in todo for s in drawn[p.key] for budget in budgets(cfg) if must_force(session, s, budget)
+        ]  # fmt: skip
+        if requests:
+            sampler = session.sampler(cfg.sampling, slots=cfg.slots, max_tokens=cfg.force.max_tokens, lora=lora)
+            forced = collect(sampler, requests, forced_path, "forcing answers", 1)
+    rows = [row for p in todo for s in drawn[p.key] for row in rows_of(session, p, s, forced)]
+    if jax.process_index() == 0:
+        write_atomic(run_dir.path / "samples.ungraded.jsonl", "".join(map(json_line, rows)))
+        for journal in (path, forced_path):
+            journal.unlink(missing_ok=True)
+    metrics.close()
+    return rows
+
+
+def collect(sampler: Sampler, requests: list[Request], path: Path, label: str, count: int) -> dict[str, list[dict]]:
+    """{request name: its samples {sample, ids, finish}}, durable request by request in the journal at `path`."""
+    journal = Journal(path) if jax.process_index() == 0 else None
+    finished: dict[str, list[dict]] = {line["name"]: line["samples"] for line in (journal.rows if journal else [])}
+    parts: dict[str, list] = collections.defaultdict(list)
+    with progress(label, len(requests), "problems", len(finished)) as bar, Interrupt() as interrupt:
+        for s in sampler.run([r for r in requests if r.name not in finished]):
+            parts[s.name].append({"sample": s.sample, "ids": s.tokens.tolist(), "finish": s.finish})
+            if len(parts[s.name]) < count:
+                continue
+            finished[s.name] = sorted(parts.pop(s.name), key=lambda x: x["sample"])
+            if journal is not None:
+                journal.append({"name": s.name, "samples": finished[s.name]})
+            bar.advance()
+            if interrupt.wanted:
+                raise Interrupted(f"{label}: stopped with {len(finished)} of {len(requests)} finished; call again to go on")
+    return finished
+
+
+def budgets(cfg: config_lib.Evaluate) -> list[int]:
+    return sorted(set(cfg.budgets)) or [cfg.sampling.max_tokens]
+
+
+def must_force(session: Session, sample: dict, budget: int) -> bool:
+    """Whether a sample is cut by `budget` while it is still thinking (or, for a model without thoughts, at all)."""
+    ids = sample["ids"][:budget]
+    if len(sample["ids"]) <= budget and sample["finish"] == "stop":
+        return False
+    tag = open_tag(session.config.prompts.opening)
+    return tag is None or f"</{tag}>" not in session.tokenizer.decode(ids, keep_special=True)
+
+
+def rows_of(session: Session, p: Problem, sample: dict, forced: dict[str, list[dict]]) -> Iterator[dict]:
+    """A sample's rows of samples.jsonl, one a budget, not yet graded."""
+    cfg, thinking = session.config.evaluate, open_tag(session.config.prompts.opening) is not None
+    for budget in budgets(cfg):
+        ids = sample["ids"][:budget]
+        finish = sample["finish"] if len(sample["ids"]) <= budget else "length"
+        text = session.tokenizer.decode(ids)
+        more = forced.get(f"force/{budget}/{p.key}/{sample['sample']}")
+        forced_text = None
+        if more is not None and cfg.force is not None:
+            finish, forced_text = "forced", cfg.force.text + session.tokenizer.decode(more[0]["ids"])
+        yield {
+            "benchmark": p.benchmark.name,
+            "problem_id": p.row.problem_id,
+            "sample": sample["sample"],
+            "budget": budget,
+            "tokens": len(ids),
+            "forced_tokens": len(more[0]["ids"]) if more else 0,
+            "text": text,
+            "forced_text": forced_text,
+            "answer": extract(text, p.benchmark.answer, thinking=thinking, forced=forced_text),
+            "gold": p.gold,
+            "finish": finish,
+        }
+
+
+def finish(config: config_lib.Config, samples: list[dict], folder: Path) -> None:
+    """Grades, summarises and writes samples.jsonl and results.json."""
+    if jax.process_index() != 0:
+        return
+    types = {b.name: b.answer for b in config.evaluate.benchmarks}
+    with Grader() as grader:
+        verdicts = grader.grade_many([(s["answer"], s["gold"], types[s["benchmark"]]) for s in samples])
+    graded = [{**s, "correct": v.correct, "reason": v.reason} for s, v in zip(samples, verdicts, strict=True)]
+    results = {"arm": folder.name, "objective": config.train.objective, "seed": config.seed,
+               **protocol.summarise(graded, config.evaluate, config.seed)}  # fmt: skip
+    write_atomic(folder / "samples.jsonl", "".join(map(json_line, graded)))
+    write_atomic(folder / "results.json", json.dumps(results, indent=1) + "\n")
+    (folder / "samples.ungraded.jsonl").unlink(missing_ok=True)
+    say(f"evaluate: wrote {folder / 'samples.jsonl'} and {folder / 'results.json'}")

@@ -1,0 +1,41 @@
+"""export: the trained LoRA as a PEFT adapter folder, and on request the merged model."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import jax
+from jax.experimental.multihost_utils import process_allgather
+
+from dail_jax import config as config_lib
+from dail_jax.checkpoint import hf, peft
+from dail_jax.metrics import say
+from dail_jax.model import lora as lora_lib
+from dail_jax.rundir import RunDir
+from dail_jax.stages.session import open_session
+from dail_jax.stages.train import trained_lora
+
+
+def run(config: config_lib.Config) -> None:
+    if config.train.objective == "none":
+        say("export: nothing to export (train.objective: none)")
+        return
+    with RunDir(config) as run_dir, run_dir.stage("export") as done:
+        adapter, merged = run_dir.path / "adapter", run_dir.path / "merged"
+        if done() and adapter.exists():
+            say(f"export: already done, see {adapter}")
+            return
+        session = open_session(config)
+        lora = trained_lora(session, run_dir.path)
+        assert lora is not None
+        if not adapter.exists():
+            whole = process_allgather(lora, tiled=True) if jax.process_count() > 1 else jax.device_get(lora)
+            if jax.process_index() == 0:
+                peft.save(adapter, whole, session.model, config.train.lora, str(config.model.path))
+        say(f"export: wrote {adapter}")
+        if config.export.merged and not merged.exists():
+            tree = json.loads((Path(config.model.path) / "config.json").read_text())
+            params = lora_lib.merge(session.params, lora, session.model)
+            hf.save(merged, params, session.model, tree, config.model.tokenizer or config.model.path)
+            say(f"export: wrote {merged}")

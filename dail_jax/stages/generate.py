@@ -1,0 +1,175 @@
+"""generate: mixed policy rollouts for every row of the data -> traces.jsonl.
+
+A problem is durable as soon as its last sample is finished. When all are, the journal is put in the order of the
+data, filtered, and becomes traces.jsonl: the same bytes whether or not the run was interrupted.
+"""
+
+from __future__ import annotations
+
+import collections
+import hashlib
+import json
+from collections.abc import Iterable
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from dail_jax import config as config_lib
+from dail_jax.data import filters
+from dail_jax.data.records import Row, dataset_hash, read_rows
+from dail_jax.data.waypoints import final_answer
+from dail_jax.errors import UserError
+from dail_jax.evaluate.grading import Grader, extract
+from dail_jax.metrics import Metrics, progress, say
+from dail_jax.rundir import Interrupt, Interrupted, Journal, RunDir, json_line, write_atomic
+from dail_jax.sample.engine import Request, Sample, Sampler
+from dail_jax.stages.session import Session, open_session
+
+
+def traces_path(config: config_lib.Config) -> Path:
+    return Path(config.traces or Path(config.run_dir) / "traces.jsonl")
+
+
+def read_traces(config: config_lib.Config) -> list[dict]:
+    path = traces_path(config)
+    if not path.is_file():
+        raise UserError("no traces yet: run the stage `generate` first", file=path)
+    return [json.loads(line) for line in path.read_text(encoding="ascii").splitlines()]
+
+
+def run(config: config_lib.Config) -> None:
+    if config.data is None:
+        raise UserError("missing: generation wants rows", field="data")
+    if config.traces is not None:
+        say(f"generate: using {traces_path(config)}")
+        return
+    rows = read_rows(config.data)
+    check_golds(config, rows)
+    with RunDir(config) as run_dir, run_dir.stage("generate", {"data": dataset_hash(rows)}) as done:
+        if done():
+            say(f"generate: already done, see {traces_path(config)}")
+            return
+        session = open_session(config)
+        with jax.set_mesh(session.mesh):
+            journal_path = run_dir.path / "traces.partial.jsonl"
+            finished = roll_out(session, rows, journal_path, Metrics(run_dir.path, config.log, "generate"))
+        traces = [trace for row in rows for trace in finished.get(row.problem_id, [])]
+        counts = mark_drops(traces, rows, config.filters)
+        if jax.process_index() == 0:
+            write_atomic(traces_path(config), "".join(map(json_line, traces)))
+            journal_path.unlink()
+        share = np.mean([t["acceptance"] for t in traces]) if traces else 0.0
+        say(f"generate: {len(traces)} traces of {len(finished)} problems, {share:.1%} of tokens the student's; "
+            + (", ".join(f"{n} {reason}" for reason, n in counts.items()) or "none dropped"))  # fmt: skip
+        say(f"          wrote {traces_path(config)}")
+
+
+def roll_out(session: Session, rows: list[Row], journal_path: Path, metrics: Metrics) -> dict[str, list[dict]]:
+    """Every problem's traces by problem id, drawing what the journal does not have."""
+    cfg = session.config.generate
+    journal = Journal(journal_path) if jax.process_index() == 0 else None
+    if journal is not None and journal.torn:
+        say("generate: dropped a torn last line of the journal; its problem is drawn again")
+    finished = {line["problem_id"]: line["traces"] for line in (journal.rows if journal else _peek(journal_path))}
+    names = {f"generate/{row.problem_id}": row for row in rows}
+    prompts = {row.problem_id: session.prompts.build(row) for row in rows}
+    if session.prompts.cut:
+        say(f"generate: {session.prompts.cut} solutions were cut at {session.config.prompts.max_solution_tokens} tokens")
+    roles = {0.0: ("student",), 1.0: ("privileged",)}.get(cfg.tau, ("student", "privileged"))
+    requests, too_long = [], 0
+    for name, row in names.items():
+        contexts = tuple(tuple(getattr(prompts[row.problem_id], role)) for role in roles)
+        if max(map(len, contexts)) > cfg.max_prompt_tokens:
+            too_long += 1
+        elif row.problem_id not in finished:
+            requests.append(Request(name, contexts, tuple(range(cfg.samples)), cfg.sampling.max_tokens))
+    if too_long:
+        say(f"generate: skipped {too_long} problems with prompts above max_prompt_tokens={cfg.max_prompt_tokens}")
+    sampler = session.sampler(cfg.sampling, slots=cfg.slots, max_tokens=cfg.sampling.max_tokens, tau=cfg.tau,
+                              proposals=cfg.proposals, roles=len(roles))  # fmt: skip
+    parts: dict[str, list[Sample]] = collections.defaultdict(list)
+    total = len(requests) + len(finished)
+    with progress("generating", total, "problems", len(finished)) as bar, Interrupt() as interrupt:
+        for sample in sampler.run(requests):
+            parts[sample.name].append(sample)
+            if len(parts[sample.name]) < cfg.samples:
+                continue
+            row = names[sample.name]
+            traces = [to_row(session, row, prompts[row.problem_id], roles, s)
+                      for s in sorted(parts.pop(sample.name), key=lambda s: s.sample)]  # fmt: skip
+            finished[row.problem_id] = traces
+            if journal is not None:
+                journal.append({"problem_id": row.problem_id, "traces": traces})
+            bar.advance()
+            if interrupt.wanted:
+                raise Interrupted(f"generate: stopped with {len(finished)} of {total} problems finished; call again to go on")
+    report_usage(sampler, metrics)
+    return finished
+
+
+def _peek(path: Path) -> Iterable[dict]:
+    """What process 0's journal held at the start, for the other processes."""
+    return [json.loads(line) for line in path.read_bytes().splitlines() if line.endswith(b"}")] if path.exists() else []
+
+
+def report_usage(sampler: Sampler, metrics: Metrics) -> None:
+    usage = sampler.usage
+    if usage.drawn:
+        metrics.write(0, tokens=usage.live, occupancy=usage.live / usage.drawn, prefills=usage.prefills, chunks=usage.chunks)
+
+
+def to_row(session: Session, row: Row, prompts, roles: tuple[str, ...], s: Sample) -> dict:
+    """A line of traces.jsonl; see README for its fields."""
+    student, privileged = s.log_student, s.log_privileged
+    by_student = s.by_student if "student" in roles else np.zeros_like(s.by_student)
+    return {
+        "problem_id": row.problem_id,
+        "row": row.index,
+        "sample": s.sample,
+        "prompt_hash": {role: _hash(getattr(prompts, role)) for role in roles},
+        "prompt_tokens": {role: len(getattr(prompts, role)) for role in roles},
+        "response_ids": s.tokens.tolist(),
+        "text": session.tokenizer.decode(s.tokens.tolist()),
+        "logq": _rounded(s.logq),
+        "log_student": _rounded(student) if "student" in roles else None,
+        "log_privileged": _rounded(privileged) if "privileged" in roles else None,
+        "writer": "".join("s" if x else "p" for x in by_student),
+        "acceptance": round(float(by_student.mean()), 4),
+        "finish": s.finish,
+        "drop": None,
+    }
+
+
+def mark_drops(traces: list[dict], rows: list[Row], cfg: config_lib.Filters) -> dict[str, int]:
+    """Sets every trace's `drop` and counts the reasons."""
+    golds = {row.problem_id: final_answer(row) for row in rows}
+    with Grader() as grader:
+
+        def is_correct(text: str, gold: str) -> bool:
+            return grader.grade(extract(text), gold).correct
+
+        for trace in traces:
+            trace["drop"] = filters.drop_reason(trace, cfg, golds[trace["problem_id"]], is_correct)
+    filters.keep(traces, cfg)
+    return dict(collections.Counter(t["drop"].split(":")[0] for t in traces if t["drop"]))
+
+
+def check_golds(config: config_lib.Config, rows: list[Row]) -> None:
+    """Where traces will be graded, every row has an answer that can be parsed; raises UserError before any work."""
+    if not config.filters.correct or config.data is None:
+        return
+    with Grader() as grader:
+        for row in rows:
+            gold = final_answer(row)
+            problem = "want an answer: filters.correct grades traces" if gold is None else grader.check_gold(gold)
+            if problem:
+                raise UserError(problem, file=config.data.path, row=row.index + 1, field=config.data.columns.answer)
+
+
+def _hash(ids) -> str:
+    return hashlib.sha256(",".join(map(str, ids)).encode()).hexdigest()[:16]
+
+
+def _rounded(x: np.ndarray) -> list[float]:
+    return [round(float(v), 5) for v in x]

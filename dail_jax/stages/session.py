@@ -1,0 +1,80 @@
+"""What several stages need: the mesh, the frozen model, its tokenizer and the prompts of the three roles."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from pathlib import Path
+
+import jax
+
+from dail_jax import config as config_lib
+from dail_jax import mesh as mesh_lib
+from dail_jax.checkpoint import base
+from dail_jax.data.prompts import PromptBuilder
+from dail_jax.errors import UserError
+from dail_jax.model import weights
+from dail_jax.model.families import ModelConfig, read_config
+from dail_jax.sample import engine, mixture
+from dail_jax.text import Tokenizer, load_tokenizer, stop_ids
+
+
+@dataclass(frozen=True)
+class Session:
+    """A loaded model. Open one with `open_session`."""
+
+    config: config_lib.Config
+    mesh: jax.sharding.Mesh
+    params: weights.Params
+    model: ModelConfig
+    tokenizer: Tokenizer
+    prompts: PromptBuilder
+    stops: tuple[int, ...]
+
+    def sampler(self, sampling: config_lib.Sampling, *, slots: int, max_tokens: int, tau: float = 0.0, proposals: int = 1,
+                roles: int = 1, lora=None) -> engine.Sampler:  # fmt: skip
+        """A sampler of this model; `sampling.suppress` names tokens that are never drawn."""
+        never = []
+        for text in sampling.suppress:
+            ids = self.tokenizer.encode(text)
+            if len(ids) != 1:
+                raise UserError(f"got {text!r}, which is {len(ids)} tokens, want a single token", field="sampling.suppress")
+            never.append(ids[0])
+        return engine.Sampler(
+            decoding_weights(self.config.model, self.mesh), self.model, self.mesh, self.stops, self.config.seed, slots,
+            max_tokens, mixture.knobs(sampling, tau, proposals), roles, lora, tuple(never),
+            min(self.tokenizer.size, self.model.V),
+        )  # fmt: skip
+
+
+def open_session(config: config_lib.Config) -> Session:
+    """Loads the model of a configuration onto the mesh; the weights are loaded once a process."""
+    if config.model.dtype == "float32":  # or else GPUs and TPUs multiply in fewer bits
+        jax.config.update("jax_default_matmul_precision", "highest")
+    mesh = mesh_lib.make_mesh(config.mesh)
+    folder = config.model.path
+    model = read_config(folder)
+    tokenizer = load_tokenizer(config.model.tokenizer or folder)
+    if tokenizer.size > model.V:
+        raise UserError(f"got token ids up to {tokenizer.size - 1}, want below the model's {model.V} embedding rows",
+                        file=config.model.tokenizer or folder)  # fmt: skip
+    prompts = PromptBuilder(tokenizer, config.prompts, config.waypoints)
+    params = _weights(folder, config.model.dtype, mesh)
+    return Session(config, mesh, params, model, tokenizer, prompts, stop_ids(folder, tokenizer))
+
+
+@functools.lru_cache(maxsize=1)
+def _weights(folder: str, dtype: str, mesh: jax.sharding.Mesh) -> weights.Params:
+    return base.load(Path(folder), mesh, dtype)[0]
+
+
+@functools.lru_cache(maxsize=1)
+def decoding_weights(model: config_lib.Model, mesh: jax.sharding.Mesh) -> weights.Params:
+    """The weights with one array a layer, as decoding wants them."""
+    return jax.jit(weights.unstack)(_weights(model.path, model.dtype, mesh))
+
+
+def release() -> None:
+    """Forgets the loaded weights."""
+    decoding_weights.cache_clear()
+    _weights.cache_clear()

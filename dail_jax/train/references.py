@@ -1,0 +1,109 @@
+"""The frozen roles' final states, computed once and reused in every epoch.
+
+Privileged student and negative reference never change, so neither do their states at the response tokens. They
+are kept beside the run in the compute dtype, one raw file a role, [all response tokens, D], with a manifest of
+shapes and SHA-256. What is read back is what was computed, bit for bit.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import jax
+import ml_dtypes  # noqa: F401  (registers bfloat16 with numpy)
+import numpy as np
+from jax.experimental.multihost_utils import process_allgather
+
+from dail_jax import mesh as mesh_lib
+from dail_jax.data import batches
+from dail_jax.metrics import progress
+from dail_jax.model.weights import Params
+from dail_jax.rundir import sha256, write_atomic
+from dail_jax.train import step as step_lib
+
+
+def size(examples: Sequence[batches.Example], d: int, dtype) -> int:
+    """Bytes on disk."""
+    return len(step_lib.REFERENCES) * sum(len(e.response) for e in examples) * d * np.dtype(dtype).itemsize
+
+
+class References:
+    """Read access to a cache: `references(role, index)` is [tokens, D]."""
+
+    def __init__(self, folder: Path, examples: Sequence[batches.Example], d: int, dtype):
+        self.folder, self.d, self.dtype = folder, d, np.dtype(dtype)
+        self.offsets = np.concatenate([[0], np.cumsum([len(e.response) for e in examples])])
+
+    @functools.cached_property
+    def maps(self) -> dict[str, np.ndarray]:
+        shape = (int(self.offsets[-1]), self.d)
+        return {r: np.memmap(self.folder / f"{r}.bin", self.dtype, "r", shape=shape) for r in step_lib.REFERENCES}
+
+    def __call__(self, role: str, index: int) -> np.ndarray:
+        return self.maps[role][self.offsets[index] : self.offsets[index + 1]]
+
+    def __getstate__(self):  # Grain's worker processes open the files themselves
+        return {k: v for k, v in self.__dict__.items() if k != "maps"}
+
+
+def whole(folder: Path, key: str) -> bool:
+    """Whether the folder holds an undamaged cache made for `key`."""
+    try:
+        manifest = json.loads((folder / "manifest.json").read_text())
+        return manifest["key"] == key and all(sha256(folder / f) == h for f, h in manifest["files"].items())
+    except (OSError, ValueError, KeyError):
+        return False
+
+
+def compute(
+    folder: Path, key: str, recipe: step_lib.Recipe, params: Params, mesh: jax.sharding.Mesh,
+    examples: list[batches.Example], rows: int, bucket: int,
+) -> References:  # fmt: skip
+    """Fills the cache, `rows` examples at a time in order of length; an existing one for `key` is reused."""
+    dtype = params["norm"].dtype
+    references = References(folder, examples, recipe.model.D, dtype)
+    if whole(folder, key):
+        return references
+    folder.mkdir(parents=True, exist_ok=True)
+    writer = jax.process_index() == 0
+    shape = (int(references.offsets[-1]), recipe.model.D)
+    states = jax.jit(step_lib.response_states, static_argnums=(0, 5), out_shardings=mesh_lib.sharding(mesh, "b"))
+    order = np.argsort([len(e.response) for e in examples], kind="stable")
+    where = mesh_lib.sharding(mesh, "b")
+    local = mesh_lib.local_rows(mesh, rows)
+    with progress("computing references", len(step_lib.REFERENCES) * len(examples), "traces") as bar:
+        for role in step_lib.REFERENCES:
+            temporary = folder / f".{role}.{os.getpid()}.tmp"
+            out = np.memmap(temporary, references.dtype, "w+", shape=shape) if writer else None
+            assemble = batches.Assemble(examples, bucket, 1, local, (role,))
+            for i in range(0, len(order), rows):
+                chosen = np.pad(order[i : i + rows], (0, max(0, i + rows - len(order))), constant_values=-1)
+                batch = assemble.map(chosen)
+                tokens, positions = (
+                    jax.make_array_from_process_local_data(where, batch[f"{role}_{name}"][0], (rows, batch[f"{role}_{name}"].shape[-1]))
+                    for name in ("tokens", "positions")
+                )  # fmt: skip
+                got = states(recipe, params, None, tokens, positions, batch["mask"].shape[-1])
+                got = process_allgather(got, tiled=True) if jax.process_count() > 1 else np.asarray(got)
+                for row, index in enumerate(chosen):
+                    if out is not None and index >= 0:
+                        out[references.offsets[index] : references.offsets[index + 1]] = got[row, : len(examples[index].response)]
+                bar.advance(int((chosen >= 0).sum()))
+            if out is not None:
+                out.flush()
+                del out
+                with open(temporary, "rb") as file:
+                    os.fsync(file.fileno())
+                os.replace(temporary, folder / f"{role}.bin")
+    if writer:
+        files = {f"{role}.bin": sha256(folder / f"{role}.bin") for role in step_lib.REFERENCES}
+        write_atomic(folder / "manifest.json", json.dumps({"key": key, "shape": shape, "files": files}, indent=1))
+    if jax.process_count() > 1:
+        from jax.experimental.multihost_utils import sync_global_devices
+
+        sync_global_devices("references")
+    return references

@@ -1,0 +1,172 @@
+"""One device, eight devices, micro-batches, cached references: the same training."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import mesh_of
+
+from dail_jax import config as config_lib
+from dail_jax import mesh as mesh_lib
+from dail_jax.data import batches
+from dail_jax.errors import UserError
+from dail_jax.model import families, transformer, weights
+from dail_jax.model import lora as lora_lib
+from dail_jax.train import objectives, optimizer, references, step
+
+CFG = families.ModelConfig("qwen3", V=40, D=16, L=2, N=8, K=8, H=4, F=24, rope=families.Rope(10_000.0), norm_eps=1e-6,
+                           tied=True, qk_norm=True, qkv_bias=False, max_positions=512)  # fmt: skip
+ROLES = ("student", "privileged", "negative")
+
+
+def settings(**kw):
+    return config_lib.Train(**{"batch_size": 8, "bucket": 32, "chunk": 64, "epochs": 4, "remat": "none",
+                               "lora": {"rank": 4, "alpha": 8}, "optimizer": {"learning_rate": 1e-2}, **kw})  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def params():
+    return weights.init(jax.random.key(0), CFG, std=0.3)
+
+
+@pytest.fixture(scope="module")
+def examples():
+    rng = np.random.default_rng(0)
+    draw = lambda n: tuple(rng.integers(1, 40, n).tolist())  # noqa: E731
+    return [batches.Example(f"e{i}", {r: draw(rng.integers(3, 8) + 4 * j) for j, r in enumerate(ROLES)}, draw(rng.integers(2, 20)))
+            for i in range(37)]  # fmt: skip
+
+
+def train(params, examples, cfg, mesh, steps=20, cached=None, spoil=None):
+    """(losses, final LoRA) after some updates."""
+    with jax.set_mesh(mesh):
+        params = jax.device_put(params, weights.shardings(CFG, mesh))
+        plan = batches.Plan(examples, cfg.batch_size, cfg.epochs, 0)
+        rows = cfg.batch_size // cfg.accumulate
+        roles = ("student",) if cached or cfg.objective != "dail" else ROLES
+        assemble = batches.Assemble(examples, cfg.bucket, cfg.accumulate, mesh_lib.local_rows(mesh, rows), roles,
+                                    step.REFERENCES if cached else (), cached)  # fmt: skip
+        tx = optimizer.adamw(cfg.optimizer, len(plan))
+        layout = step.shardings(CFG, cfg, tx, mesh)
+        state = step.init(jax.random.key(1), CFG, cfg, tx, mesh)
+        update = step.make_update(step.recipe(CFG, cfg), tx, layout)
+        losses = []
+        feed = batches.iterator(plan, assemble, 0)
+        for i in range(steps):
+            batch = next(feed)
+            if spoil is not None and i in spoil:
+                batch = {**batch, "student_positions": batch["student_positions"] + 2**30}
+                params_now = jax.tree.map(lambda w: w * jnp.nan, params)
+            else:
+                params_now = params
+            state, out = update(params_now, state, mesh_lib.to_devices(batch, mesh, rows))
+            losses.append({k: np.asarray(v) for k, v in out.items()})
+        return losses, jax.device_get(state)
+
+
+@pytest.fixture(scope="module")
+def reference(params, examples):
+    return train(params, examples, settings(), mesh_of())
+
+
+def close(a, b, tolerance=1e-5):
+    for x, y in zip(a[0], b[0], strict=True):
+        np.testing.assert_allclose(x["loss"], y["loss"], rtol=tolerance, atol=tolerance)
+    diff = jax.tree.map(lambda x, y: np.abs(x - y).max(), a[1].lora, b[1].lora)
+    assert max(jax.tree.leaves(diff)) < 20 * tolerance  # parameters of order 0.1, after 20 Adam steps
+
+
+def test_loss_falls_and_excess_is_not_negative(reference):
+    losses = reference[0]
+    assert losses[-1]["loss"] < losses[0]["loss"]
+    assert all(x["excess"] > -1e-4 and x["finite"] for x in losses)
+    assert losses[0]["kl_privileged"] > 0 and losses[0]["kl_negative"] > 0
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 8), (1, 8, 1), (8, 1, 1), (2, 4, 1), (4, 1, 2), (2, 2, 2)], ids=str)
+def test_eight_devices_equal_one(params, examples, reference, shape):
+    close(train(params, examples, settings(), mesh_of(*shape)), reference)
+
+
+def test_micro_batches_equal_one_batch(params, examples, reference):
+    close(train(params, examples, settings(accumulate=4), mesh_of(2, 1, 1)), reference)
+
+
+def test_cached_references_equal_computed_ones(params, examples, reference, tmp_path):
+    mesh, cfg = mesh_of(), settings()
+    with jax.set_mesh(mesh):
+        recipe = step.recipe(CFG, cfg)
+        cached = references.compute(tmp_path, "key", recipe, params, mesh, examples, 8, cfg.bucket)
+    assert references.whole(tmp_path, "key") and not references.whole(tmp_path, "other")
+    close(train(params, examples, cfg, mesh, cached=cached), reference)
+    data = (tmp_path / "negative.bin").read_bytes()
+    (tmp_path / "negative.bin").write_bytes(data[:100] + bytes([data[100] ^ 1]) + data[101:])
+    assert not references.whole(tmp_path, "key")
+
+
+def test_the_loss_is_that_of_every_response_token(params, examples):
+    """Against the paper's formula over each example alone: no padding, no batch, no chunks."""
+    cfg = settings()
+    out, _ = train(params, examples, cfg, mesh_of(), steps=1)
+    chosen = batches.Plan(examples, cfg.batch_size, cfg.epochs, 0)[0]
+    total = count = 0.0
+    for i in chosen[chosen >= 0]:
+        e = examples[i]
+        log = {}
+        for role in ROLES:
+            ids = np.array([[*e.prompts[role], *e.response]], np.int32)
+            hidden, _ = transformer.forward(params, ids, np.arange(ids.shape[1])[None], CFG)
+            n = len(e.prompts[role])
+            log[role] = jax.nn.log_softmax(transformer.unembed(params, hidden[0, n - 1 : n - 1 + len(e.response)]))
+        m, p, q = (log[r] for r in ROLES)
+        total += float((jnp.exp(m) * ((m - p) - 0.1 * (m - q))).sum())
+        count += len(e.response)
+    np.testing.assert_allclose(out[0]["loss"], total / count, rtol=1e-5)
+    assert out[0]["tokens"] == count
+
+
+def test_an_update_that_is_not_finite_changes_nothing(params, examples):
+    before = train(params, examples, settings(), mesh_of(), steps=3)
+    after = train(params, examples, settings(), mesh_of(), steps=4, spoil={3})
+    assert not after[0][3]["finite"] and after[0][3]["bad_rows"].any()
+    assert after[1].skipped == 1 and after[1].step == 4
+    same = jax.tree.map(np.array_equal, (before[1].lora, before[1].opt_state), (after[1].lora, after[1].opt_state))
+    assert all(jax.tree.leaves(same))
+
+
+@pytest.mark.parametrize("objective", ["nll", "sft"])
+def test_likelihood_objectives(params, examples, objective):
+    losses, state = train(params, examples, settings(objective=objective), mesh_of(2, 2, 2))
+    alone, other = train(params, examples, settings(objective=objective), mesh_of())
+    close((losses, state), (alone, other))
+    assert losses[-1]["nll"] < losses[0]["nll"]
+
+
+def test_merged_weights_equal_the_adapter(params, reference):
+    lora = jax.tree.map(jnp.asarray, reference[1].lora)
+    ids = np.arange(1, 13, dtype=np.int32)[None]
+    with_adapter, _ = transformer.forward(params, ids, np.arange(12)[None], CFG, lora=lora)
+    merged, _ = transformer.forward(lora_lib.merge(params, lora, CFG), ids, np.arange(12)[None], CFG)
+    assert np.abs(with_adapter - merged).max() < 1e-4
+    untouched, _ = transformer.forward(params, ids, np.arange(12)[None], CFG)
+    assert np.abs(with_adapter - untouched).max() > 1e-2
+
+
+@pytest.mark.parametrize(("batch", "shape", "word"), [(6, (4, 1, 1), "multiple"), (8, (1, 1, 3), "multiple")])
+def test_what_does_not_divide_is_said_before_compiling(params, examples, batch, shape, word):
+    with pytest.raises(UserError, match=word):
+        train(params, examples, settings(batch_size=batch), mesh_of(*shape), steps=1)
+
+
+def test_plan_is_a_pure_function_and_pads_little(examples):
+    plan, again = (batches.Plan(examples, 8, 3, 5) for _ in range(2))
+    assert len(plan) == 15
+    for epoch in range(3):
+        seen = np.concatenate([plan[epoch * 5 + i] for i in range(5)])
+        assert sorted(seen[seen >= 0]) == list(range(37))
+    assert all((plan[i] == again[i]).all() for i in range(15))
+    assert not all((plan[i] == plan[5 + i]).all() for i in range(5))
+    assert batches.padding_share(plan, 1) < 0.2
+    assert dataclasses.replace(objectives.Objective("nll"), gamma=1.0).gamma == 1
