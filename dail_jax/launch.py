@@ -6,7 +6,9 @@ Picks a stage, loads the configuration, applies overrides, calls the stage. `run
 from __future__ import annotations
 
 import argparse
+import errno
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Callable
@@ -31,24 +33,30 @@ def parser() -> argparse.ArgumentParser:
         sub = stages.add_parser(name, help=words, description=words)
         sub.add_argument("--config", required=name != "env", help="a YAML file, see configs/")
         sub.add_argument("--trace", action="store_true", help="show a traceback with errors")
-        sub.add_argument("--distributed", action="store_true", help="call jax.distributed.initialize (several hosts)")
+        sub.add_argument("--distributed", action="store_true", help="several processes, found by JAX itself (TPU, SLURM)")
+        sub.add_argument("--coordinator", metavar="HOST:PORT", help="several processes: where process 0 listens")
+        sub.add_argument("--processes", type=int, metavar="N", help="... how many there are")
+        sub.add_argument("--process-id", type=int, metavar="I", help="... and which this one is, from 0")
         sub.add_argument("overrides", nargs="*", metavar="key.sub=value", help="replaces a key of the configuration")
     return top
 
 
 def main(argv: list[str] | None = None) -> int:
     args = parser().parse_args(argv)
+    several = args.distributed or args.coordinator is not None
     os.environ.setdefault("HF_HUB_OFFLINE", "1")  # models and tokenizers are folders
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
     from dail_jax.errors import UserError
+    from dail_jax.metrics import say
     from dail_jax.rundir import Interrupted
 
     try:
-        if args.distributed:
+        if several:
             import jax
 
-            jax.distributed.initialize()
+            # What is not given is found by JAX: TPU pods, SLURM and Kubernetes say it in their own ways.
+            jax.distributed.initialize(args.coordinator, args.processes, args.process_id)
         from dail_jax import config as config_lib
 
         config = config_lib.load(args.config, args.overrides) if args.config else None
@@ -58,13 +66,32 @@ def main(argv: list[str] | None = None) -> int:
         if args.trace:
             traceback.print_exc()
         print(f"error: {error}", file=sys.stderr)
-        return 2
+        return _leave(several, 2)
     except Interrupted as stopped:
-        print(stopped)
+        say(str(stopped))
         return 0
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
-        return 130
+        return _leave(several, 130)
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        print(f"error: {error.filename or args.config}: the disk is full; what was finished is kept", file=sys.stderr)
+        return _leave(several, 2)
+    except Exception:
+        if several:
+            traceback.print_exc()
+        _leave(several, 1)
+        raise
+
+
+def _leave(at_once: bool, status: int) -> int:
+    """The exit status. One of several processes that failed leaves at once: the others would wait for it in vain."""
+    if at_once:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    return status
 
 
 def _stage(name: str) -> Callable:
@@ -133,4 +160,6 @@ def env(config) -> None:
 
 
 if __name__ == "__main__":
+    # Preemption: where a stage has something to save it does so, elsewhere there is nothing to lose.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     sys.exit(main())

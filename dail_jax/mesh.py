@@ -6,8 +6,13 @@ K kv heads, G queries per kv head, H head size, F feed-forward, V vocabulary, L 
 
 from __future__ import annotations
 
+import json
+from collections.abc import Callable
+from typing import Any
+
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from dail_jax import config as config_lib
@@ -84,3 +89,45 @@ def to_devices(batch: dict[str, np.ndarray], mesh, rows: int) -> dict[str, jax.A
         return jax.make_array_from_process_local_data(where, x, (x.shape[0], rows, *x.shape[2:]))
 
     return {name: put(x) for name, x in batch.items() if name != "rows"}
+
+
+# ---------------------------------------------------------------------------------------------------
+# Several processes run one program: each of these must be reached by all of them, in the same order
+# ---------------------------------------------------------------------------------------------------
+
+
+def is_first() -> bool:
+    """Whether this is the process that writes files and talks."""
+    return jax.process_index() == 0
+
+
+def barrier(name: str) -> None:
+    """Waits for all processes."""
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(name)
+
+
+def any_process(wish: bool) -> bool:
+    """Whether some process has the wish."""
+    return bool(multihost_utils.process_allgather(np.array(wish)).any()) if jax.process_count() > 1 else wish
+
+
+def from_first(work: Callable[[], Any]) -> Any:
+    """What `work()` returns on the first process, which alone does it: JSON. Its UserError is raised everywhere."""
+    if jax.process_count() == 1:
+        return work()
+    reply, failure = {}, None
+    if is_first():
+        try:
+            reply = {"value": work()}
+        except UserError as error:
+            failure, reply = error, {"error": str(error)}
+    data = np.frombuffer(json.dumps(reply).encode(), np.uint8)
+    size = int(multihost_utils.broadcast_one_to_all(np.array(len(data), np.int32)))
+    data = multihost_utils.broadcast_one_to_all(np.pad(data, (0, max(size - len(data), 0)))[:size])
+    if failure is not None:
+        raise failure
+    reply = json.loads(bytes(np.asarray(data, np.uint8)))
+    if "error" in reply:
+        raise UserError(reply["error"])
+    return reply["value"]

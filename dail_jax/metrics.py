@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import sys
 import time
 from collections.abc import Iterator
@@ -35,6 +36,7 @@ class Metrics:
         self.wandb: Any = None
         if jax.process_index() != 0:
             return
+        self.rewind(None)
         if log.tensorboard:
             try:
                 from tensorboardX import SummaryWriter
@@ -47,6 +49,21 @@ class Metrics:
             except ImportError:
                 raise UserError("want wandb: pip install 'dail_jax[wandb]'", field="log.wandb") from None
             self.wandb = wandb.init(project=log.wandb, name=run_dir.name, dir=str(run_dir), resume="allow")
+
+    def rewind(self, step: int | None) -> None:
+        """Forgets this stage's rows after `step` (None: none of them), and any line that a crash tore."""
+        if jax.process_index() != 0 or not self.path.exists():
+            return
+        kept = []
+        for line in self.path.read_bytes().splitlines(keepends=True):
+            with contextlib.suppress(ValueError, KeyError, TypeError):
+                row = json.loads(line)
+                if line.endswith(b"\n") and (step is None or row["stage"] != self.stage or row["step"] <= step):
+                    kept.append(line)
+        if sum(map(len, kept)) != self.path.stat().st_size:
+            temporary = self.path.with_name(f".{self.path.name}.{os.getpid()}.tmp")
+            temporary.write_bytes(b"".join(kept))
+            temporary.replace(self.path)
 
     def write(self, step: int, **values: float | int | str | list) -> None:
         if jax.process_index() != 0:

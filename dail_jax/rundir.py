@@ -24,7 +24,9 @@ from typing import Any
 import jax
 
 from dail_jax import config as config_lib
+from dail_jax import mesh as mesh_lib
 from dail_jax.errors import UserError
+from dail_jax.metrics import say
 
 PACKAGES = ("jax", "jaxlib", "libtpu", "flax", "optax", "orbax-checkpoint", "grain", "transformers", "tokenizers",
             "safetensors", "math-verify", "numpy")  # fmt: skip
@@ -72,7 +74,7 @@ def json_line(row: Any) -> str:
 
 
 class Journal:
-    """An append-only JSON-lines file whose rows are durable one by one.
+    """An append-only JSON-lines file whose rows are durable one by one; the first process writes, all have `rows`.
 
     Opening it drops a torn last line, which only a crash can leave; a bad line elsewhere is an error.
     """
@@ -80,26 +82,41 @@ class Journal:
     def __init__(self, path: str | Path):
         self.path = Path(path)
         self.rows: list[dict] = []
-        self.torn = False
+        self.file: Any = None
+        count = mesh_lib.from_first(self._open)
+        if not mesh_lib.is_first() and count:
+            self.rows = self._parse(self.path.read_bytes())[:count]
+
+    def _open(self) -> int:
         data = self.path.read_bytes() if self.path.exists() else b""
-        whole = data[: data.rfind(b"\n") + 1]
-        for number, line in enumerate(whole.splitlines(), 1):
-            try:
-                self.rows.append(json.loads(line))
-            except ValueError:
-                raise UserError("got a damaged line, want JSON: delete the file to make it anew", file=path, row=number) from None
-        self.torn = len(whole) != len(data)
+        size = data.rfind(b"\n") + 1
+        self.rows = self._parse(data[:size])
         self.file = open(self.path, "ab")  # noqa: SIM115  (held for the journal's life)
-        if self.torn:
-            self.file.truncate(len(whole))
+        sync_folder(self.path.parent)
+        if size != len(data):
+            self.file.truncate(size)
+            say(f"{self.path}: dropped a torn last line; its work is done again")
+        return len(self.rows)
+
+    def _parse(self, data: bytes) -> list[dict]:
+        rows = []
+        for number, line in enumerate(data[: data.rfind(b"\n") + 1].split(b"\n")[:-1], 1):
+            try:
+                rows.append(json.loads(line))
+            except ValueError:
+                raise UserError("got a damaged line, want JSON: delete the file to make it anew",
+                                file=self.path, row=number) from None  # fmt: skip
+        return rows
 
     def append(self, *rows: dict) -> None:
-        self.file.write("".join(map(json_line, rows)).encode("ascii"))
-        self.file.flush()
-        os.fsync(self.file.fileno())
+        if self.file is not None:
+            self.file.write("".join(map(json_line, rows)).encode("ascii"))
+            self.file.flush()
+            os.fsync(self.file.fileno())
 
     def close(self) -> None:
-        self.file.close()
+        if self.file is not None:
+            self.file.close()
 
 
 def provenance() -> dict[str, Any]:
@@ -134,8 +151,10 @@ class RunDir:
         self._lock: int | None = None
 
     def __enter__(self) -> RunDir:
-        if jax.process_index() != 0:
-            return self
+        mesh_lib.from_first(self._acquire)
+        return self
+
+    def _acquire(self) -> None:
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             self._lock = os.open(self.path / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
@@ -146,10 +165,13 @@ class RunDir:
         except BlockingIOError:
             pid = os.pread(self._lock, 32, 0).decode("ascii", "replace").strip() or "unknown"
             os.close(self._lock)
+            self._lock = None
             raise UserError(f"in use by process {pid}: wait for it, or choose another run_dir", file=self.path) from None
         os.ftruncate(self._lock, 0)
         os.pwrite(self._lock, str(os.getpid()).encode(), 0)
-        return self
+        for leftover in self.path.glob(".*.tmp"):  # of a process that was killed while it wrote
+            if leftover.is_file():
+                leftover.unlink()
 
     def __exit__(self, *_: object) -> None:
         if self._lock is not None:
@@ -157,17 +179,40 @@ class RunDir:
 
     def _manifest(self) -> dict[str, Any]:
         path = self.path / "run.json"
-        return json.loads(path.read_text()) if path.exists() else {"stages": {}}
+        try:
+            return json.loads(path.read_text()) if path.exists() else {"stages": {}}
+        except ValueError:
+            raise UserError("got a damaged file, want JSON", file=path) from None
+
+    def finished(self, name: str) -> bool:
+        """Whether a stage has ended."""
+        return mesh_lib.from_first(lambda: "finished" in self._manifest()["stages"].get(name, {}))
 
     @contextlib.contextmanager
-    def stage(self, name: str, inputs: dict[str, str] | None = None) -> Iterator[Callable[[], bool]]:
+    def stage(
+        self, name: str, inputs: dict[str, str] | None = None, scratch: tuple[str, ...] = ()
+    ) -> Iterator[Callable[[], bool]]:
         """Begins a stage. Yields `done()`, which is True when an earlier call finished it.
 
         `inputs` are hashes of the files that the stage reads. Raises UserError where the configuration or an
-        input is not what the stage was started with. The stage is marked done when the block ends without error.
+        input is not what the stage was started with. The stage is marked done when the block ends without error;
+        only then are its `scratch` files deleted, so that no kill can cost what they hold.
         """
+        finished = mesh_lib.from_first(lambda: self._begin(name, inputs or {}))
+        yield lambda: finished
+        if mesh_lib.is_first():
+            if not finished:
+                manifest = self._manifest()
+                manifest["stages"][name]["finished"] = _now()
+                self._save(manifest)
+            for file in scratch:
+                (self.path / file).unlink(missing_ok=True)
+        mesh_lib.barrier(f"{name} is done")  # what the first process wrote is there for all
+
+    def _begin(self, name: str, inputs: dict[str, str]) -> bool:
+        """Writes down what a stage is started with, and returns whether it is finished already."""
         tree = self.config.model_dump(mode="json")
-        wanted = {"config": {s: tree[s] for s in SECTIONS[name]}, "inputs": inputs or {}}
+        wanted = {"config": {s: tree[s] for s in SECTIONS[name]}, "inputs": inputs}
         manifest = self._manifest()
         record = manifest["stages"].get(name)
         if record is not None:
@@ -175,16 +220,17 @@ class RunDir:
             if changes:
                 raise UserError(f"stage {name!r} was started with another configuration: {'; '.join(changes[:5])}. "
                                 "Use another run_dir, or delete this one", file=self.path)  # fmt: skip
-        finished = record is not None and "finished" in record
-        if not finished and jax.process_index() == 0:
-            record = {**wanted, "started": _now()}
-            manifest["stages"][name] = record
-            manifest.update(seed=self.config.seed, **provenance())
-            self._save(manifest)
-        yield lambda: finished
-        if not finished and jax.process_index() == 0:
-            manifest["stages"][name]["finished"] = _now()
-            self._save(manifest)
+            if "finished" in record:
+                return True
+        now = provenance()
+        place = {key: now[key] for key in ("platform", "device_kind", "devices", "xla_flags")}
+        if record is not None and record.get("place") != place:
+            changes = "; ".join(_differences(record.get("place"), place))
+            say(f"{name}: resumed elsewhere ({changes}): results agree to rounding, not bit for bit")
+        manifest["stages"][name] = {**wanted, "place": place, "started": _now()}
+        manifest.update(seed=self.config.seed, **now)
+        self._save(manifest)
+        return False
 
     def _save(self, manifest: dict[str, Any]) -> None:
         write_atomic(self.path / "run.json", json.dumps(manifest, indent=1) + "\n")
@@ -204,10 +250,13 @@ def _differences(old: Any, new: Any, path: str = "") -> list[str]:
 
 
 class Interrupt:
-    """SIGTERM and SIGINT as a wish to stop soon: check `wanted` where work can be put down safely."""
+    """SIGTERM and SIGINT as a wish to stop soon: check `wanted` where work can be put down safely.
+
+    The processes agree on the wish, so all of them must look at `wanted` equally often.
+    """
 
     def __enter__(self) -> Interrupt:
-        self.wanted = False
+        self._wanted = False
         self._old = {}
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGTERM, signal.SIGINT):
@@ -215,9 +264,13 @@ class Interrupt:
         return self
 
     def _note(self, number: int, _: object) -> None:
-        if self.wanted and number == signal.SIGINT:
+        if self._wanted and number == signal.SIGINT:
             raise KeyboardInterrupt  # asked twice
-        self.wanted = True
+        self._wanted = True
+
+    @property
+    def wanted(self) -> bool:
+        return mesh_lib.any_process(self._wanted)
 
     def __exit__(self, *_: object) -> None:
         for number, handler in self._old.items():

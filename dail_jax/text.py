@@ -104,10 +104,8 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     for name in (*names, "tokenizer_config.json", "chat_template.jinja"):
         if (folder / name).is_file():
             _refuse_placeholder(folder / name)
-    from transformers import AutoTokenizer
-
     try:
-        hf = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
+        hf = _load(folder)
         tokenizer = Tokenizer(hf, folder)
         tokenizer.encode("probe")
         settings = json.dumps({k: str(v) for k, v in hf.special_tokens_map.items()}, sort_keys=True)
@@ -121,6 +119,26 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
         if problem:
             raise tokenizer._broken(line, problem)
     return tokenizer
+
+
+def _load(folder: Path) -> Any:
+    """The folder's tokenizer as `transformers` has it."""
+    from transformers import AutoTokenizer, LlamaTokenizer
+
+    options: Any = {"local_files_only": True, "trust_remote_code": False}
+    hf = AutoTokenizer.from_pretrained(str(folder), **options)
+    if any(
+        (folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json", "config.json", "vocab.json")
+    ):
+        return hf
+    # A bare SentencePiece model: without a class name the conversion can miss the space that the model puts in front.
+    from sentencepiece import SentencePieceProcessor
+
+    theirs, probe = SentencePieceProcessor(str(folder / "tokenizer.model")), "x is 12,  so  y"
+    for candidate in (hf, LlamaTokenizer.from_pretrained(str(folder), **options)):
+        if candidate.encode(probe, add_special_tokens=False) == theirs.encode(probe):
+            return candidate
+    raise ValueError("its ids are not those of tokenizer.model; name the tokenizer_class in tokenizer_config.json")
 
 
 def stop_ids(model_folder: str | Path, tokenizer: Tokenizer) -> tuple[int, ...]:

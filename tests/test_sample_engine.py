@@ -23,10 +23,10 @@ def params():
     return weights.init(jax.random.key(0), CFG, std=0.4)
 
 
-def sampler(params, mesh, roles=2, slots=8, seed=7, tau=0.3, proposals=2, never=(5,), **kw):
+def sampler(params, mesh, roles=2, slots=8, seed=7, tau=0.3, proposals=2, never=(5,), draft=0, **kw):
     sampling = config_lib.Sampling(**{"temperature": 0.9, "top_p": 0.97, "presence_penalty": 0.3, **kw})
     return engine.Sampler(params, CFG, mesh, stops=(STOP,), seed=seed, slots=slots, max_tokens=24,
-                          knobs=mixture.knobs(sampling, tau, proposals), roles=roles, never=never)  # fmt: skip
+                          knobs=mixture.knobs(sampling, tau, proposals), roles=roles, never=never, draft=draft, adaptive=False)  # fmt: skip
 
 
 def requests(count=5, samples=3, roles=2, limit=24):
@@ -135,6 +135,33 @@ def test_devices_do_not_matter(params, reference, shape):
     with jax.set_mesh(mesh):
         sharded = jax.device_put(params, weights.shardings(CFG, mesh))
         same(collect(sampler(sharded, mesh, slots=8), requests()), reference, exact=False)
+
+
+@pytest.mark.parametrize(("draft", "tau", "temperature", "penalty"), [(3, 0.3, 0.9, 0.3), (5, 0.0, 0.3, 0.0)], ids=str)
+def test_drafting_changes_no_token(params, one_device, draft, tau, temperature, penalty):
+    kw = {"tau": tau, "temperature": temperature, "presence_penalty": penalty}
+    with jax.set_mesh(one_device):
+        plain, drafted = sampler(params, one_device, **kw), sampler(params, one_device, draft=draft, **kw)
+        same(collect(plain, requests()), collect(drafted, requests()), exact=False)
+    if temperature < 0.5:  # a repetitive text, where drafts are often right
+        assert drafted.usage.steps < plain.usage.steps
+        assert drafted.usage.occupancy > 1.3 * plain.usage.occupancy
+
+
+def test_drafting_is_given_up_where_it_is_slower():
+    pace = engine.Pace(4)
+    ways = []
+    for _ in range(200):
+        way = pace.choose()
+        ways.append(way)
+        pace.note(way, 10, 2.0 if way else 1.0)
+    assert ways[:4] == [0, 0, 4, 4] and sum(w > 0 for w in ways) <= 8
+    pace = engine.Pace(4)
+    for _ in range(200):
+        way = pace.choose()
+        pace.note(way, 30 if way else 10, 1.5)
+    assert pace.chunks[4] > 180
+    assert engine.Pace(0).choose() == 0
 
 
 def test_one_role_draws_from_its_own_softmax(params, one_device):

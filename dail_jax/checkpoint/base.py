@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
+from dail_jax import mesh as mesh_lib
 from dail_jax.checkpoint import hf
 from dail_jax.errors import UserError
 from dail_jax.model import weights
@@ -45,12 +46,14 @@ def load(folder: Path, mesh: jax.sharding.Mesh, dtype: str) -> tuple[weights.Par
 def save(folder: Path, params: weights.Params, source: Path) -> None:
     """Writes a converted folder; raises UserError if it exists. What is interrupted leaves nothing behind."""
     with hf.new_folder(folder) as temporary:
+        with ocp.StandardCheckpointer() as checkpointer:
+            checkpointer.save((temporary / PARAMS).absolute(), params)
+        if not mesh_lib.is_first():
+            return
         for name in ("config.json", "generation_config.json"):
             if (source / name).is_file():
                 shutil.copyfile(source / name, temporary / name)
         hf.copy_tokenizer(source, temporary)
-        with ocp.StandardCheckpointer() as checkpointer:
-            checkpointer.save((temporary / PARAMS).absolute(), params)
         root = temporary / PARAMS
         files = {str(p.relative_to(root)): sha256(p) for p in sorted(root.rglob("*")) if p.is_file()}
         (temporary / MANIFEST).write_text(json.dumps(files, indent=0))

@@ -23,6 +23,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from dail_jax import mesh as mesh_lib
 from dail_jax.errors import UserError
 from dail_jax.metrics import progress
 from dail_jax.model import weights
@@ -67,15 +68,18 @@ def save(folder: str | Path, params: weights.Params, cfg: ModelConfig, config_js
          tokenizer: str | Path | None = None) -> None:  # fmt: skip
     """Writes a folder that transformers and vLLM load; raises UserError if it exists. Process 0 writes."""
     with new_folder(folder) as temporary:
-        (temporary / "config.json").write_text(json.dumps(config_json, indent=2) + "\n")
+        first = mesh_lib.is_first()
         shards = list(_shards(params, cfg))
         index: dict[str, str] = {}
         for number, tensors in enumerate(shards, 1):
             file = "model.safetensors" if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
             gathered = {name: read() for name, read in tensors.items()}
-            if jax.process_index() == 0:
+            if first:
                 save_file(gathered, temporary / file, metadata={"format": "pt"})
             index |= dict.fromkeys(tensors, file)
+        if not first:
+            return
+        (temporary / "config.json").write_text(json.dumps(config_json, indent=2) + "\n")
         if len(shards) > 1:
             total = sum(weights.count(cfg) * np.dtype(params["norm"].dtype).itemsize for _ in (0,))
             (temporary / INDEX).write_text(json.dumps({"metadata": {"total_size": total}, "weight_map": index}, indent=1))
@@ -91,23 +95,34 @@ def save(folder: str | Path, params: weights.Params, cfg: ModelConfig, config_js
 
 @contextlib.contextmanager
 def new_folder(folder: str | Path) -> Iterator[Path]:
-    """A temporary folder that takes the name `folder` when the block ends well, and vanishes otherwise."""
+    """A temporary folder that takes the name `folder` when the block ends well, and vanishes otherwise.
+
+    All processes come here; the first one makes and names the folder, and writes the files that are not shared out.
+    """
     folder = Path(folder)
-    if folder.exists():
-        raise UserError("already exists: choose another folder or delete this one", file=folder)
-    temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
+
+    def make() -> str:
+        if folder.exists():
+            raise UserError("already exists: choose another folder or delete this one", file=folder)
+        temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        return str(temporary)
+
+    temporary = Path(mesh_lib.from_first(make))
     try:
         yield temporary
-        for file in (f for f in temporary.rglob("*") if f.is_file()):
-            with open(file, "rb") as handle:
-                os.fsync(handle.fileno())
-        sync_folder(temporary)
-        temporary.rename(folder)
-        sync_folder(folder.parent)
+        if mesh_lib.is_first():
+            for file in (f for f in temporary.rglob("*") if f.is_file()):
+                with open(file, "rb") as handle:
+                    os.fsync(handle.fileno())
+            sync_folder(temporary)
+            temporary.rename(folder)
+            sync_folder(folder.parent)
+        mesh_lib.barrier(f"wrote {folder.name}")
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        if mesh_lib.is_first():
+            shutil.rmtree(temporary, ignore_errors=True)
 
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "merges.txt",

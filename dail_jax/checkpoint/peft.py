@@ -14,6 +14,7 @@ from safetensors.numpy import save_file
 from dail_jax import config as config_lib
 from dail_jax.checkpoint.hf import Tensors, new_folder, verify_manifest, write_manifest
 from dail_jax.errors import UserError
+from dail_jax.mesh import is_first
 from dail_jax.model.families import ModelConfig
 from dail_jax.model.lora import Lora
 from dail_jax.model.weights import Weight, declare
@@ -47,6 +48,8 @@ def save(folder: str | Path, lora: Lora, cfg: ModelConfig, lora_config: config_l
         "target_modules": [table[name].module for name in lora.tree],
     }
     with new_folder(folder) as temporary:
+        if not is_first():
+            return
         (temporary / "adapter_config.json").write_text(json.dumps(description, indent=2) + "\n")
         save_file(tensors, temporary / WEIGHTS, metadata={"format": "pt"})
         write_manifest(temporary)

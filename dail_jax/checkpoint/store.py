@@ -11,9 +11,9 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import jax
 import orbax.checkpoint as ocp
 
+from dail_jax import mesh as mesh_lib
 from dail_jax.errors import UserError
 from dail_jax.metrics import say
 from dail_jax.rundir import sha256, write_atomic
@@ -27,14 +27,16 @@ class Store:
     def __init__(self, folder: str | Path, keep: int):
         self.folder = Path(folder).absolute()
         self.manifests = self.folder / "manifests"
-        if jax.process_index() == 0:
+        self.keep = keep
+        if mesh_lib.is_first():
             self.manifests.mkdir(parents=True, exist_ok=True)
             shutil.rmtree(self.folder / TRASH, ignore_errors=True)
             for path in self.folder.iterdir():  # what a kill left behind: not ours to restore
                 if path.is_dir() and path.name.isdigit() and not self._manifest(int(path.name)).exists():
                     shutil.rmtree(path)
-        _barrier("store")
-        options = ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=False, todelete_subdir=TRASH,
+        mesh_lib.barrier("store")
+        # Orbax would delete the old step before the new one has its manifest: `save` does it instead.
+        options = ocp.CheckpointManagerOptions(max_to_keep=None, enable_async_checkpointing=False, todelete_subdir=TRASH,
                                                cleanup_tmp_directories=True)  # fmt: skip
         self.manager = ocp.CheckpointManager(self.folder, options=options)
 
@@ -44,14 +46,21 @@ class Store:
         if not self.manager.save(step, args=args, force=True):
             raise RuntimeError(f"checkpoint {step} was not saved: it exists already")
         self.manager.wait_until_finished()
-        if jax.process_index() == 0:
+        if mesh_lib.is_first():
             root = self.folder / str(step)
             files = {str(p.relative_to(root)): sha256(p) for p in sorted(root.rglob("*")) if p.is_file()}
             write_atomic(self._manifest(step), json.dumps(files, indent=0))
-            for path in self.manifests.glob("*.json"):
-                if not (self.folder / path.stem).exists():
-                    path.unlink()
-        _barrier(f"saved {step}")
+        mesh_lib.barrier(f"saved {step}")
+        self._delete(self.steps()[: -self.keep])
+
+    def _delete(self, steps: list[int]) -> None:
+        mesh_lib.barrier("delete")  # all have listed the steps
+        for step in steps:
+            if mesh_lib.is_first():
+                self._manifest(step).unlink()  # first, so that a half deleted step does not count
+            self.manager.delete(step)
+        if mesh_lib.is_first():
+            shutil.rmtree(self.folder / TRASH, ignore_errors=True)
 
     def steps(self) -> list[int]:
         """Whole checkpoints, oldest first."""
@@ -70,8 +79,7 @@ class Store:
                 continue
             args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract), progress=ocp.args.JsonRestore())
             out = self.manager.restore(step, args=args)
-            for newer in [s for s in steps if s > step]:
-                self.manager.delete(newer)
+            self._delete([s for s in steps if s > step])
             return step, out["state"], out["progress"]
         if steps:
             raise UserError("every checkpoint is damaged: delete the folder to start anew", file=self.folder)
@@ -91,10 +99,3 @@ class Store:
 
     def close(self) -> None:
         self.manager.close()
-
-
-def _barrier(name: str) -> None:
-    if jax.process_count() > 1:
-        from jax.experimental.multihost_utils import sync_global_devices
-
-        sync_global_devices(name)

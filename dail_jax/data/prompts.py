@@ -1,9 +1,9 @@
 """Prompts of the three roles: one builder for generation, training and evaluation, so that they cannot differ.
 
-A template is a text file. `{{problem}}`, `{{solution}}`, `{{waypoints}}` and `{{answer}}` stand for a row's values, put in
-once and never scanned again; `{{waypoints:, }}` chooses what stands between waypoints. A line whose values are all
-empty is left out. A file that begins with a line `[system]` continues with a line `[user]`; any other is the user's
-message as a whole.
+A template is a text file. `{{problem}}`, `{{solution}}`, `{{waypoints}}` and `{{answer}}` stand for a row's values,
+put in once and never scanned again; `{{waypoints:, }}` chooses what stands between waypoints. A line whose values
+are all empty is left out. A file that begins with a line `[system]` continues with a line `[user]`; any other is
+the user's message as a whole.
 """
 
 from __future__ import annotations
@@ -138,7 +138,8 @@ def _student_template(path: str) -> Template:
 def load_template(path: str | None, role: str) -> Template:
     """A role's template from a file, or the package's own; raises UserError with the line at fault."""
     if path is None:
-        source, text = f"{role}.txt", resources.files("dail_jax.data").joinpath(f"templates/{role}.txt").read_text("utf-8")
+        source = f"templates/{role}.txt"
+        text = resources.files("dail_jax.data").joinpath(source).read_text("utf-8")
     else:
         try:
             source, text = path, Path(path).read_text(encoding="utf-8-sig")
@@ -151,7 +152,7 @@ def load_template(path: str | None, role: str) -> Template:
         if match[1] not in allowed or (match[2] is not None and match[1] != "waypoints"):
             line = text.count("\n", 0, match.start()) + 1
             want = ", ".join("{{" + name + "}}" for name in allowed)
-            raise UserError(f"got {match[0]}, want one of {want} in the template of role {role!r}", file=source, row=line)
+            raise UserError(f"got {match[0]}, want one of {want} in a {role} template", file=source, row=line)
     if role != "expert" and not any(match[1] == "problem" for match in _PLACEHOLDER.finditer(text)):
         raise UserError("got a template without {{problem}}", file=source)
     return Template(_sections(text, source, role))

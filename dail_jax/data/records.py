@@ -46,7 +46,7 @@ def read_rows(cfg: config.Rows, need: Sequence[str] = ("problem", "solution")) -
         row = _row(raw, cfg, need, number, len(rows))
         if row.problem_id in seen:
             raise UserError(f"got {row.problem_id[:80]!r} again, first seen in row {seen[row.problem_id]}, "
-                            "want every problem once", file=cfg.path, row=number, field=cfg.columns.problem_id)  # fmt: skip
+                            "want each once", file=cfg.path, row=number, field=cfg.columns.problem_id)  # fmt: skip
         seen[row.problem_id] = number
         rows.append(row)
         if cfg.limit is not None and len(rows) >= cfg.limit:
@@ -157,7 +157,7 @@ def _from_lines(cfg: config.Rows) -> Iterator[tuple[int, Any]]:
         while line := file.readline(MAX_LINE + 1):
             number += 1
             if len(line) > MAX_LINE:
-                raise UserError(f"got a line of more than {MAX_LINE >> 20} MiB, want one row", file=cfg.path, row=number)
+                raise UserError(f"got a line of over {MAX_LINE >> 20} MiB, want a row", file=cfg.path, row=number)
             line = line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
             if line.strip():
                 yield number, _decode(line, cfg.path, number)

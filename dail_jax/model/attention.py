@@ -4,20 +4,62 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
+
+from dail_jax import mesh as mesh_lib
 
 NEGATIVE = -1e30  # finite, so that a row that sees nothing gives zeros and not NaN
+LANES, MAX_BLOCK = 128, 512  # of the splash kernel's tiles, in tokens
+BLOCKS = ("block_q", "block_kv", "block_q_dkv", "block_kv_dkv", "block_q_dq", "block_kv_dq")
 
 
 def attend(q: jax.Array, k: jax.Array, v: jax.Array, positions: jax.Array) -> jax.Array:
     """Causal self-attention within rows. q [B,T,N,H], k and v [B,T,K,H], positions [B,T] -> [B,T,N,H].
 
-    On a GPU in half precision this is cuDNN's flash attention; elsewhere an einsum with a float32 softmax.
-    The choice follows the mesh that the program is compiled for, not the host.
+    A row's real tokens are contiguous. What padding gets is finite and means nothing.
+    On a TPU this is the splash kernel, on a GPU in half precision cuDNN's flash attention, elsewhere an einsum with
+    a float32 softmax. The choice follows the mesh that the program is compiled for, not the host.
     """
-    if _target() == "gpu" and q.dtype in (jnp.bfloat16, jnp.float16):
+    target = _target()
+    if target == "tpu":
+        return splash(q, k, v, positions)
+    if target == "gpu" and q.dtype in (jnp.bfloat16, jnp.float16):
         mask = visible(positions, positions)[:, None]
         return jax.nn.dot_product_attention(q, k, v, mask=mask, implementation="cudnn")
     return _merge(q, [(_by_row(k), _by_row(v), visible(positions, positions))])
+
+
+def splash(q: jax.Array, k: jax.Array, v: jax.Array, positions: jax.Array, interpret: bool = False) -> jax.Array:
+    """`attend` by the TPU's splash kernel: no [T,T] logits, no repeated keys, no work above the diagonal.
+
+    It runs in manual sharding, rows and heads where the mesh's rules put them. `interpret` emulates it elsewhere.
+    """
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernels
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
+
+    t = q.shape[1]
+    block = min(MAX_BLOCK, -(-t // LANES) * LANES)
+    more = -t % block
+    sizes = kernels.BlockSizes(**dict.fromkeys(BLOCKS, block))
+
+    def local(q, k, v, segments):
+        causal = masks.MultiHeadMask([masks.CausalMask((t + more, t + more))] * q.shape[2])
+        kernel = kernels.make_splash_mha(causal, block_sizes=sizes, head_shards=1, q_seq_shards=1, interpret=interpret)
+        heads_first = (jnp.pad(x.swapaxes(1, 2), ((0, 0), (0, 0), (0, more), (0, 0))) for x in (q * q.shape[-1] ** -0.5, k, v))
+        segments = jnp.pad(segments, ((0, 0), (0, more)))
+        out = jax.vmap(kernel)(*heads_first, segment_ids=kernels.SegmentIds(segments, segments))
+        return out.swapaxes(1, 2)[:, :t].astype(q.dtype)
+
+    segments = (positions >= 0).astype(jnp.int32)  # real tokens see real tokens, and causal by index is by position
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return local(q, k, v, segments)
+    rows, heads = mesh_lib.spec("bn")
+    if q.shape[0] % mesh_lib.axis_size(mesh, "b"):  # the few rows of a prefill
+        rows = None
+    by_head, by_row = PartitionSpec(rows, None, heads, None), PartitionSpec(rows, None)
+    return jax.shard_map(local, in_specs=(by_head, by_head, by_head, by_row), out_specs=by_head,
+                         check_vma=False)(q, k, v, segments)  # fmt: skip
 
 
 def attend_cached(
@@ -74,9 +116,8 @@ def _merge(q: jax.Array, parts: list[tuple[jax.Array, jax.Array, jax.Array]]) ->
 
 
 def _target() -> str:
-    """The platform of the mesh in force, else the default backend."""
+    """The platform of the mesh in force (cpu, tpu, gpu), else the default backend's."""
     mesh = jax.sharding.get_abstract_mesh()
-    kind = getattr(getattr(mesh, "abstract_device", None), "device_kind", None) if not mesh.empty else None
-    if kind is None:
-        return jax.default_backend()
-    return "tpu" if "TPU" in kind else "cpu" if kind == "cpu" else "gpu"
+    device = None if mesh.empty else mesh.abstract_device
+    platform = jax.default_backend() if device is None else device.platform
+    return "gpu" if platform in ("cuda", "rocm") else platform

@@ -13,9 +13,16 @@ from dail_jax.report.collect import Run, Traces
 
 BINS = 40
 POINTS = 240  # of one curve; a longer one becomes means with their range
-TRAINING = {"loss": "Loss", "excess": "Excess KL(M || q*)", "kl_privileged": "KL(M || privileged)",
-            "kl_negative": "KL(M || negative)", "entropy": "Entropy", "grad_norm": "Gradient norm",
-            "learning_rate": "Learning rate"}  # fmt: skip
+NATS = "nats a token"
+TRAINING = {  # metric: (title, unit)
+    "loss": ("Loss", NATS),
+    "excess": ("Excess, KL to the optimum", NATS),
+    "kl_privileged": ("KL to the privileged student", NATS),
+    "kl_negative": ("KL to the negative reference", NATS),
+    "entropy": ("Entropy", NATS),
+    "grad_norm": ("Gradient norm", ""),
+    "learning_rate": ("Learning rate", ""),
+}
 
 Point = tuple[float, float, float, float]  # x, y, and y's low and high end
 
@@ -33,7 +40,7 @@ class Series:
 class Chart:
     """`kind`: "line", "marked" (line with points) or "step" (points are left edges of bins, the last one closes).
 
-    Charts of one section and one variant are shown together; the reader chooses the variant.
+    Charts of one section and one variant are shown together; the reader chooses the variant, at first the first.
     """
 
     section: str
@@ -53,7 +60,7 @@ def build(runs: Sequence[Run], traces: Sequence[Traces]) -> list[Chart]:
 
 
 def places(runs: Sequence[Run]) -> dict[str, list[str]]:
-    """The budgets of every benchmark that some run has results for, rising."""
+    """The budgets of every benchmark that some run has results for, the longest last."""
     budgets: dict[str, set[str]] = {}
     for run in runs:
         for name, found in run.benchmarks.items():
@@ -88,7 +95,9 @@ def histogram(
     return series
 
 
-def _chart(section: str, variant: str, title: str, kind: str, x: str, y: str, series: Iterable[Series], **more: Any) -> list[Chart]:
+def _chart(
+    section: str, variant: str, title: str, kind: str, x: str, y: str, series: Iterable[Series], **more: Any
+) -> list[Chart]:
     filled = [s for s in series if s.points]
     return [Chart(section, variant, title, kind, x, y, filled, **more)] if filled else []
 
@@ -101,43 +110,58 @@ def _pass_at_k(runs: Sequence[Run]) -> Iterable[Chart]:
     several = len({b for budgets in places(runs).values() for b in budgets}) > 1
     for metric in ("pass@k", "maj@k"):
         for name, budgets in places(runs).items():
-            for budget in budgets:
+            for budget in reversed(budgets):
                 variant = f"{metric}, budget {int(budget):,}" if several else metric
-                series = [Series(run.name, i, [_interval(int(k), v) for k, v in run.benchmarks[name][budget][metric].items()])
-                          for i, run in enumerate(runs) if metric in run.benchmarks.get(name, {}).get(budget, {})]  # fmt: skip
+                cells = [run.benchmarks.get(name, {}).get(budget, {}).get(metric, {}) for run in runs]
+                series = [
+                    Series(run.name, i, [_interval(int(k), v) for k, v in cell.items()])
+                    for i, (run, cell) in enumerate(zip(runs, cells, strict=True))
+                ]
                 yield from _chart("pass", variant, name, "marked", "k", metric, series, log_x=True, percent=True)
 
 
 def _against_tokens(runs: Sequence[Run]) -> Iterable[Chart]:
     for name, budgets in places(runs).items():
-        cells = {(i, b): run.benchmarks[name][b] for i, run in enumerate(runs) for b in budgets if b in run.benchmarks.get(name, {})}
+        cells = {
+            (i, b): run.benchmarks[name][b]
+            for i, run in enumerate(runs)
+            for b in budgets
+            if b in run.benchmarks.get(name, {})
+        }
         ks = sorted({int(k) for cell in cells.values() for k in cell["pass@k"]})
         for k in map(str, dict.fromkeys([*ks[:1], *ks[-1:]])):
             for x, label in (("budget", "token budget"), ("mean_tokens", "mean tokens")):
                 if x == "budget" and len(budgets) < 2:
                     continue
-                series = [Series(run.name, i, [_interval(int(b) if x == "budget" else cells[i, b][x], cells[i, b]["pass@k"][k])
-                                               for b in budgets if k in cells.get((i, b), {}).get("pass@k", {})])
-                          for i, run in enumerate(runs)]  # fmt: skip
+                series = []
+                for i, run in enumerate(runs):
+                    own = {b: cells[i, b] for b in budgets if k in cells.get((i, b), {}).get("pass@k", {})}
+                    points = [_interval(int(b) if x == "budget" else c[x], c["pass@k"][k]) for b, c in own.items()]
+                    series.append(Series(run.name, i, points))
                 yield from _chart("budget", f"pass@{k} against {label}", name, "marked", label, f"pass@{k}", series,
                                   log_x=x == "budget", percent=True)  # fmt: skip
 
 
 def _lengths(runs: Sequence[Run]) -> Iterable[Chart]:
-    keys = sorted({key for run in runs for key in run.lengths})
-    for name, budget in keys:
+    keys = {key for run in runs for key in run.lengths}
+    for name, budget in sorted(keys, key=lambda key: (-key[1], key[0])):
         series = histogram({(run.name, i): run.lengths.get((name, budget), []) for i, run in enumerate(runs)})
         variant = f"budget {budget:,}" if len({b for _, b in keys}) > 1 else ""
-        yield from _chart("lengths", variant, name, "step", "tokens of a sample", "share of samples", series, percent=True)
+        yield from _chart(
+            "lengths", variant, name, "step", "tokens of a sample", "share of samples", series, percent=True
+        )
 
 
 def _training(runs: Sequence[Run]) -> Iterable[Chart]:
     for stage in ("train", "pretrain"):
-        for key, label in TRAINING.items():
-            series = [Series(run.name, i, thin([(s, v) for s, v in sorted(run.metrics.get(stage, {}).get(key, {}).items())
-                                                if math.isfinite(v)])) for i, run in enumerate(runs)]  # fmt: skip
+        for key, (label, unit) in TRAINING.items():
+            rows = [sorted(run.metrics.get(stage, {}).get(key, {}).items()) for run in runs]
+            series = [
+                Series(run.name, i, thin([(step, value) for step, value in row if math.isfinite(value)]))
+                for i, (run, row) in enumerate(zip(runs, rows, strict=True))
+            ]
             title = label if stage == "train" else f"{label} (pre-training)"
-            yield from _chart("training", "", title, "line", "update", label, series)
+            yield from _chart("training", "", title, "line", "update", unit, series)
 
 
 def _traces(traces: Sequence[Traces]) -> Iterable[Chart]:
@@ -150,11 +174,15 @@ def _traces(traces: Sequence[Traces]) -> Iterable[Chart]:
             # Wilson's interval: it behaves at shares near 1, where these are.
             p, z = ours / n, 1.96
             middle, half = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-            points.append((start + size / 2, float(p), *(float((middle + s * half) / (1 + z * z / n)) for s in (-1, 1))))
+            points.append(
+                (start + size / 2, float(p), *(float((middle + s * half) / (1 + z * z / n)) for s in (-1, 1)))
+            )
         accepted.append(Series(*name, points))
     yield from _chart("traces", "", "Tokens that the student wrote, by position", "line", "position in the trace",
                       "share of tokens", accepted, percent=True)  # fmt: skip
-    for title, x, field, span in (("Length of a trace", "tokens", "lengths", None),
-                                  ("Share of a trace that the student wrote", "acceptance", "acceptance", (0.0, 1.0))):  # fmt: skip
+    for title, x, field, span in (
+        ("Length of a trace", "tokens", "lengths", None),
+        ("Share of a trace that the student wrote", "acceptance", "acceptance", (0.0, 1.0)),
+    ):
         series = histogram({name: getattr(t, field) for name, t in zip(names, traces, strict=True)}, span)
         yield from _chart("traces", "", title, "step", x, "share of traces", series, percent=True)

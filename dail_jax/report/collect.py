@@ -73,12 +73,17 @@ def read(runs: Mapping[str, Path], traces: Path | None = None) -> tuple[list[Run
     folders = [Path(folder) for folder in runs.values()]
     missing = next((folder for folder in folders if not folder.is_dir()), None)
     if missing is not None or not folders:
-        raise UserError("no such run directory" if missing else "got no run directories, want at least one", file=missing)
+        raise UserError(
+            "no such run directory" if missing else "got no run directories, want at least one", file=missing
+        )
     read_runs = [_run(name, Path(folder)) for name, folder in runs.items()]
     files: dict[Path, tuple[str, int | None]] = {}
     if traces is not None:
         path = Path(traces)
-        files[path / "traces.jsonl" if path.is_dir() else path] = ("all arms" if len(runs) > 1 else next(iter(runs)), None)
+        files[path / "traces.jsonl" if path.is_dir() else path] = (
+            "all arms" if len(runs) > 1 else next(iter(runs)),
+            None,
+        )
     else:
         for i, run in enumerate(read_runs):
             files.setdefault((run.folder / "traces.jsonl").resolve(), (run.name, i))
@@ -109,7 +114,7 @@ def lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
 
 
 def spread(groups: Mapping[Any, Sequence[int]], limit: int) -> list[int]:
-    """At most `limit` members in rising order: equally many from each group, as far as it goes, evenly spaced within."""
+    """At most `limit` members, rising: equally many from each group, as far as it goes, and evenly spaced within."""
     left, chosen = limit, []
     for i, members in enumerate(sorted(groups.values(), key=len)):
         take = min(len(members), left // (len(groups) - i))
@@ -159,8 +164,8 @@ def _run(name: str, folder: Path) -> Run:
 
 
 def _sample(row: dict[str, Any]) -> dict[str, Any]:
-    kept = ("benchmark", "problem_id", "sample", "budget", "tokens", "forced_tokens", "answer", "gold", "correct", "reason",
-            "finish")  # fmt: skip
+    kept = ("benchmark", "problem_id", "sample", "budget", "tokens", "forced_tokens", "answer", "gold", "correct",
+            "reason", "finish")  # fmt: skip
     return {**{key: row.get(key) for key in kept}, "text": clip(row.get("text") or ""),
             "forced_text": clip(row.get("forced_text") or "")}  # fmt: skip
 

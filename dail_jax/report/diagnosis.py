@@ -20,18 +20,33 @@ WINDOW, MADS = 20, 10.0  # a loss this many deviations above the median of this 
 
 @dataclass(frozen=True)
 class Finding:
-    """One check. `seen`: the signature is there; `detail` has the figures either way."""
+    """One check over some runs. `seen`: the signature is there; the figures are given either way, and are not alike."""
 
     seen: bool
     title: str
-    detail: str
+    meaning: str  # what usually causes it
+    figures: tuple[str, ...]
+
+
+Check = tuple[bool, str, str]  # (seen, title, figures) of one run
+
+MEANINGS = {
+    "Traces that mention the reference": "tau too high, or a reasoning model sampled directly",
+    "Better on its training problems alone": "shortcuts were learnt instead of reasoning",
+    "Below the untrained model": "over-fitting, or no pairs of the old kinds in the data",
+    "Accuracy falling at long budgets": "privileged distillation has cost a thinking model its long thoughts",
+    "Loss spikes": "gamma or the learning rate too high",
+    "Excess not falling": "gamma or the learning rate too high, or training too short",
+}
 
 
 def find(runs: Sequence[Run], traces: Sequence[Traces]) -> list[Finding]:
     """All checks for which there are figures, those that saw something first."""
     first = baseline(runs)
-    checks = [*_artefacts(traces), *_memorised(runs, first), *_falling(runs, first), *_long_budgets(runs), *_losses(runs)]
-    return sorted(checks, key=lambda finding: not finding.seen)
+    checks: list[Check] = [*_artefacts(traces), *_memorised(runs, first), *_falling(runs, first),
+                           *_long_budgets(runs), *_losses(runs)]  # fmt: skip
+    return [Finding(seen, title, meaning, figures) for seen in (True, False) for title, meaning in MEANINGS.items()
+            if (figures := tuple(text for *key, text in checks if key == [seen, title]))]  # fmt: skip
 
 
 def baseline(runs: Sequence[Run]) -> int:
@@ -60,17 +75,16 @@ def _points(found: passk.Difference) -> str:
     return f"{100 * found.mean:+.1f} points [{100 * found.low:+.1f}, {100 * found.high:+.1f}]"
 
 
-def _artefacts(traces: Sequence[Traces]) -> Iterator[Finding]:
+def _artefacts(traces: Sequence[Traces]) -> Iterator[Check]:
     for t in traces:
         count = sum(n for reason, n in t.drops.items() if reason.startswith("artefact"))
-        share = count / t.total if t.total else 0.0
-        advice = "Usual causes: tau too high, or direct sampling from a reasoning model. " if share > ARTEFACTS else ""
         if t.total:
-            yield Finding(share > ARTEFACTS, "Traces that mention the reference",
-                          f"{advice}{count} of {t.total:,} traces ({share:.1%}) were dropped for it ({t.name}).")  # fmt: skip
+            share = count / t.total
+            yield (share > ARTEFACTS, "Traces that mention the reference",
+                   f"{t.name}: {count:,} of {t.total:,} traces ({share:.1%}) were dropped for it")  # fmt: skip
 
 
-def _memorised(runs: Sequence[Run], first: int) -> Iterator[Finding]:
+def _memorised(runs: Sequence[Run], first: int) -> Iterator[Check]:
     """Better on the problems that were trained on, and on no other benchmark."""
     for run in runs:
         data = setting(run.config, "data.path")
@@ -82,68 +96,66 @@ def _memorised(runs: Sequence[Run], first: int) -> Iterator[Finding]:
             continue
         seen = any(g.low > 0 for g in trained.values()) and not any(g.low > 0 for g in others.values())
         figures = ", ".join(f"{name} {_points(g)}" for name, g in {**trained, **others}.items())
-        yield Finding(seen, "Better on its training problems alone",
-                      f"{'It learnt shortcuts rather than reasoning. ' if seen else ''}{run.name} against "
-                      f"{runs[first].name}, pass@1: {figures}. Trained on: {', '.join(trained)}.")  # fmt: skip
+        detail = f"{run.name} against {runs[first].name}, pass@1: {figures} (trained on {', '.join(trained)})"
+        yield seen, "Better on its training problems alone", detail
 
 
-def _falling(runs: Sequence[Run], first: int) -> Iterator[Finding]:
+def _falling(runs: Sequence[Run], first: int) -> Iterator[Check]:
     """Below the untrained model on some benchmark."""
     if runs[first].objective != "none":
         return
     for run in runs:
-        found = {(name, b): difference(runs[first], run, name, b) for name, budgets in places(runs).items() for b in budgets}
-        compared = [(f"{name} (budget {int(b):,})", d) for (name, b), d in found.items() if d]
+        found = {f"{name} (budget {int(budget):,})": difference(runs[first], run, name, budget)
+                 for name, budgets in places(runs).items() for budget in budgets}  # fmt: skip
+        compared = {place: d for place, d in found.items() if d}
         if run is runs[first] or not compared:
             continue
-        lost = [(place, d) for place, d in compared if d.high < 0]
-        advice = "Old skills are lost: over-fitting, or no pairs of the old kinds in the data. " if lost else ""
-        worst = lost or [min(compared, key=lambda pair: pair[1].mean)]
-        yield Finding(bool(lost), "Below the untrained model",
-                      f"{advice}{run.name} against {runs[first].name}, pass@1, {'falling' if lost else 'the least gain'}: "
-                      f"{', '.join(f'{place} {_points(d)}' for place, d in worst)}.")  # fmt: skip
+        worst = min(compared, key=lambda place: compared[place].mean)
+        lost = [place for place, d in compared.items() if d.high < 0]
+        figures = ", ".join(f"{place} {_points(compared[place])}" for place in lost or [worst])
+        yield bool(lost), "Below the untrained model", f"{run.name}, pass@1{'' if lost else ', at worst'}: {figures}"
 
 
-def _long_budgets(runs: Sequence[Run]) -> Iterator[Finding]:
+def _long_budgets(runs: Sequence[Run]) -> Iterator[Check]:
     """More tokens, fewer right answers."""
     for run in runs:
-        falls = []
+        falls, seen = [], False
         for name, budgets in run.benchmarks.items():
             order = sorted(budgets, key=int)
-            best = max(order, key=lambda b: budgets[b]["pass@k"].get("1", {}).get("mean", 0.0))
-            counts = [budgets[b].get("per_problem") for b in (best, order[-1])]
-            d = paired(*counts)
-            if len(order) > 1 and d:
-                falls.append((f"{name} {_points(d)} from budget {int(best):,} to {int(order[-1]):,}", d.high < 0))
+            best = max(order, key=lambda b: (budgets[b]["pass@k"].get("1", {}).get("mean", 0.0), int(b)))
+            d = paired(*(budgets[b].get("per_problem") for b in (best, order[-1])))
+            if len(order) < 2 or d is None:
+                continue
+            seen |= d.high < 0
+            falls.append(f"{name} best at its longest budget, {int(best):,}" if best == order[-1] else
+                         f"{name} {_points(d)} from budget {int(best):,} to {int(order[-1]):,}")  # fmt: skip
         if falls:
-            shown = [text for text, seen in falls if seen] or [text for text, _ in falls]
-            yield Finding(any(seen for _, seen in falls), "Accuracy falling at long budgets",
-                          f"{run.name}, pass@1 at its best budget and at the longest: {', '.join(shown)}.")  # fmt: skip
+            yield seen, "Accuracy falling at long budgets", f"{run.name}, pass@1: {', '.join(falls)}"
 
 
-def _losses(runs: Sequence[Run]) -> Iterator[Finding]:
+def _losses(runs: Sequence[Run]) -> Iterator[Check]:
     for run in runs:
         rows = run.metrics.get("train", {})
         steps, loss = list(rows.get("loss", {})), np.array(list(rows.get("loss", {}).values()), np.float64)
-        gamma = setting(run.config, "train.gamma")
-        advice = f"gamma ({gamma}) or the learning rate may be too high. " if run.objective == "dail" else ""
+        gamma = f" (gamma {setting(run.config, 'train.gamma')})" if run.objective == "dail" else ""
         if len(loss) > WINDOW:
             spikes = [step for i, step in enumerate(steps) if i >= WINDOW and _spike(loss[i - WINDOW : i], loss[i])]
             broken = int((~np.isfinite(loss)).sum())
-            where = f" (updates {', '.join(map(str, spikes[:8]))}{', …' if len(spikes) > 8 else ''})" if spikes else ""
-            seen = bool(spikes or broken)
-            yield Finding(seen, "Loss spikes", f"{advice * seen}{run.name}: {len(spikes)} spikes{where} and {broken} "
-                          f"losses that are not finite, in {len(loss):,} updates.")  # fmt: skip
+            where = f" at updates {', '.join(map(str, spikes[:8]))}{', …' * (len(spikes) > 8)}" if spikes else ""
+            detail = f"{len(spikes)} spikes{where}, {broken} losses not finite, in {len(loss):,} updates"
+            yield bool(spikes or broken), "Loss spikes", f"{run.name}{gamma}: {detail}"
         excess = np.array([v for v in rows.get("excess", {}).values() if math.isfinite(v)])
         if len(excess) > WINDOW:
             start, end = excess[: len(excess) // 5], excess[-(len(excess) // 5) :]
             error = math.hypot(*(part.std() / math.sqrt(len(part)) for part in (start, end)))
-            seen = bool(end.mean() > start.mean() - 2 * error)
-            yield Finding(seen, "Excess not falling", f"{advice * seen}{run.name}: {start.mean():.4g} over the first fifth "
-                          f"of the updates, {end.mean():.4g} over the last.")  # fmt: skip
+            detail = f"{start.mean():.4g} over the first fifth of the updates, {end.mean():.4g} over the last"
+            yield bool(end.mean() > start.mean() - 2 * error), "Excess not falling", f"{run.name}{gamma}: {detail}"
 
 
 def _spike(before: np.ndarray, value: float) -> bool:
+    before = before[np.isfinite(before)]
+    if not len(before):
+        return False
     middle = float(np.median(before))
-    spread = 1.4826 * float(np.median(np.abs(before - middle)))
+    spread = 1.4826 * float(np.median(np.abs(before - middle)))  # the standard deviation, were it Gaussian
     return value > middle + MADS * max(spread, 1e-6)

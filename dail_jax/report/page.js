@@ -70,7 +70,7 @@ const dashOf = (series) => ["none", "6 3", "8 3 2 3", "2 3"][Math.floor(Math.max
 function ticks(low, high, count) {
   const rough = (high - low) / count || 1;
   const power = 10 ** Math.floor(Math.log10(rough));
-  const step = power * [1, 2, 5, 10].find((m) => m * power >= rough * 0.999);
+  const step = power * [1, 2, 2.5, 5, 10].find((m) => m * power >= rough * 0.999);
   const found = [];
   for (let i = Math.ceil(low / step - 1e-9); i <= high / step + 1e-9; i++) found.push(i * step);
   return found;
@@ -79,7 +79,7 @@ function ticks(low, high, count) {
 function number(value, percent) {
   if (percent) return `${parseFloat((100 * value).toPrecision(3))}%`;
   const size = Math.abs(value);
-  if (size !== 0 && (size < 1e-3 || size >= 1e6)) return value.toExponential(1);
+  if (size !== 0 && (size < 1e-4 || size >= 1e6)) return value.toExponential(1);
   return parseFloat(value.toPrecision(4)).toLocaleString("en", { maximumFractionDigits: 6 });
 }
 
@@ -337,8 +337,8 @@ function tokensOf(trace) {
   function tell(span, x, y) {
     const i = Number(span.dataset.i), of = (key) => (trace[key] ? trace[key][i] : null);
     const rows = [["position", whole(i + 1)], ["written by", trace.writer[i] === "p" ? "privileged student" : "student"],
-      ["student's probability", share(chance(of("log_student")))], ["privileged student's", share(chance(of("log_privileged")))],
-      ["probability it was drawn with", share(chance(of("logq")))]];
+      ["student's probability", share(chance(of("log_student")))], ["the privileged student's", share(chance(of("log_privileged")))],
+      ["drawn with probability", share(chance(of("logq")))]];
     if (trace.push) rows.push(["log p_PS − log p_NR", of("push") === null || of("push") === undefined ? "–" : of("push").toFixed(2)]);
     const box = span.getBoundingClientRect();
     showTip(x ?? box.left, y ?? box.bottom - 16, make("b", {}, JSON.stringify(trace.pieces[i])), rowsOf(rows));

@@ -20,14 +20,14 @@ from typing import Any
 import jinja2
 
 from dail_jax.report import charts, collect, diagnosis
-from dail_jax.report.collect import Run, Traces, setting
+from dail_jax.report.collect import Run, Traces
 from dail_jax.rundir import write_atomic
 
 KS = (1, 8, 32, 128)  # columns of the result table, with the largest k of all
 # Rows of the table that says what was run; others follow where runs differ.
-SETTINGS = ("model.path", "data.path", "seed", "train.objective", "train.gamma", "train.kl", "train.epochs", "train.batch_size",
-            "train.lora.rank", "train.optimizer.learning_rate", "generate.tau", "generate.sampling.temperature",
-            "evaluate.samples", "evaluate.sampling.temperature")  # fmt: skip
+SETTINGS = ("model.path", "data.path", "seed", "train.objective", "train.gamma", "train.kl", "train.epochs",
+            "train.batch_size", "train.lora.rank", "train.optimizer.learning_rate", "generate.tau",
+            "generate.sampling.temperature", "evaluate.samples", "evaluate.sampling.temperature")  # fmt: skip
 SECTIONS = {"pass": "pass@k", "budget": "Accuracy and tokens", "lengths": "Token lengths", "training": "Training"}
 
 
@@ -52,10 +52,11 @@ def render(runs: Sequence[Run], traces: Sequence[Traces], title: str) -> str:
         "samples": [{"arm": i, **row} for i, run in enumerate(runs) for row in run.samples],
         "traces": [{"file": t.name, **row} for t in traces for row in t.rows],
     }
-    present = {chart.section for chart in found}
-    return jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True).from_string(html).render(
+    present, settings = {chart.section for chart in found}, _settings(runs)
+    return jinja2.Environment(autoescape=True, trim_blocks=True).from_string(html).render(
         title=title, css=css, js=js, css_hash=_hash(css), js_hash=_hash(js), data=_json(data), runs=runs, traces=traces,
-        settings=_settings(runs), header=_header(runs), results=_results(runs), findings=diagnosis.find(runs, traces),
+        settings=settings, summary=_summary(settings), header=_header(runs), results=_results(runs),
+        findings=diagnosis.find(runs, traces),
         sections={key: name for key, name in SECTIONS.items() if key in present},
         samples=(len(data["samples"]), sum(run.total for run in runs)),
         shown=(len(data["traces"]), sum(t.total for t in traces)), limits=collect,
@@ -83,19 +84,33 @@ def _settings(runs: Sequence[Run]) -> list[tuple[str, list[str], bool]]:
     keys = dict.fromkeys(key for tree in flat for key in tree)
     differing = [key for key in keys if key != "run_dir" and not key.startswith("arms.")
                  and len({tree.get(key, "") for tree in flat}) > 1]  # fmt: skip
-    rows = [(key, [tree.get(key, "") for tree in flat]) for key in dict.fromkeys([*SETTINGS, *differing]) if key in keys]
+    rows = [
+        (key, [tree.get(key, "") for tree in flat]) for key in dict.fromkeys([*SETTINGS, *differing]) if key in keys
+    ]
     for key in ("platform", "device_kind", "devices", "processes", "python", "source", "xla_flags"):
         rows.append((key.replace("_", " "), [str(run.manifest.get(key, "")) for run in runs]))
     versions = dict.fromkeys(name for run in runs for name in run.manifest.get("versions", {}))
     rows += [(name, [run.manifest.get("versions", {}).get(name, "") for run in runs]) for name in versions]
     stages = dict.fromkeys(name for run in runs for name in run.manifest.get("stages", {}))
-    rows += [(f"stage {name}", [_duration(run.manifest.get("stages", {}).get(name)) for run in runs]) for name in stages]
+    rows += [
+        (f"stage {name}", [_duration(run.manifest.get("stages", {}).get(name)) for run in runs]) for name in stages
+    ]
     return [(key, values, len(set(values)) > 1) for key, values in rows if any(values)]
+
+
+def _summary(settings: Sequence[tuple[str, list[str], bool]]) -> str:
+    """The line under the title: what all runs have in common."""
+    known = {key: values[0] for key, values, differ in settings if not differ}
+    parts = [known.get("model.path"), known.get("data.path"), f"seed {known['seed']}" if "seed" in known else None,
+             " x ".join(known[key] for key in ("devices", "device kind") if key in known)]  # fmt: skip
+    return " · ".join(part for part in parts if part)
 
 
 def _flatten(tree: Any, path: str = "") -> dict[str, str]:
     if isinstance(tree, dict) and tree:
-        return {k: v for key, node in tree.items() for k, v in _flatten(node, f"{path}.{key}" if path else str(key)).items()}
+        return {
+            k: v for key, node in tree.items() for k, v in _flatten(node, f"{path}.{key}" if path else str(key)).items()
+        }
     return {path: tree if isinstance(tree, str) else json.dumps(tree)}
 
 
@@ -116,14 +131,28 @@ def _duration(stage: Mapping[str, Any] | None) -> str:
 
 
 def _ks(runs: Sequence[Run]) -> list[str]:
-    known = {int(k) for run in runs for budgets in run.benchmarks.values() for cell in budgets.values() for k in cell["pass@k"]}
+    known = {
+        int(k)
+        for run in runs
+        for budgets in run.benchmarks.values()
+        for cell in budgets.values()
+        for k in cell["pass@k"]
+    }
     return [str(k) for k in sorted(known & {*KS, max(known, default=1)})]
 
 
 def _header(runs: Sequence[Run]) -> list[str]:
     ks = _ks(runs)
     against = [f"pass@1 against {runs[diagnosis.baseline(runs)].name}"] if len(runs) > 1 else []
-    return [*(f"pass@{k}" for k in ks), *(f"maj@{k}" for k in ks[-1:]), *against, "mean tokens", "median", "forced", "answered"]
+    return [
+        *(f"pass@{k}" for k in ks),
+        *(f"maj@{k}" for k in ks[-1:]),
+        *against,
+        "mean tokens",
+        "median",
+        "forced",
+        "answered",
+    ]
 
 
 def _results(runs: Sequence[Run]) -> list[tuple[str, list[tuple[int, str, list[dict[str, Any]]]]]]:
@@ -136,13 +165,15 @@ def _results(runs: Sequence[Run]) -> list[tuple[str, list[tuple[int, str, list[d
                 found = run.benchmarks.get(name, {}).get(budget)
                 if found is None:
                     continue
-                label = f"{name} · budget {int(budget):,} · {found['problems']:,} problems × {found['samples']:,} samples"
+                label = (
+                    f"{name} · budget {int(budget):,} · {found['problems']:,} problems x {found['samples']:,} samples"
+                )
                 cells = [_share(found["pass@k"].get(k), drawn=True) for k in ks]
                 cells += [_share(found.get("maj@k", {}).get(k)) for k in ks[-1:]]
                 if len(runs) > 1:
                     cells.append(_against(diagnosis.difference(runs[first], run, name, budget) if i != first else None))
-                cells += [{"text": f"{found[key]:{form}}" if key in found else "–"} for key, form in
-                          (("mean_tokens", ",.1f"), ("median_tokens", ",.0f"), ("forced", ".1%"), ("answered", ".1%"))]  # fmt: skip
+                forms = {"mean_tokens": ",.1f", "median_tokens": ",.0f", "forced": ".1%", "answered": ".1%"}
+                cells += [{"text": f"{found[key]:{form}}" if key in found else "-"} for key, form in forms.items()]
                 rows.append((i, run.name, cells))
             sections.append((label, rows))
     return sections
@@ -150,14 +181,15 @@ def _results(runs: Sequence[Run]) -> list[tuple[str, list[tuple[int, str, list[d
 
 def _share(found: Mapping[str, float] | None, drawn: bool = False) -> dict[str, Any]:
     if found is None:
-        return {"text": "–"}
+        return {"text": "-"}
     mean, low, high = (100 * found[key] for key in ("mean", "low", "high"))
     interval = drawn and (round(mean, 2), round(low, 2), round(high, 2))
-    return {"text": f"{mean:.1f}", "note": f"{low:.1f} – {high:.1f}", "interval": interval}
+    return {"text": f"{mean:.1f}", "note": f"{low:.1f} to {high:.1f}", "interval": interval}
 
 
 def _against(found: Any) -> dict[str, Any]:
     if found is None:
-        return {"text": "–"}
+        return {"text": "-"}
     sign = "better" if found.low > 0 else "worse" if found.high < 0 else ""
-    return {"text": f"{100 * found.mean:+.1f}", "note": f"{100 * found.low:+.1f} – {100 * found.high:+.1f}", "sign": sign}
+    mean, low, high = (f"{100 * value:+.1f}".replace("-", "\u2212") for value in found[:3])
+    return {"text": mean, "note": f"{low} to {high}", "sign": sign}

@@ -6,6 +6,7 @@ import itertools
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 from matplotlib.axes import Axes
@@ -20,9 +21,9 @@ FILES = {"pass": "pass_at_k", "budget": "accuracy_by_tokens", "lengths": "token_
 COLOURS = ("#2463c4", "#d1620a", "#16806a", "#a3388f", "#8a6d00", "#5b6472", "#c22f3d", "#3f8fb8")
 DASHES = ("-", "--", "-.", ":")
 COLUMNS = 3
-STYLE = {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.color": "#e4e6ea",
-         "axes.edgecolor": "#8b929e", "axes.titlesize": 10, "legend.frameon": False, "svg.hashsalt": "dail_jax",
-         "axes.axisbelow": True}  # fmt: skip
+STYLE: Any = {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True,
+         "grid.color": "#e4e6ea", "axes.edgecolor": "#8b929e", "axes.titlesize": 10, "legend.frameon": False,
+         "svg.hashsalt": "dail_jax", "axes.axisbelow": True}  # fmt: skip
 
 
 def write(runs: Mapping[str, Path], folder: Path, traces: Path | None = None) -> list[Path]:
@@ -46,7 +47,9 @@ def draw(found: Sequence[charts.Chart], folder: Path) -> list[Path]:
                     ax.set_axis_off()
                 else:
                     _panel(ax, chart)
-            handles = {label: handle for ax in axes for handle, label in zip(*ax.get_legend_handles_labels(), strict=True)}
+            handles = {
+                label: handle for ax in axes for handle, label in zip(*ax.get_legend_handles_labels(), strict=True)
+            }
             figure.legend(handles.values(), handles.keys(), loc="outside upper left", ncols=min(len(handles), 6))
             for suffix, metadata in ((".png", {"Software": None}), (".svg", {"Date": None})):
                 written.append(folder / (FILES[section] + suffix))
@@ -57,20 +60,31 @@ def draw(found: Sequence[charts.Chart], folder: Path) -> list[Path]:
 def _panel(ax: Axes, chart: charts.Chart) -> None:
     for series in chart.series:
         place = max(series.colour, 0)  # what all runs share is drawn as the first
-        style = {"color": COLOURS[place % len(COLOURS)], "linestyle": DASHES[place // len(COLOURS) % len(DASHES)]}
+        style: dict[str, Any] = {
+            "color": COLOURS[place % len(COLOURS)],
+            "linestyle": DASHES[place // len(COLOURS) % len(DASHES)],
+        }
         x, y, low, high = zip(*series.points, strict=True)
         if chart.kind == "step":
-            ax.step(x, y, where="post", label=series.name, linewidth=1.3, **style)
-            ax.fill_between(x, y, step="post", alpha=0.12, linewidth=0, color=style["color"])
+            ax.stairs(y[:-1], x, fill=True, alpha=0.12, linewidth=0, color=style["color"])
+            ax.stairs(y[:-1], x, label=series.name, linewidth=1.3, **style)
             continue
-        ax.plot(x, y, label=series.name, linewidth=1.4, marker="o" if chart.kind == "marked" else None, markersize=3.5, **style)
+        ax.plot(
+            x,
+            y,
+            label=series.name,
+            linewidth=1.4,
+            marker="o" if chart.kind == "marked" else None,
+            markersize=3.5,
+            **style,
+        )
         if len(x) > 1:
             ax.fill_between(x, low, high, alpha=0.14, linewidth=0, color=style["color"])
         else:
             ax.vlines(x, low, high, linewidth=1.2, color=style["color"])
     ax.set(title=f"{chart.title} ({chart.variant})" if chart.variant else chart.title, xlabel=chart.x, ylabel=chart.y)
     if chart.percent:
-        ax.set_ylim(bottom=0)
+        ax.set_ylim(0, 1.02 * ax.get_ylim()[1])
         ax.yaxis.set_major_formatter(PercentFormatter(1, decimals=None))
     if chart.log_x:
         ticks = sorted({point[0] for series in chart.series for point in series.points})

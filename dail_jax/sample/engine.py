@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import collections
 import hashlib
+import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
@@ -24,6 +25,35 @@ from dail_jax.model.weights import Params, unstack
 from dail_jax.sample import decode, mixture
 
 CHUNK = 8
+
+
+class Pace:
+    """Whether to draft: the faster of both ways, measured; the slower is tried again ever more rarely."""
+
+    def __init__(self, draft: int):
+        self.draft, self.seconds, self.chunks = draft, {0: 0.0, draft: 0.0}, {0: 0, draft: 0}
+        self.wait = self.interval = 8
+
+    def choose(self) -> int:
+        if not self.draft:
+            return 0
+        for way in (0, self.draft):  # the first call compiles, the second is measured
+            if self.chunks[way] < 2:
+                return way
+        best = min(self.seconds, key=lambda way: self.seconds[way])
+        self.wait -= 1
+        if self.wait > 0:
+            return best
+        self.interval *= 2
+        self.wait = self.interval
+        return self.draft - best
+
+    def note(self, way: int, tokens: int, seconds: float) -> None:
+        """Learns that a chunk took `seconds` for `tokens`."""
+        self.chunks[way] += 1
+        if self.chunks[way] > 1 and tokens:
+            old, new = self.seconds[way], seconds / tokens
+            self.seconds[way] = new if self.chunks[way] == 2 else 0.7 * old + 0.3 * new
 
 
 @dataclass(frozen=True)
@@ -66,12 +96,19 @@ def words(name: str, sample: int) -> tuple[int, int, int]:
 
 @dataclass
 class Usage:
-    """What a run did; `live` of `drawn` slot-steps produced a token that was kept."""
+    """What a run did: `live` tokens by `steps` forwards of all slots, `drawn` slot-steps in all."""
 
     live: int = 0
     drawn: int = 0
+    steps: int = 0
     chunks: int = 0
+    drafted_chunks: int = 0
     prefills: int = 0
+
+    @property
+    def occupancy(self) -> float:
+        """Tokens kept a slot and step: at most 1 without drafting."""
+        return self.live / max(self.drawn, 1)
 
 
 @dataclass
@@ -99,6 +136,8 @@ class Sampler:
     lora: Lora | None = None
     never: tuple[int, ...] = ()  # token ids that are never drawn
     usable: int | None = None  # ids from here on are padding of the embedding
+    draft: int = 0  # tokens to draft at most, where that is faster
+    adaptive: bool = True  # False: always draft
     usage: Usage = field(default_factory=Usage)
 
     def __post_init__(self):
@@ -120,7 +159,7 @@ class Sampler:
         entries = 1 if samples == 1 else 2
         width = min(entries * samples, max(self.slots // shards, 1))
         blocks = -(-max(self.slots // width, 1) // shards) * shards
-        return decode.Grid(self.roles, blocks, width, entries, prompt_slots, self.max_tokens, CHUNK)
+        return decode.Grid(self.roles, blocks, width, entries, prompt_slots, self.max_tokens, CHUNK, self.draft)
 
     def run(self, requests: Iterable[Request]) -> Iterator[Sample]:
         """Yields samples as they finish, bucket by bucket; the order depends on the slots, the samples do not."""
@@ -140,16 +179,22 @@ class Sampler:
         entries: list[list[_Entry | None]] = [[None] * grid.entries for _ in range(grid.blocks)]
         running: list[tuple[_Entry, int] | None] = [None] * n  # what each slot is drawing
         counted = np.zeros(n, int)
+        pace = Pace(self.draft)
         while True:
             state = self._refill(grid, state, queue, entries, running, counted)
             if not any(running):
                 return
-            state = decode.decode(grid, self.cfg, self.params, self.lora, state, self.rules, self.knobs)
+            way, started = pace.choose() if self.adaptive else self.draft, time.perf_counter()
+            state = decode.decode(grid, self.cfg, way, self.params, self.lora, state, self.rules, self.knobs)
             live, length, status = (np.asarray(x) for x in jax.device_get((state.live, state.length, state.status)))
             busy = np.array([r is not None for r in running])
+            fresh = int((length - counted)[busy].sum())
+            pace.note(way, fresh, time.perf_counter() - started)
+            self.usage.live += fresh
             self.usage.chunks += 1
+            self.usage.drafted_chunks += way > 0
+            self.usage.steps += grid.chunk
             self.usage.drawn += n * grid.chunk
-            self.usage.live += int((length - counted)[busy].sum())
             counted = np.where(busy, length, 0)
             for slot in np.flatnonzero(busy & ~live):
                 entry, sample = running[slot]  # pyright: ignore[reportGeneralTypeIssues]

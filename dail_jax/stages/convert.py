@@ -18,7 +18,7 @@ from dail_jax.text import load_tokenizer
 def run(config: config_lib.Config) -> None:
     source, target = Path(config.model.path), Path(config.run_dir) / "model"
     mesh = mesh_lib.make_mesh(config.mesh)
-    if target.exists():
+    if mesh_lib.from_first(target.exists):
         say(f"convert: already done, see {target}")
         return
     if (source / base.PARAMS).is_dir():
@@ -26,7 +26,6 @@ def run(config: config_lib.Config) -> None:
     load_tokenizer(config.model.tokenizer or source)
     with jax.set_mesh(mesh):
         params, cfg = hf.load(source, mesh, config.model.dtype)
-        target.parent.mkdir(parents=True, exist_ok=True)
         base.save(target, params, source)
     say(f"convert: {weights.count(cfg):,} weights of {cfg.family} in {config.model.dtype}, wrote {target}")
     say(f"         use it with model.path={target}")

@@ -29,6 +29,9 @@ from dail_jax.stages.train import trained_lora
 from dail_jax.text import open_tag
 
 
+JOURNAL, FORCED = "samples.partial.jsonl", "forced.partial.jsonl"
+
+
 @dataclass(frozen=True)
 class Problem:
     """One problem of a benchmark, ready to be sampled. `key` names it among all benchmarks."""
@@ -51,7 +54,8 @@ def run(config: config_lib.Config) -> None:
     tables = {b.name: read_rows(b.rows, need=("problem", "answer")) for b in cfg.benchmarks}
     check_golds(cfg, tables)
     with RunDir(config) as run_dir:
-        with run_dir.stage("evaluate", {name: dataset_hash(rows) for name, rows in tables.items()}) as done:
+        inputs = {name: dataset_hash(rows) for name, rows in tables.items()}
+        with run_dir.stage("evaluate", inputs, scratch=(JOURNAL, FORCED)) as done:
             if done():
                 say(f"evaluate: already done, see {run_dir.path / 'results.json'}")
             else:
@@ -95,16 +99,14 @@ def problems(session: Session, tables: dict[str, list[Row]]) -> list[Problem]:
 def draw(session: Session, todo: list[Problem], run_dir: RunDir) -> list[dict]:
     """Ungraded rows of samples.jsonl, drawing what the journals do not have."""
     config, cfg = session.config, session.config.evaluate
-    lora = trained_lora(session, run_dir.path)
+    lora = trained_lora(session, run_dir)
     metrics = Metrics(run_dir.path, config.log, "evaluate")
-    sampler = session.sampler(cfg.sampling, slots=cfg.slots, max_tokens=cfg.sampling.max_tokens, lora=lora)
+    sampler = session.sampler(cfg.sampling, slots=cfg.slots, max_tokens=cfg.sampling.max_tokens, lora=lora, draft=cfg.draft)
     requests = [Request(p.key, (p.prompt,), tuple(range(cfg.samples)), cfg.sampling.max_tokens) for p in todo]
-    path = run_dir.path / "samples.partial.jsonl"
-    drawn = collect(sampler, requests, path, "evaluating", cfg.samples)
+    drawn = collect(sampler, requests, run_dir.path / JOURNAL, "evaluating", cfg.samples)
     report_usage(sampler, metrics)
 
     forced: dict[str, list[dict]] = {}
-    forced_path = run_dir.path / "forced.partial.jsonl"
     if cfg.force is not None:
         text = tuple(session.tokenizer.encode(cfg.force.text))
         requests = [
@@ -113,20 +115,15 @@ def draw(session: Session, todo: list[Problem], run_dir: RunDir) -> list[dict]:
         ]  # fmt: skip
         if requests:
             sampler = session.sampler(cfg.sampling, slots=cfg.slots, max_tokens=cfg.force.max_tokens, lora=lora)
-            forced = collect(sampler, requests, forced_path, "forcing answers", 1)
-    rows = [row for p in todo for s in drawn[p.key] for row in rows_of(session, p, s, forced)]
-    if jax.process_index() == 0:
-        write_atomic(run_dir.path / "samples.ungraded.jsonl", "".join(map(json_line, rows)))
-        for journal in (path, forced_path):
-            journal.unlink(missing_ok=True)
+            forced = collect(sampler, requests, run_dir.path / FORCED, "forcing answers", 1)
     metrics.close()
-    return rows
+    return [row for p in todo for s in drawn[p.key] for row in rows_of(session, p, s, forced)]
 
 
 def collect(sampler: Sampler, requests: list[Request], path: Path, label: str, count: int) -> dict[str, list[dict]]:
     """{request name: its samples {sample, ids, finish}}, durable request by request in the journal at `path`."""
-    journal = Journal(path) if jax.process_index() == 0 else None
-    finished: dict[str, list[dict]] = {line["name"]: line["samples"] for line in (journal.rows if journal else [])}
+    journal = Journal(path)
+    finished: dict[str, list[dict]] = {line["name"]: line["samples"] for line in journal.rows}
     parts: dict[str, list] = collections.defaultdict(list)
     with progress(label, len(requests), "problems", len(finished)) as bar, Interrupt() as interrupt:
         for s in sampler.run([r for r in requests if r.name not in finished]):
@@ -134,8 +131,7 @@ def collect(sampler: Sampler, requests: list[Request], path: Path, label: str, c
             if len(parts[s.name]) < count:
                 continue
             finished[s.name] = sorted(parts.pop(s.name), key=lambda x: x["sample"])
-            if journal is not None:
-                journal.append({"name": s.name, "samples": finished[s.name]})
+            journal.append({"name": s.name, "samples": finished[s.name]})
             bar.advance()
             if interrupt.wanted:
                 raise Interrupted(f"{label}: stopped with {len(finished)} of {len(requests)} finished; call again to go on")
@@ -193,5 +189,4 @@ def finish(config: config_lib.Config, samples: list[dict], folder: Path) -> None
                **protocol.summarise(graded, config.evaluate, config.seed)}  # fmt: skip
     write_atomic(folder / "samples.jsonl", "".join(map(json_line, graded)))
     write_atomic(folder / "results.json", json.dumps(results, indent=1) + "\n")
-    (folder / "samples.ungraded.jsonl").unlink(missing_ok=True)
     say(f"evaluate: wrote {folder / 'samples.jsonl'} and {folder / 'results.json'}")

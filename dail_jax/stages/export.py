@@ -9,6 +9,7 @@ import jax
 from jax.experimental.multihost_utils import process_allgather
 
 from dail_jax import config as config_lib
+from dail_jax import mesh as mesh_lib
 from dail_jax.checkpoint import hf, peft
 from dail_jax.metrics import say
 from dail_jax.model import lora as lora_lib
@@ -23,18 +24,17 @@ def run(config: config_lib.Config) -> None:
         return
     with RunDir(config) as run_dir, run_dir.stage("export") as done:
         adapter, merged = run_dir.path / "adapter", run_dir.path / "merged"
-        if done() and adapter.exists():
+        if done():
             say(f"export: already done, see {adapter}")
             return
         session = open_session(config)
-        lora = trained_lora(session, run_dir.path)
+        lora = trained_lora(session, run_dir)
         assert lora is not None
-        if not adapter.exists():
+        if not mesh_lib.from_first(adapter.exists):
             whole = process_allgather(lora, tiled=True) if jax.process_count() > 1 else jax.device_get(lora)
-            if jax.process_index() == 0:
-                peft.save(adapter, whole, session.model, config.train.lora, str(config.model.path))
+            peft.save(adapter, whole, session.model, config.train.lora, str(config.model.path))
         say(f"export: wrote {adapter}")
-        if config.export.merged and not merged.exists():
+        if config.export.merged and not mesh_lib.from_first(merged.exists):
             tree = json.loads((Path(config.model.path) / "config.json").read_text())
             params = lora_lib.merge(session.params, lora, session.model)
             hf.save(merged, params, session.model, tree, config.model.tokenizer or config.model.path)

@@ -9,13 +9,13 @@ from __future__ import annotations
 import collections
 import hashlib
 import json
-from collections.abc import Iterable
 from pathlib import Path
 
 import jax
 import numpy as np
 
 from dail_jax import config as config_lib
+from dail_jax import mesh as mesh_lib
 from dail_jax.data import filters
 from dail_jax.data.records import Row, dataset_hash, read_rows
 from dail_jax.data.waypoints import final_answer
@@ -27,6 +27,9 @@ from dail_jax.sample.engine import Request, Sample, Sampler
 from dail_jax.stages.session import Session, open_session
 
 
+JOURNAL = "traces.partial.jsonl"
+
+
 def traces_path(config: config_lib.Config) -> Path:
     return Path(config.traces or Path(config.run_dir) / "traces.jsonl")
 
@@ -35,7 +38,15 @@ def read_traces(config: config_lib.Config) -> list[dict]:
     path = traces_path(config)
     if not path.is_file():
         raise UserError("no traces yet: run the stage `generate` first", file=path)
-    return [json.loads(line) for line in path.read_text(encoding="ascii").splitlines()]
+    traces = []
+    for number, line in enumerate(path.read_bytes().splitlines(), 1):
+        try:
+            trace = json.loads(line)
+            assert all(isinstance(i, int) and i >= 0 for i in trace["response_ids"])
+            traces.append({**trace, **{key: trace[key] for key in ("problem_id", "sample", "text", "finish")}})
+        except (ValueError, KeyError, TypeError, AssertionError):
+            raise UserError("want a row with problem_id, sample, response_ids, text, finish", file=path, row=number) from None
+    return traces
 
 
 def run(config: config_lib.Config) -> None:
@@ -46,19 +57,20 @@ def run(config: config_lib.Config) -> None:
         return
     rows = read_rows(config.data)
     check_golds(config, rows)
-    with RunDir(config) as run_dir, run_dir.stage("generate", {"data": dataset_hash(rows)}) as done:
+    inputs = {"data": dataset_hash(rows)}
+    with RunDir(config) as run_dir, run_dir.stage("generate", inputs, scratch=(JOURNAL,)) as done:
         if done():
             say(f"generate: already done, see {traces_path(config)}")
             return
         session = open_session(config)
         with jax.set_mesh(session.mesh):
-            journal_path = run_dir.path / "traces.partial.jsonl"
-            finished = roll_out(session, rows, journal_path, Metrics(run_dir.path, config.log, "generate"))
+            metrics = Metrics(run_dir.path, config.log, "generate")
+            finished = roll_out(session, rows, run_dir.path / JOURNAL, metrics)
+            metrics.close()
         traces = [trace for row in rows for trace in finished.get(row.problem_id, [])]
         counts = mark_drops(traces, rows, config.filters)
         if jax.process_index() == 0:
             write_atomic(traces_path(config), "".join(map(json_line, traces)))
-            journal_path.unlink()
         share = np.mean([t["acceptance"] for t in traces]) if traces else 0.0
         say(f"generate: {len(traces)} traces of {len(finished)} problems, {share:.1%} of tokens the student's; "
             + (", ".join(f"{n} {reason}" for reason, n in counts.items()) or "none dropped"))  # fmt: skip
@@ -68,14 +80,12 @@ def run(config: config_lib.Config) -> None:
 def roll_out(session: Session, rows: list[Row], journal_path: Path, metrics: Metrics) -> dict[str, list[dict]]:
     """Every problem's traces by problem id, drawing what the journal does not have."""
     cfg = session.config.generate
-    journal = Journal(journal_path) if jax.process_index() == 0 else None
-    if journal is not None and journal.torn:
-        say("generate: dropped a torn last line of the journal; its problem is drawn again")
-    finished = {line["problem_id"]: line["traces"] for line in (journal.rows if journal else _peek(journal_path))}
+    journal = Journal(journal_path)
+    finished = {line["problem_id"]: line["traces"] for line in journal.rows}
     names = {f"generate/{row.problem_id}": row for row in rows}
     prompts = {row.problem_id: session.prompts.build(row) for row in rows}
-    if session.prompts.cut:
-        say(f"generate: {session.prompts.cut} solutions were cut at {session.config.prompts.max_solution_tokens} tokens")
+    if cut := sum(p.cut for p in prompts.values()):
+        say(f"generate: {cut} solutions were cut at {session.config.prompts.max_solution_tokens} tokens")
     roles = {0.0: ("student",), 1.0: ("privileged",)}.get(cfg.tau, ("student", "privileged"))
     requests, too_long = [], 0
     for name, row in names.items():
@@ -87,7 +97,7 @@ def roll_out(session: Session, rows: list[Row], journal_path: Path, metrics: Met
     if too_long:
         say(f"generate: skipped {too_long} problems with prompts above max_prompt_tokens={cfg.max_prompt_tokens}")
     sampler = session.sampler(cfg.sampling, slots=cfg.slots, max_tokens=cfg.sampling.max_tokens, tau=cfg.tau,
-                              proposals=cfg.proposals, roles=len(roles))  # fmt: skip
+                              proposals=cfg.proposals, roles=len(roles), draft=cfg.draft)  # fmt: skip
     parts: dict[str, list[Sample]] = collections.defaultdict(list)
     total = len(requests) + len(finished)
     with progress("generating", total, "problems", len(finished)) as bar, Interrupt() as interrupt:
@@ -99,8 +109,7 @@ def roll_out(session: Session, rows: list[Row], journal_path: Path, metrics: Met
             traces = [to_row(session, row, prompts[row.problem_id], roles, s)
                       for s in sorted(parts.pop(sample.name), key=lambda s: s.sample)]  # fmt: skip
             finished[row.problem_id] = traces
-            if journal is not None:
-                journal.append({"problem_id": row.problem_id, "traces": traces})
+            journal.append({"problem_id": row.problem_id, "traces": traces})
             bar.advance()
             if interrupt.wanted:
                 raise Interrupted(f"generate: stopped with {len(finished)} of {total} problems finished; call again to go on")
@@ -108,15 +117,11 @@ def roll_out(session: Session, rows: list[Row], journal_path: Path, metrics: Met
     return finished
 
 
-def _peek(path: Path) -> Iterable[dict]:
-    """What process 0's journal held at the start, for the other processes."""
-    return [json.loads(line) for line in path.read_bytes().splitlines() if line.endswith(b"}")] if path.exists() else []
-
-
 def report_usage(sampler: Sampler, metrics: Metrics) -> None:
     usage = sampler.usage
-    if usage.drawn:
-        metrics.write(0, tokens=usage.live, occupancy=usage.live / usage.drawn, prefills=usage.prefills, chunks=usage.chunks)
+    if usage.chunks:
+        metrics.write(0, tokens=usage.live, occupancy=usage.occupancy, steps=usage.steps, prefills=usage.prefills,
+                      drafted=usage.drafted_chunks / usage.chunks)  # fmt: skip
 
 
 def to_row(session: Session, row: Row, prompts, roles: tuple[str, ...], s: Sample) -> dict:
@@ -144,14 +149,19 @@ def to_row(session: Session, row: Row, prompts, roles: tuple[str, ...], s: Sampl
 def mark_drops(traces: list[dict], rows: list[Row], cfg: config_lib.Filters) -> dict[str, int]:
     """Sets every trace's `drop` and counts the reasons."""
     golds = {row.problem_id: final_answer(row) for row in rows}
-    with Grader() as grader:
 
-        def is_correct(text: str, gold: str) -> bool:
-            return grader.grade(extract(text), gold).correct
+    def reasons() -> list[str | None]:
+        with Grader() as grader:
 
-        for trace in traces:
-            trace["drop"] = filters.drop_reason(trace, cfg, golds[trace["problem_id"]], is_correct)
-    filters.keep(traces, cfg)
+            def is_correct(text: str, gold: str) -> bool:
+                return grader.grade(extract(text), gold).correct
+
+            for trace in traces:
+                trace["drop"] = filters.drop_reason(trace, cfg, golds[trace["problem_id"]], is_correct)
+        return [trace["drop"] for trace in filters.keep(traces, cfg)]
+
+    for trace, reason in zip(traces, mesh_lib.from_first(reasons), strict=True):
+        trace["drop"] = reason
     return dict(collections.Counter(t["drop"].split(":")[0] for t in traces if t["drop"]))
 
 

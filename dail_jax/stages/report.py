@@ -14,7 +14,6 @@ from dail_jax.metrics import console, say
 from dail_jax.report import page, plots
 from dail_jax.rundir import write_atomic
 from dail_jax.stages.generate import traces_path
-from dail_jax.text import load_tokenizer
 
 
 def run(config: config_lib.Config) -> None:
@@ -29,9 +28,7 @@ def run(config: config_lib.Config) -> None:
     if results:
         console.print(protocol.table(results))
         write_atomic(root / "results.md", protocol.markdown(results))
-    tokenizer = load_tokenizer(config.model.tokenizer or config.model.path)
     traces = traces_path(config)
-    out = page.write(runs, root / "report.html", root.name, traces if traces.exists() else None,
-                     lambda ids: [tokenizer.decode([i], keep_special=True) for i in ids])  # fmt: skip
+    out = page.write(runs, root / "report.html", root.name, traces if traces.exists() else None)
     made = plots.write(runs, root / "plots", traces if traces.exists() else None)
     say(f"report: wrote {out} and {len(made)} plots in {root / 'plots'}")

@@ -32,7 +32,7 @@ class Session:
     stops: tuple[int, ...]
 
     def sampler(self, sampling: config_lib.Sampling, *, slots: int, max_tokens: int, tau: float = 0.0, proposals: int = 1,
-                roles: int = 1, lora=None) -> engine.Sampler:  # fmt: skip
+                roles: int = 1, lora=None, draft: int = 0) -> engine.Sampler:  # fmt: skip
         """A sampler of this model; `sampling.suppress` names tokens that are never drawn."""
         never = []
         for text in sampling.suppress:
@@ -43,7 +43,7 @@ class Session:
         return engine.Sampler(
             decoding_weights(self.config.model, self.mesh), self.model, self.mesh, self.stops, self.config.seed, slots,
             max_tokens, mixture.knobs(sampling, tau, proposals), roles, lora, tuple(never),
-            min(self.tokenizer.size, self.model.V),
+            min(self.tokenizer.size, self.model.V), draft,
         )  # fmt: skip
 
 

@@ -70,6 +70,10 @@ def examples_of(session: Session, rows: list[Row]) -> list[Example]:
         if unknown is not None:
             raise UserError(f"got a trace of problem {unknown!r}, which is not in the data", file=traces_path(config))
         mark_drops(traces, rows, config.filters)
+        alien = next((n for n, t in enumerate(traces, 1) if max(t["response_ids"], default=0) >= session.model.V), None)
+        if alien is not None:
+            raise UserError(f"got a token id at or above the model's vocabulary of {session.model.V}",
+                            file=traces_path(config), row=alien, field="response_ids")  # fmt: skip
         examples = [example(f"{t['problem_id']}/{t['sample']}", t["problem_id"], t["response_ids"])
                     for t in traces if t["drop"] is None]  # fmt: skip
     fitting = [e for e in examples if max(map(len, e.prompts.values())) + len(e.response) <= limit]
@@ -138,6 +142,7 @@ def fit(session: Session, examples: list[Example], run_dir: RunDir, metrics: Met
         if changed:
             raise UserError(f"this run was started with other {', '.join(changed)}: use another run_dir", file=run_dir.path)
         feed.set_state(saved["data"])
+        metrics.rewind(start)
         say(f"train: resuming at update {start}")
 
     update = step_lib.make_update(recipe, run.tx, run.layout)
@@ -154,10 +159,10 @@ def fit(session: Session, examples: list[Example], run_dir: RunDir, metrics: Met
                     raise UserError(f"{cfg.max_skipped} updates in a row were not finite: lower the learning rate or gamma; "
                                     "the last good checkpoint is kept", field="train")  # fmt: skip
             bar.advance(note=f"loss {values['loss']:.4f}")
-            last = number == len(plan)
-            if (number % cfg.save_every == 0 or last or interrupt.wanted) and bool(out["finite"] or last):
+            last, stop = number == len(plan), interrupt.wanted
+            if (number % cfg.save_every == 0 and out["finite"]) or last or stop:
                 run.store.save(number, state, {"data": feed.get_state(), "identity": identity})
-            if interrupt.wanted and not last:
+            if stop and not last:
                 raise Interrupted(f"train: stopped and saved at update {number} of {len(plan)}; call again to go on")
     run.store.close()
     say(f"train: {len(plan)} updates done; wrote {run_dir.path / 'checkpoints'}")
@@ -183,13 +188,16 @@ def complain(examples: list[Example], batch, bad: np.ndarray, number: int) -> No
     say(f"train: update {number} was not finite and is skipped; rows: {', '.join(names[:8])}")
 
 
-def trained_lora(session: Session, run_dir) -> Lora | None:
+def trained_lora(session: Session, run_dir: RunDir) -> Lora | None:
     """The adapter of a finished `train` stage, or None for the untrained model."""
     if session.config.train.objective == "none":
         return None
-    run = prepare(session, 1, run_dir / "checkpoints")
+    folder = run_dir.path / "checkpoints"
+    if not run_dir.finished("train"):
+        raise UserError("training is not finished: run the stage `train` first", file=folder)
+    run = prepare(session, 1, folder)
     restored = run.store.restore(abstract_state(session, run))
     run.store.close()
     if restored is None:
-        raise UserError("no checkpoint yet: run the stage `train` first", file=run_dir / "checkpoints")
+        raise UserError("got no checkpoint, want the one that training ended with", file=folder)
     return restored[1].lora

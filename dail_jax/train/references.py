@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import json
 import os
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -66,10 +67,12 @@ def compute(
     """Fills the cache, `rows` examples at a time in order of length; an existing one for `key` is reused."""
     dtype = params["norm"].dtype
     references = References(folder, examples, recipe.model.D, dtype)
-    if whole(folder, key):
+    if mesh_lib.from_first(lambda: whole(folder, key)):
         return references
-    folder.mkdir(parents=True, exist_ok=True)
-    writer = jax.process_index() == 0
+    writer = mesh_lib.is_first()
+    if writer:
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
     shape = (int(references.offsets[-1]), recipe.model.D)
     states = jax.jit(step_lib.response_states, static_argnums=(0, 5), out_shardings=mesh_lib.sharding(mesh, "b"))
     order = np.argsort([len(e.response) for e in examples], kind="stable")
@@ -102,8 +105,5 @@ def compute(
     if writer:
         files = {f"{role}.bin": sha256(folder / f"{role}.bin") for role in step_lib.REFERENCES}
         write_atomic(folder / "manifest.json", json.dumps({"key": key, "shape": shape, "files": files}, indent=1))
-    if jax.process_count() > 1:
-        from jax.experimental.multihost_utils import sync_global_devices
-
-        sync_global_devices("references")
+    mesh_lib.barrier("references")
     return references

@@ -1,0 +1,250 @@
+"""The extractor `math`: what a solution in LaTeX, or in plain formulas, states as its intermediate results."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Hashable
+from functools import lru_cache
+
+from dail_jax.data import latex
+from dail_jax.data.records import Row
+
+FIGURES = re.compile(
+    r"\\?\[asy\\?\].*?(?:\\?\[/asy\\?\]|\Z)|<asy>.*?(?:</asy>|\Z)|```.*?(?:```|\Z)|\\includegraphics[^{]*\{[^{}]*\}"
+    r"|\\begin\{(?:asy|tikzpicture|center|tabular|array|[bpvV]?matrix)\}.*?"
+    r"(?:\\end\{(?:asy|tikzpicture|center|tabular|array|[bpvV]?matrix)\}|\Z)|\[img[^\]]*\].*?(?:\[/img\]|\Z)"
+    r"|!\[[^\]]*\]\([^)]*\)|https?://\S+|<[a-zA-Z/][^<>]*>",
+    re.DOTALL,
+)
+_LIST_MARK = re.compile(r"^[ \t]*(?:\(?\d{1,3}[.)]|\(?[a-zA-Z][.)]|\(?[ivx]{1,4}\)|[*-])[ \t]+", re.MULTILINE)
+_THOUSANDS = re.compile(r"(?<![\d,.])\d{1,3}(?:(?:,|\{,\}|,\\!)\d{3})+(?![\d,]*\d)")
+_COMMA = "\ue000"  # stands for the comma inside of 10,000 while commas separate
+
+_CONTINUED = re.compile(r"\\\\(?:\[[^\]]*\])?(?=[&\s]*(?:=|\\equiv|\\approx))")  # a row break inside of a chain
+_ROWS = re.compile(r"\\\\(?:\[[^\]]*\])?|\\(?:newline|cr)(?![a-zA-Z])|\n\s*\n")
+_WORDS = re.compile(r"\\(?:text(?:rm|bf|it|sf)?|mbox|hbox|intertext|mathrm|operatorname|mathit)\s*\{([^{}]*)\}")
+_CLUTTER = re.compile(
+    r"\\(?:tag\*?|label|eqref|ref|color|begin|end)\s*\{[^{}]*\}|\\(?:hline|newline|therefore|because|noindent)(?![a-zA-Z])"
+)
+_MODULUS = re.compile(r"\\(?:pmod|bmod|mod|pod)(?![a-zA-Z])\s*(?:\{[^{}]*\}|\d+)?")
+
+_EDGES = re.compile(r"^[\s?$]+|^\s*\.(?!\d)\s*|[\s.?$]+$")
+
+_EQUAL = {"=", r"\equiv", r"\approx", r"\simeq", r"\doteq", r"\longequal"}
+_BOUND = {"<", ">", r"\lt", r"\gt", r"\le", r"\leq", r"\leqslant", r"\ge", r"\geq", r"\geqslant"}
+_BREAK = {
+    ",", ";", ":", r"\to", r"\implies", r"\Rightarrow", r"\Longrightarrow", r"\iff", r"\Leftrightarrow",
+    r"\rightarrow", r"\longrightarrow", r"\quad", r"\qquad", r"\ne", r"\neq", r"\in", r"\mid", r"\nmid",
+    r"\parallel", r"\perp", r"\sim", r"\cong", r"\land", r"\lor", r"\wedge", r"\vee", r"\subset",
+    r"\Longleftrightarrow", r"\mapsto", r"\propto", r"\subseteq", r"\colon", r"\leadsto", r"\Leftarrow",
+    r"\longleftrightarrow",
+}  # fmt: skip
+_PIECE = re.compile(r"\\[a-zA-Z]+|\\.|.", re.DOTALL)
+_UP = {"(", "[", "{", r"\{", r"\lfloor", r"\lceil", r"\langle"}
+_DOWN = {")", "]", "}", r"\}", r"\rfloor", r"\rceil", r"\rangle"}
+
+_NUMBER = re.compile(rf"[-+]?(?:[\d{_COMMA}]+(?:\.\d+)?|\.\d+)(?:\^\{{?\\circ\}}?|\\%)?")
+_NAME = re.compile(
+    r"(?:\\(?:angle|triangle|overline|Delta|sin|cos|tan)\s*)?\{?(?:\\?[a-zA-Z]+'*|\[[A-Z]+\]|\|[^|]*\|)\}?"
+    r"(?:_(?:\w|\{[^{}]*\}))?(?:\([^()]*\))?|\[[A-Z']+\]|"
+)
+# Words before a value that say it is a result, and words before one that say it is none.
+_RESULT = re.compile(
+    r"\b(?:is|are|be|was|equals?|gets?|gives?|giving|gave|obtain(?:s|ed|ing)?|yields?|yielding|totals?|totall?ing|we\s+have"
+    r"|find|makes?|making|become[s]?|leaves?|leaving|into|approximately|result[s]?|(?:total|sum|value|area|length"
+    r"|product|count|volume|radius|number|probability)\s+of|to\s+(?:be|get)|comes?\s+(?:out\s+)?to)"
+    r"(?:\s+(?:us|that|then|thus|therefore|just|only|exactly|simply|now|also|about|equal|to|a\s+total\s+of|of|again"
+    r"|clearly|the|in\s+total|hence|indeed|actually)){0,3}\s*[:(]?\s*\Z",
+    re.IGNORECASE,
+)
+_CONDITION = re.compile(
+    r"\b(?:cases?|for|if|when|whenever|suppose|assume|assuming|where|consider|step|solution|equations?|eqn?|fig(?:ure)?|problem|part"
+    r"|lemma|theorem|claim|example|section|page|chapter|method|note|remark|row|mod(?:ulo)?|base|unless|until|from|with|case:)"
+    r"\.?\s*(?:that\s+|\()?\Z",
+    re.IGNORECASE,
+)
+
+_GROUP = r"\{(?:[^{}\n]|\{[^{}\n]{0,40}\}){1,60}\}"
+_ATOM = (
+    rf"(?:\\?sqrt\s*(?:\([^()\n]{{1,40}}\)|{_GROUP}|\d+)|\\[dt]?frac\s*{_GROUP}\s*{_GROUP}|\\(?:pi|cdot|times)\b"
+    rf"|\d[\d{_COMMA}]*+(?:\.\d++)?%?|[a-zA-Z](?![a-zA-Z])|\([^()\n]{{1,40}}\)|{_GROUP})"
+)
+_PROSE_EXPRESSION = re.compile(rf"\s*[-+]?\s*{_ATOM}(?:\s*[-+*/^]\s*{_ATOM}|{_ATOM})*+")
+_GOES_ON = re.compile(r"\s*=\s*[-+]?\s*(?:[\d(\\]|sqrt)")  # a chain that has another value to come
+_PROSE_EVENT = re.compile(rf"\\(?:approx|equiv)(?![a-zA-Z])|(?<![<>!])=+(?!>)|(?<![\w.{{{_COMMA}$/-])(?:\d|sqrt)")
+
+
+def mathematical(row: Row) -> list[str]:
+    """Right-hand sides, fractions, roots, powers and stated numbers, in order of appearance.
+
+    Numbers that only number something (steps, cases, lists, years) are left out, and so is what the problem gives.
+    """
+    given = _givens(row.problem)
+    found: list[str] = []
+    before = ""
+    for is_formula, text in latex.spans(_prepared(row.solution)):
+        if is_formula:
+            found += _from_formula(text, before, given)
+            before = (before + " = " if text.rstrip().endswith("=") else "") or " "
+        else:
+            found += _from_prose(text, given)
+            before = text[-60:] if text.strip() else before
+    return [item.replace(_COMMA, ",") for item in found]
+
+
+def _prepared(text: str) -> str:
+    text = _LIST_MARK.sub("", FIGURES.sub(" ", latex.unbox(text.translate(latex.SIGNS))))
+    return _THOUSANDS.sub(lambda m: re.sub(r"\{,\}|,\\!|,", _COMMA, m[0]), text)
+
+
+@lru_cache(maxsize=4)
+def _givens(problem: str) -> frozenset[Hashable]:
+    """What the problem states: keys of its numbers and formulas, and the characters of its equations."""
+    keys: set[Hashable] = set()
+    text = _prepared(problem)
+    for is_formula, piece in latex.spans(text):
+        for statement in _statements(piece) if is_formula else ():
+            keys.update(_key(side) for _, side in statement)
+            keys.add(re.sub(r"[\s{}]", "", "".join(relation + side for relation, side in statement)))
+    keys.update(_key(match[0]) for match in re.finditer(rf"\d[\d{_COMMA}]*(?:\.\d+)?", text))
+    return frozenset(keys)
+
+
+def _key(text: str) -> Hashable:
+    return latex.canonical(text.replace(_COMMA, ""))
+
+
+def _statements(formula: str) -> list[list[tuple[str, str]]]:
+    """A formula's statements, each a chain of (relation, side); the first relation of a chain is empty."""
+    text = _WORDS.sub(lambda m: ";" if len(m[1].strip()) > 1 else m[1], _ROWS.sub(" ; ", _CONTINUED.sub(" ", formula)))
+    text = latex.tidy(_MODULUS.sub(" ; ", _CLUTTER.sub(" ", text)))
+    chains: list[list[tuple[str, str]]] = [[("", "")]]
+    depth = 0
+    for piece in _PIECE.findall(text):
+        depth = 0 if piece == ";" else max(0, depth + (piece in _UP) - (piece in _DOWN))
+        if depth == 0 and piece in _BREAK:
+            chains.append([("," if piece == "," else "", "")])
+        elif depth == 0 and (piece in _EQUAL or piece in _BOUND):
+            chains[-1].append((piece, ""))
+        else:
+            relation, side = chains[-1][-1]
+            chains[-1][-1] = (relation, side + piece)
+    cleaned = [[(relation, _EDGES.sub("", side)) for relation, side in chain] for chain in chains]
+    return [chain for chain in cleaned if any(side for _, side in chain)]
+
+
+def _kind(side: str) -> str | None:
+    """`number`, `closed` (a value that is more than a number), `symbolic`, or None: nothing to go by."""
+    if not side or len(side) > 70 or side.count("|") % 2 or re.search(r"\\[lc]?dots|\\infty|\.\.\.|\\sum|\\prod", side):
+        return None
+    if _NUMBER.fullmatch(side):
+        return "number"
+    poly = latex.polynomial(side.replace(_COMMA, ""))
+    if poly is not None and latex.is_closed(poly):
+        return None if re.fullmatch(r"\(\d+\)|\D*", side) else "closed"
+    if _NAME.fullmatch(side) or re.match(r"[(\s]*\\(?:times|cdot)(?![a-z])|\\[a-z]+_(?:\d|\{[^{}]*\})\Z", side):
+        return None
+    letters = re.sub(r"\\[a-zA-Z]+", "", side)
+    balanced = side.count("{") == side.count("}")
+    if poly is None and balanced and re.search(r"\d", side) and not re.search(r"[a-zA-Z=]", letters):
+        return "closed" if re.search(r"[\d}\])!]\Z|\\r(?:floor|ceil)\Z|\\circ\Z", side) else None
+    if re.fullmatch(r"[A-Z]{2,3}'?\s*\^\s*(?:\d|\{\d\})", side):
+        return None  # the square of a segment
+    return "symbolic" if len(side) <= 40 and re.search(r"\d|\\frac|\\sqrt", side) and "=" not in side else None
+
+
+def _from_formula(formula: str, before: str, given: frozenset[Hashable]) -> list[str]:
+    """The results that one formula states; `before` is the prose that leads to it."""
+    found: list[str] = []
+    conditional = _CONDITION.search(before) is not None
+    in_list = False  # after `x = 2,` a bare `3` is a result too
+    statements = _statements(formula)
+    listing = re.search(r"\\[lc]?dots|\.\.\.", formula) is not None
+    for number, statement in enumerate(statements):
+        relation, first = statement[0]
+        if len(statement) > 1:
+            results = _results(statement, conditional, given)
+            in_list = bool(results) and not listing
+            found += results
+            continue
+        kind = _kind(first)
+        if kind == "number":
+            stated = number == 0 and len(statements) == 1 and _RESULT.search(before) and not _CONDITION.search(before)
+            if (in_list and relation == ",") or (stated and _key(first) not in given):
+                found.append(first)
+        else:
+            in_list = False
+            ranging = re.fullmatch(r"(\d+) ?-+ ?(\d+)", first)  # `0-9` means "from 0 to 9"
+            if ranging and int(ranging[1][:9]) < int(ranging[2][:9]):
+                continue
+            if kind == "closed" and _key(first) not in given and not listing:
+                found.append(first)
+    return found
+
+
+def _results(statement: list[tuple[str, str]], conditional: bool, given: frozenset[Hashable]) -> list[str]:
+    """What a chain such as `a = b = c \\approx d < e` comes to: one value for each run of equal sides."""
+    left = statement[0][1]
+    name = _NAME.fullmatch(left) is not None
+    if re.sub(r"[\s{}]", "", "".join(r + side for r, side in statement)) in given:
+        return []
+    found: list[str] = []
+    run: list[str] = [left]
+    for relation, side in [*statement[1:], ("end", "")]:
+        if relation == "=":
+            run.append(side)
+            continue
+        result = _result(run, name, conditional)
+        found += [v for v in result if run[0] != "<" or _key(v) not in given]  # bounds that the problem sets
+        run = [""] if relation in _EQUAL else ["<"]
+        if side:
+            run.append(side)
+    return found
+
+
+def _result(run: list[str], name: bool, conditional: bool) -> list[str]:
+    """The value of one run of equal sides, `[left, side, side, ...]`, as a list of none or one."""
+    left, sides = run[0], [side for side in run[1:] if side]
+    kinds = [_kind(side) for side in sides]
+    values = [side for side, kind in zip(sides, kinds, strict=True) if kind in ("number", "closed")]
+    numbers = [side for side, kind in zip(sides, kinds, strict=True) if kind == "number"]
+    if left == "<":
+        return [v for v in values[-1:] if not re.fullmatch(r"-?\d\d?", v)]
+    if values:
+        best = numbers[-1] if numbers else values[-1]
+        plain = best in numbers
+        if plain and conditional and len(sides) == 1:
+            return []
+        if plain and not name and re.fullmatch(r"-?0*[01]", best):
+            return [f"{left} = {best}"] if best == "0" and _kind(left) == "symbolic" else []
+        return [best]
+    if sides and _kind(left) == "number" and not re.fullmatch(r"-?\d", left):
+        return [left]
+    return [sides[-1]] if sides and kinds[-1] == "symbolic" else []
+
+
+def _from_prose(text: str, given: frozenset[Hashable]) -> list[str]:
+    """Results in plain writing: what follows an equals sign, and numbers, fractions and roots that are stated."""
+    found: list[str] = []
+    end = 0
+    for event in _PROSE_EVENT.finditer(text):
+        if event.start() < end:
+            continue
+        relation = not event[0][0].isalnum()
+        start = event.end() if relation else event.start()
+        match = _PROSE_EXPRESSION.match(text, start)
+        if match is None:
+            continue
+        end = match.end()
+        value = match[0].strip().replace("%", r"\%")
+        if _GOES_ON.match(text, end):
+            continue
+        value = re.sub(r"\^(\d{2,})", r"^{\1}", re.sub(r"\\?sqrt\s*\(([^()]*)\)", r"\\sqrt{\1}", value))
+        kind = _kind(value)
+        before = text[max(0, event.start() - 60) : event.start()]
+        new = _key(value) not in given
+        stated = kind == "number" and _RESULT.search(before) and not _CONDITION.search(before)
+        telling = kind == "closed" and re.search(r"[/^]|sqrt|frac", value)
+        if (relation and kind) or (new and (stated or telling)):
+            found.append(value)
+    return found

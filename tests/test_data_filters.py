@@ -1,0 +1,58 @@
+"""Reasons for dropping traces."""
+
+import pytest
+
+from dail_jax import config
+from dail_jax.data.filters import artefact, drop_reason, keep, repetition
+from dail_jax.errors import UserError
+
+
+def trace(text="So the answer is \\boxed{4}.", ids=None, finish="stop", problem="p", drop=None):
+    ids = list(range(20)) if ids is None else ids
+    return {"problem_id": problem, "text": text, "response_ids": ids, "finish": finish, "drop": drop}
+
+
+def test_reasons():
+    assert drop_reason(trace(), config.Filters()) is None
+    assert drop_reason(trace(finish="length"), config.Filters()) is None
+    assert drop_reason(trace(finish="length"), config.Filters(finished=True)) == "unfinished"
+    assert drop_reason(trace(ids=[1, 2]), config.Filters(min_tokens=3)) == "short"
+    assert drop_reason(trace("As  THE\nreference solution says"), config.Filters()) == "artefact: reference solution"
+    assert drop_reason(trace(ids=[1, 2] * 50), config.Filters(max_repetition=0.5)) == "repetition"
+    assert drop_reason(trace(ids=[1, 2] * 50), config.Filters()) is None
+
+
+def test_correctness_is_asked_last():
+    asked = []
+
+    def grade(text, gold):
+        asked.append(gold)
+        return f"\\boxed{{{gold}}}" in text
+
+    cfg = config.Filters(correct=True, finished=True)
+    assert drop_reason(trace(), cfg, "4", grade) is None
+    assert drop_reason(trace(), cfg, "5", grade) == "wrong"
+    assert drop_reason(trace(finish="length"), cfg, "6", grade) == "unfinished"
+    assert asked == ["4", "5"]
+    with pytest.raises(UserError, match=r"filters.correct: got no answer for problem 'p'"):
+        drop_reason(trace(), cfg, None, grade)
+
+
+def test_artefacts_begin_words():
+    assert artefact("the hints are", ["the hint"]) == "the hint"
+    assert artefact("bathe hint", ["the hint"]) is None
+    assert artefact("anything", []) is None and artefact("anything", [" "]) is None
+
+
+def test_repetition_counts_repeated_8_grams():
+    assert repetition(list(range(100))) == 0 and repetition([1] * 7) == 0
+    assert repetition([1] * 10) == pytest.approx(1 - 1 / 3)
+    # 16 tokens twice: 25 grams, the last 9 of which occurred before
+    assert repetition(list(range(16)) * 2) == pytest.approx(9 / 25)
+
+
+def test_first_kept_trace_of_a_problem_stays():
+    traces = [trace(problem="a", drop="wrong"), trace(problem="a"), trace(problem="b"), trace(problem="a")]
+    assert [t["drop"] for t in keep(traces, config.Filters())] == ["wrong", None, None, "duplicate"]
+    assert [t["drop"] for t in keep(traces, config.Filters(keep="all"))] == ["wrong", None, None, None]
+    assert traces[3]["drop"] is None  # the input is left as it was

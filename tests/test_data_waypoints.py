@@ -1,0 +1,163 @@
+"""Waypoint extractors, final answers, and the exact comparison of values behind them."""
+
+import time
+
+import pytest
+
+from dail_jax import config
+from dail_jax.data import latex
+from dail_jax.data.records import Row
+from dail_jax.data.waypoints import EXTRACTORS, final_answer, waypoints
+from dail_jax.errors import UserError
+
+
+def found(solution, problem="?", answer=None, **cfg):
+    return waypoints(Row("r", problem, solution, answer, 0), config.Waypoints(**cfg))
+
+
+@pytest.mark.parametrize(
+    "solution, want",
+    [
+        (r"+B=551; ~=155; *3=465; \boxed{465}", ["551", "155"]),
+        (
+            r"We see $x = 3$, so $y = \frac{x}{2} = \frac 32$ and $z=\sqrt{8}=2\sqrt{2}$.",
+            ["3", r"\frac32", r"2\sqrt{2}"],
+        ),
+        (r"There are ${40 \choose 2} = 780$ pairs, thus $2^{780}$ outcomes.", ["780", "2^{780}"]),
+        (r"It takes $1+\frac{10}{9}+\frac{10}{8}=\frac{121}{36}$ days.", [r"\frac{121}{36}"]),
+        (r"\begin{align*} P(0)&=\frac14, \\ P(1)&=\frac13(1-P(0))&&=\frac16 \end{align*}", [r"\frac14", r"\frac16"]),
+        (r"\begin{align*} S &= 3(2+5) \\ &= 3\cdot 7 \\ &= 21 \end{align*}", ["21"]),
+        (r"\[(a,b)=\left(\frac{2}{3}, \frac{1}{3}\right)\]", [r"(\frac{2}{3}, \frac{1}{3} )"]),
+        (r"$AD=100\sqrt 2\approx 141.42$ so $\lfloor AD\rfloor=\boxed{141}$", [r"100\sqrt2", "141.42"]),
+        (r"$N = 7 \equiv 2 \pmod{5}$ and $\angle ABC = 30^\circ$", ["7", "2", r"30^\circ"]),
+        (r"$p = 15,\ 20$ and $x \le \frac{1}{2}$", ["15", "20", r"\frac{1}{2}"]),
+        (r"There are $10{,}000$ codes, and 1,234,567 = 1{,}234{,}567.", ["10{,}000", "1{,}234{,}567"]),
+        (r"The sum is \boxed{12}, of which the half is \boxed{6}.", ["12"]),
+        (r"so $y^4-106y^2+2745=0$ and $a_{n} = 2a_{n-1}+1$", ["y^4-106y^2+2745 = 0", "2a_{n-1}+1"]),
+        ("Plain: 3 + 4 = 7, then x = 35/2, and sqrt(5) is left.", ["7", "35/2", r"\sqrt{5}"]),
+        (r"$V = 12\pi \text{ cm}$, which costs \$45.50.", [r"12\pi"]),
+        (r"x = \frac{3}{4} and y = \sqrt{5}, outside of dollars", [r"\frac{3}{4}", r"\sqrt{5}"]),
+    ],
+)
+def test_math(solution, want):
+    got = found(solution)
+    assert [latex.canonical(x) for x in got] == [latex.canonical(x) for x in want], got
+
+
+@pytest.mark.parametrize(
+    "solution",
+    [
+        "1. First.\n2) Second.\n(3) Third.\nStep 4. Case 5: Theorem 6.",
+        "This is from the 2008 AIME, as in AMC 10 and in 1999; see (2) and Solution 3.",
+        "[asy] size(200); pair A=(0,0), B=(5,7); draw(A--B); [/asy] A figure.",
+        "\\begin{tikzpicture}\\draw (0,0) -- (5,7);\\end{tikzpicture}```python\nx = 55\n```",
+        "For $k = 7$ and if $n=12$, case $m = 3$: nothing.",
+        "On days $1, 2, 3, \\ldots, 9$ it rains, and $5$ cats and $x = y$.",
+        "Using digits $0-9$ with $CA^2 = CB^2$ and equation $(3)$. ~ user_2",
+    ],
+)
+def test_math_leaves_out_what_is_no_result(solution):
+    assert found(solution) == []
+
+
+def test_what_the_problem_gives_is_no_result():
+    problem = r"Let $AB = 14$ and $BC=\frac{1}{3}$. There are 25 cats."
+    assert found(
+        r"Since $AB = 14$ and $\frac{1}{3}$ of them, there are $25$ cats, so $x = 25$ and $y=16$.", problem
+    ) == [
+        "25",
+        "16",
+    ]
+
+
+def test_equal_values_are_merged_into_the_simplest():
+    solution = r"$a = \frac{10}{4}, b = \frac{5}{2}, c = 2.5, d=\sqrt{2}\cdot\sqrt{6}, e=2\sqrt3, f=x+1, g=1+x$"
+    assert found(solution) == ["2.5", r"2\sqrt3", "x+1"]
+
+
+def test_the_final_answer_is_listed_apart():
+    row = Row("r", "?", r"$x = 7$, $x^2 = 49$, $m = \boxed{007}$", "7", 0)
+    assert final_answer(row) == "7" and waypoints(row, config.Waypoints()) == ["49"]
+    assert (
+        final_answer(Row("r", "?", r"\boxed{1} or \boxed{\frac{1}{\sqrt{2}}} \boxed{", None, 0))
+        == r"\frac{1}{\sqrt{2}}"
+    )
+    assert final_answer(Row("r", "?", r"\boxed 5", None, 0)) == "5"
+    assert final_answer(Row("r", "?", "a proof", None, 0)) is None
+    for name in ("reference", "math", "text"):
+        assert "7" not in waypoints(row, config.Waypoints(extractor=name))
+
+
+def test_reference_has_its_categories_sorted_as_text():
+    got = found(r"x^{12} + 2x + n+1 = 345, 2x+1 and 10,000; \boxed{8}", extractor="reference")
+    assert got == sorted(got) and {"x^{12}", "n+1", "345", "2x+1", "10", "000"} <= set(got)
+
+
+def test_text_finds_spans_without_symbols():
+    problem = "Why did the republic fall?"
+    solution = (
+        "Marius opened the army to men without land, so the soldiers depended on their generals. "
+        'Sulla marched on Rome with 35,000 men. "The die is cast" was said later. '
+        "Therefore the loyalty of the legions decided who ruled, and the rest is known."
+    )
+    got = found(solution, problem, extractor="text")
+    assert "the loyalty of the legions decided who ruled" in got and "35,000 men" in got and "The die is cast" in got
+    assert "the soldiers depended on their generals" in got and "Rome" in got
+    assert [solution.index(span) for span in got] == sorted(solution.index(span) for span in got)
+    assert all(len(span.split()) <= 14 for span in got) and not any(span == "republic" for span in got)
+
+
+def test_file_limit_and_unknown_names():
+    row = Row("r", "?", "s", "9", 0, "one\n\n two \n9\nthree\nfour\nfive")
+    assert waypoints(row, config.Waypoints(extractor="file")) == ["one", "two", "three", "four", "five"]
+    assert waypoints(row, config.Waypoints(extractor="file", limit=3)) == ["one", "three", "five"]
+    assert waypoints(row, config.Waypoints(extractor="file", limit=1)) == ["one"]
+    with pytest.raises(UserError, match="r:waypoints: got no waypoints"):
+        found("s", extractor="file")
+    with pytest.raises(UserError, match=r"got 'maths', want one of .* did you mean 'math'"):
+        found("s", extractor="maths")
+
+
+EQUAL = [
+    (r"\frac{1}{2}", "0.5"), (r"\dfrac12", r"\frac{2}{4}"), ("007", "7"), ("10,000", "10{,}000"), ("2x+1", "1+2x"),
+    (r"2\sqrt{8}", r"4\sqrt2"), (r"\frac{1}{\sqrt{2}}", r"\frac{\sqrt 2}{2}"), (r"\sqrt{63^2+84^2}", "105"),
+    (r"\frac{\sqrt6+\sqrt2}{4}", r"\frac14\left(\sqrt 2+\sqrt 6\right)"), (r"{40 \choose 2}", "780"), ("5!", "120"),
+    (r"75^\circ", r"75^{\circ}"), (r"(\frac{2}{4}, 3)", r"\left(\frac12,3\right)"), (r"2 \times 3", r"2\cdot3"),
+    ("(a+b)^2", "a^2+2ab+b^2"),
+]  # fmt: skip
+DIFFERENT = [
+    (r"\frac{1}{2}", r"\frac{1}{3}"), ("12", "1 2"), ("1,2", "12"), ("x^2", "2x"), ("5", r"5^\circ"), ("a_1", "a_2"),
+    (r"\sqrt{2}", "1.414"), (r"2\frac12", "1"), ("AB", "ABC"), ("30", r"30\%"), (r"\sin 2", "2"), ("(1,2)", "(2,1)"),
+]  # fmt: skip
+
+
+def test_exact_comparison():
+    for a, b in EQUAL:
+        assert latex.canonical(a) == latex.canonical(b), (a, b)
+    for a, b in DIFFERENT:
+        assert latex.canonical(a) != latex.canonical(b), (a, b)
+
+
+def test_prices_are_prose():
+    pieces = list(latex.spans(r"It costs $5 and then $10, \$3; $x=5$ \[y=3\]"))
+    assert [piece for is_formula, piece in pieces if is_formula] == ["x=5", "y=3"]
+
+
+def test_hostile_texts_end_soon():
+    texts = ["9^{9^{9^9}}", "(" * 50_000, "{" * 50_000, r"\boxed{" * 5000, "=" * 50_000, "$a=1$" * 5000, "1+" * 50_000,
+             "[asy]" * 9000, r"\[ " * 30_000, "$" + "1+" * 30_000 + "$", "10," * 20_000, r"\text{" * 9000, "1" * 99_999,
+             r"\frac{" * 3000, "**a" * 20_000, "the total of " * 3000, "$9^{200}^{200}^{200}$", "$1000000000!$",
+             r"\sqrt{10000000000000000000000000000000001}", "a. " * 20_000]  # fmt: skip
+    for text in texts:
+        for name in ("reference", "math", "text"):
+            start = time.monotonic()
+            found(text, extractor=name)
+            latex.canonical(text)
+            assert time.monotonic() - start < 5, (name, text[:20])
+
+
+def test_every_extractor_takes_empty_and_odd_rows():
+    for name in EXTRACTORS:
+        for solution in ("", " \n", "$", r"\boxed{}", "\\", "é∑🎲", "$$ $$", "{}"):
+            row = Row("r", "", solution, None, 0, "")
+            assert waypoints(row, config.Waypoints(extractor=name)) == []

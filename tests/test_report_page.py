@@ -1,0 +1,402 @@
+"""The page and the plots of synthetic runs: structure, figures, escaping, and that nothing leads out of the page."""
+
+import base64
+import hashlib
+import itertools
+import json
+import math
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+from matplotlib import image
+
+from dail_jax import config as config_lib
+from dail_jax.errors import UserError
+from dail_jax.evaluate import protocol
+from dail_jax.report import charts, collect, diagnosis, page, plots
+
+HOSTILE = (
+    "</script><script>alert(1)</script><img src=x onerror=alert(2)> <!-- \" ' & \u2028 \ud800 https://evil.example/x"
+)
+SKILL = {"base": 0.02, "nll": 0.5, "dail": 0.7}
+PROBLEMS, SAMPLES, BUDGETS = 12, 8, (64, 256)
+
+
+def dump(path: Path, rows: list) -> None:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def config_of(folder: Path, arm: str) -> config_lib.Config:
+    tree = {"run_dir": str(folder), "model": {"path": "models/tiny"}, "data": {"path": "train.jsonl"},
+            "train": {"objective": {"base": "none"}.get(arm, arm)},
+            "evaluate": {"samples": SAMPLES, "budgets": list(BUDGETS), "sampling": {"max_tokens": 256},
+                         "bootstrap": 200, "benchmarks": [{"name": name, "rows": {"path": f"{name}.jsonl"}}
+                                                          for name in ("hard", "known")]}}  # fmt: skip
+    return config_lib.build(tree, "test")
+
+
+def make_run(folder: Path, arm: str, problems: int = PROBLEMS, steps: int = 60) -> Path:
+    """All the files of an arm; `known` falls in the arm nll, and longer budgets help."""
+    folder.mkdir(parents=True)
+    rng, cfg = np.random.default_rng([len(arm), ord(arm[0])]), config_of(folder, arm)
+    (folder / "config.yaml").write_text(config_lib.dump(cfg))
+    samples = []
+    for benchmark in ("hard", "known"):
+        for i in range(problems):
+            skill = 0.95 - 0.5 * (arm == "nll") if benchmark == "known" else SKILL[arm] * (0.6 + 0.8 * i / problems)
+            for j in range(SAMPLES):
+                drawn, luck = int(rng.gamma(9, 12)) + 5, rng.random()
+                for budget in BUDGETS:
+                    cut = drawn > budget
+                    right = bool(luck < skill * (0.4 if cut else 1.0))
+                    samples.append({
+                        "benchmark": benchmark, "problem_id": f"{benchmark}-{i:03}", "sample": j, "budget": budget,
+                        "tokens": min(drawn, budget), "forced_tokens": 4 * cut,
+                        "text": f"add 241 310 : 10=01 41=05 23=05 > 551 ; rev 551 > 155 ; \\boxed{{{j}}}" if j
+                        else HOSTILE,
+                        "forced_text": "465}" if cut else "", "answer": str(465 if right else j), "gold": "465",
+                        "correct": right,
+                        "reason": "equal" if right else "other value", "finish": "forced" if cut else "stop",
+                    })  # fmt: skip
+    dump(folder / "samples.jsonl", samples)
+    results = {**protocol.summarise(samples, cfg.evaluate, 0), "arm": arm, "objective": cfg.train.objective}
+    (folder / "results.json").write_text(json.dumps(results))
+    (folder / "run.json").write_text(json.dumps({
+        "seed": 3407, "versions": {"jax": "0.10.0"}, "devices": 8, "device_kind": "TPU v5e", "platform": "tpu",
+        "stages": {"train": {"started": "2026-01-01T10:00:00Z", "finished": "2026-01-01T10:02:03Z"}}}))  # fmt: skip
+    if arm != "base":
+        rows = []
+        for step in range(1, steps + 1):
+            excess = 2.5 * math.exp(-step / (steps / 4)) + 0.15 + 0.04 * rng.random()
+            row = {
+                "stage": "train",
+                "step": step,
+                "time": step,
+                "loss": excess - 0.3,
+                "grad_norm": 1 / step,
+                "learning_rate": 1e-3,
+            }
+            rows.append(
+                {
+                    **row,
+                    **(
+                        {"excess": excess, "kl_privileged": excess / 2, "kl_negative": 3 - excess}
+                        if arm == "dail"
+                        else {}
+                    ),
+                }
+            )
+        dump(folder / "metrics.jsonl", rows)
+    return folder
+
+
+def make_traces(path: Path, count: int = 40) -> Path:
+    rng, rows = np.random.default_rng(7), []
+    pieces = ["add ", "2", "4", "1", " ", "3", "1", "0", " : ", "1", "0", "=", "0", "1", " > ", "5", "5", "1", " ; ",
+              "rev ", "5", "5", "1", " > ", "1", "5", "5", "\n", "</script>",
+              "\\boxed{", "4", "6", "5", "}"]  # fmt: skip
+    for i in range(count):
+        text = (pieces * 2)[: len(pieces) + i % 20]
+        by_student = rng.random(len(text)) < 0.75 + 0.2 * np.arange(len(text)) / len(text)
+        student = np.where(by_student, -rng.exponential(0.1, len(text)), -rng.exponential(4, len(text)))
+        rows.append({"problem_id": f"p{i:03}", "row": i, "sample": 0, "response_ids": list(range(len(text))),
+                     "text": "".join(text), "logq": [-0.01] * len(text), "log_student": student.round(5).tolist(),
+                     "log_privileged": [None, *(-rng.exponential(0.1, len(text) - 1)).round(5).tolist()],
+                     "writer": "".join("s" if s else "p" for s in by_student),
+                     "acceptance": round(float(by_student.mean()), 4),
+                     "finish": "length" if i % 10 == 9 else "stop",
+                     "drop": "artefact: the hint" if i % 8 == 0 else "repetition: 0.9" if i % 13 == 1 else None,
+                     "pieces": text})  # fmt: skip
+    path.parent.mkdir(parents=True, exist_ok=True)
+    dump(path, rows)
+    scores = [{"problem_id": r["problem_id"], "sample": 0, "log_ratio": rng.normal(0.3, 1.2, len(r["pieces"])).tolist()}
+              for r in rows]  # fmt: skip
+    dump(path.parent / "token_scores.jsonl", scores)
+    return path
+
+
+class Page(HTMLParser):
+    """Elements with attributes, ids, and the texts of scripts and styles."""
+
+    def __init__(self, text: str):
+        super().__init__(convert_charrefs=True)
+        self.elements, self.raw, self.text = [], [], []
+        self.feed(text)
+        self.close()
+
+    def handle_starttag(self, tag, attrs):
+        self.elements.append((tag, dict(attrs)))
+
+    def handle_data(self, data):
+        if self.elements and self.elements[-1][0] in ("script", "style") and self.cdata_elem:
+            self.raw.append((*self.elements[-1], data))
+        else:
+            self.text.append(data)
+
+    def find(self, tag):
+        return [attrs for name, attrs in self.elements if name == tag]
+
+    def data(self):
+        return json.loads("".join(text for tag, attrs, text in self.raw if attrs.get("id") == "data"))
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    root = tmp_path_factory.mktemp("runs")
+    return {arm: make_run(root / arm, arm) for arm in SKILL}, make_traces(root / "shared" / "traces.jsonl")
+
+
+@pytest.fixture(scope="module")
+def parsed(runs, tmp_path_factory):
+    out = page.write(runs[0], tmp_path_factory.mktemp("page") / "report.html", "A <b>title</b>", runs[1])
+    return Page(out.read_text("utf-8"))
+
+
+def test_the_page_has_every_part(parsed):
+    ids = [attrs["id"] for _, attrs in parsed.elements if "id" in attrs]
+    assert len(ids) == len(set(ids))
+    assert {
+        "results",
+        "diagnosis",
+        "pass",
+        "budget",
+        "lengths",
+        "training",
+        "traces",
+        "viewer",
+        "samples",
+        "run",
+    } <= set(ids)
+    assert {a["href"][1:] for a in parsed.find("a")} <= set(ids)
+    text = " ".join(parsed.text)
+    for expected in ("A <b>title</b>", "models/tiny", "TPU v5e", "2 min 3 s", "train.objective", "pass@1 against base"):
+        assert expected in text
+    data = parsed.data()
+    assert data["runs"] == ["base", "nll", "dail"]
+    assert {chart["section"] for chart in data["charts"]} == set(plots.FILES)
+
+
+def test_nothing_leads_out_of_the_page(parsed):
+    """No element can load anything, and only the page's own script and style may run."""
+    for tag, attrs in parsed.elements:
+        assert tag not in ("iframe", "object", "embed", "img", "base", "form")
+        assert not any(name.startswith("on") or name in ("src", "srcdoc", "action", "style") for name in attrs), (
+            tag,
+            attrs,
+        )
+        assert attrs.get("href", "#").startswith("#") or attrs["href"] == "data:,"
+    policy = next(attrs["content"] for attrs in parsed.find("meta") if "http-equiv" in attrs)
+    assert policy.startswith("default-src 'none'")
+    own = [(tag, text) for tag, attrs, text in parsed.raw if attrs.get("id") != "data"]
+    assert [tag for tag, _ in own] == ["style", "script"]
+    for tag, text in own:
+        digest = base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+        assert f"{tag}-src 'sha256-{digest}'" in policy
+        # The only address is the name of the SVG namespace, which is never fetched.
+        assert re.findall(r"https?:[^\"']*|url\(|@import", text) in ([], ["http://www.w3.org/2000/svg"])
+        assert "innerHTML" not in text and "fetch(" not in text
+
+
+def test_hostile_texts_stay_texts(parsed):
+    assert len(parsed.find("script")) == 2 and not parsed.find("img")
+    data = parsed.data()
+    assert any(sample["text"] == HOSTILE for sample in data["samples"])
+    assert any("</script>" in trace["pieces"] for trace in data["traces"])
+
+
+def test_charts_hold_the_results(runs, parsed):
+    results = json.loads((runs[0]["dail"] / "results.json").read_text())["benchmarks"]["hard"]["256"]
+    found = {
+        (c["section"], c["variant"], c["title"]): {s["name"]: s["points"] for s in c["series"]}
+        for c in parsed.data()["charts"]
+    }
+    points = found["pass", "pass@k, budget 256", "hard"]["dail"]
+    assert [p[0] for p in points] == [1, 2, 4, 8]
+    assert points[0][1:] == [results["pass@k"]["1"][key] for key in ("mean", "low", "high")]
+    by_budget = found["budget", "pass@1 against token budget", "hard"]["dail"]
+    assert [p[0] for p in by_budget] == list(BUDGETS) and by_budget[1][1] == results["pass@k"]["1"]["mean"]
+    lengths = found["lengths", "budget 256", "hard"]["dail"]
+    assert sum(p[1] for p in lengths) == pytest.approx(1, abs=1e-4)
+    excess = found["training", "", charts.TRAINING["excess"][0]]
+    assert list(excess) == ["dail"] and len(excess["dail"]) == 60
+
+
+def test_acceptance_by_position_is_counted(runs):
+    _, (traces,) = collect.read(runs[0], runs[1])
+    rows = [json.loads(line) for line in runs[1].read_text().splitlines()]
+    at = 40
+    assert traces.by_anyone[at] == sum(len(row["writer"]) > at for row in rows)
+    assert traces.by_student[at] == sum(row["writer"][at : at + 1] == "s" for row in rows)
+    assert traces.drops == {"artefact": 5, "repetition": 3}
+    assert traces.scored and traces.rows[0]["push"][0] is not None and traces.rows[0]["log_privileged"][0] is None
+
+
+def test_selection_is_even():
+    groups = {"rare": [3, 99], "common": list(range(1000, 2000)), "other": list(range(5000, 6000))}
+    chosen = collect.spread(groups, 42)
+    assert len(chosen) == 42 and chosen == sorted(chosen) and {3, 99} <= set(chosen)
+    common = [i for i in chosen if 1000 <= i < 2000]
+    assert len(common) == 20 and common[0] == 1000 and common[-1] == 1999 and max(np.diff(common)) < 60
+    assert collect.spread(groups, 5000) == sorted(itertools.chain(*groups.values()))
+
+
+def test_embedded_rows_are_limited(tmp_path, monkeypatch):
+    monkeypatch.setattr(collect, "MAX_SAMPLES", 30)
+    monkeypatch.setattr(collect, "MAX_TRACES", 10)
+    monkeypatch.setattr(collect, "MAX_TEXT", 50)
+    run = make_run(tmp_path / "dail", "dail")
+    make_traces(run / "traces.jsonl")
+    found = Page(page.write({"dail": run}, tmp_path / "report.html", "t").read_text("utf-8"))
+    data = found.data()
+    assert len(data["samples"]) == 30 and len(data["traces"]) == 10
+    assert {s["correct"] for s in data["samples"]} == {True, False}
+    assert all(len(s["text"]) < 50 + 60 for s in data["samples"]) and any(
+        "left out" in s["text"] for s in data["samples"]
+    )
+    total = 2 * PROBLEMS * SAMPLES * len(BUDGETS)
+    assert f"30 of {total} samples" in " ".join(parsed_text(found)) and "10 of 40 traces" in " ".join(
+        parsed_text(found)
+    )
+
+
+def parsed_text(found: Page) -> list[str]:
+    return [" ".join(text.split()) for text in found.text]
+
+
+def test_an_empty_run_still_gives_a_page(tmp_path):
+    (tmp_path / "run").mkdir()
+    found = Page(page.write({"run": tmp_path / "run"}, tmp_path / "report.html", "nothing yet").read_text("utf-8"))
+    assert found.data() == {"runs": ["run"], "charts": [], "samples": [], "traces": []}
+    assert plots.write({"run": tmp_path / "run"}, tmp_path / "plots") == []
+
+
+def test_files_of_a_run_in_progress(tmp_path):
+    run = make_run(tmp_path / "dail", "dail")
+    make_traces(run / "traces.jsonl")
+    for name in ("samples.jsonl", "metrics.jsonl", "traces.jsonl"):
+        with open(run / name, "a") as file:
+            file.write('{"torn": ')
+    with open(run / "metrics.jsonl", "r+") as file:
+        rows = file.read()
+        file.seek(0)  # a resumed run writes some updates twice: the later values count
+        file.write(
+            rows.replace('{"torn": ', "") + json.dumps({"stage": "train", "step": 60, "time": 1, "loss": 77.0}) + "\n"
+        )
+    (read,), (traces,) = collect.read({"dail": run})
+    assert read.total == 2 * PROBLEMS * SAMPLES * len(BUDGETS) and traces.total == 40
+    assert len(read.metrics["train"]["loss"]) == 60 and read.metrics["train"]["loss"][60] == 77.0
+
+
+def test_faults_are_named(tmp_path):
+    run = make_run(tmp_path / "dail", "dail")
+    (run / "metrics.jsonl").write_text('{"stage":"train","step":1,"time":0,"loss":1}\nnot JSON\n')
+    with pytest.raises(UserError, match=r"metrics.jsonl:2: got damaged content"):
+        page.write({"dail": run}, tmp_path / "report.html", "t")
+    with pytest.raises(UserError, match="no such run directory"):
+        page.write({"x": tmp_path / "absent"}, tmp_path / "report.html", "t")
+
+
+def test_traces_without_pieces_or_roles(tmp_path):
+    run = tmp_path / "run"
+    run.mkdir()
+    dump(run / "traces.jsonl", [{"problem_id": "a", "sample": 0, "response_ids": [1, 2], "text": HOSTILE,
+                                 "logq": [-0.5, float("-inf")], "log_student": None,
+                                 "log_privileged": [-0.5, None], "writer": "pp", "acceptance": 0.0,
+                                 "finish": "stop", "drop": None}])  # fmt: skip
+    data = Page(page.write({"run": run}, tmp_path / "report.html", "t").read_text("utf-8")).data()
+    (trace,) = data["traces"]
+    assert (
+        trace["pieces"] is None
+        and trace["log_student"] is None
+        and trace["logq"] == [-0.5, None]
+        and trace["text"] == HOSTILE
+    )
+
+
+def test_the_same_runs_give_the_same_bytes(runs, tmp_path):
+    pages = [page.write(runs[0], tmp_path / f"{i}.html", "t", runs[1]).read_bytes() for i in range(2)]
+    assert pages[0] == pages[1] and len(pages[0]) < 2_000_000
+
+
+def test_plots(runs, tmp_path):
+    files = plots.write(runs[0], tmp_path / "plots", runs[1])
+    assert {f.name for f in files} == {f"{name}.{kind}" for name in plots.FILES.values() for kind in ("png", "svg")}
+    for file in files:
+        if file.suffix == ".png":
+            pixels = image.imread(file)
+            assert min(pixels.shape[:2]) > 400 and pixels[..., :3].std() > 0.05
+        else:
+            text = file.read_text()
+            assert text.count("<path") > 30 and text.rstrip().endswith("</svg>")
+
+
+def test_plots_are_the_same_bytes(runs, tmp_path):
+    found = charts.build(*collect.read(runs[0]))[:1]
+    first, again = ([file.read_bytes() for file in plots.draw(found, tmp_path / name)] for name in ("a", "b"))
+    assert first == again and len(first) == 2
+
+
+def test_page_and_plots_share_their_colours():
+    css = (Path(page.__file__).parent / "page.css").read_text()
+    light = re.findall(r"\.c\d \{ --c: light-dark\((#\w+),", css)
+    assert tuple(light) == plots.COLOURS
+
+
+# ---------------------------------------------------------------------------------------------------
+# Diagnosis
+# ---------------------------------------------------------------------------------------------------
+
+
+def seen_in(runs, traces=None) -> dict[str, str]:
+    """The figures of what was seen, by title."""
+    return {f.title: " | ".join(f.figures) for f in diagnosis.find(*collect.read(runs, traces)) if f.seen}
+
+
+def test_diagnosis_has_the_figures(runs):
+    found = seen_in(*runs)
+    assert found.keys() == {"Traces that mention the reference", "Below the untrained model"}
+    assert found["Traces that mention the reference"] == "all arms: 5 of 40 traces (12.5%) were dropped for it"
+    a, b = (json.loads((runs[0][arm] / "results.json").read_text()) for arm in ("base", "nll"))
+    d = protocol.compare(a, b, "known", "256", 1, 0, diagnosis.RESAMPLES)
+    figures = f"known (budget 256) {100 * d.mean:+.1f} points [{100 * d.low:+.1f}, {100 * d.high:+.1f}]"
+    assert figures in found["Below the untrained model"] and "dail" not in found["Below the untrained model"]
+    everything = diagnosis.find(*collect.read(*runs))
+    assert [f.seen for f in everything] == sorted((f.seen for f in everything), reverse=True)
+    unseen = {f.title: f.figures for f in everything if not f.seen}
+    assert len(unseen["Loss spikes"]) == 2 and unseen["Below the untrained model"][0].startswith("dail")
+
+
+def test_diagnosis_of_training_curves(tmp_path):
+    run = make_run(tmp_path / "dail", "dail")
+    assert not seen_in({"dail": run}).keys() & {"Loss spikes", "Excess not falling"}
+    noise = 1 + np.random.default_rng(0).normal(size=(100, 2)) / 10
+    noise[30, 0], noise[40, 0] = 50.0, float("nan")
+    dump(run / "metrics.jsonl", [{"stage": "train", "step": i, "time": 0, "loss": loss, "excess": excess}
+                                 for i, (loss, excess) in enumerate(noise.tolist())])  # fmt: skip
+    found = seen_in({"dail": run})
+    assert found["Loss spikes"] == "dail (gamma 0.1): 1 spikes at updates 30, 1 losses not finite, in 100 updates"
+    assert found["Excess not falling"].startswith("dail (gamma 0.1): ")
+
+
+def rewrite(run: Path, change) -> None:
+    results = json.loads((run / "results.json").read_text())
+    change(results["benchmarks"])
+    (run / "results.json").write_text(json.dumps(results))
+
+
+def test_diagnosis_of_shortcuts_and_long_budgets(tmp_path):
+    """Better on what was trained on alone; then worse with more tokens."""
+    base, dail = make_run(tmp_path / "base", "base"), make_run(tmp_path / "dail", "dail")
+    for run in (base, dail):
+        tree = config_lib.read_yaml(run / "config.yaml")
+        tree["evaluate"]["benchmarks"][0]["rows"]["path"] = "train.jsonl"
+        (run / "config.yaml").write_text(config_lib.dump(config_lib.build(tree, "test")))
+    before = json.loads((base / "results.json").read_text())["benchmarks"]["known"]
+    rewrite(dail, lambda benchmarks: benchmarks.update(known=before))
+    assert "(trained on hard)" in seen_in({"base": base, "dail": dail})["Better on its training problems alone"]
+    rewrite(dail, lambda b: b.update(hard={"64": b["hard"]["256"], "256": b["hard"]["64"]}))
+    found = seen_in({"base": base, "dail": dail})["Accuracy falling at long budgets"]
+    assert re.fullmatch(r"dail, pass@1: hard -\d.* from budget 64 to 256, known best at its longest budget, 256", found)

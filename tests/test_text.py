@@ -1,0 +1,181 @@
+"""Tokenizers of both kinds, the chat template's text, the opening of a turn, and bad folders."""
+
+import json
+import time
+
+import pytest
+import sentencepiece
+from tokenizers import Tokenizer as Fast
+from tokenizers import decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from dail_jax.errors import UserError
+from dail_jax.text import load_tokenizer, open_tag, stop_ids
+
+CHAT = """{%- for m in messages %}
+{{- '<|start|>' + m['role'] + '\\n' + m['content'] | trim + '<|end|>\\n' }}
+{%- endfor %}
+{%- if add_generation_prompt %}
+    {{- '<|start|>assistant\\n' }}
+    {%- if enable_thinking is defined and enable_thinking is false %}{{- '<think>\\n\\n</think>\\n\\n' }}{% endif %}
+{%- endif %}"""
+MESSAGES = [{"role": "system", "content": "Be brief.\n"}, {"role": "user", "content": "2 + 2 = é? {{ 7*7 }}"}]
+
+
+def byte_tokenizer(folder, template: str | None = CHAT, eos: str | None = "<|end|>"):
+    """A tokenizer of 256 bytes and 4 control tokens, saved as tokenizer.json."""
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    core = Fast(models.BPE(vocab={c: i for i, c in enumerate(letters)}, merges=[]))
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = decoders.ByteLevel()
+    fast = PreTrainedTokenizerFast(tokenizer_object=core, eos_token=eos, chat_template=template,
+                                   additional_special_tokens=["<|start|>", "<think>", "</think>"])  # fmt: skip
+    fast.save_pretrained(str(folder))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    return load_tokenizer(byte_tokenizer(tmp_path_factory.mktemp("bytes")))
+
+
+def test_round_trip_and_ids(tokenizer):
+    text = "  Zeilen\n\n mit é, ∑ und  Leerzeichen ."
+    ids = tokenizer.encode(text)
+    assert len(ids) == len(text.encode()) and tokenizer.decode(ids) == text
+    assert tokenizer.encode("") == []
+    assert tokenizer.size == 260 and tokenizer.eos_id == tokenizer.encode("<|end|>")[0] == tokenizer.pad_id
+    ids = tokenizer.encode("a<|end|>")
+    assert len(ids) == 2 and tokenizer.decode(ids) == "a" and tokenizer.decode(ids, keep_special=True) == "a<|end|>"
+
+
+def test_rendering_equals_transformers(tokenizer):
+    for messages in (MESSAGES, MESSAGES[1:]):
+        theirs = tokenizer.hf.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        assert tokenizer.render_text(messages) == theirs
+        assert tokenizer.render(messages) == tokenizer.encode(theirs)
+    assert "{{ 7*7 }}" in tokenizer.render_text(MESSAGES)  # messages are data, not templates
+
+
+@pytest.mark.parametrize(
+    "tail, opening, end",
+    [
+        ("", "", "assistant\n"),
+        ("", "<think>\n", "assistant\n<think>\n"),
+        ("<think>\n", "<think>\n", "assistant\n<think>\n"),
+        ("<think>", "<think>\n", "assistant\n<think>\n"),
+        ("<think>\n", "<think>", "assistant\n<think>\n"),
+        ("<think>\n\n</think>\n\n", "<think>\n", "assistant\n<think>\n"),
+        ("<think>\n\n</think>\n\n", "", "<think>\n\n</think>\n\n"),
+        ("", "Answer: ", "assistant\nAnswer: "),
+    ],
+)
+def test_the_turn_is_opened_once(tmp_path, tail, opening, end):
+    template = CHAT.replace("'<|start|>assistant\\n'", f"'<|start|>assistant\\n' + {json.dumps(tail)}")
+    tokenizer = load_tokenizer(byte_tokenizer(tmp_path, template))
+    text = tokenizer.render_text(MESSAGES, opening)
+    assert text.endswith(end) and text.count("<think>") == end.count("<think>")
+    assert open_tag(opening) == ("think" if "think" in opening else None)
+
+
+def test_a_template_that_prints_the_date_prints_the_same_tomorrow(tmp_path):
+    dated = "{% if date_string is not defined %}{% set date_string = strftime_now('%d') %}{% endif %}{{ date_string }}"
+    assert load_tokenizer(byte_tokenizer(tmp_path, dated)).render_text(MESSAGES) == "26 Jul 2024"
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_sentencepiece(tmp_path, named):
+    text = [f"The answer is {i}, since {i} + {i} = {2 * i}." for i in range(200)]
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(text), model_prefix=str(tmp_path / "tokenizer"), vocab_size=320, model_type="bpe",
+        byte_fallback=True, normalization_rule_name="identity", remove_extra_whitespaces=False, minloglevel=2,
+    )  # fmt: skip
+    (tmp_path / "chat_template.jinja").write_text(CHAT)
+    if named:
+        settings = {"tokenizer_class": "LlamaTokenizer", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    tokenizer = load_tokenizer(tmp_path)
+    theirs = sentencepiece.SentencePieceProcessor(str(tmp_path / "tokenizer.model"))
+    sample = "The answer is 12,  since é + 7."
+    assert tokenizer.encode(sample) == theirs.encode(sample)
+    assert tokenizer.decode(tokenizer.encode(sample)) == sample
+    assert tokenizer.size == 320 and tokenizer.eos_id == theirs.eos_id()
+    assert tokenizer.render_text(MESSAGES[1:], "<think>\n").endswith("assistant\n<think>\n")
+
+
+def test_stop_ids(tmp_path, tokenizer):
+    assert stop_ids(tmp_path, tokenizer) == (tokenizer.eos_id,)
+    (tmp_path / "config.json").write_text('{"eos_token_id": 7}')
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": [9, 7, 3]}')
+    assert stop_ids(tmp_path, tokenizer) == (3, 7, 9, tokenizer.eos_id)
+    (tmp_path / "config.json").write_text('{"eos_token_id": "x"}')
+    with pytest.raises(UserError, match=r"config.json:eos_token_id: got 'x', want a token id"):
+        stop_ids(tmp_path, tokenizer)
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(UserError, match=r"config.json: want a JSON object"):
+        stop_ids(tmp_path, tokenizer)
+
+
+@pytest.mark.parametrize(
+    "template, complaint",
+    [
+        ("a\nb\n{% if %}", r"line 3:chat_template: .*TemplateSyntaxError"),
+        ("{{ 1 }}\n{{ messages[0].a.b }}", r"line 2:chat_template: .*UndefinedError"),
+        ("{% for i in range(9999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
+         r"did not end within 5 seconds"),
+        ("{{ 'x' * 10**10 }}", r"out of memory"),
+        ("{{ 'xxxxxxxxxx' * 10**6 }}", r"megabyte"),
+        ("{{ messages.__class__.__mro__[1].__subclasses__() }}", r"SecurityError"),
+    ],
+)  # fmt: skip
+def test_bad_templates_are_found_before_use(tmp_path, template, complaint):
+    start = time.monotonic()
+    with pytest.raises(UserError, match=complaint):
+        load_tokenizer(byte_tokenizer(tmp_path, template))
+    assert time.monotonic() - start < 60
+
+
+def test_templates_that_refuse_a_role_or_are_missing(tmp_path):
+    refusing = "{% if messages[0].role == 'system' %}{{ raise_exception('no system here') }}{% endif %}ok"
+    tokenizer = load_tokenizer(byte_tokenizer(tmp_path / "a", refusing))
+    assert tokenizer.render_text(MESSAGES[1:]) == "ok"
+    with pytest.raises(UserError, match=r"line 1:chat_template: .*no system here"):
+        tokenizer.render_text(MESSAGES)
+    bare = load_tokenizer(byte_tokenizer(tmp_path / "b", None, eos=None))
+    with pytest.raises(UserError, match="got no chat template"):
+        bare.render(MESSAGES)
+    with pytest.raises(UserError, match="without an end-of-sequence token"):
+        _ = bare.eos_id
+    with pytest.raises(UserError, match="without an end-of-sequence token"):
+        stop_ids(tmp_path, bare)
+
+
+def test_bad_folders(tmp_path):
+    with pytest.raises(UserError, match="no such folder"):
+        load_tokenizer(tmp_path / "none")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match=r"no tokenizer file, want tokenizer.json or tokenizer.model"):
+        load_tokenizer(tmp_path / "empty")
+    for content, complaint in (
+        ("version https://git-lfs.github.com/spec/v1\noid sha256:00\n", "git-LFS pointer"),
+        ("<!DOCTYPE html><html>Not found", "HTML page"),
+        ('{"version": "1.0", "model": {"type": "BPE", "voc', "does not load"),
+        ("", "does not load"),
+    ):
+        folder = byte_tokenizer(tmp_path / f"f{len(content)}")
+        (folder / "tokenizer.json").write_text(content)
+        with pytest.raises(UserError, match=complaint):
+            load_tokenizer(folder)
+
+
+def test_code_in_the_folder_never_runs(tmp_path):
+    byte_tokenizer(tmp_path)
+    settings = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    settings |= {"auto_map": {"AutoTokenizer": ["evil.Evil", None]}, "tokenizer_class": "Evil"}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    (tmp_path / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass Evil: pass\n")
+    try:
+        assert load_tokenizer(tmp_path).encode("a")  # a plain tokenizer.json may serve as it is
+    except UserError as error:
+        assert "does not load" in str(error)
+    assert not (tmp_path / "ran").exists()
