@@ -77,9 +77,9 @@ def test_compare(results):
 def test_one_line(results):
     assert protocol.one_line(results) == (
         "dail_jax (arm=dail, objective=dail)"
-        " | hard: budget=8, problems=2, samples=4, pass@1 25.0 [0.0, 50.0], pass@4 50.0 [0.0, 100.0], tokens 6.5"
-        " | hard: budget=64, problems=2, samples=4, pass@1 50.0 [25.0, 75.0], pass@4 100.0 [100.0, 100.0], tokens 6.5"
-        " | chain: budget=64, problems=1, samples=4, pass@1 75.0 [75.0, 75.0], pass@4 100.0 [100.0, 100.0], tokens 6.5"
+        " | hard: budget=8, problems=2, samples=4, pass@1 25.0 [0.0, 50.0], pass@4 50.0 [0.0, 100], tokens 6.5"
+        " | hard: budget=64, problems=2, samples=4, pass@1 50.0 [25.0, 75.0], pass@4 100 [100, 100], tokens 6.5"
+        " | chain: budget=64, problems=1, samples=4, pass@1 75.0 [75.0, 75.0], pass@4 100 [100, 100], tokens 6.5"
     )
 
 
@@ -90,11 +90,11 @@ def test_tables(results):
         "| benchmark | method | pass@1 | pass@4 | mean tokens |",
         "| --- | --- | ---: | ---: | ---: |",
         "| hard (64) | base | 0.0 [0.0, 0.0] | 0.0 [0.0, 0.0] | 6.5 [6.5, 6.5] |",
-        "| hard (64) | dail | 50.0 [25.0, 75.0] | 100.0 [100.0, 100.0] | 6.5 [6.5, 6.5] |",
+        "| hard (64) | dail | 50.0 [25.0, 75.0] | 100 [100, 100] | 6.5 [6.5, 6.5] |",
         "| hard (8) | base | - | - | - |",
-        "| hard (8) | dail | 25.0 [0.0, 50.0] | 50.0 [0.0, 100.0] | 6.5 [6.5, 6.5] |",
+        "| hard (8) | dail | 25.0 [0.0, 50.0] | 50.0 [0.0, 100] | 6.5 [6.5, 6.5] |",
         "| chain | base | - | - | - |",
-        "| chain | dail | 75.0 [75.0, 75.0] | 100.0 [100.0, 100.0] | 6.5 [6.5, 6.5] |",
+        "| chain | dail | 75.0 [75.0, 75.0] | 100 [100, 100] | 6.5 [6.5, 6.5] |",
     ]
     console = Console(width=80, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
     console.print(protocol.table(runs, ks=(1, 4, 32)))

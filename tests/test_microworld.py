@@ -334,3 +334,28 @@ def test_errors_of_the_commands(tmp_path):
         main(["check", str(tmp_path / "absent.jsonl")])
     with pytest.raises(UserError, match="at least one row"):
         main(["corpus", "--out", str(bad), "--rows", "0"])
+
+
+def test_the_pipeline_builds_the_prompts_of_the_corpus():
+    """Token for token: what the model was trained on is what the three roles are given."""
+    from dail_jax import config as config_lib
+    from dail_jax.data.prompts import PromptBuilder
+    from dail_jax.data.records import read_rows
+    from dail_jax.text import load_tokenizer
+
+    cfg = config_lib.load("configs/demo.yaml")
+    assert cfg.data is not None
+    tokenizer = load_tokenizer(cfg.data.path.replace("train.jsonl", "tokenizer"))
+    builder = PromptBuilder(tokenizer, cfg.prompts, cfg.waypoints)
+    empty = 0
+    for row in read_rows(cfg.data):
+        built = builder.build(row)
+        results, _, answer = row.solution.rpartition(";")
+        shown = re.findall(r"=(\d{3})", results)
+        assert row.answer is not None and row.answer in answer
+        waypoints = [v for i, v in enumerate(shown) if v != row.answer and v not in shown[:i]]
+        empty += not waypoints
+        fields = {"problem": row.problem, "solution": row.solution, "waypoints": " ".join(waypoints), "answer": row.answer}
+        for role in ("student", "privileged", "negative"):
+            assert getattr(built, role) == tokenizer.encode(render(role, fields)), (row.problem_id, role)
+    assert empty

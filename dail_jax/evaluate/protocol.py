@@ -161,5 +161,5 @@ def markdown(results: Mapping[str, Results], ks: Sequence[int] = (1, 8, 32)) -> 
 
 
 def _percent(found: Mapping[str, float]) -> str:
-    mean, low, high = (f"{100 * found[key]:.1f}" for key in ("mean", "low", "high"))
+    mean, low, high = (f"{100 * found[key]:.1f}".replace("100.0", "100") for key in ("mean", "low", "high"))
     return f"{mean} [{low}, {high}]"

@@ -19,6 +19,7 @@ from pathlib import Path
 
 from rich.table import Table
 
+from dail_jax.data import prompts
 from dail_jax.errors import UserError
 from dail_jax.metrics import console
 from dail_jax.microworld import tokenizer, verify, world
@@ -40,17 +41,15 @@ def _frame() -> tuple[str, str]:
 
 
 @functools.cache
-def _template(role: str) -> str:
-    return (ASSETS / "templates" / f"{role}.txt").read_text(encoding="utf-8")
+def _template(role: str) -> prompts.Template:
+    return prompts.load_template(str(ASSETS / "templates" / f"{role}.txt"), role)
 
 
 def render(role: str, fields: dict[str, str]) -> str:
     """The prompt of `role` as text: its template with the fields filled in, inside the chat template."""
-    text = _template(role)
-    for name, value in fields.items():
-        text = text.replace("{{" + name + "}}", value)
+    values = {**fields, "waypoints": fields.get("waypoints", "").split()}
     before, after = _frame()
-    return before + text + after
+    return before + _template(role).messages(values)[0]["content"] + after
 
 
 def write_corpus(out: Path, rows: int, seed: int) -> None:

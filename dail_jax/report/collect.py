@@ -212,6 +212,7 @@ def _trace(row: dict[str, Any]) -> dict[str, Any]:
         "tokens": len(row.get("response_ids") or row.get("writer") or ""),
         "text": clip(row.get("text") or ""),
         "writer": (row.get("writer") or "")[:MAX_TOKENS],
+        "ids": (row.get("response_ids") or [])[:MAX_TOKENS],
         "pieces": row["pieces"][:MAX_TOKENS] if row.get("pieces") else None,
         **{key: _logs(row.get(key)) for key in ("logq", "log_student", "log_privileged")},
         "push": None,

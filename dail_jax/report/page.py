@@ -10,7 +10,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from datetime import datetime
 from importlib import resources
@@ -31,13 +31,20 @@ SETTINGS = ("model.path", "data.path", "seed", "train.objective", "train.gamma",
 SECTIONS = {"pass": "pass@k", "budget": "Accuracy and tokens", "lengths": "Token lengths", "training": "Training"}
 
 
-def write(runs: Mapping[str, Path], out: Path, title: str, traces: Path | None = None) -> Path:
+def write(runs: Mapping[str, Path], out: Path, title: str, traces: Path | None = None,
+          decode: Callable[[list[int]], list[str]] | None = None) -> Path:  # fmt: skip
     """Writes the page for run directories by name (arm), and returns its path; any file of a run may be missing.
 
-    `traces` is the traces.jsonl (or its folder) that the arms share; without it each run's own is shown. Raises
-    UserError where a directory is missing or a file is damaged.
+    `traces` is the traces.jsonl (or its folder) that the arms share; without it each run's own is shown. `decode`
+    gives the text of each token, for traces that do not carry it. Raises UserError where a directory is missing or
+    a file is damaged.
     """
-    write_atomic(out, render(*collect.read(runs, traces), title).encode("utf-8", "replace"))
+    found, shown = collect.read(runs, traces)
+    for trace in (row for file in shown for row in file.rows):
+        ids = trace.pop("ids")
+        if decode is not None and not trace["pieces"]:
+            trace["pieces"] = decode(ids)
+    write_atomic(out, render(found, shown, title).encode("utf-8", "replace"))
     return out
 
 

@@ -214,7 +214,7 @@ def decode(
     def step(state: State, _):
         return _step(grid, cfg, draft, params, lora, state, rules, knobs), None
 
-    return jax.lax.scan(step, state, None, length=grid.chunk)[0]
+    return _lay_out(jax.lax.scan(step, state, None, length=grid.chunk)[0])
 
 
 def _step(grid, cfg, draft, params, lora, state: State, rules: Rules, knobs: mixture.Knobs) -> State:
@@ -296,7 +296,7 @@ def _propose(grid: Grid, draft: int, state: State, token: jax.Array, index: jax.
 def read(state: State, slot: jax.Array) -> tuple[jax.Array, ...]:
     """One slot's response: tokens, logq, log_student, log_privileged, by_student, each [S]."""
     fields = (state.tokens, state.logq, state.log_student, state.log_privileged, state.by_student)
-    return tuple(jax.lax.dynamic_index_in_dim(x, slot, keepdims=False) for x in fields)
+    return tuple(constrain(jax.lax.dynamic_index_in_dim(x, slot, keepdims=False), "_") for x in fields)
 
 
 def _uniform(keys: jax.Array, index: jax.Array) -> jax.Array:

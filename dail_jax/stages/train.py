@@ -17,7 +17,7 @@ from dail_jax.data.records import Row, dataset_hash, read_rows
 from dail_jax.errors import UserError
 from dail_jax.metrics import Metrics, progress, say
 from dail_jax.model.lora import Lora
-from dail_jax.rundir import Interrupt, Interrupted, RunDir, sha256
+from dail_jax.rundir import Interrupt, Interrupted, RunDir, json_line, sha256, write_atomic
 from dail_jax.stages.generate import mark_drops, read_traces, traces_path
 from dail_jax.stages.session import Session, open_session
 from dail_jax.train import optimizer, references
@@ -176,8 +176,15 @@ def cache(session: Session, examples, run_dir: RunDir, recipe, digest: str) -> r
         say(f"train: references would take {need / 2**30:.1f} GiB, above train.references_gib; computing them in every step")
         return None
     key = f"{session.config.model.path} {session.config.model.dtype} {digest}"
-    return references.compute(run_dir.path / "references", key, recipe, session.params, session.mesh, examples,
-                              cfg.batch_size // cfg.accumulate, cfg.bucket)  # fmt: skip
+    found = references.compute(run_dir.path / "references", key, recipe, session.params, session.mesh, examples,
+                               cfg.batch_size // cfg.accumulate, cfg.bucket)  # fmt: skip
+    scores = run_dir.path / "token_scores.jsonl"  # for the report's trace viewer
+    if jax.process_count() == 1 and not scores.exists():
+        ratios = references.log_ratios(found, session.params, examples, cfg.chunk)
+        names = [e.name.rpartition("/") for e in examples]
+        write_atomic(scores, "".join(json_line({"problem_id": problem, "sample": int(sample), "log_ratio": ratio})
+                                     for (problem, _, sample), ratio in zip(names, ratios, strict=True)))  # fmt: skip
+    return found
 
 
 def complain(examples: list[Example], batch, bad: np.ndarray, number: int) -> None:

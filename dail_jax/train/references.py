@@ -8,6 +8,7 @@ shapes and SHA-256. What is read back is what was computed, bit for bit.
 from __future__ import annotations
 
 import functools
+import itertools
 import json
 import os
 import shutil
@@ -15,6 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import ml_dtypes  # noqa: F401  (registers bfloat16 with numpy)
 import numpy as np
 from jax.experimental.multihost_utils import process_allgather
@@ -22,6 +24,7 @@ from jax.experimental.multihost_utils import process_allgather
 from dail_jax import mesh as mesh_lib
 from dail_jax.data import batches
 from dail_jax.metrics import progress
+from dail_jax.model import transformer
 from dail_jax.model.weights import Params
 from dail_jax.rundir import sha256, write_atomic
 from dail_jax.train import step as step_lib
@@ -107,3 +110,28 @@ def compute(
         write_atomic(folder / "manifest.json", json.dumps({"key": key, "shape": shape, "files": files}, indent=1))
     mesh_lib.barrier("references")
     return references
+
+
+def log_ratios(references: References, params: Params, examples: list[batches.Example], chunk: int) -> list[list[float]]:
+    """log p_PS - log p_NR of every response token: where it is low, the contrast pushes the student away.
+
+    For the report. Every process computes all of it, from its own read of the cache.
+    """
+
+    @jax.jit
+    def of_chunk(states, ids):
+        return jnp.take_along_axis(jax.nn.log_softmax(transformer.unembed(params, states)), ids[:, None], 1)[:, 0]
+
+    ids = np.concatenate([np.array(e.response, np.int32) for e in examples])
+    ids = np.pad(ids, (0, -len(ids) % chunk))
+    logs = {}
+    for role in step_lib.REFERENCES:
+        states = references.maps[role]
+        parts = []
+        for i in range(0, len(ids), chunk):
+            rows = np.array(states[i : i + chunk])
+            rows = np.pad(rows, ((0, chunk - len(rows)), (0, 0)))
+            parts.append(np.asarray(of_chunk(rows, ids[i : i + chunk])))
+        logs[role] = np.concatenate(parts)
+    ratio = np.round(logs["privileged"] - logs["negative"], 3)
+    return [ratio[a:b].tolist() for a, b in itertools.pairwise(references.offsets)]
