@@ -10,14 +10,16 @@ from __future__ import annotations
 import difflib
 import io
 import math
+import re
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, get_args
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 from ruamel.yaml import YAML
-from ruamel.yaml.error import MarkedYAMLError, YAMLError
 
 from dail_jax.errors import UserError
+from dail_jax.strict_yaml import assign, lay_over, parse_yaml, read_yaml
 
 
 def _finite(value: float) -> float:
@@ -26,12 +28,19 @@ def _finite(value: float) -> float:
     return value
 
 
-Number = Annotated[float, AfterValidator(_finite)]
+def _not_bool(value: Any) -> Any:
+    if isinstance(value, bool):  # which Python takes for 0 or 1
+        raise ValueError("want a number")
+    return value
+
+
+Number = Annotated[float, BeforeValidator(_not_bool), AfterValidator(_finite)]
 Positive = Annotated[Number, Field(gt=0)]
 NonNegative = Annotated[Number, Field(ge=0)]
 Fraction = Annotated[Number, Field(ge=0, le=1)]
-Count = Annotated[int, Field(ge=1)]
-Natural = Annotated[int, Field(ge=0)]
+BelowOne = Annotated[Number, Field(ge=0, lt=1)]
+Count = Annotated[int, BeforeValidator(_not_bool), Field(ge=1)]
+Natural = Annotated[int, BeforeValidator(_not_bool), Field(ge=0)]
 
 
 class Section(BaseModel):
@@ -164,8 +173,8 @@ class Optimizer(Section):
     schedule: Literal["linear", "constant", "trapezoid"] = "linear"
     decay_fraction: Fraction = 0.3  # of the steps, for `trapezoid`
     weight_decay: NonNegative = 0.01
-    b1: Fraction = 0.9
-    b2: Fraction = 0.999
+    b1: BelowOne = 0.9
+    b2: BelowOne = 0.999
     clip: Positive = 1.0
 
 
@@ -293,9 +302,14 @@ class Config(Section):
 # ---------------------------------------------------------------------------------------------------
 
 
-def load(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Config:
-    """The configuration in file `path`, with `key.sub=value` overrides applied; raises UserError."""
+def load(path: str | Path, overrides: Sequence[str] = (), more: Sequence[str] = ()) -> Config:
+    """The configuration in file `path`, with the files `more` laid over it and then `key.sub=value` overrides.
+
+    Raises UserError.
+    """
     tree = read_yaml(path)
+    for file in more:
+        lay_over(tree, read_yaml(file))
     for override in overrides:
         key, equals, value = override.partition("=")
         if not equals or not key:
@@ -320,84 +334,51 @@ def with_overrides(config: Config, changes: dict[str, Any], source: str | Path) 
     return build(tree, source)
 
 
-def read_yaml(path: str | Path) -> dict[str, Any]:
-    """The mapping in a YAML file; raises UserError with the line at fault."""
-    try:
-        text = Path(path).read_text(encoding="utf-8-sig")
-    except FileNotFoundError:
-        raise UserError("no such file", file=path) from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot be read as UTF-8 text: {error}", file=path) from None
-    tree = parse_yaml(text, path)
-    if not isinstance(tree, dict):
-        kind = "an empty file" if tree is None else f"a {type(tree).__name__}"
-        raise UserError(f"got {kind}, want a mapping of keys", file=path)
-    return tree
-
-
-def parse_yaml(text: str, source: str | Path) -> Any:
-    """A YAML 1.2 document; aliases and tags are refused, since nothing here needs them."""
-    yaml = YAML(typ="safe", pure=True)
-    try:
-        for event in yaml.parse(io.StringIO(text)):
-            line = event.start_mark.line + 1
-            if type(event).__name__ == "AliasEvent":
-                raise UserError("got a YAML alias, want plain values", file=source, row=line)
-            if getattr(event, "tag", None):
-                raise UserError(f"got the YAML tag {event.tag!s}, want plain values", file=source, row=line)
-        return YAML(typ="safe", pure=True).load(text)
-    except MarkedYAMLError as error:
-        mark = error.problem_mark or error.context_mark
-        problem = (error.problem or str(error)).split("\n")[0]
-        raise UserError(f"not valid YAML: {problem}", file=source, row=mark.line + 1 if mark else None) from None
-    except (YAMLError, ValueError, RecursionError) as error:
-        raise UserError(f"not valid YAML: {str(error).splitlines()[0]}", file=source) from None
-
-
 def dump(config: Config) -> str:
     """The resolved configuration as YAML."""
     out = io.StringIO()
-    yaml = YAML()
-    yaml.dump(config.model_dump(mode="json"), out)
+    YAML().dump(config.model_dump(mode="json"), out)
     return out.getvalue()
-
-
-def assign(tree: dict[str, Any], key: str, value: Any) -> None:
-    """Sets a dotted key in a nested dict, in place; list elements by index, as in `benchmarks.0.name`."""
-    node: Any = tree
-    parts = key.split(".")
-    for part in parts[:-1]:
-        if isinstance(node, list) and part.isdigit() and int(part) < len(node):
-            node = node[int(part)]
-            continue
-        if not isinstance(node, dict):
-            raise UserError(f"got override {key!r}, but {part!r} is not inside a section")
-        if node.get(part) is None:
-            node[part] = {}
-        node = node[part]
-    if isinstance(node, list) and parts[-1].isdigit() and int(parts[-1]) < len(node):
-        node[int(parts[-1])] = value
-    elif isinstance(node, dict):
-        node[parts[-1]] = value
-    else:
-        raise UserError(f"got override {key!r}, but its parent is not a section")
 
 
 def _explain(error: ValidationError, source: str | Path) -> UserError:
     """The first complaint of pydantic as one line of ours."""
-    first = error.errors()[0]
-    field = ".".join(str(part) for part in first["loc"])
+    # (an unknown key before what is missing: it may be the missing one, misspelt)
+    first = min(error.errors(), key=lambda e: e["type"] != "extra_forbidden")
+    field = ".".join(str(part) for part in first["loc"] if part != "[key]")
     if first["type"] == "extra_forbidden":
-        known = _keys_at(first["loc"][:-1])
-        near = difflib.get_close_matches(str(first["loc"][-1]), known, 1, 0.0)
-        hint = f"did you mean {near[0]!r}?" if near else "no keys are known here"
-        return UserError(f"unknown key; {hint}", file=source, field=field)
+        return UserError(f"unknown key; did you mean {_nearest(first['loc'])!r}?", file=source, field=field)
     if first["type"] == "missing":
         return UserError("missing, and it has no default", file=source, field=field)
     want = first["msg"].removeprefix("Value error, ")
-    want = want[0].lower() + want[1:]
+    if first["type"] in ("model_type", "dict_type"):
+        want = "want a mapping of keys"
+    want = re.sub(r"^(Input|Keys|String|.*items) should (be|match) ", "want ", want)
+    if not want.startswith("want ") and isinstance(first["input"], dict):  # keys that do not go together
+        return UserError(want, file=source, field=field or None)
     got = repr(first["input"])
     return UserError(f"got {got if len(got) <= 80 else got[:77] + '...'}, {want}", file=source, field=field or None)
+
+
+def _nearest(loc: tuple[str | int, ...]) -> str:
+    """The known key most like the unknown one at `loc`: in its section, or else in any."""
+    key = str(loc[-1])
+    here = _keys_at(loc[:-1])
+    near = difflib.get_close_matches(key, here, 1)
+    if near:
+        return near[0]
+    paths = {path.rpartition(".")[2]: path for path in _paths(Config)}
+    near = difflib.get_close_matches(key, paths, 1)
+    return paths[near[0]] if near else difflib.get_close_matches(key, here or paths, 1, 0.0)[0]
+
+
+def _paths(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
+    """Every key, dotted."""
+    for name, field in model.model_fields.items():
+        yield prefix + name
+        section = _section_in(field.annotation)
+        if section is not None:
+            yield from _paths(section, f"{prefix}{name}.")
 
 
 def _keys_at(loc: tuple[str | int, ...]) -> list[str]:
@@ -417,6 +398,4 @@ def _section_in(annotation: Any) -> type[BaseModel] | None:
     """The Section inside an annotation such as `tuple[Benchmark, ...]` or `Rows | None`."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return annotation
-    if get_origin(annotation) in (tuple, dict, Union) or get_args(annotation):
-        return next((s for a in get_args(annotation) if (s := _section_in(a))), None)
-    return None
+    return next((s for a in get_args(annotation) if (s := _section_in(a))), None)

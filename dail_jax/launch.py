@@ -22,6 +22,7 @@ STAGES = {
     "export": "the LoRA as a PEFT adapter -> RUN_DIR/adapter",
     "report": "tables, RUN_DIR/report.html and RUN_DIR/plots",
     "pretrain": "all weights of a small model, from scratch (the embedded micro-world)",
+    "compile": "ahead of time, for devices that need not be here: memory, FLOPs and whether it fits",
     "env": "versions, devices and mesh: what a bug report needs",
 }
 
@@ -31,12 +32,19 @@ def parser() -> argparse.ArgumentParser:
     stages = top.add_subparsers(dest="stage", required=True, metavar="STAGE")
     for name, words in STAGES.items():
         sub = stages.add_parser(name, help=words, description=words)
-        sub.add_argument("--config", required=name != "env", help="a YAML file, see configs/")
+        sub.add_argument(
+            "--config", required=name != "env", action="append", help="a YAML file, see configs/; more are laid over it"
+        )
         sub.add_argument("--trace", action="store_true", help="show a traceback with errors")
         sub.add_argument("--distributed", action="store_true", help="several processes, found by JAX itself (TPU, SLURM)")
         sub.add_argument("--coordinator", metavar="HOST:PORT", help="several processes: where process 0 listens")
         sub.add_argument("--processes", type=int, metavar="N", help="... how many there are")
         sub.add_argument("--process-id", type=int, metavar="I", help="... and which this one is, from 0")
+        if name == "compile":
+            sub.add_argument("--topology", default="cpu", help="cpu (default), gpu, or a TPU slice such as v5e:4x4")
+            sub.add_argument("--json", metavar="FILE", help="also write one JSON object a row")
+            sub.add_argument("--quick", action="store_true", help="memory only: compile nothing extra to count FLOPs")
+            sub.add_argument("--only", metavar="WORD", default="", help="only programs with this in their name")
         sub.add_argument("overrides", nargs="*", metavar="key.sub=value", help="replaces a key of the configuration")
     return top
 
@@ -46,6 +54,9 @@ def main(argv: list[str] | None = None) -> int:
     several = args.distributed or args.coordinator is not None
     os.environ.setdefault("HF_HUB_OFFLINE", "1")  # models and tokenizers are folders
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if args.stage == "compile" and args.topology != "gpu":  # no device is looked for, and libtpu's lock is not taken
+        os.environ.update(JAX_PLATFORMS="cpu", TPU_SKIP_MDS_QUERY="1", ALLOW_MULTIPLE_LIBTPU_LOAD="1",
+                          TPU_WORKER_HOSTNAMES="localhost")  # fmt: skip
 
     from dail_jax.errors import UserError
     from dail_jax.metrics import say
@@ -59,8 +70,11 @@ def main(argv: list[str] | None = None) -> int:
             jax.distributed.initialize(args.coordinator, args.processes, args.process_id)
         from dail_jax import config as config_lib
 
-        config = config_lib.load(args.config, args.overrides) if args.config else None
-        _stage(args.stage)(config)
+        config = config_lib.load(args.config[0], args.overrides, args.config[1:]) if args.config else None
+        more = {}
+        if args.stage == "compile":
+            more = {"topology": args.topology, "out": args.json, "quick": args.quick, "only": args.only}
+        _stage(args.stage)(config, **more)
         return 0
     except UserError as error:
         if args.trace:

@@ -23,6 +23,7 @@ AXES = ("data", "fsdp", "tensor")
 # Letters that are not listed are replicated.
 RULES: dict[str, str | tuple[str, ...]] = {
     "b": ("data", "fsdp"),
+    "a": "data",  # batch, while D is spread over fsdp
     "d": "fsdp",
     "n": "tensor",
     "k": "tensor",
@@ -70,12 +71,17 @@ def constrain(x: jax.Array, axes: str) -> jax.Array:
     return x if mesh.empty else jax.lax.with_sharding_constraint(x, spec(axes))
 
 
-def local_rows(mesh: jax.sharding.Mesh, count: int) -> slice:
-    """Which of `count` batch rows this process holds; raises UserError if they do not divide."""
+def check_rows(mesh: jax.sharding.Mesh, count: int) -> None:
+    """Raises UserError if `count` batch rows do not divide among the devices."""
     parts = axis_size(mesh, "b")
     if count % parts:
         raise UserError(f"got {count} rows a step, want a multiple of the {parts} devices along data and fsdp",
                         field="train.batch_size")  # fmt: skip
+
+
+def local_rows(mesh: jax.sharding.Mesh, count: int) -> slice:
+    """Which of `count` batch rows this process holds; raises UserError if they do not divide."""
+    check_rows(mesh, count)
     slices = sharding(mesh, "b").addressable_devices_indices_map((count,)).values()
     bounds = [s[0].indices(count) for s in slices if s is not None]
     return slice(min(b[0] for b in bounds), max(b[1] for b in bounds))

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -137,15 +138,16 @@ def test_devices_do_not_matter(params, reference, shape):
         same(collect(sampler(sharded, mesh, slots=8), requests()), reference, exact=False)
 
 
-@pytest.mark.parametrize(("draft", "tau", "temperature", "penalty"), [(3, 0.3, 0.9, 0.3), (5, 0.0, 0.3, 0.0)], ids=str)
-def test_drafting_changes_no_token(params, one_device, draft, tau, temperature, penalty):
-    kw = {"tau": tau, "temperature": temperature, "presence_penalty": penalty}
+@pytest.mark.parametrize("kind", ["any text", "a repetitive text"])
+def test_drafting_changes_no_token(params, one_device, kind):
+    two_tokens = tuple(i for i in range(CFG.V) if i not in (6, 7))  # nothing else is ever drawn
+    kw = {} if kind == "any text" else {"never": two_tokens, "temperature": 0.5, "presence_penalty": 0.0}
     with jax.set_mesh(one_device):
-        plain, drafted = sampler(params, one_device, **kw), sampler(params, one_device, draft=draft, **kw)
-        same(collect(plain, requests()), collect(drafted, requests()), exact=False)
-    if temperature < 0.5:  # a repetitive text, where drafts are often right
+        plain, drafted = sampler(params, one_device, **kw), sampler(params, one_device, draft=3, **kw)
+        same(collect(plain, requests(2)), collect(drafted, requests(2)), exact=False)
+    if kw:
         assert drafted.usage.steps < plain.usage.steps
-        assert drafted.usage.occupancy > 1.3 * plain.usage.occupancy
+        assert drafted.usage.occupancy > 1.2 * plain.usage.occupancy
 
 
 def test_drafting_is_given_up_where_it_is_slower():
@@ -191,6 +193,22 @@ def test_one_program_a_bucket_and_none_for_new_knobs(params, one_device):
         assert len(buckets) == 2
         assert decode.decode._cache_size() - before[0] == len(buckets)
         assert decode.load_prompt._cache_size() - before[1] == len(buckets)
+
+
+@pytest.mark.parametrize("draft", [0, 3])
+def test_caches_are_updated_in_place(params, one_device, draft):
+    """No cache is copied in the compiled decode loop, and all of the state is aliased to its input."""
+    grid = decode.Grid(2, 2, 8, 2, 128, 96, 8, draft)
+    with jax.set_mesh(one_device):
+        s = sampler(params, one_device)
+        state = jax.eval_shape(lambda: decode.empty(grid, CFG, jnp.float32))
+        compiled = decode.decode.lower(grid, CFG, draft, s.params, None, state, s.rules, s.knobs).compile()
+    text = compiled.as_text()
+    for shape in (f"32,2,{96 + draft},6", "4,2,256,6"):
+        assert f"f32[{shape}]" in text
+        assert not re.search(rf"= f32\[{shape}\]\S* copy\(", text)
+    memory = compiled.memory_analysis()
+    assert memory.alias_size_in_bytes >= sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state))
 
 
 def test_bucket_depends_on_the_length_alone():

@@ -77,8 +77,7 @@ def forward(
     tokens and its prompt. Without one, rows see themselves, and layers are scanned if they are stacked.
     `remat`: what the backward pass recomputes, by name: none, full, dots (all but matrix products).
     """
-    x = constrain(params["embed"], "v_").at[tokens].get(mode="clip")
-    x = constrain(x, "bt_")
+    x = _embed(params, tokens)
     angles = _angles(positions, cfg)
     layers = params["layers"]
 
@@ -107,8 +106,9 @@ def forward(
         return _block(x, weights, lora and (pair, lora.scale), angles, cfg, attend_rows), None
 
     if isinstance(layers, list):
+        layer = _remat(step, remat, prevent_cse=True)
         for i, weights in enumerate(layers):
-            x, _ = step(x, (weights, lora and lora.layer(i)))
+            x, _ = layer(x, (weights, lora and lora.layer(i)))
     else:
         x, _ = jax.lax.scan(_remat(step, remat), x, (layers, lora and lora.tree))
     return _norm(x, params["norm"], cfg), None
@@ -118,7 +118,7 @@ def prefill(
     params: Params, tokens: jax.Array, positions: jax.Array, cfg: ModelConfig, lora: Lora | None = None
 ) -> tuple[jax.Array, list[jax.Array], list[jax.Array]]:
     """Hidden states [B,T,D] of prompts and, a layer, the keys and values [B,K,T,H] to cache."""
-    x = constrain(constrain(params["embed"], "v_").at[tokens].get(mode="clip"), "bt_")
+    x = _embed(params, tokens)
     angles = _angles(positions, cfg)
     layers, ks, vs = params["layers"], [], []
     for i in range(cfg.L):
@@ -144,6 +144,12 @@ def unembed(params: Params, hidden: jax.Array) -> jax.Array:
 
 
 # ---------------------------------------------------------------------------------------------------
+
+
+def _embed(params: Params, tokens: jax.Array) -> jax.Array:
+    """[B,T,D] of tokens [B,T]. Each device looks up its share of D for all rows: rows travel, not the table."""
+    x = constrain(params["embed"], "vd").at[constrain(tokens, "at")].get(mode="clip")
+    return constrain(constrain(x, "atd"), "bt_")
 
 
 def _block(x, weights, pair, angles, cfg, attend):
@@ -206,8 +212,8 @@ def _store(cache: jax.Array, new: jax.Array, slots: jax.Array) -> jax.Array:
     return write(cache, new.swapaxes(1, 2).astype(cache.dtype), slots)
 
 
-def _remat(step, policy: str):
+def _remat(step, policy: str, prevent_cse: bool = False):
     if policy == "none":
         return step
     policies = {"full": None, "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable}
-    return jax.checkpoint(step, policy=policies[policy], prevent_cse=False)
+    return jax.checkpoint(step, policy=policies[policy], prevent_cse=prevent_cse)

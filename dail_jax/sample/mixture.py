@@ -54,18 +54,17 @@ def truncated(logits: jax.Array, k: Knobs) -> jax.Array:
     """
     greedy = jax.nn.one_hot(jnp.argmax(logits, -1), logits.shape[-1], dtype=jnp.float32)
     probs = jax.nn.softmax(logits / jnp.where(k.temperature > 0, k.temperature, 1.0), axis=-1)
-    probs = jax.lax.cond((k.top_k > 0) | (k.top_p < 1), lambda p: _truncate(p, k), lambda p: p, probs)
+    probs = jax.lax.cond(k.top_k > 0, lambda p: _cut(p, lambda kept: kept.sum(-1) >= k.top_k), lambda p: p, probs)
+    probs = jax.lax.cond(
+        k.top_p < 1, lambda p: _cut(p, lambda kept: jnp.where(kept, p, 0).sum(-1) >= k.top_p), lambda p: p, probs
+    )
     return jnp.where(k.temperature > 0, probs, greedy)
 
 
-def _truncate(probs: jax.Array, k: Knobs) -> jax.Array:
-    """Cuts to the top k, then to the smallest set of mass top_p, and normalises; without sorting."""
+def _cut(probs: jax.Array, enough: Callable[[jax.Array], jax.Array]) -> jax.Array:
+    """The smallest upper set that is `enough`, normalised; found without sorting."""
     bits = jax.lax.bitcast_convert_type(probs, jnp.int32)  # of non-negative floats: same order as the floats
-    edge = _largest(bits, lambda kept: kept.sum(-1) >= jnp.where(k.top_k > 0, k.top_k, probs.shape[-1]))
-    probs = jnp.where(bits >= edge, probs, 0)
-    mass = probs.sum(-1)
-    edge = _largest(bits, lambda kept: jnp.where(kept, probs, 0).sum(-1) >= jnp.minimum(k.top_p, 1.0) * mass)
-    probs = jnp.where((bits >= edge) | (k.top_p >= 1), probs, 0)
+    probs = jnp.where(bits >= _largest(bits, enough), probs, 0)
     return probs / probs.sum(-1, keepdims=True)
 
 

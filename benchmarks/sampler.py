@@ -1,0 +1,138 @@
+"""The sampler beside transformers, with equal weights, in one run.
+
+    python benchmarks/sampler.py [--json FILE]
+
+(a) mixed policy: ours against a per-token loop of two transformers models with their KV caches (one draw of each, a
+    test p >= tau), which is what the reference implementation's rule amounts to;
+(b) plain sampling: ours against `transformers.generate`;
+(c) mixed policy against our own plain decode at the same number of rows;
+(d) occupancy: the share of decoded slots that are live tokens on lengths with a long tail, and the wall time
+    against tokens x time a token at full slots;
+(e) memory of the shared prompt cache against the repeated one, from the compiled program.
+"""
+
+from __future__ import annotations
+
+from common import arguments, in_turn, random_model, row, show
+
+PROMPT, NEW = 64, 64
+
+
+def main() -> None:
+    args = arguments("sampler against transformers", batches="8,32")
+    import jax
+    import numpy as np
+    import torch
+
+    from dail_jax import config as config_lib
+    from dail_jax.sample import engine, mixture
+
+    theirs, params, cfg, mesh = random_model()
+    rng = np.random.default_rng(0)
+    rows = []
+
+    def sampler(roles: int, slots: int, tau: float = 0.3, max_tokens: int = NEW) -> engine.Sampler:
+        return engine.Sampler(params, cfg, mesh, (), 0, slots, max_tokens, mixture.knobs(config_lib.Sampling(), tau), roles)
+
+    def requests(count: int, roles: int, limit=lambda i: NEW) -> list[engine.Request]:
+        draw = lambda: tuple(rng.integers(1, 32000, PROMPT).tolist())  # noqa: E731
+        return [engine.Request(f"p{i}", tuple(draw() for _ in range(roles)), (0,), limit(i)) for i in range(count)]
+
+    with jax.set_mesh(mesh), torch.no_grad():
+        for batch in map(int, args.batches.split(",")):
+            two, one, wide = sampler(2, batch), sampler(1, batch), sampler(1, 2 * batch)
+            ask2, ask1, ask_wide = requests(batch, 2), requests(batch, 1), requests(2 * batch, 1)
+            prompts = [torch.tensor([r.prompts[role] for r in ask2]) for role in range(2)]
+            plain = torch.tensor([r.prompts[0] for r in ask1])
+            work = batch * NEW
+            mixed = lambda: list(two.run(ask2))  # noqa: B023, E731
+            times = in_turn(args.runs, mixed, lambda: two_model_loop(theirs, prompts, 0.3))  # noqa: B023
+            rows.append(row(f"mixed policy / two-model loop, batch {batch}", *times, "tokens/s", work))
+            times = in_turn(args.runs, lambda: list(one.run(ask1)), lambda: generate(theirs, plain))  # noqa: B023
+            rows.append(row(f"plain / transformers.generate, batch {batch}", *times, "tokens/s", work))
+            times = in_turn(args.runs, mixed, lambda: list(wide.run(ask_wide)))  # noqa: B023
+            both = row(f"mixed / own plain decode of the same rows, batch {batch}", *times, "rows/s", 2 * work)
+            rows.append(both)
+        rows += occupancy(sampler, requests, args.runs)
+        rows.append(cache_memory(params, cfg))
+    show("sampler, 41.6M-parameter Qwen3 shape, float32", rows, args.json)
+
+
+def two_model_loop(model, prompts, tau: float):
+    """The literal rule, token by token: two forwards, two caches."""
+    import torch
+
+    past, last, out = [None, None], list(prompts), []
+    for _ in range(NEW):
+        logits = []
+        for role in range(2):
+            got = model(last[role], past_key_values=past[role], use_cache=True, logits_to_keep=1)
+            past[role] = got.past_key_values
+            logits.append(torch.softmax(got.logits[:, -1].float(), -1))
+        student, privileged = logits
+        proposal = torch.multinomial(student, 1)
+        token = torch.where(privileged.gather(1, proposal) >= tau, proposal, torch.multinomial(privileged, 1))
+        out.append(token)
+        last = [token, token]
+    return torch.cat(out, 1)
+
+
+def generate(model, prompts):
+    return model.generate(prompts, do_sample=True, top_k=0, top_p=1.0, temperature=1.0, max_new_tokens=NEW,
+                          min_new_tokens=NEW, pad_token_id=0, eos_token_id=None)  # fmt: skip
+
+
+def occupancy(sampler, requests, runs: int) -> list[dict]:
+    """160 responses on 16 slots whose lengths have a long tail: 8 + min(Exp(mean 40), 248) tokens."""
+    import statistics
+    import time
+
+    import numpy as np
+
+    lengths = (8 + np.minimum(np.random.default_rng(1).exponential(40, 160), 248)).astype(int)
+    s, full = sampler(1, 16, max_tokens=256), sampler(1, 16, max_tokens=256)
+    ask, ask_full = requests(160, 1, lambda i: int(lengths[i])), requests(16, 1, lambda i: 256)
+    walls, ideals = [], []
+    for i in range(runs + 1):
+        s.usage = type(s.usage)()
+        started = time.perf_counter()
+        list(s.run(ask))
+        wall = time.perf_counter() - started
+        started = time.perf_counter()
+        list(full.run(ask_full))
+        a_token = (time.perf_counter() - started) / (16 * 256)
+        if i:
+            walls.append(wall)
+            ideals.append(a_token * lengths.sum())
+    ratios = sorted(w / i for w, i in zip(walls, ideals, strict=True))
+    share = s.usage.occupancy
+    return [
+        {"name": "live share of decoded slots, long tail", "ours": share, "peer": 1.0, "unit": "share", "ratio": share,
+         "low": share, "high": share},
+        {"name": "wall time / (tokens x time a token), long tail", "ours": statistics.median(walls),
+         "peer": statistics.median(ideals), "unit": "s", "ratio": statistics.median(ratios), "low": ratios[0],
+         "high": ratios[-1]},
+    ]  # fmt: skip
+
+
+def cache_memory(params, cfg) -> dict:
+    """Cache bytes of 32 samples, prompt 1,024 and response 256: shared against repeated, by the compiler's count."""
+    import jax
+    import jax.numpy as jnp
+
+    from dail_jax.sample import decode
+
+    def argument_bytes(grid: decode.Grid) -> int:
+        state = jax.eval_shape(lambda: decode.empty(grid, cfg, jnp.float32))
+        held = jax.jit(lambda cache: cache).lower((state.cache.k, state.cache.v, state.cache.prompt_k, state.cache.prompt_v))
+        return held.compile().memory_analysis().argument_size_in_bytes
+
+    shared = argument_bytes(decode.Grid(1, 1, 64, 2, 1024, 256, 8)) / 2  # two problems of 32 samples share a block
+    repeated = argument_bytes(decode.Grid(1, 32, 1, 1, 1024, 256, 8))
+    share = shared / repeated
+    return {"name": "shared / repeated prompt cache, n=32, 1024+256", "ours": shared / 2**20, "peer": repeated / 2**20,
+            "unit": "MiB", "ratio": share, "low": share, "high": share}  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,142 @@
+"""The train step beside torch + peft doing the reference implementation's work, with equal weights, in one run.
+
+    python benchmarks/train.py [--json FILE]
+
+The peer runs three forwards (student with the adapter, the two references with it disabled) and full-vocabulary
+`kl_div` terms, then backward and AdamW. Ours is one jitted update: references computed in the step, and read from
+the cache as from the second epoch on. Losses must agree to 1e-4 before anything is timed.
+"""
+
+from __future__ import annotations
+
+import sys
+
+from common import arguments, in_turn, random_model, row, show
+
+BATCH, PROMPT, RESPONSE, GAMMA = 4, 128, 128, 0.1
+LENGTHS = {"student": PROMPT, "privileged": 2 * PROMPT, "negative": PROMPT + 32}
+
+
+def main() -> None:
+    args = arguments("train step against torch + peft")
+    import jax
+    import numpy as np
+    import torch
+
+    from dail_jax import config as config_lib
+    from dail_jax import mesh as mesh_lib
+    from dail_jax.data import batches
+    from dail_jax.train import optimizer, references, step
+
+    theirs, params, model, mesh = random_model()
+    rng = np.random.default_rng(0)
+    draw = lambda n: tuple(rng.integers(1, 32000, n).tolist())  # noqa: E731
+    examples = [batches.Example(f"e{i}", {r: draw(n) for r, n in LENGTHS.items()}, draw(RESPONSE)) for i in range(BATCH)]
+    cfg = config_lib.Train(batch_size=BATCH, bucket=32, gamma=GAMMA, remat="none", chunk=256)
+    local = mesh_lib.local_rows(mesh, BATCH)
+    peer = Peer(theirs, examples, cfg)
+    with jax.set_mesh(mesh):
+        tx = optimizer.adamw(cfg.optimizer, 1000)
+        layout = step.shardings(model, cfg, tx, mesh)
+        recipe = step.recipe(model, cfg)
+        import tempfile
+        from pathlib import Path
+
+        with tempfile.TemporaryDirectory() as folder:
+            cache = references.compute(Path(folder), "bench", recipe, params, mesh, examples, BATCH, cfg.bucket)
+            plan = np.arange(BATCH)
+            uncached = batches.Assemble(examples, cfg.bucket, 1, local, tuple(LENGTHS)).map(plan)
+            cached = batches.Assemble(examples, cfg.bucket, 1, local, ("student",), step.REFERENCES, cache).map(plan)
+        update = step.make_update(recipe, tx, layout)
+        states = {}
+
+        def ours(name: str, batch):
+            if name not in states:
+                states[name] = step.init(jax.random.key(0), model, cfg, tx, mesh)
+            states[name], out = update(params, states[name], mesh_lib.to_devices(batch, mesh, BATCH))
+            return float(out["loss"])
+
+        losses = ours("uncached", uncached), ours("cached", cached), peer.loss_value()
+        print(f"losses: ours {losses[0]:.6f}, cached {losses[1]:.6f}, torch {losses[2]:.6f}")
+        if max(losses) - min(losses) > 1e-4 * max(abs(x) for x in losses):
+            sys.exit("error: the losses differ, so there is nothing to compare")
+        torch.set_num_threads(2)
+        work = float(BATCH)
+        rows = [
+            row("train step / torch + peft", *in_turn(args.runs, lambda: ours("uncached", uncached), peer.update), "rows/s", work),
+            row("the same, references cached / torch + peft", *in_turn(args.runs, lambda: ours("cached", cached), peer.update),
+                "rows/s", work),
+            row("cached / uncached", *in_turn(args.runs, lambda: ours("cached", cached), lambda: ours("uncached", uncached)),
+                "rows/s", work),
+            loss_memory(),
+        ]  # fmt: skip
+    show("train step, 41.6M-parameter Qwen3 shape, LoRA r 32, float32", rows, args.json)
+
+
+class Peer:
+    """torch + peft: adapter on, adapter off twice, kl_div, AdamW."""
+
+    def __init__(self, model, examples, cfg):
+        import peft
+        import torch
+
+        config = peft.LoraConfig(r=cfg.lora.rank, lora_alpha=int(cfg.lora.alpha), lora_dropout=0.0, bias="none",
+                                 target_modules=["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
+                                 task_type="CAUSAL_LM")  # fmt: skip
+        self.model = peft.get_peft_model(model, config)
+        self.ids = {role: torch.tensor([[*e.prompts[role], *e.response] for e in examples]) for role in LENGTHS}
+        trained = [p for p in self.model.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.AdamW(trained, lr=cfg.optimizer.learning_rate, weight_decay=0.01)
+
+    def loss(self):
+        import torch
+        from torch.nn.functional import kl_div, log_softmax
+
+        def logs(role):
+            logits = self.model(self.ids[role]).logits
+            return log_softmax(logits[:, LENGTHS[role] - 1 : -1].float(), -1)
+
+        with torch.no_grad(), self.model.disable_adapter():
+            privileged, negative = logs("privileged"), logs("negative")
+        student = logs("student")
+        terms = (kl_div(p, student, log_target=True, reduction="none").sum(-1).mean() for p in (privileged, negative))
+        first, second = terms
+        return first - GAMMA * second
+
+    def loss_value(self) -> float:
+        return float(self.loss().detach())
+
+    def update(self) -> None:
+        self.optimizer.zero_grad()
+        self.loss().backward()
+        self.optimizer.step()
+
+
+def loss_memory() -> dict:
+    """Temporaries of the loss alone, by the compiler's count: chunked against one [B, T, V] tensor a role."""
+    import jax
+    import jax.numpy as jnp
+
+    from dail_jax.train import objectives
+
+    objective = objectives.Objective("dail", GAMMA)
+    b, t, d, v = 4, 1024, 512, 32000
+    h, w, m = (jax.ShapeDtypeStruct(s, x) for s, x in (((b, t, d), jnp.float32), ((v, d), jnp.float32), ((b, t), jnp.bool_)))
+
+    def chunked(h, p, n, m, w):
+        return objectives.summed(objective, 256, h, {"privileged": p, "negative": n}, m, w)[0]
+
+    def naive(h, p, n, m, w):
+        s, p, n = (jax.nn.log_softmax(x @ w.T) for x in (h, p, n))
+        kl = lambda a, b: (jnp.exp(a) * (a - b)).sum(-1)  # noqa: E731
+        return jnp.where(m, kl(s, p) - GAMMA * kl(s, n), 0).sum()
+
+    sizes = [jax.jit(jax.grad(f)).lower(h, h, h, m, w).compile().memory_analysis().temp_size_in_bytes / 2**20
+             for f in (chunked, naive)]  # fmt: skip
+    ratio = sizes[1] / sizes[0]
+    return {"name": "loss temporaries, chunked / naive, 4 x 1024 tokens", "ours": sizes[0], "peer": sizes[1], "unit": "MiB",
+            "ratio": ratio, "low": ratio, "high": ratio}  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,414 @@
+"""Compiles the real programs of a configuration for devices that are not here, and says what they would need.
+
+Memory is the compiler's own and exact. A loop's body is counted once in the compiler's FLOPs, bytes and time, so for
+the train step these come from two short unrolled models, of 1 and 3 layers, extrapolated to the real depth, plus the
+attention kernels by arithmetic, since the compiler does not look into them. For decoding they are one token's.
+Useful FLOPs, what utilisation is measured in, are arithmetic: matrix products of the forward passes and of the
+gradient by activations, with causal attention and without recomputation.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import math
+import re
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from dail_jax import config as config_lib
+from dail_jax import mesh as mesh_lib
+from dail_jax.data.batches import pad
+from dail_jax.errors import UserError
+from dail_jax.model import lora as lora_lib
+from dail_jax.model import weights
+from dail_jax.model.families import ModelConfig
+from dail_jax.sample import decode, engine, mixture
+from dail_jax.train import objectives, optimizer
+from dail_jax.train import step as step_lib
+
+KNOWN = "cpu, gpu, or a TPU slice such as v5e:4x4, v5p:2x2x4, v6e:4x4"
+KERNEL_EFFICIENCY = 0.5  # of the peak, assumed for attention kernels
+KERNEL_PASSES = {"forward": 2, "backward": 7}  # [T,T,H] products a splash pass makes
+
+
+@dataclass(frozen=True)
+class Chip:
+    """HBM in GB, bfloat16 peak in TFLOP/s, HBM bandwidth in GB/s."""
+
+    hbm: float
+    peak: float
+    bandwidth: float
+
+
+CHIPS = {  # by a part of the device kind
+    "TPU v5 lite": Chip(16, 197, 819),
+    "TPU v5": Chip(95, 459, 2765),
+    "TPU v6 lite": Chip(32, 918, 1640),
+    "H200": Chip(141, 989, 4800),
+    "H100": Chip(80, 989, 3350),
+    "A100": Chip(80, 312, 2039),
+}
+
+
+@dataclass(frozen=True)
+class Program:
+    """One program: how to lower it, whose memory it is, and its useful FLOPs a device (0: not measured so)."""
+
+    name: str
+    kind: str  # train, loss or sampler
+    lower: Callable[[], jax.stages.Lowered]
+    useful: float = 0.0
+    count: Callable[[], Count] | None = None  # how to count what its loops hide
+    state: Any = None  # donated caches: abstract arrays that must stay in place
+
+
+@dataclass(frozen=True)
+class Count:
+    """FLOPs, bytes and the compiler's seconds of one run on one device; `kernels` are FLOPs that it does not see."""
+
+    flops: float
+    bytes: float
+    seconds: float
+    kernels: float = 0.0
+
+    def __add__(self, other: Count) -> Count:
+        return Count(*(a + b for a, b in zip(dataclasses.astuple(self), dataclasses.astuple(other), strict=True)))
+
+    def __mul__(self, factor: float) -> Count:
+        return Count(*(factor * x for x in dataclasses.astuple(self)))
+
+
+@dataclass(frozen=True)
+class Row:
+    """What a program needs. GB are 1e9 bytes a device; None where it is not known."""
+
+    program: str
+    compile_seconds: float
+    arguments_gb: float | None
+    temporaries_gb: float | None
+    peak_gb: float | None
+    hbm_gb: float | None
+    aliased_gb: float | None
+    flops: float | None
+    bytes: float | None
+    seconds: float | None
+    utilisation: float | None
+    bytes_over_ideal: float | None
+    cache_copies: int | None
+    fits: bool | None
+    verdict: str
+
+
+def devices(topology: str) -> list:
+    """The devices of a topology: local ones for cpu and gpu, else those of a TPU slice; raises UserError."""
+    if topology in ("cpu", "gpu"):
+        try:
+            return jax.devices(topology)
+        except RuntimeError:
+            raise UserError(
+                f"got {topology!r}, but jax finds no such device here; want {KNOWN}", field="topology"
+            ) from None
+    if not re.fullmatch(r"v\d+\w*:\d+(x\d+)*", topology):
+        raise UserError(f"got {topology!r}, want {KNOWN}", field="topology")
+    if importlib.util.find_spec("libtpu") is None:
+        raise UserError("compiling for a TPU wants libtpu: pip install 'dail_jax[tpu]'", field="topology")
+    from jax.experimental import topologies
+
+    try:
+        return list(topologies.get_topology_desc(platform="tpu", topology_name=topology).devices)
+    except Exception as error:  # whatever the installed libtpu says about names that it does not know
+        raise UserError(f"got {topology!r}, which libtpu refuses ({str(error).splitlines()[0]}); want {KNOWN}",
+                        field="topology") from None  # fmt: skip
+
+
+def chip(device) -> Chip | None:
+    return next((c for kind, c in CHIPS.items() if kind in device.device_kind), None)
+
+
+def compile_all(
+    config: config_lib.Config, model: ModelConfig, mesh: Mesh, quick: bool = False, only: str = ""
+) -> Iterator[Row]:
+    """Rows of the table, one program at a time; `quick` leaves out the extra programs that count operations."""
+    known = chip(mesh.devices.flat[0])
+    programs = [*train_programs(config, model, mesh), *sampler_programs(config, model, mesh)]
+    for program in programs:
+        if only in program.name:
+            yield measure(program, config, mesh, known, quick)
+
+
+def lower(mesh: Mesh, jitted, *args) -> jax.stages.Lowered:
+    """Traces a program for a mesh; no array is made on it, since its devices may not exist."""
+    with jax.set_mesh(mesh):
+        return jitted.lower(*args)
+
+
+# ---------------------------------------------------------------------------------------------------
+# Training
+# ---------------------------------------------------------------------------------------------------
+
+
+def lengths(config: config_lib.Config) -> tuple[int, int]:
+    """The longest prompt and response, padded, of which `train.max_tokens` admits a batch."""
+    cfg = config.train
+    longest = config.prompts.max_solution_tokens if cfg.objective == "sft" else config.generate.sampling.max_tokens
+    response = min(longest, cfg.max_tokens - 1)
+    return pad(cfg.max_tokens - response, cfg.bucket), pad(response, cfg.bucket)
+
+
+def train_programs(config: config_lib.Config, model: ModelConfig, mesh: Mesh) -> list[Program]:
+    cfg = config.train
+    if cfg.objective == "none":
+        return []
+    rows, (prompt, response) = cfg.batch_size // cfg.accumulate, lengths(config)
+    mesh_lib.check_rows(mesh, rows)
+    dtype, recipe = jnp.dtype(config.model.dtype), step_lib.recipe(model, cfg)
+    params = weights.abstract(model, dtype, mesh)
+    cached = cfg.objective == "dail" and cfg.cache_references
+    share = rows * cfg.accumulate / mesh.size
+    useful = share * useful_flops(model, cfg, prompt, response, cached)
+    shape = f"{prompt} + {response} tokens"
+
+    def loss() -> jax.stages.Lowered:
+        return lower_loss(recipe, dtype, mesh, rows, response)
+
+    def step() -> jax.stages.Lowered:
+        return lower_step(config, model, mesh, params, cfg.accumulate, prompt, response, cached)
+
+    def count() -> Count:
+        return count_step(config, model, mesh, prompt, response, cached)
+
+    out = [Program("loss", "loss", loss), Program(f"train step, {shape}", "train", step, useful, count)]
+    if cached:
+        states = jax.jit(step_lib.response_states, static_argnums=(0, 5), out_shardings=mesh_lib.sharding(mesh, "b"))
+        tokens = mesh_array(mesh, "bt", (rows, prompt + response), jnp.int32)
+        out.insert(
+            0, Program("references", "train", lambda: lower(mesh, states, recipe, params, None, tokens, tokens, response))
+        )
+    return out
+
+
+def mesh_array(mesh: Mesh, axes: str, shape: tuple[int, ...], dtype) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape, dtype, sharding=mesh_lib.sharding(mesh, axes))
+
+
+def lower_loss(recipe: step_lib.Recipe, dtype, mesh: Mesh, rows: int, response: int) -> jax.stages.Lowered:
+    """The loss and its gradient alone, from final hidden states."""
+    model = recipe.model
+    states = mesh_array(mesh, "bt_", (rows, response, model.D), dtype)
+    extras = {"targets": mesh_array(mesh, "bt", (rows, response), jnp.int32)}
+    if recipe.objective.kind == "dail":
+        extras = dict.fromkeys(step_lib.REFERENCES, states)
+
+    def run(hidden, extras, mask, unembed):
+        return jax.value_and_grad(lambda h: objectives.summed(recipe.objective, recipe.chunk, h, extras, mask, unembed),
+                                  has_aux=True)(hidden)  # fmt: skip
+
+    mask, unembed = (
+        mesh_array(mesh, "bt", (rows, response), jnp.bool_),
+        mesh_array(mesh, "vd", (model.V, model.D), dtype),
+    )
+    out = (jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec()), mesh_lib.sharding(mesh, "b"))
+    return lower(mesh, jax.jit(run, out_shardings=out), states, extras, mask, unembed)
+
+
+def lower_step(config, model: ModelConfig, mesh: Mesh, params, micro: int, prompt: int, response: int,
+               cached: bool) -> jax.stages.Lowered:  # fmt: skip
+    """The update that `train` runs, on `micro` micro-batches of the longest rows."""
+    cfg = config.train
+    tx = optimizer.adamw(cfg.optimizer, 1000)
+    layout = step_lib.shardings(model, cfg, tx, mesh)
+    shapes = jax.eval_shape(lambda key: step_lib.init(key, model, cfg, tx, mesh), jax.random.key(0))
+    state = jax.tree.map(lambda s, where: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=where), shapes, layout)
+    rows = cfg.batch_size // cfg.accumulate
+
+    def array(*shape: int, dtype=jnp.int32) -> jax.ShapeDtypeStruct:
+        return mesh_array(mesh, "_b" + "_" * len(shape), (micro, rows, *shape), dtype)
+
+    batch = {"mask": array(response, dtype=jnp.bool_), "targets": array(response)}
+    references = step_lib.REFERENCES if cfg.objective == "dail" else ()
+    for role in ("student", *(() if cached else references)):
+        batch[f"{role}_tokens"] = batch[f"{role}_positions"] = array(prompt + response)
+    for role in references if cached else ():
+        batch[f"ref_{role}"] = array(response, model.D, dtype=jnp.dtype(config.model.dtype))
+    return lower(mesh, step_lib.make_update(step_lib.recipe(model, cfg), tx, layout), params, state, batch)
+
+
+def useful_flops(model: ModelConfig, cfg: config_lib.Train, prompt: int, response: int, cached: bool) -> float:
+    """Of one row: products with weights and adapters, causal attention, and the head; nothing twice."""
+    table = weights.declare(model)
+    tokens, references = prompt + response, 2 * (cfg.objective == "dail" and not cached)
+    roles = 3 if cfg.objective == "dail" else 1
+    base = sum(math.prod(w.shape(model)) for w in table.values() if w.inputs)
+    adapter = sum(cfg.lora.rank * (math.prod(s[: w.inputs]) + math.prod(s[w.inputs :]))
+                  for w in (table[name] for name in cfg.lora.targets) for s in [w.shape(model)])  # fmt: skip
+    attention = model.N * model.H * tokens  # two products of T * T/2 a token: multiply-adds
+    layer = base * (2 + references) + adapter * 3 + attention * (3 + references)
+    return 2 * (model.L * tokens * layer + response * model.V * model.D * (roles + 1))
+
+
+def count_step(config, model: ModelConfig, mesh: Mesh, prompt: int, response: int, cached: bool) -> Count:
+    """One update, from unrolled models of 1 and 3 layers and from one chunk of the loss."""
+    cfg = config.train
+    rows, dtype = cfg.batch_size // cfg.accumulate, jnp.dtype(config.model.dtype)
+    recipe = step_lib.recipe(model, cfg)
+    found = []
+    for depth in (1, 3):
+        short = dataclasses.replace(model, L=depth)
+        lowered = lower_step(config, short, mesh, unstacked(short, dtype, mesh), 1, prompt, response, cached)
+        found.append(count(lowered.compile(compiler_options=without_loops(mesh))))
+    layer = (found[1] + found[0] * -1) * 0.5
+    width = max(1, min(response, cfg.chunk // rows))
+    chunk = count(lower_loss(recipe, dtype, mesh, rows, width).compile(compiler_options=without_loops(mesh)))
+    references = 2 * (cfg.objective == "dail" and not cached)
+    passes = KERNEL_PASSES["forward"] * (1 + references + (cfg.remat != "none")) + KERNEL_PASSES["backward"]
+    kernels = model.L * passes * (prompt + response) ** 2 * model.N * model.H * rows / mesh.size
+    one = found[0] + layer * (model.L - 1) + chunk * (-(-response // width) - 1)
+    if mesh.devices.flat[0].platform != "cpu":
+        one += Count(0, 0, 0, kernels)
+    return one * cfg.accumulate
+
+
+def without_loops(mesh: Mesh) -> dict[str, str] | None:
+    """Options under which a TPU's sharded products are not loops, whose bodies would be counted once."""
+    tpu = mesh.devices.flat[0].platform == "tpu"
+    return {"xla_jf_spmd_threshold_for_windowed_einsum_mib": "1000000"} if tpu else None
+
+
+# ---------------------------------------------------------------------------------------------------
+# Sampling
+# ---------------------------------------------------------------------------------------------------
+
+
+def unstacked(model: ModelConfig, dtype, mesh: Mesh) -> weights.Params:
+    """Abstract weights with one array a layer."""
+    params = weights.abstract(model, dtype, mesh)
+    one = {
+        name: mesh_array(mesh, weights.declare(model)[name].axes, x.shape[1:], dtype)
+        for name, x in params["layers"].items()
+    }
+    return {**params, "layers": [one] * model.L}
+
+
+def sampler_programs(config: config_lib.Config, model: ModelConfig, mesh: Mesh) -> list[Program]:
+    """Prefill and decoding of the rollouts, and of the evaluation where there are benchmarks."""
+    dtype, out = jnp.dtype(config.model.dtype), []
+    params = unstacked(model, dtype, mesh)
+    jobs = []
+    if config.train.objective not in ("none", "sft"):
+        roles = 1 if config.generate.tau in (0.0, 1.0) else 2
+        jobs.append(("rollouts", config.generate, roles, None))
+    if config.evaluate.benchmarks:
+        lora = None if config.train.objective == "none" else lora_lib.abstract(model, config.train.lora, mesh)
+        jobs.append(("evaluation", config.evaluate, 1, lora))
+    for name, cfg, roles, lora in jobs:
+        knobs = mixture.knobs(cfg.sampling)
+        sampler = engine.Sampler(params, model, mesh, (), 0, cfg.slots, cfg.sampling.max_tokens, knobs, roles, lora,
+                                 draft=cfg.draft)  # fmt: skip
+        grid = sampler.grid(cfg.samples, engine.bucket(cfg.max_prompt_tokens))
+        made = lower(mesh, decode.empty, grid, model, dtype).compile()
+        shapes = jax.eval_shape(lambda grid=grid: decode.empty(grid, model, dtype))
+        state = jax.tree.map(lambda s, where: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=where), shapes,
+                             made.output_shardings)  # fmt: skip
+        whole = mesh_lib.replicated(mesh)
+        rules, knobs = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole), (sampler.rules, knobs)
+        )
+        tokens = jax.ShapeDtypeStruct((grid.roles, grid.prompt_slots), jnp.int32, sharding=whole)
+        size = jax.ShapeDtypeStruct((grid.roles,), jnp.int32, sharding=whole)
+        at = jax.ShapeDtypeStruct((), jnp.int32, sharding=whole)
+        label = f"{name}, {grid.slots} slots x {grid.roles} roles"
+
+        def prefill(grid=grid, lora=lora, state=state, tokens=tokens, size=size, at=at) -> jax.stages.Lowered:
+            return lower(mesh, decode.load_prompt, grid, model, params, lora, state, tokens, size, at, at)
+
+        out.append(Program(f"{label}: prefill {grid.prompt_slots}", "sampler", prefill, state=state))
+        for draft in sorted({0, cfg.draft}):
+
+            def step(draft=draft, grid=grid, lora=lora, state=state, rules=rules, knobs=knobs) -> jax.stages.Lowered:
+                return lower(mesh, decode.decode, grid, model, draft, params, lora, state, rules, knobs)
+
+            drafting = f", drafting {draft}" if draft else ""
+            out.append(Program(f"{label}: decode{drafting}", "sampler", step, state=state))
+    return out
+
+
+# ---------------------------------------------------------------------------------------------------
+# Measuring
+# ---------------------------------------------------------------------------------------------------
+
+
+def measure(program: Program, config: config_lib.Config, mesh: Mesh, known: Chip | None, quick: bool) -> Row:
+    """Compiles one program and reads what the compiler says; running out of memory is an answer too."""
+    started = time.monotonic()
+    hbm = known and known.hbm
+    try:
+        compiled = program.lower().compile()
+    except jax.errors.JaxRuntimeError as error:
+        used = re.search(r"Used ([\d.]+)([GM]) of", str(error))
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        peak = float(used[1]) * (2**30 if used[2] == "G" else 2**20) / 1e9 if used else None
+        advice = first_change(program.kind, config, mesh, 0, 1)
+        return Row(program.name, time.monotonic() - started, None, None, peak, hbm, *[None] * 7, False,
+                   f"does not fit: {advice}")  # fmt: skip
+    seconds = time.monotonic() - started
+    memory: Any = compiled.memory_analysis()
+    arguments, temporaries = memory.argument_size_in_bytes / 1e9, memory.temp_size_in_bytes / 1e9
+    fresh = (memory.output_size_in_bytes - memory.alias_size_in_bytes) / 1e9
+    peak = arguments + temporaries + max(fresh, 0)
+    fits = None if known is None else peak <= known.hbm
+    verdict = {None: "compiles", True: "fits"}.get(fits) or (
+        "does not fit: " + first_change(program.kind, config, mesh, arguments, temporaries))  # fmt: skip
+
+    cost = count(compiled) if program.kind == "sampler" else None
+    if program.count is not None and not quick:
+        cost = program.count()
+    estimate = ratio = utilisation = copies = None
+    if cost is not None and mesh.devices.flat[0].platform == "tpu" and known is not None:
+        estimate = cost.seconds + cost.kernels / (known.peak * 1e12 * KERNEL_EFFICIENCY)
+        utilisation = program.useful / (estimate * known.peak * 1e12) if program.useful else None
+    if program.state is not None:
+        copies = cache_copies(compiled.as_text(), program.state)
+        if ": decode" in program.name and cost is not None:
+            ratio = cost.bytes / memory.argument_size_in_bytes
+    return Row(program.name, seconds, arguments, temporaries, peak, hbm, memory.alias_size_in_bytes / 1e9,
+               cost and cost.flops + cost.kernels, cost and cost.bytes, estimate, utilisation, ratio, copies, fits,
+               verdict)  # fmt: skip
+
+
+def count(compiled: jax.stages.Compiled) -> Count:
+    """What the compiler counts. An operation that it cannot time is -1 s, so whole negative seconds are left out."""
+    cost: Any = compiled.cost_analysis()
+    seconds = cost.get("optimal_seconds", 0.0)
+    return Count(cost.get("flops", 0.0), cost.get("bytes accessed", 0.0), seconds - min(math.floor(seconds), 0))
+
+
+def cache_copies(text: str, state: decode.State) -> int:
+    """How many operations of a program copy a whole cache."""
+    caches = (*state.cache.k, *state.cache.prompt_k)
+    shapes = {",".join(map(str, x.sharding.shard_shape(x.shape))) for x in caches}
+    return sum(len(re.findall(rf"= \w+\[{shape}\]\S* (?:copy|transpose)\(", text)) for shape in shapes)
+
+
+def first_change(kind: str, config: config_lib.Config, mesh: Mesh, arguments: float, temporaries: float) -> str:
+    """What to try first where a program does not fit."""
+    cfg, shards = config.train, int(np.prod([mesh.shape[a] for a in ("fsdp", "tensor")]))
+    if shards < mesh.size and (arguments > temporaries or kind == "sampler"):
+        return f"raise mesh.{'tensor' if kind == 'sampler' else 'fsdp'}, which divides the weights"
+    if kind == "sampler":
+        return "lower slots, max_prompt_tokens or sampling.max_tokens, which set the caches"
+    if kind == "loss":
+        return "lower train.chunk"
+    if cfg.remat != "full":
+        return "set train.remat: full"
+    if cfg.batch_size // cfg.accumulate > mesh_lib.axis_size(mesh, "b"):
+        return f"raise train.accumulate (now {cfg.accumulate})"
+    return "lower train.max_tokens, or take a larger slice"

@@ -1,0 +1,66 @@
+"""compile: the real programs, ahead of time, for devices that need not be here -> a table. Wants no weights."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import jax
+from rich.table import Table
+
+from dail_jax import compile_ahead, rundir
+from dail_jax import config as config_lib
+from dail_jax import mesh as mesh_lib
+from dail_jax.metrics import console, say
+from dail_jax.model.families import read_config
+
+
+def run(
+    config: config_lib.Config, topology: str = "cpu", out: str | None = None, quick: bool = False, only: str = ""
+) -> None:
+    if config.model.dtype == "float32":  # as every stage does
+        jax.config.update("jax_default_matmul_precision", "highest")
+    model = read_config(config.model.path)
+    devices = compile_ahead.devices(topology)
+    mesh = mesh_lib.make_mesh(config.mesh, devices)
+    shape = " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
+    say(f"compile: {config.model.path} for {len(devices)} {devices[0].device_kind} ({topology}), mesh {shape}")
+    rows = []
+    for row in compile_ahead.compile_all(config, model, mesh, quick, only):
+        say(f"  {row.program}: {row.compile_seconds:.0f} s, {row.verdict}")
+        rows.append(row)
+    console.print(table(rows))
+    say("GB a device. FLOPs, bytes and time: one update; of decoding, one token. Time: the compiler's model, plus attention "
+        f"kernels at {compile_ahead.KERNEL_EFFICIENCY:.0%} of the peak. Utilisation: useful FLOPs, by arithmetic, at that "
+        "time; of decoding, bytes moved over bytes that must be read.")  # fmt: skip
+    if out:
+        common = {"topology": topology, "model": config.model.path, "mesh": dict(mesh.shape)}
+        lines = [json.dumps({**common, **dataclasses.asdict(row)}) + "\n" for row in rows]
+        rundir.write_atomic(Path(out), "".join(lines))
+
+
+def table(rows: list[compile_ahead.Row]) -> Table:
+    heads = (
+        "program",
+        "compile",
+        "arguments",
+        "temporaries",
+        "peak / HBM",
+        "TFLOP",
+        "GB moved",
+        "time",
+        "utilisation",
+        "verdict",
+    )
+    shown = Table(*heads)
+    for row in rows:
+        number = lambda x, form, unit="": "" if x is None else f"{x:{form}}{unit}"  # noqa: E731
+        used = f"{row.bytes_over_ideal:.2f} x bytes" if row.bytes_over_ideal else number(row.utilisation, ".2f")
+        if row.cache_copies is not None:
+            used += f"{', ' if used else ''}{row.cache_copies} cache copies"
+        shown.add_row(row.program, f"{row.compile_seconds:.0f} s", number(row.arguments_gb, ".2f"),
+                      number(row.temporaries_gb, ".3f"), f"{number(row.peak_gb, '.2f')} / {number(row.hbm_gb, '.0f') or '?'}",
+                      number(row.flops and row.flops / 1e12, ".3g"), number(row.bytes and row.bytes / 1e9, ".3g"),
+                      number(row.seconds and row.seconds * 1e3, ".3g", " ms"), used, row.verdict)  # fmt: skip
+    return shown

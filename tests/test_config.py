@@ -1,0 +1,151 @@
+"""Configurations: what is wrong is said in one line, with file, line or key, and the nearest known key."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from dail_jax import config as config_lib
+from dail_jax.errors import UserError
+
+CONFIGS = Path(__file__).parent.parent / "configs"
+BASE = "run_dir: r\nmodel: {path: m}\n"
+
+
+def load(tmp_path, text, *overrides):
+    path = tmp_path / "c.yaml"
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    return config_lib.load(path, overrides)
+
+
+def complaint(tmp_path, text, *overrides):
+    """The error without the folder's name: one line."""
+    with pytest.raises(UserError) as error:
+        load(tmp_path, text, *overrides)
+    assert "\n" not in str(error.value)
+    return str(error.value).replace(f"{tmp_path}/", "")
+
+
+BAD = {
+    # unknown keys name the nearest known one, in their section or else anywhere
+    "train: {gama: 0.2}": "c.yaml:train.gama: unknown key; did you mean 'gamma'?",
+    "train: {lora: {rnk: 3}}": "c.yaml:train.lora.rnk: unknown key; did you mean 'rank'?",
+    "gamm: 1": "c.yaml:gamm: unknown key; did you mean 'train.gamma'?",
+    "evaluate: {benchmarks: [{name: a, rows: {pth: x}}]}":
+        "c.yaml:evaluate.benchmarks.0.rows.pth: unknown key; did you mean 'path'?",
+    # duplicates
+    "seed: 1\nseed: 2": 'c.yaml:4: not valid YAML: found duplicate key "seed" with value "2" (original value: "1")',
+    "train: {gamma: 0.1, gamma: 0.2}":
+        'c.yaml:3: not valid YAML: found duplicate key "gamma" with value "0.2" (original value: "0.1")',
+    # numbers that make no sense
+    "train: {gamma: .nan}": "c.yaml:train.gamma: got nan, want a finite number",
+    "train: {gamma: nan}": "c.yaml:train.gamma: got 'nan', want a finite number",
+    "train: {optimizer: {learning_rate: .inf}}": "c.yaml:train.optimizer.learning_rate: got inf, want a finite number",
+    "train: {optimizer: {learning_rate: -1}}": "c.yaml:train.optimizer.learning_rate: got -1, want greater than 0",
+    "train: {optimizer: {learning_rate: 0}}": "c.yaml:train.optimizer.learning_rate: got 0, want greater than 0",
+    "train: {optimizer: {b2: 1}}": "c.yaml:train.optimizer.b2: got 1, want less than 1",
+    "train: {epochs: 0}": "c.yaml:train.epochs: got 0, want greater than or equal to 1",
+    "train: {epochs: 2.5}": "c.yaml:train.epochs: got 2.5, want a valid integer, got a number with a fractional part",
+    "generate: {tau: 1.5}": "c.yaml:generate.tau: got 1.5, want less than or equal to 1",
+    "seed: true": "c.yaml:seed: got True, want a number",
+    "seed: -1": "c.yaml:seed: got -1, want greater than or equal to 0",
+    "train: {objective: dial}": "c.yaml:train.objective: got 'dial', want 'dail', 'nll', 'sft' or 'none'",
+    "prompts: {opening: 3}": "c.yaml:prompts.opening: got 3, want a valid string",
+    # keys that do not go together
+    "train: {gamma: 1}": "c.yaml:train: gamma must be below 1: the objective is unbounded otherwise",
+    "train: {batch_size: 10, accumulate: 4}": "c.yaml:train: batch_size must be a multiple of accumulate",
+    "evaluate: {samples: 4, ks: [1, 8]}": "c.yaml:evaluate: ks must not exceed samples (4)",
+    "evaluate: {budgets: [9999]}": "c.yaml:evaluate: budgets must not exceed sampling.max_tokens (4096)",
+    "mesh: {data: -1, fsdp: -1}": "c.yaml:mesh: axis sizes must be positive, and at most one may be -1",
+    "train: {lora: {targets: [q, q]}}": "c.yaml:train.lora: targets must be a non-empty list without repeats",
+    # shapes
+    "train: 3": "c.yaml:train: got 3, want a mapping of keys",
+    "train:": "c.yaml:train: got None, want a mapping of keys",
+    "1: 2": "c.yaml:1: got 1, want strings",
+    "arms: {'a/b': {}}": "c.yaml:arms.a/b: got 'a/b', want pattern '^[A-Za-z0-9_.-]+$'",
+    # YAML that nobody needs
+    "seed: !!python/object/apply:os.system ['true']":
+        "c.yaml:3: got the YAML tag tag:yaml.org,2002:python/object/apply:os.system, want plain values",
+    "seed: !!int '3'": "c.yaml:3: got the YAML tag tag:yaml.org,2002:int, want plain values",
+    "arms: &a {b: *a}": "c.yaml:3: got a YAML alias, want plain values",
+    "train:\n\tepochs: 1": "c.yaml:4: not valid YAML: found character '\\t' that cannot start any token",
+    "seed: [1": "c.yaml:4: not valid YAML: expected ',' or ']', but got '<stream end>'",
+    "---\nb: 1": "c.yaml:3: not valid YAML: but found another document",
+    "seed: \0": "c.yaml: not valid YAML: unacceptable character #x0000: special characters are not allowed",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("text", BAD)
+def test_bad_keys_and_values(tmp_path, text):
+    assert complaint(tmp_path, f"{BASE}{text}\n") == BAD[text]
+
+
+@pytest.mark.parametrize(("text", "want"), {
+    "": "c.yaml: got an empty file, want a mapping of keys",
+    "# nothing\n": "c.yaml: got an empty file, want a mapping of keys",
+    "- a\n- b\n": "c.yaml: got a list, want a mapping of keys",
+    "words\n": "c.yaml: got a str, want a mapping of keys",
+    "run_dir: r\n": "c.yaml:model: missing, and it has no default",
+    "run_dir: r\nmodel: {pth: m}\n": "c.yaml:model.pth: unknown key; did you mean 'path'?",
+}.items())  # fmt: skip
+def test_files_that_are_no_configuration(tmp_path, text, want):
+    assert complaint(tmp_path, text) == want
+
+
+def test_files_that_cannot_be_read(tmp_path):
+    assert complaint(tmp_path, b"\xff\xfe\x00").startswith("c.yaml: cannot be read as UTF-8 text")
+    with pytest.raises(UserError, match="no such file"):
+        config_lib.load(tmp_path / "none.yaml")
+    with pytest.raises(UserError, match="cannot be read"):
+        config_lib.load(tmp_path)
+
+
+def test_explosions_are_refused_at_once(tmp_path):
+    """Nine levels of nine aliases would be 387 million values; nesting costs the reader more than linear time."""
+    bomb = "a0: &a0 [x, x]\n" + "".join(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]\n" for i in range(1, 10))
+    assert complaint(tmp_path, bomb) == "c.yaml:2: got a YAML alias, want plain values"
+    assert complaint(tmp_path, "a: " + "[" * 5000 + "]" * 5000) == "c.yaml:1: got more than 50 levels, want plain values"
+
+
+def test_numbers_are_numbers(tmp_path):
+    got = load(tmp_path, BASE + "seed: 0x10\ntrain: {optimizer: {learning_rate: 1e-5, clip: 2}}\n")
+    assert got.train.optimizer.learning_rate == 1e-5 and got.train.optimizer.clip == 2.0 and got.seed == 16
+    assert load(tmp_path, b"\xef\xbb\xbf" + BASE.encode()).run_dir == "r"  # a byte order mark
+    with pytest.raises(Exception, match="frozen"):
+        got.seed = 4
+
+
+def test_overrides(tmp_path):
+    got = load(tmp_path, BASE, "train.optimizer.learning_rate=1e-5", "model.path=a=b", "train.lora.targets=[q, v]",
+               "evaluate.benchmarks=[{name: x, rows: {path: y}}]", "evaluate.benchmarks.0.rows.limit=3")  # fmt: skip
+    assert got.train.optimizer.learning_rate == 1e-5 and got.model.path == "a=b" and got.train.lora.targets == ("q", "v")
+    assert got.evaluate.benchmarks[0].rows.limit == 3
+    for override, want in {
+        "seed": "got override 'seed', want key.sub=value",
+        "=3": "got override '=3', want key.sub=value",
+        "nope=1": "c.yaml:nope: unknown key; did you mean 'model'?",
+        "train.gama=1": "c.yaml:train.gama: unknown key; did you mean 'gamma'?",
+        "train.gamma=": "c.yaml:train.gamma: got None, want a valid number",
+        "run_dir.x=1": "got override 'run_dir.x', but its parent is not a section",
+        "run_dir.x.y=1": "got override 'run_dir.x.y', but 'x' is not inside a section",
+        "seed=[1": "override seed:1: not valid YAML: expected ',' or ']', but got '<stream end>'",
+        "seed=*a": "override seed:1: got a YAML alias, want plain values",
+    }.items():
+        assert complaint(tmp_path, BASE, override) == want
+
+
+def test_a_resolved_configuration_reads_back(tmp_path):
+    got = load(tmp_path, BASE, "train.optimizer.learning_rate=1e-5", "arms={a: {train.objective: nll}}", "seed=7")
+    (tmp_path / "again.yaml").write_text(config_lib.dump(got))
+    assert config_lib.load(tmp_path / "again.yaml") == got
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.rglob("*.yaml")), ids=lambda p: p.stem)
+def test_shipped_configurations_load(path):
+    overlay = "\nrun_dir:" not in path.read_text()
+    config = config_lib.load(CONFIGS / "qwen3_8b_reasoning.yaml", (), [str(path)]) if overlay else config_lib.load(path)
+    assert "python -m dail_jax.launch" in path.read_text().split("\nrun_dir:")[0]  # the command that runs it
+    for name, changes in config.arms.items():
+        config_lib.with_overrides(config, {"arms": {}, **changes}, f"arms.{name}")
+    for text in (config.run_dir, config.model.path):
+        assert not re.match(r"/(work|home|root|tmp)\b", text)

@@ -1,0 +1,116 @@
+"""The house: five floors, no import that runs up, no room that grows without bound."""
+
+import ast
+import io
+import tokenize
+from pathlib import Path
+
+import pytest
+
+LIBRARY = Path(__file__).parent.parent / "dail_jax"
+FILES = sorted(LIBRARY.rglob("*.py"))
+
+# Who may import whom, besides the ground floor, which is for all. A room may always import itself.
+GROUND = {"errors", "strict_yaml", "config", "mesh", "metrics", "rundir", "text"}
+MAY = {
+    **{name: set() for name in GROUND},
+    "data": set(),
+    "model": set(),
+    "evaluate": set(),
+    "checkpoint": {"model"},
+    "sample": {"model"},
+    "train": {"model", "data"},
+    "report": {"evaluate"},
+    "microworld": {"data"},
+    "stages": {"data", "model", "evaluate", "checkpoint", "sample", "train", "report"},
+}
+MAY["compile_ahead"] = MAY["stages"]
+MAY["stages"] = MAY["stages"] | {"compile_ahead"}
+MAY["launch"] = {"stages"}
+
+# The ground floor's own order: a file imports only what stands before it.
+ORDER = ("errors", "strict_yaml", "config", "mesh", "metrics", "rundir", "text")
+
+
+def room(path: Path) -> str:
+    return path.relative_to(LIBRARY).parts[0].removesuffix(".py")
+
+
+def imports(path: Path) -> set[tuple[str, int]]:
+    """(room, line) of everything of the library that a file imports, wherever in the file."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}:{node.lineno}: a relative import"
+            whole = node.module == "dail_jax"
+            names = [f"dail_jax.{alias.name}" for alias in node.names] if whole else [node.module or ""]
+        else:
+            continue
+        found |= {(name.split(".")[1], node.lineno) for name in names if name.startswith("dail_jax.")}
+    return found
+
+
+def test_every_room_is_on_a_floor():
+    assert {room(f) for f in FILES} == MAY.keys() | {"__init__"}
+    assert set(ORDER) == GROUND
+
+
+def test_the_plan_has_no_circle():
+    seen: set[str] = set()
+    while rest := [name for name in MAY if name not in seen]:
+        ready = [name for name in rest if MAY[name] <= seen]
+        assert ready, f"a circle among {rest}"
+        seen |= set(ready)
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(LIBRARY)))
+def test_imports_point_downward(path):
+    own = room(path)
+    if own == "__init__":
+        assert not imports(path)
+        return
+    if own in GROUND:
+        allowed = set(ORDER[: ORDER.index(own)])
+    else:
+        allowed = GROUND | MAY[own] | {own}
+    wrong = sorted((line, name) for name, line in imports(path) if name not in allowed)
+    assert not wrong, f"{path.relative_to(LIBRARY)} may not import {wrong}"
+
+
+def test_train_and_sample_do_not_know_each_other():
+    for one, other in (("train", "sample"), ("sample", "train")):
+        assert not any(name == other for f in FILES if room(f) == one for name, _ in imports(f))
+
+
+def test_nobody_imports_the_microworld():
+    assert not [f for f in FILES if room(f) != "microworld" and any(name == "microworld" for name, _ in imports(f))]
+    assert not [f for f in FILES if room(f) != "microworld" and "microworld" in code(f)]
+
+
+def test_names_and_sizes():
+    for path in FILES:
+        assert path.stem not in {"utils", "util", "helpers", "misc", "common", "jax", "grain", "orbax", "optax", "peft_"}
+        count = len(path.read_text().splitlines())
+        assert count <= 400, f"{path.relative_to(LIBRARY)} has {count} lines"
+    total = sum(code(f).count("\n") for f in FILES if room(f) != "microworld")
+    assert total < 6500, f"{total} lines of code"
+
+
+def code(path: Path) -> str:
+    """A file's lines that hold code: no comments, docstrings or blank lines."""
+    text = path.read_text()
+    tokens = list(tokenize.generate_tokens(io.StringIO(text).readline))
+    skipped = (tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER)
+    used: set[int] = set()
+    start = True  # of a statement: a string that stands alone there is documentation
+    for token, after in zip(tokens, [*tokens[1:], tokens[-1]], strict=True):
+        if token.type in skipped:
+            start = start or token.type == tokenize.NEWLINE
+            continue
+        if not (start and token.type == tokenize.STRING and after.type == tokenize.NEWLINE):
+            used |= set(range(token.start[0], token.end[0] + 1))
+        start = False
+    lines = text.splitlines()
+    return "".join(lines[n - 1] + "\n" for n in sorted(used))
