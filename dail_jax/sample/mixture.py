@@ -56,7 +56,10 @@ def truncated(logits: jax.Array, k: Knobs) -> jax.Array:
     probs = jax.nn.softmax(logits / jnp.where(k.temperature > 0, k.temperature, 1.0), axis=-1)
     probs = jax.lax.cond(k.top_k > 0, lambda p: _cut(p, lambda kept: kept.sum(-1) >= k.top_k), lambda p: p, probs)
     probs = jax.lax.cond(
-        k.top_p < 1, lambda p: _cut(p, lambda kept: jnp.where(kept, p, 0).sum(-1) >= k.top_p), lambda p: p, probs
+        k.top_p < 1,
+        lambda p: _cut(p, lambda kept: jnp.where(kept, p, 0).sum(-1) >= k.top_p * p.sum(-1)),
+        lambda p: p,
+        probs,
     )
     return jnp.where(k.temperature > 0, probs, greedy)
 
