@@ -1,10 +1,10 @@
 """Compiles the real programs of a configuration for devices that are not here, and says what they would need.
 
-Memory is the compiler's own and exact. A loop's body is counted once in the compiler's FLOPs, bytes and time, so for
-the train step these come from two short unrolled models, of 1 and 3 layers, extrapolated to the real depth, plus the
-attention kernels by arithmetic, since the compiler does not look into them. For decoding they are one token's.
-Useful FLOPs, what utilisation is measured in, are arithmetic: matrix products of the forward passes and of the
-gradient by activations, with causal attention and without recomputation.
+Memory is the compiler's own and exact. Bytes are main memory's, read off the compiled program (`hlo_bytes`). The
+compiler counts a loop's body once in FLOPs and time, so for the train step these come from two short unrolled models,
+of 1 and 3 layers, extrapolated to the real depth, plus the attention kernels by arithmetic, since it does not look
+into them. For decoding, everything is one token's. Useful FLOPs, what utilisation is measured in, are arithmetic:
+products of the forward passes and of the gradient by activations, causal attention, and nothing twice.
 """
 
 from __future__ import annotations
@@ -24,11 +24,12 @@ import numpy as np
 from jax.sharding import Mesh
 
 from dail_jax import config as config_lib
+from dail_jax import hlo_bytes
 from dail_jax import mesh as mesh_lib
 from dail_jax.data.batches import pad
 from dail_jax.errors import UserError
 from dail_jax.model import lora as lora_lib
-from dail_jax.model import weights
+from dail_jax.model import transformer, weights
 from dail_jax.model.families import ModelConfig
 from dail_jax.sample import decode, engine, mixture
 from dail_jax.train import objectives, optimizer
@@ -67,15 +68,16 @@ class Program:
     lower: Callable[[], jax.stages.Lowered]
     useful: float = 0.0
     count: Callable[[], Count] | None = None  # how to count what its loops hide
-    state: Any = None  # donated caches: abstract arrays that must stay in place
+    state: decode.State | None = None  # donated: its caches must stay in place
+    unread: float = 0.0  # bytes a device of arguments that need not be read
+    tokens: int = 0  # of decoding: how many a call draws
 
 
 @dataclass(frozen=True)
 class Count:
-    """FLOPs, bytes and the compiler's seconds of one run on one device; `kernels` are FLOPs that it does not see."""
+    """FLOPs and the compiler's seconds of one run on one device; `kernels` are FLOPs that it does not see."""
 
     flops: float
-    bytes: float
     seconds: float
     kernels: float = 0.0
 
@@ -92,19 +94,19 @@ class Row:
 
     program: str
     compile_seconds: float
-    arguments_gb: float | None
-    temporaries_gb: float | None
     peak_gb: float | None
     hbm_gb: float | None
-    aliased_gb: float | None
-    flops: float | None
-    bytes: float | None
-    seconds: float | None
-    utilisation: float | None
-    bytes_over_ideal: float | None
-    cache_copies: int | None
     fits: bool | None
     verdict: str
+    arguments_gb: float | None = None
+    temporaries_gb: float | None = None
+    aliased_gb: float | None = None
+    flops: float | None = None
+    bytes: float | None = None
+    seconds: float | None = None
+    utilisation: float | None = None
+    bytes_over_ideal: float | None = None
+    cache_copies: int | None = None
 
 
 def devices(topology: str) -> list:
@@ -116,7 +118,7 @@ def devices(topology: str) -> list:
             raise UserError(
                 f"got {topology!r}, but jax finds no such device here; want {KNOWN}", field="topology"
             ) from None
-    if not re.fullmatch(r"v\d+\w*:\d+(x\d+)*", topology):
+    if not re.fullmatch(r"v\d+\w*:[1-9]\d*(x[1-9]\d*)*", topology):
         raise UserError(f"got {topology!r}, want {KNOWN}", field="topology")
     if importlib.util.find_spec("libtpu") is None:
         raise UserError("compiling for a TPU wants libtpu: pip install 'dail_jax[tpu]'", field="topology")
@@ -189,9 +191,8 @@ def train_programs(config: config_lib.Config, model: ModelConfig, mesh: Mesh) ->
     if cached:
         states = jax.jit(step_lib.response_states, static_argnums=(0, 5), out_shardings=mesh_lib.sharding(mesh, "b"))
         tokens = mesh_array(mesh, "bt", (rows, prompt + response), jnp.int32)
-        out.insert(
-            0, Program("references", "train", lambda: lower(mesh, states, recipe, params, None, tokens, tokens, response))
-        )
+        args = (recipe, params, None, tokens, tokens, response)
+        out.insert(0, Program("references", "train", lambda: lower(mesh, states, *args)))
     return out
 
 
@@ -199,24 +200,30 @@ def mesh_array(mesh: Mesh, axes: str, shape: tuple[int, ...], dtype) -> jax.Shap
     return jax.ShapeDtypeStruct(shape, dtype, sharding=mesh_lib.sharding(mesh, axes))
 
 
+def host_array(mesh: Mesh, shape: tuple[int, ...] = (), dtype=jnp.int32) -> jax.ShapeDtypeStruct:
+    """What the host hands to every device."""
+    return jax.ShapeDtypeStruct(shape, dtype, sharding=mesh_lib.replicated(mesh))
+
+
 def lower_loss(recipe: step_lib.Recipe, dtype, mesh: Mesh, rows: int, response: int) -> jax.stages.Lowered:
     """The loss and its gradient alone, from final hidden states."""
     model = recipe.model
     states = mesh_array(mesh, "bt_", (rows, response, model.D), dtype)
-    extras = {"targets": mesh_array(mesh, "bt", (rows, response), jnp.int32)}
-    if recipe.objective.kind == "dail":
-        extras = dict.fromkeys(step_lib.REFERENCES, states)
+    tokens, numbers = (mesh_array(mesh, "bt", (rows, response), kind) for kind in (jnp.int32, jnp.float32))
+    extras = {
+        "dail": dict.fromkeys(step_lib.REFERENCES, states),
+        "grpo": {"base": states, "targets": tokens, "logq": numbers, "advantage": numbers},
+    }.get(recipe.objective.kind, {"targets": tokens})
 
     def run(hidden, extras, mask, unembed):
         return jax.value_and_grad(lambda h: objectives.summed(recipe.objective, recipe.chunk, h, extras, mask, unembed),
                                   has_aux=True)(hidden)  # fmt: skip
 
-    mask, unembed = (
-        mesh_array(mesh, "bt", (rows, response), jnp.bool_),
-        mesh_array(mesh, "vd", (model.V, model.D), dtype),
-    )
+    mask = mesh_array(mesh, "bt", (rows, response), jnp.bool_)
+    unembed = transformer.unembedding(weights.abstract(model, dtype, mesh))
     out = (jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec()), mesh_lib.sharding(mesh, "b"))
-    return lower(mesh, jax.jit(run, out_shardings=out), states, extras, mask, unembed)
+    options = mesh_lib.compiler_options(mesh)
+    return lower(mesh, jax.jit(run, out_shardings=out, compiler_options=options), states, extras, mask, unembed)
 
 
 def lower_step(config, model: ModelConfig, mesh: Mesh, params, micro: int, prompt: int, response: int,
@@ -233,7 +240,10 @@ def lower_step(config, model: ModelConfig, mesh: Mesh, params, micro: int, promp
         return mesh_array(mesh, "_b" + "_" * len(shape), (micro, rows, *shape), dtype)
 
     batch = {"mask": array(response, dtype=jnp.bool_), "targets": array(response)}
-    references = step_lib.REFERENCES if cfg.objective == "dail" else ()
+    kind = step_lib.recipe(model, cfg).objective.kind
+    references = step_lib.REFERENCES if kind == "dail" else ()
+    if kind == "grpo":
+        batch["logq"] = batch["advantage"] = array(response, dtype=jnp.float32)
     for role in ("student", *(() if cached else references)):
         batch[f"{role}_tokens"] = batch[f"{role}_positions"] = array(prompt + response)
     for role in references if cached else ():
@@ -241,11 +251,17 @@ def lower_step(config, model: ModelConfig, mesh: Mesh, params, micro: int, promp
     return lower(mesh, step_lib.make_update(step_lib.recipe(model, cfg), tx, layout), params, state, batch)
 
 
+def frozen(kind: str, cached: bool) -> int:
+    """How many passes without a gradient a step makes beside the student's."""
+    return {"dail": 0 if cached else 2, "grpo": 1}.get(kind, 0)
+
+
 def useful_flops(model: ModelConfig, cfg: config_lib.Train, prompt: int, response: int, cached: bool) -> float:
     """Of one row: products with weights and adapters, causal attention, and the head; nothing twice."""
     table = weights.declare(model)
-    tokens, references = prompt + response, 2 * (cfg.objective == "dail" and not cached)
-    roles = 3 if cfg.objective == "dail" else 1
+    kind = step_lib.recipe(model, cfg).objective.kind
+    tokens, references = prompt + response, frozen(kind, cached)
+    roles = 1 + frozen(kind, False)
     base = sum(math.prod(w.shape(model)) for w in table.values() if w.inputs)
     adapter = sum(cfg.lora.rank * (math.prod(s[: w.inputs]) + math.prod(s[w.inputs :]))
                   for w in (table[name] for name in cfg.lora.targets) for s in [w.shape(model)])  # fmt: skip
@@ -263,23 +279,17 @@ def count_step(config, model: ModelConfig, mesh: Mesh, prompt: int, response: in
     for depth in (1, 3):
         short = dataclasses.replace(model, L=depth)
         lowered = lower_step(config, short, mesh, unstacked(short, dtype, mesh), 1, prompt, response, cached)
-        found.append(count(lowered.compile(compiler_options=without_loops(mesh))))
+        found.append(count(lowered.compile()))
     layer = (found[1] + found[0] * -1) * 0.5
     width = max(1, min(response, cfg.chunk // rows))
-    chunk = count(lower_loss(recipe, dtype, mesh, rows, width).compile(compiler_options=without_loops(mesh)))
-    references = 2 * (cfg.objective == "dail" and not cached)
+    chunk = count(lower_loss(recipe, dtype, mesh, rows, width).compile())
+    references = frozen(recipe.objective.kind, cached)
     passes = KERNEL_PASSES["forward"] * (1 + references + (cfg.remat != "none")) + KERNEL_PASSES["backward"]
     kernels = model.L * passes * (prompt + response) ** 2 * model.N * model.H * rows / mesh.size
     one = found[0] + layer * (model.L - 1) + chunk * (-(-response // width) - 1)
     if mesh.devices.flat[0].platform != "cpu":
-        one += Count(0, 0, 0, kernels)
+        one += Count(0, 0, kernels)
     return one * cfg.accumulate
-
-
-def without_loops(mesh: Mesh) -> dict[str, str] | None:
-    """Options under which a TPU's sharded products are not loops, whose bodies would be counted once."""
-    tpu = mesh.devices.flat[0].platform == "tpu"
-    return {"xla_jf_spmd_threshold_for_windowed_einsum_mib": "1000000"} if tpu else None
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -301,8 +311,10 @@ def sampler_programs(config: config_lib.Config, model: ModelConfig, mesh: Mesh) 
     """Prefill and decoding of the rollouts, and of the evaluation where there are benchmarks."""
     dtype, out = jnp.dtype(config.model.dtype), []
     params = unstacked(model, dtype, mesh)
+    embed = params["embed"]  # looked up, not read, unless it is the unembedding too
+    table = 0 if model.tied else math.prod(embed.sharding.shard_shape(embed.shape)) * dtype.itemsize
     jobs = []
-    if config.train.objective not in ("none", "sft"):
+    if config.train.objective in ("dail", "nll"):
         roles = 1 if config.generate.tau in (0.0, 1.0) else 2
         jobs.append(("rollouts", config.generate, roles, None))
     if config.evaluate.benchmarks:
@@ -317,17 +329,13 @@ def sampler_programs(config: config_lib.Config, model: ModelConfig, mesh: Mesh) 
         shapes = jax.eval_shape(lambda grid=grid: decode.empty(grid, model, dtype))
         state = jax.tree.map(lambda s, where: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=where), shapes,
                              made.output_shardings)  # fmt: skip
-        whole = mesh_lib.replicated(mesh)
-        rules, knobs = jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole), (sampler.rules, knobs)
-        )
-        tokens = jax.ShapeDtypeStruct((grid.roles, grid.prompt_slots), jnp.int32, sharding=whole)
-        size = jax.ShapeDtypeStruct((grid.roles,), jnp.int32, sharding=whole)
-        at = jax.ShapeDtypeStruct((), jnp.int32, sharding=whole)
+        rules, knobs = jax.tree.map(lambda x: host_array(mesh, x.shape, x.dtype), (sampler.rules, knobs))
+        prompt = (host_array(mesh, (grid.roles, grid.prompt_slots)), host_array(mesh, (grid.roles,)),
+                  host_array(mesh), host_array(mesh))  # fmt: skip
         label = f"{name}, {grid.slots} slots x {grid.roles} roles"
 
-        def prefill(grid=grid, lora=lora, state=state, tokens=tokens, size=size, at=at) -> jax.stages.Lowered:
-            return lower(mesh, decode.load_prompt, grid, model, params, lora, state, tokens, size, at, at)
+        def prefill(grid=grid, lora=lora, state=state, prompt=prompt) -> jax.stages.Lowered:
+            return lower(mesh, decode.load_prompt, grid, model, params, lora, state, *prompt)
 
         out.append(Program(f"{label}: prefill {grid.prompt_slots}", "sampler", prefill, state=state))
         for draft in sorted({0, cfg.draft}):
@@ -335,8 +343,8 @@ def sampler_programs(config: config_lib.Config, model: ModelConfig, mesh: Mesh) 
             def step(draft=draft, grid=grid, lora=lora, state=state, rules=rules, knobs=knobs) -> jax.stages.Lowered:
                 return lower(mesh, decode.decode, grid, model, draft, params, lora, state, rules, knobs)
 
-            drafting = f", drafting {draft}" if draft else ""
-            out.append(Program(f"{label}: decode{drafting}", "sampler", step, state=state))
+            title = f"{label}: decode" + (f", drafting {draft}" if draft else "")
+            out.append(Program(title, "sampler", step, state=state, unread=table, tokens=grid.chunk))
     return out
 
 
@@ -357,8 +365,7 @@ def measure(program: Program, config: config_lib.Config, mesh: Mesh, known: Chip
             raise
         peak = float(used[1]) * (2**30 if used[2] == "G" else 2**20) / 1e9 if used else None
         advice = first_change(program.kind, config, mesh, 0, 1)
-        return Row(program.name, time.monotonic() - started, None, None, peak, hbm, *[None] * 7, False,
-                   f"does not fit: {advice}")  # fmt: skip
+        return Row(program.name, time.monotonic() - started, peak, hbm, False, f"does not fit: {advice}")
     seconds = time.monotonic() - started
     memory: Any = compiled.memory_analysis()
     arguments, temporaries = memory.argument_size_in_bytes / 1e9, memory.temp_size_in_bytes / 1e9
@@ -368,6 +375,8 @@ def measure(program: Program, config: config_lib.Config, mesh: Mesh, known: Chip
     verdict = {None: "compiles", True: "fits"}.get(fits) or (
         "does not fit: " + first_change(program.kind, config, mesh, arguments, temporaries))  # fmt: skip
 
+    text = compiled.as_text() or ""
+    moved = hlo_bytes.hbm_bytes(text) / max(program.tokens, 1)
     cost = count(compiled) if program.kind == "sampler" else None
     if program.count is not None and not quick:
         cost = program.count()
@@ -376,19 +385,20 @@ def measure(program: Program, config: config_lib.Config, mesh: Mesh, known: Chip
         estimate = cost.seconds + cost.kernels / (known.peak * 1e12 * KERNEL_EFFICIENCY)
         utilisation = program.useful / (estimate * known.peak * 1e12) if program.useful else None
     if program.state is not None:
-        copies = cache_copies(compiled.as_text(), program.state)
-        if ": decode" in program.name and cost is not None:
-            ratio = cost.bytes / memory.argument_size_in_bytes
-    return Row(program.name, seconds, arguments, temporaries, peak, hbm, memory.alias_size_in_bytes / 1e9,
-               cost and cost.flops + cost.kernels, cost and cost.bytes, estimate, utilisation, ratio, copies, fits,
-               verdict)  # fmt: skip
+        copies = cache_copies(text, program.state)
+    if program.tokens:
+        ratio = moved / (memory.argument_size_in_bytes - program.unread)
+    flops = cost and cost.flops + cost.kernels
+    aliased = memory.alias_size_in_bytes / 1e9
+    return Row(program.name, seconds, peak, hbm, fits, verdict, arguments, temporaries, aliased,
+               flops, moved, estimate, utilisation, ratio, copies)  # fmt: skip
 
 
 def count(compiled: jax.stages.Compiled) -> Count:
     """What the compiler counts. An operation that it cannot time is -1 s, so whole negative seconds are left out."""
     cost: Any = compiled.cost_analysis()
     seconds = cost.get("optimal_seconds", 0.0)
-    return Count(cost.get("flops", 0.0), cost.get("bytes accessed", 0.0), seconds - min(math.floor(seconds), 0))
+    return Count(cost.get("flops", 0.0), seconds - min(math.floor(seconds), 0))
 
 
 def cache_copies(text: str, state: decode.State) -> int:

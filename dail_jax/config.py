@@ -7,19 +7,17 @@ paths are relative to the working directory. Defaults live here and nowhere else
 
 from __future__ import annotations
 
-import difflib
 import io
 import math
-import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 from ruamel.yaml import YAML
 
 from dail_jax.errors import UserError
-from dail_jax.strict_yaml import assign, lay_over, parse_yaml, read_yaml
+from dail_jax.strict_yaml import assign, explain, included, lay_over, parse_yaml, read_yaml
 
 
 def _finite(value: float) -> float:
@@ -80,6 +78,7 @@ class Columns(Section):
     solution: str = "solution"
     answer: str = "answer"
     waypoints: str = "waypoints"  # text with one a line, or a list; for the extractor `file`
+    choices: str | tuple[str, ...] | None = None  # a column with a list of texts, or a column for each
 
 
 class Rows(Section):
@@ -102,6 +101,7 @@ class Prompts(Section):
     privileged: str | None = None
     negative: str | None = None
     expert: str | None = None  # the reply that SFT imitates; null = the solution as it is
+    hint: str | None = None  # the student's prompt with a hint, for nurl
     opening: str = ""
     max_solution_tokens: Count = 4096
 
@@ -122,6 +122,11 @@ class Sampling(Section):
     presence_penalty: Number = 0.0
     max_tokens: Count = 256
     suppress: tuple[str, ...] = ()
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether tokens are drawn from the model's own distribution."""
+        return (self.temperature, self.top_p, self.top_k, self.presence_penalty, self.suppress) == (1, 1, 0, 0, ())
 
 
 class Generate(Section):
@@ -178,10 +183,31 @@ class Optimizer(Section):
     clip: Positive = 1.0
 
 
-class Train(Section):
-    """Training of the LoRA. `objective: none` evaluates the untrained model."""
+class Online(Section):
+    """For objectives that learn from what the student writes now: a round samples, grades, and makes its updates."""
 
-    objective: Literal["dail", "nll", "sft", "none"] = "dail"
+    problems: Count = 16  # a round
+    group: Count = 8  # samples a problem
+    clip: Positive = 0.2  # how far a token's probability ratio may leave 1 and still be pushed on (grpo, nurl)
+    kl: NonNegative = 0.01  # weight of KL(student || frozen base), over the full vocabulary (grpo, nurl)
+    hint: Literal["trace", "waypoints"] = "trace"  # nurl: how a trace of `generate` begins, or the waypoints
+    hint_tokens: Count = 64  # ... of a trace, and never more than half of it
+    slots: Count = 64
+    sampling: Sampling = Sampling()
+
+
+class Train(Section):
+    """Training of the LoRA: an `objective`, on `epochs` passes over what it learns from.
+
+    dail      contrast of privileged student and negative reference, on traces
+    nll       likelihood of traces                    sft   likelihood of expert solutions
+    star      likelihood of the student's own right samples, or else of right ones with the solution in context
+    grpo      group-relative policy gradient          nurl  the same, with a hint where a whole group fails
+    onpolicy  as dail, on what the student writes now
+    none      the untrained model, to be evaluated
+    """
+
+    objective: Literal["dail", "nll", "sft", "star", "grpo", "nurl", "onpolicy", "none"] = "dail"
     gamma: Annotated[Number, Field(ge=0)] = 0.1
     kl: Literal["reverse", "forward"] = "reverse"
     epochs: Count = 3
@@ -199,13 +225,27 @@ class Train(Section):
     max_skipped: Count = 5  # non-finite updates in a row before giving up
     lora: Lora = Lora()
     optimizer: Optimizer = Optimizer()
+    online: Online = Online()
+
+    @property
+    def is_online(self) -> bool:
+        return self.objective in ("grpo", "nurl", "onpolicy")
+
+    @property
+    def reads_traces(self) -> bool:
+        """Whether `generate` comes first."""
+        return self.objective in ("dail", "nll", "star") or (self.objective == "nurl" and self.online.hint == "trace")
 
     @model_validator(mode="after")
     def _divides(self):
         if self.batch_size % self.accumulate:
             raise ValueError("batch_size must be a multiple of accumulate")
-        if self.objective == "dail" and self.kl == "reverse" and self.gamma >= 1:
+        if self.objective in ("dail", "onpolicy") and self.kl == "reverse" and self.gamma >= 1:
             raise ValueError("gamma must be below 1: the objective is unbounded otherwise")
+        if self.is_online and self.online.problems * self.online.group % self.batch_size:
+            raise ValueError("online.problems * online.group must be a multiple of batch_size")
+        if self.is_online and self.objective != "onpolicy" and not self.online.sampling.is_plain:
+            raise ValueError(f"{self.objective} wants online.sampling to be the model's own: temperature 1, no truncation")
         return self
 
 
@@ -217,18 +257,22 @@ class Force(Section):
 
 
 class Benchmark(Section):
-    """One evaluation set."""
+    """One evaluation set, here or in a file of its own: `{from: FILE}`; keys beside `from` replace the file's.
+
+    `answer: choice` with `rows.columns.choices` shows the choices in an order of each question's own and grades the
+    letter. The answer column then holds the right choice's text or letter, or its index as a number from 0.
+    """
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]+$")]
     rows: Rows
-    template: str | None = None  # null = the student's
-    answer: Literal["math", "integer", "choice"] = "math"
+    template: str | None = None  # null = the student's, or with choices the package's own for these
+    answer: Literal["math", "integer", "choice", "none"] = "math"
 
 
 class Evaluate(Section):
     """pass@k with n samples a problem, cut at each budget."""
 
-    benchmarks: tuple[Benchmark, ...] = ()
+    benchmarks: tuple[Annotated[Benchmark, BeforeValidator(included)], ...] = ()
     samples: Count = 128
     ks: tuple[Count, ...] = ()  # empty = powers of two up to samples
     budgets: tuple[Count, ...] = ()  # empty = sampling.max_tokens alone
@@ -294,7 +338,7 @@ class Config(Section):
     export: Export = Export()
     pretrain: Pretrain | None = None
     log: Log = Log()
-    arms: dict[Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]+$")], dict[str, Any]] = {}
+    arms: dict[Annotated[str, Field(pattern=r"^[A-Za-z0-9_.,=-]+$")], dict[str, Any]] = {}
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -323,7 +367,7 @@ def build(tree: dict[str, Any], source: str | Path) -> Config:
     try:
         return Config.model_validate(tree)
     except ValidationError as error:
-        raise _explain(error, source) from None
+        raise explain(error, source, Config) from None
 
 
 def with_overrides(config: Config, changes: dict[str, Any], source: str | Path) -> Config:
@@ -339,63 +383,3 @@ def dump(config: Config) -> str:
     out = io.StringIO()
     YAML().dump(config.model_dump(mode="json"), out)
     return out.getvalue()
-
-
-def _explain(error: ValidationError, source: str | Path) -> UserError:
-    """The first complaint of pydantic as one line of ours."""
-    # (an unknown key before what is missing: it may be the missing one, misspelt)
-    first = min(error.errors(), key=lambda e: e["type"] != "extra_forbidden")
-    field = ".".join(str(part) for part in first["loc"] if part != "[key]")
-    if first["type"] == "extra_forbidden":
-        return UserError(f"unknown key; did you mean {_nearest(first['loc'])!r}?", file=source, field=field)
-    if first["type"] == "missing":
-        return UserError("missing, and it has no default", file=source, field=field)
-    want = first["msg"].removeprefix("Value error, ")
-    if first["type"] in ("model_type", "dict_type"):
-        want = "want a mapping of keys"
-    want = re.sub(r"^(Input|Keys|String|.*items) should (be|match) ", "want ", want)
-    if not want.startswith("want ") and isinstance(first["input"], dict):  # keys that do not go together
-        return UserError(want, file=source, field=field or None)
-    got = repr(first["input"])
-    return UserError(f"got {got if len(got) <= 80 else got[:77] + '...'}, {want}", file=source, field=field or None)
-
-
-def _nearest(loc: tuple[str | int, ...]) -> str:
-    """The known key most like the unknown one at `loc`: in its section, or else in any."""
-    key = str(loc[-1])
-    here = _keys_at(loc[:-1])
-    near = difflib.get_close_matches(key, here, 1)
-    if near:
-        return near[0]
-    paths = {path.rpartition(".")[2]: path for path in _paths(Config)}
-    near = difflib.get_close_matches(key, paths, 1)
-    return paths[near[0]] if near else difflib.get_close_matches(key, here or paths, 1, 0.0)[0]
-
-
-def _paths(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
-    """Every key, dotted."""
-    for name, field in model.model_fields.items():
-        yield prefix + name
-        section = _section_in(field.annotation)
-        if section is not None:
-            yield from _paths(section, f"{prefix}{name}.")
-
-
-def _keys_at(loc: tuple[str | int, ...]) -> list[str]:
-    """The keys known at a place in the tree of sections."""
-    model: type[BaseModel] = Config
-    for part in loc:
-        if not isinstance(part, str) or part not in model.model_fields:
-            continue
-        section = _section_in(model.model_fields[part].annotation)
-        if section is None:
-            return []
-        model = section
-    return list(model.model_fields)
-
-
-def _section_in(annotation: Any) -> type[BaseModel] | None:
-    """The Section inside an annotation such as `tuple[Benchmark, ...]` or `Rows | None`."""
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return annotation
-    return next((s for a in get_args(annotation) if (s := _section_in(a))), None)

@@ -14,15 +14,22 @@ import traceback
 from collections.abc import Callable
 
 STAGES = {
-    "run": "everything below in order; with `arms`, once for each, on shared traces",
+    "run": "generate, train, evaluate, export and report; with `arms`, once for each, on shared traces",
     "convert": "a Hugging Face model -> checked, sharded weights in RUN_DIR/model",
     "generate": "mixed policy rollouts -> RUN_DIR/traces.jsonl",
     "train": "the LoRA -> RUN_DIR/checkpoints",
     "evaluate": "pass@k -> RUN_DIR/samples.jsonl and results.json",
+    "grade": "RUN_DIR/samples.jsonl of a finished evaluation again, without a model",
     "export": "the LoRA as a PEFT adapter -> RUN_DIR/adapter",
     "report": "tables, RUN_DIR/report.html and RUN_DIR/plots",
+    "compare": "finished runs with each other, problem by problem: tables and a page in --out",
     "pretrain": "all weights of a small model, from scratch (the embedded micro-world)",
     "compile": "ahead of time, for devices that need not be here: memory, FLOPs and whether it fits",
+    "waypoints": "nothing is written: solution, waypoints and final answer of some rows, side by side",
+    "prompts": "nothing is written: some rows' prompts of all roles as the model sees them, with their tokens",
+    "select": "the rows that the untrained model never solves -> RUN_DIR/selected.jsonl",
+    "sweep": "`run` for every combination of the values given by --over, as arms",
+    "calibrate": "traces at several tau: right ones, acceptance, artefacts -> RUN_DIR/calibration.md and plots",
     "env": "versions, devices and mesh: what a bug report needs",
 }
 
@@ -32,11 +39,12 @@ def parser() -> argparse.ArgumentParser:
     stages = top.add_subparsers(dest="stage", required=True, metavar="STAGE")
     for name, words in STAGES.items():
         sub = stages.add_parser(name, help=words, description=words)
-        sub.add_argument(
-            "--config", required=name != "env", action="append", help="a YAML file, see configs/; more are laid over it"
-        )
+        sub.add_argument("--config", required=name not in ("env", "compare"), action="append",
+                         help="a YAML file, see configs/; more are laid over it")  # fmt: skip
         sub.add_argument("--trace", action="store_true", help="show a traceback with errors")
-        sub.add_argument("--distributed", action="store_true", help="several processes, found by JAX itself (TPU, SLURM)")
+        sub.add_argument(
+            "--distributed", action="store_true", help="several processes, found by JAX itself (TPU, SLURM)"
+        )
         sub.add_argument("--coordinator", metavar="HOST:PORT", help="several processes: where process 0 listens")
         sub.add_argument("--processes", type=int, metavar="N", help="... how many there are")
         sub.add_argument("--process-id", type=int, metavar="I", help="... and which this one is, from 0")
@@ -45,6 +53,19 @@ def parser() -> argparse.ArgumentParser:
             sub.add_argument("--json", metavar="FILE", help="also write one JSON object a row")
             sub.add_argument("--quick", action="store_true", help="memory only: compile nothing extra to count FLOPs")
             sub.add_argument("--only", metavar="WORD", default="", help="only programs with this in their name")
+        if name in ("waypoints", "prompts"):
+            sub.add_argument(
+                "--row", metavar="ROW", action="append", default=[], help="a problem_id, or a number from 1"
+            )
+        if name == "sweep":
+            sub.add_argument("--over", metavar="KEY=A,B,C", action="append", required=True, help="values of a key")
+        if name == "calibrate":
+            sub.add_argument("--tau", metavar="A,B,C", default="0.5,0.7,0.8,0.9,0.99", help="(default: %(default)s)")
+        if name == "compare":
+            sub.add_argument("--out", metavar="DIR", default="runs/comparison", help="(default: %(default)s)")
+            sub.add_argument("runs", nargs="+", metavar="RUN_DIR", help="a run, or one with arms; the baseline first")
+            sub.set_defaults(overrides=[])
+            continue
         sub.add_argument("overrides", nargs="*", metavar="key.sub=value", help="replaces a key of the configuration")
     return top
 
@@ -71,7 +92,7 @@ def main(argv: list[str] | None = None) -> int:
         from dail_jax import config as config_lib
 
         config = config_lib.load(args.config[0], args.overrides, args.config[1:]) if args.config else None
-        more = {}
+        more = {key: vars(args)[key] for key in ("row", "over", "tau", "runs", "out") if key in args}
         if args.stage == "compile":
             more = {"topology": args.topology, "out": args.json, "quick": args.quick, "only": args.only}
         _stage(args.stage)(config, **more)
@@ -109,50 +130,13 @@ def _leave(at_once: bool, status: int) -> int:
 
 
 def _stage(name: str) -> Callable:
-    if name == "run":
-        return run
     if name == "env":
         return env
     import importlib
 
-    return importlib.import_module(f"dail_jax.stages.{name}").run
-
-
-def run(config) -> None:
-    """generate, train, evaluate, export, report: for the run itself, or for each of its arms."""
-    from dail_jax import config as config_lib
-    from dail_jax.metrics import say
-    from dail_jax.stages import evaluate, export, generate, report, train
-
-    arms = {name: arm(config, name) for name in config.arms} or {"": config}
-    if any(a.traces for a in arms.values()) or (not config.arms and config.train.objective in ("dail", "nll")):
-        generate.run(config)
-    for name, one in arms.items():
-        if name:
-            say(f"\n== {name} ==")
-            if one.train.objective in ("dail", "nll") and not one.traces:
-                generate.run(one)
-        for stage in (train, evaluate, export):
-            stage.run(one)
-    say("")
-    report.run(config)
-    assert isinstance(config, config_lib.Config)
-
-
-def arm(config, name: str):
-    """One arm's own configuration: in RUN_DIR/NAME, on the parent's traces unless it changes how they are made."""
-    from pathlib import Path
-
-    from dail_jax import config as config_lib
-
-    changes = config.arms[name] or {}
-    source = f"arms.{name}"
-    own = config_lib.with_overrides(config, {"arms": {}, "run_dir": str(Path(config.run_dir) / name), **changes}, source)
-    made = ("seed", "model", "data", "prompts", "generate", "filters")
-    same = all(getattr(own, section) == getattr(config, section) for section in made)
-    if same and own.train.objective in ("dail", "nll") and not own.traces:
-        own = config_lib.with_overrides(own, {"traces": str(Path(config.run_dir) / "traces.jsonl")}, source)
-    return own
+    home = {"run": "experiment", "sweep": "experiment", "waypoints": "show", "prompts": "show"}.get(name)
+    module = importlib.import_module(f"dail_jax.stages.{home or name}")
+    return getattr(module, name if home else "run")
 
 
 def env(config) -> None:

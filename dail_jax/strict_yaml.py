@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import difflib
 import io
+import re
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
+from pydantic import BaseModel, ValidationError
 from ruamel.yaml import YAML
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
 
@@ -73,6 +77,15 @@ def assign(tree: dict[str, Any], key: str, value: Any) -> None:
         raise UserError(f"got override {key!r}, but its parent is not a section")
 
 
+def included(value: Any) -> Any:
+    """A mapping with the key `from`, replaced by the mapping in that file with the other keys laid over it."""
+    if not isinstance(value, dict) or "from" not in value:
+        return value
+    tree = read_yaml(str(value["from"]))
+    lay_over(tree, {key: other for key, other in value.items() if key != "from"})
+    return tree
+
+
 def lay_over(tree: dict[str, Any], other: dict[str, Any]) -> None:
     """Puts the keys of `other` into `tree`, section by section, in place."""
     for key, value in other.items():
@@ -80,3 +93,67 @@ def lay_over(tree: dict[str, Any], other: dict[str, Any]) -> None:
             lay_over(tree[key], value)
         else:
             tree[key] = value
+
+
+# ---------------------------------------------------------------------------------------------------
+# What a typed configuration finds wrong with a tree
+# ---------------------------------------------------------------------------------------------------
+
+
+def explain(error: ValidationError, source: str | Path, root: type[BaseModel]) -> UserError:
+    """The first complaint of pydantic about a tree of sections under `root`, as one line of ours."""
+    # (an unknown key before what is missing: it may be the missing one, misspelt)
+    first = min(error.errors(), key=lambda e: e["type"] != "extra_forbidden")
+    field = ".".join(str(part) for part in first["loc"] if part != "[key]")
+    if first["type"] == "extra_forbidden":
+        return UserError(f"unknown key; did you mean {_nearest(first['loc'], root)!r}?", file=source, field=field)
+    if first["type"] == "missing":
+        return UserError("missing, and it has no default", file=source, field=field)
+    want = first["msg"].removeprefix("Value error, ")
+    if first["type"] in ("model_type", "dict_type"):
+        want = "want a mapping of keys"
+    want = re.sub(r"^(Input|Keys|String|.*items) should (be|match) ", "want ", want)
+    if not want.startswith("want ") and isinstance(first["input"], dict):  # keys that do not go together
+        return UserError(want, file=source, field=field or None)
+    got = repr(first["input"])
+    return UserError(f"got {got if len(got) <= 80 else got[:77] + '...'}, {want}", file=source, field=field or None)
+
+
+def _nearest(loc: tuple[str | int, ...], root: type[BaseModel]) -> str:
+    """The known key most like the unknown one at `loc`: in its section, or else in any."""
+    key = str(loc[-1])
+    here = _keys_at(loc[:-1], root)
+    if near := difflib.get_close_matches(key, here, 1):
+        return near[0]
+    paths = {path.rpartition(".")[2]: path for path in _paths(root)}
+    near = difflib.get_close_matches(key, paths, 1)
+    return paths[near[0]] if near else difflib.get_close_matches(key, here or paths, 1, 0.0)[0]
+
+
+def _paths(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
+    """Every key, dotted."""
+    for name, field in model.model_fields.items():
+        yield prefix + name
+        section = _section_in(field.annotation)
+        if section is not None:
+            yield from _paths(section, f"{prefix}{name}.")
+
+
+def _keys_at(loc: tuple[str | int, ...], root: type[BaseModel]) -> list[str]:
+    """The keys known at a place in the tree of sections."""
+    model = root
+    for part in loc:
+        if not isinstance(part, str) or part not in model.model_fields:
+            continue
+        section = _section_in(model.model_fields[part].annotation)
+        if section is None:
+            return []
+        model = section
+    return list(model.model_fields)
+
+
+def _section_in(annotation: Any) -> type[BaseModel] | None:
+    """The Section inside an annotation such as `tuple[Benchmark, ...]` or `Rows | None`."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    return next((s for a in get_args(annotation) if (s := _section_in(a))), None)

@@ -22,3 +22,21 @@ def mesh_of(data=1, fsdp=1, tensor=1):
 @pytest.fixture(scope="session")
 def one_device():
     return mesh_of()
+
+
+@pytest.fixture(scope="session")
+def programs(tmp_path_factory):
+    """A folder of compiled programs, shared with the processes that tests start."""
+    return tmp_path_factory.mktemp("programs")
+
+
+@pytest.fixture(scope="session")
+def pipeline(tmp_path_factory, programs):
+    """The finished run of all stages on the tiny configuration, on one device of this process."""
+    import tiny
+
+    path = tiny.write(tmp_path_factory.mktemp("pipeline") / "run")
+    with tiny.alone(programs):
+        for stage in tiny.STAGES:
+            assert tiny.run(stage, path) == 0
+    return path.with_suffix("")

@@ -49,10 +49,11 @@ def test_extract(text, kind, answer):
 
 def test_extract_takes_nothing_from_thoughts():
     assert extract(r"<think>\boxed{1}</think> it is \boxed{2}") == "2"
-    assert extract(r"\boxed{1}</think> it is \boxed{2}", thinking=True) == "2"
+    assert extract(r"\boxed{1}</think> it is \boxed{2}") == "2"
     assert extract(r"<think>\boxed{1}</think> I do not know") is None
     assert extract(r"<think> maybe \boxed{1}, but") is None
-    assert extract(r"maybe \boxed{1}, but", thinking=True) is None
+    assert extract(r"<r>maybe \boxed{1}, but", tag="r") is None
+    assert extract(r"<r>maybe \boxed{1}, but</r> \boxed{2}", tag="r") == "2"
     assert extract(r"a</think>\boxed{1}</think>\boxed{2}") == "2"
 
 
@@ -60,8 +61,8 @@ def test_extract_from_a_forced_answer():
     force = "\n</think>\n\nThe final answer is \\boxed{"
     assert extract(r"<think> maybe \boxed{1}", forced=force + "42}") == "42"
     assert extract(r"<think> maybe \boxed{1}", forced=force + "42") is None  # never closed: it may have gone on
-    assert extract("x", forced=force + r"hm</think> \boxed{43}", thinking=True) == "43"
-    assert extract("x", "choice", forced=force + "(B)}", thinking=True) == "B"
+    assert extract("x", forced=force + r"hm</think> \boxed{43}") == "43"
+    assert extract("x", "choice", forced=force + "(B)}") == "B"
 
 
 def test_extract_is_linear():

@@ -74,6 +74,28 @@ def test_compare(results):
     assert (found.mean, found.low, found.high, found.better) == (0.25, 0.25, 0.25, 2)
 
 
+def test_differences_are_paired(results):
+    better = protocol.summarise(rows({"a": 4, "b": 2}, "hard", 64), CFG, 0)
+    other = protocol.summarise(rows({"a": 4, "z": 2}, "hard", 8), CFG, 0)
+    assert protocol.differences({"dail": results, "more": better, "odd": other}, 0, 50) == [
+        "hard (64): more against dail: pass@1 +25.0 points [+25.0, +25.0], p = 0.569, better on 2, worse on 0, "
+        "same on 0 problems",
+        "hard (64): more against dail: pass@4 +0.0 points [+0.0, +0.0], p = 1, better on 0, worse on 0, "
+        "same on 2 problems",
+        "hard (8): odd against dail: not the same problems",
+    ]
+    assert protocol.differences({"dail": results}, 0, 50) == []
+
+
+def test_grading_again_is_by_texts_alone():
+    samples = [{**row, "text": f"\\boxed{{{row['sample']}}}", "forced_text": None, "answer": "old", "correct": None}
+               for row in rows({"a": 1}, "hard", 64)]  # fmt: skip
+    graded = protocol.grade(samples, CFG.benchmarks, "think")
+    assert [(r["answer"], r["correct"]) for r in graded] == [("0", False), ("1", True), ("2", False), ("3", False)]
+    with pytest.raises(UserError, match=r"samples.jsonl: got samples of 'odd', want one of hard, chain"):
+        protocol.grade(rows({"a": 1}, "odd", 64), CFG.benchmarks, "think")
+
+
 def test_one_line(results):
     assert protocol.one_line(results) == (
         "dail_jax (arm=dail, objective=dail)"
@@ -96,6 +118,11 @@ def test_tables(results):
         "| chain | base | - | - | - |",
         "| chain | dail | 75.0 [75.0, 75.0] | 100 [100, 100] | 6.5 [6.5, 6.5] |",
     ]
+    tex = protocol.latex({"base_1": base, "dail": results}, ks=(1, 4, 32)).splitlines()
+    assert tex[1:3] == [r"\begin{tabular}{llrrr}", r"\toprule"] and tex[4] == r"\midrule"
+    assert tex[3] == r"benchmark & method & pass@1 & pass@4 & mean tokens \\"
+    assert tex[5] == r"hard (64) & base\_1 & 0.0 [0.0, 0.0] & 0.0 [0.0, 0.0] & 6.5 [6.5, 6.5] \\"
+    assert tex[-2:] == [r"\bottomrule", r"\end{tabular}"] and tex.count(r"\midrule") == 3
     console = Console(width=80, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
     console.print(protocol.table(runs, ks=(1, 4, 32)))
     shown = console.export_text()

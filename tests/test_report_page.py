@@ -14,6 +14,7 @@ import pytest
 from matplotlib import image
 
 from dail_jax import config as config_lib
+from dail_jax import launch
 from dail_jax.errors import UserError
 from dail_jax.evaluate import protocol
 from dail_jax.report import charts, collect, diagnosis, page, plots
@@ -176,7 +177,7 @@ def test_the_page_has_every_part(parsed):
         assert expected in text
     data = parsed.data()
     assert data["runs"] == ["base", "nll", "dail"]
-    assert {chart["section"] for chart in data["charts"]} == set(plots.FILES)
+    assert {chart["section"] for chart in data["charts"]} == set(plots.FILES) - {"tau"}  # of `calibrate`
 
 
 def test_nothing_leads_out_of_the_page(parsed):
@@ -290,6 +291,36 @@ def test_files_of_a_run_in_progress(tmp_path):
     assert len(read.metrics["train"]["loss"]) == 60 and read.metrics["train"]["loss"][60] == 77.0
 
 
+def test_comparison_of_runs_that_lie_anywhere(tmp_path, capsys, monkeypatch):
+    """Two experiments with arms of one name, each with its own traces and scores of the same problems."""
+    for i, place in enumerate(("one", "two")):
+        run = make_run(tmp_path / place / "dail", "dail")
+        make_traces(run / "traces.jsonl")
+        (run / "token_scores.jsonl").write_text("".join(
+            json.dumps({"problem_id": f"p{j:03}", "sample": 0, "log_ratio": [float(i)] * len(row["pieces"])}) + "\n"
+            for j, row in enumerate(map(json.loads, (run / "traces.jsonl").read_text().splitlines()))))  # fmt: skip
+    make_run(tmp_path / "base", "base")
+    monkeypatch.setattr(plots, "write", lambda *_: [])  # slow, and tested below
+    out = tmp_path / "comparison"
+    runs = [str(tmp_path / name) for name in ("base", "one", "two/dail")]
+    assert launch.main(["compare", *runs, "--out", str(out)]) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    d = protocol.compare(*(json.loads((tmp_path / name / "results.json").read_text()) for name in ("base", "one/dail")),
+                         "hard", "256", 1, 0, diagnosis.RESAMPLES)  # fmt: skip
+    assert f"hard (256): {tmp_path}/one/dail against {tmp_path}/base: pass@1 {100 * d.mean:+.1f} points" in shown
+    assert {f.name for f in out.iterdir()} == {"report.html", "results.md", "results.tex"}
+    data = Page((out / "report.html").read_text("utf-8")).data()
+    assert data["runs"] == [str(tmp_path / name) for name in ("base", "one/dail", "two/dail")]
+    pushes = {(trace["file"], trace["push"][0]) for trace in data["traces"]}
+    assert pushes == {(data["runs"][1], 0.0), (data["runs"][2], 1.0)}  # nobody has the other's scores
+    assert launch.main(["compare", str(tmp_path / "comparison")]) == 2
+    assert "got no results.json here or in its folders, want a finished evaluation" in capsys.readouterr().err
+    results = tmp_path / "base" / "results.json"
+    results.write_text(json.dumps({**json.loads(results.read_text()), "schema": 2}))
+    assert launch.main(["compare", str(tmp_path / "base"), "--out", str(out)]) == 2
+    assert f"{results}: got schema 2, want 1" in capsys.readouterr().err
+
+
 def test_faults_are_named(tmp_path):
     run = make_run(tmp_path / "dail", "dail")
     (run / "metrics.jsonl").write_text('{"stage":"train","step":1,"time":0,"loss":1}\nnot JSON\n')
@@ -323,7 +354,9 @@ def test_the_same_runs_give_the_same_bytes(runs, tmp_path):
 
 def test_plots(runs, tmp_path):
     files = plots.write(runs[0], tmp_path / "plots", runs[1])
-    assert {f.name for f in files} == {f"{name}.{kind}" for name in plots.FILES.values() for kind in ("png", "svg")}
+    assert {f.name for f in files} == {
+        f"{name}.{kind}" for name in set(plots.FILES.values()) - {"tau"} for kind in ("png", "svg")
+    }
     for file in files:
         if file.suffix == ".png":
             pixels = image.imread(file)

@@ -85,7 +85,7 @@ def test_loss_falls_and_excess_is_not_negative(reference):
     assert losses[0]["kl_privileged"] > 0 and losses[0]["kl_negative"] > 0
 
 
-@pytest.mark.parametrize("shape", [(1, 1, 8), (1, 8, 1), (8, 1, 1), (2, 4, 1), (4, 1, 2), (2, 2, 2)], ids=str)
+@pytest.mark.parametrize("shape", [(1, 8, 1), (2, 4, 1), (4, 1, 2), (2, 2, 2)], ids=str)
 def test_eight_devices_equal_one(params, examples, reference, shape):
     close(train(params, examples, settings(), mesh_of(*shape)), reference)
 

@@ -1,21 +1,31 @@
 """A tiny configuration on the embedded micro-world, and ways to run stages with it: shared by the stage tests."""
 
+import contextlib
+import functools
 import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
+
+import jax
+import pytest
+from jax.experimental.compilation_cache import compilation_cache
 
 from dail_jax import config as config_lib
 from dail_jax import launch
+from dail_jax import mesh as mesh_lib
+from dail_jax.sample import engine
 
 ROOT = Path(__file__).parent.parent
 ASSETS = ROOT / "dail_jax" / "microworld" / "assets"
 STAGES = ("generate", "train", "evaluate", "export", "report")
+UPDATES = 6
 
 
 def tree(run_dir, **changes) -> dict:
-    """12 rows, two traces each, 6 updates, 2 x 3 problems with 4 samples; dotted keys of `changes` with _ for a dot."""
+    """12 rows, two traces each, 6 updates, 2 x 3 problems with 4 samples. Keys of `changes` have __ for a dot."""
     templates = {role: str(ASSETS / "templates" / f"{role}.txt") for role in ("student", "privileged", "negative")}
     out = {
         "run_dir": str(run_dir), "seed": 5,
@@ -24,7 +34,7 @@ def tree(run_dir, **changes) -> dict:
         "prompts": templates,
         "generate": {"tau": 0.8, "samples": 2, "slots": 8, "sampling": {"temperature": 1.0, "max_tokens": 96}},
         "filters": {"correct": True, "artefacts": [], "keep": "all"},
-        "train": {"objective": "dail", "epochs": 2, "batch_size": 8, "bucket": 32, "chunk": 4096, "remat": "none",
+        "train": {"objective": "dail", "epochs": 2, "batch_size": 8, "bucket": 96, "chunk": 4096, "remat": "none",
                   "save_every": 2, "max_tokens": 192, "lora": {"rank": 4, "alpha": 4},
                   "optimizer": {"learning_rate": 3e-3, "warmup_steps": 1}},
         "evaluate": {"samples": 4, "slots": 8, "bootstrap": 50,
@@ -39,9 +49,26 @@ def tree(run_dir, **changes) -> dict:
 
 def write(run_dir, **changes) -> Path:
     """The same as a file beside the run directory."""
-    path = Path(run_dir).with_suffix(".yaml")
+    path = Path(f"{run_dir}.yaml")
     path.write_text(json.dumps(tree(run_dir, **changes)))  # JSON is YAML
     return path
+
+
+@contextlib.contextmanager
+def alone(programs: Path):
+    """One device of this process, and programs kept in a folder: they are compiled once for all tests."""
+    settings = {"jax_compilation_cache_dir": str(programs), "jax_persistent_cache_min_compile_time_secs": 0,
+                "jax_persistent_cache_min_entry_size_bytes": -1}  # fmt: skip
+    before = {name: getattr(jax.config, name) for name in settings}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(mesh_lib, "make_mesh", functools.partial(mesh_lib.make_mesh, devices=jax.devices()[:1]))
+        for name, value in settings.items():
+            jax.config.update(name, value)
+        compilation_cache.reset_cache()
+        yield
+    for name, value in before.items():
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()
 
 
 def run(stage: str, path: Path, *overrides: str) -> int:
@@ -49,26 +76,52 @@ def run(stage: str, path: Path, *overrides: str) -> int:
     return launch.main([stage, "--config", str(path), *overrides])
 
 
-def environment(devices: int = 1) -> dict[str, str]:
-    """What a process of its own needs: fake devices, and programs that were compiled before."""
-    return {
+def start(stage: str, path: Path, programs: Path, *more: str, devices: int = 1) -> subprocess.Popen:
+    """A stage in a process of its own."""
+    env = {
         **os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
-        "JAX_COMPILATION_CACHE_DIR": str(CACHE), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1", "PYTHONUNBUFFERED": "1",
+        "JAX_DEFAULT_MATMUL_PRECISION": "highest", "JAX_COMPILATION_CACHE_DIR": str(programs),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0", "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
     }  # fmt: skip
+    command = [sys.executable, "-m", "dail_jax.launch", stage, "--config", str(path), *more]
+    return subprocess.Popen(command, env=env, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
 
-def command(stage: str, path: Path, *more: str) -> list[str]:
-    return [sys.executable, "-m", "dail_jax.launch", stage, "--config", str(path), *more]
+def finish(process: subprocess.Popen) -> tuple[int, str, str]:
+    """(exit status, stdout, stderr)."""
+    out, err = process.communicate(timeout=300)
+    return process.returncode, out, err
 
 
-def start(stage: str, path: Path, *more: str, devices: int = 1) -> subprocess.Popen:
-    return subprocess.Popen(command(stage, path, *more), env=environment(devices), cwd=ROOT, text=True,
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE)  # fmt: skip
+def wait_for(path: Path, count: int, process: subprocess.Popen, stage: str = "") -> None:
+    """Until a file has `count` lines (of a stage, in metrics.jsonl), or the process has ended."""
+    mark = f'"stage": "{stage}"'.encode() if stage else b""
+    deadline = time.monotonic() + 120
+    while process.poll() is None and time.monotonic() < deadline:
+        with contextlib.suppress(FileNotFoundError):
+            if sum(mark in line for line in path.read_bytes().splitlines()) >= count:
+                return
+        time.sleep(0.002)
 
 
 def lines(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-CACHE = Path("/tmp/w/rel/cache")
+def losses(folder: Path) -> list[tuple[int, float, float]]:
+    """(update, loss, gradient norm) of every row of a run's training."""
+    rows = [r for r in lines(folder / "metrics.jsonl") if r["stage"] == "train"]
+    return [(r["step"], r["loss"], r["grad_norm"]) for r in rows]
+
+
+@contextlib.contextmanager
+def nothing_is_drawn():
+    """Fails where a sampler is asked for a sample."""
+
+    def run(self, requests):
+        assert not list(requests), "a finished problem is drawn again"
+        return iter(())
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(engine.Sampler, "run", run)
+        yield

@@ -25,11 +25,16 @@ WINDOW = 8  # batches among which examples are sorted by length
 
 @dataclass(frozen=True)
 class Example:
-    """What one row of a batch is made of: token ids of each role's prompt, and of the response."""
+    """What one row of a batch is made of: token ids of each role's prompt, and of the response.
+
+    For policy gradients also each token's log-probability when it was drawn, and the response's advantage.
+    """
 
     name: str
     prompts: Mapping[str, tuple[int, ...]]
     response: tuple[int, ...]
+    logq: tuple[float, ...] = ()
+    advantage: float = 0.0
 
 
 def digest(examples: list[Example]) -> str:
@@ -76,9 +81,9 @@ def pad(count: int, to: int) -> int:
 class Assemble(grain.transforms.Map):
     """Indices of a batch -> arrays of the rows that this process holds.
 
-    Returns {rows [A, b] int32, mask and targets [A, b, T], and for each of `roles` tokens and positions
-    [A, b, P+T]}, where A micro-batches of b local rows make the update. `references(role, index)` gives [t, D]
-    final states, which are added as [A, b, T, D] under `ref_ROLE`.
+    Returns {rows [A, b] int32, mask, targets, logq and advantage [A, b, T] (the last two where the examples have
+    them), and for each of `roles` tokens and positions [A, b, P+T]}, where A micro-batches of b local rows make the
+    update. `references(role, index)` gives [t, D] final states, which are added as [A, b, T, D] under `ref_ROLE`.
     """
 
     examples: list[Example]
@@ -96,11 +101,16 @@ class Assemble(grain.transforms.Map):
         rows = chosen.reshape(self.accumulate, -1)[:, self.local]
         out = {"rows": rows.astype(np.int32), "mask": np.zeros((*rows.shape, t), bool),
                "targets": np.zeros((*rows.shape, t), np.int32)}  # fmt: skip
+        if live[0].logq:
+            out |= {name: np.zeros((*rows.shape, t), np.float32) for name in ("logq", "advantage")}
         for at in np.ndindex(rows.shape):
             if rows[at] >= 0:
-                response = self.examples[rows[at]].response
-                out["mask"][at][: len(response)] = True
-                out["targets"][at][: len(response)] = response
+                e = self.examples[rows[at]]
+                out["mask"][at][: len(e.response)] = True
+                out["targets"][at][: len(e.response)] = e.response
+                if e.logq:
+                    out["logq"][at][: len(e.response)] = e.logq
+                    out["advantage"][at][: len(e.response)] = e.advantage
         for role in self.roles:
             p = pad(max(len(e.prompts[role]) for e in live), self.bucket)
             tokens = np.zeros((*rows.shape, p + t), np.int32)

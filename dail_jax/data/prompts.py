@@ -1,9 +1,9 @@
 """Prompts of the three roles: one builder for generation, training and evaluation, so that they cannot differ.
 
 A template is a text file. `{{problem}}`, `{{solution}}`, `{{waypoints}}` and `{{answer}}` stand for a row's values,
-put in once and never scanned again; `{{waypoints:, }}` chooses what stands between waypoints. A line whose values
-are all empty is left out. A file that begins with a line `[system]` continues with a line `[user]`; any other is
-the user's message as a whole.
+put in once and never scanned again; `{{waypoints:, }}` chooses what stands between waypoints (`{{hint:, }}` likewise,
+where the hint is waypoints). A line whose values are all empty is left out. A file that begins with a line `[system]`
+continues with a line `[user]`; any other is the user's message as a whole.
 """
 
 from __future__ import annotations
@@ -28,6 +28,8 @@ ALLOWED = {
     "privileged": NAMES,
     "negative": ("problem", "waypoints", "answer"),
     "expert": NAMES,
+    "hint": ("problem", "hint"),
+    "choice": ("problem", "choices"),  # an evaluation's question with its lettered choices
 }
 
 _PLACEHOLDER = re.compile(r"\{\{\s*(\w+)\s*(?::([^{}]*))?\}\}")
@@ -89,9 +91,18 @@ class PromptBuilder:
             "answer": answer or "",
         }, cut
 
-    def student_only(self, problem: str, template: str | None = None) -> list[int]:
-        """The prompt of an evaluation: the student's, or that of a benchmark's own template file."""
-        return self._render(_student_template(template) if template else self.student, {"problem": problem})
+    def student_only(self, problem: str, template: str | None = None, choices: str = "") -> list[int]:
+        """The prompt of an evaluation: the student's, or that of a benchmark's own template file.
+
+        `choices` are those of a multiple-choice question, a line each; their template shows them.
+        """
+        own = template is None and not choices
+        found = self.student if own else _template(template, "choice" if choices else "student")
+        return self._render(found, {"problem": problem, "choices": choices})
+
+    def hinted(self, problem: str, hint: str | list[str]) -> list[int]:
+        """The student's prompt with a hint, or with waypoints as one."""
+        return self._render(_template(self.cfg.hint, "hint"), {"problem": problem, "hint": hint})
 
     def cut(self, solution: str) -> tuple[str, bool]:
         """The longest prefix of a solution (to within a character) of at most max_solution_tokens tokens."""
@@ -131,8 +142,8 @@ class PromptBuilder:
 
 
 @functools.lru_cache(maxsize=64)
-def _student_template(path: str) -> Template:
-    return load_template(path, "student")
+def _template(path: str | None, role: str) -> Template:
+    return load_template(path, role)
 
 
 def load_template(path: str | None, role: str) -> Template:
@@ -149,12 +160,13 @@ def load_template(path: str | None, role: str) -> Template:
             raise UserError(f"cannot be read as UTF-8 text: {error}", file=path) from None
     allowed = ALLOWED[role]
     for match in _PLACEHOLDER.finditer(text):
-        if match[1] not in allowed or (match[2] is not None and match[1] != "waypoints"):
+        if match[1] not in allowed or (match[2] is not None and match[1] not in ("waypoints", "hint")):
             line = text.count("\n", 0, match.start()) + 1
             want = ", ".join("{{" + name + "}}" for name in allowed)
             raise UserError(f"got {match[0]}, want one of {want} in a {role} template", file=source, row=line)
-    if role != "expert" and not any(match[1] == "problem" for match in _PLACEHOLDER.finditer(text)):
-        raise UserError("got a template without {{problem}}", file=source)
+    for name in () if role == "expert" else ALLOWED[role] if role in ("choice", "hint") else ("problem",):
+        if not any(match[1] == name for match in _PLACEHOLDER.finditer(text)):
+            raise UserError("got a template without {{" + name + "}}", file=source)
     return Template(_sections(text, source, role))
 
 

@@ -32,6 +32,7 @@ class Row:
     answer: str | None
     index: int
     waypoints: str | None = None  # one a line, for the extractor `file`
+    choices: tuple[str, ...] = ()  # of a multiple-choice question, the right one first; then `answer` is its text
 
 
 def read_rows(cfg: config.Rows, need: Sequence[str] = ("problem", "solution")) -> list[Row]:
@@ -60,7 +61,7 @@ def dataset_hash(rows: Iterable[Row]) -> str:
     """SHA-256 (hex) over the content of all rows, in order."""
     digest = hashlib.sha256()
     for row in rows:
-        digest.update(_serial(row.problem_id, row.problem, row.solution, row.answer, row.waypoints))
+        digest.update(_serial(row.problem_id, row.problem, row.solution, row.answer, row.waypoints, *row.choices))
     return digest.hexdigest()
 
 
@@ -77,7 +78,10 @@ def _row(raw: Any, cfg: config.Rows, need: Sequence[str], number: int, index: in
     """Checks one decoded row."""
     if not isinstance(raw, dict):
         raise UserError(f"got {_kind(raw)}, want an object with columns", file=cfg.path, row=number)
-    columns = cfg.columns.model_dump()
+    columns = cfg.columns.model_dump(exclude={"choices"})
+    choices = _choices(raw, cfg, number)
+    if choices:
+        raw = {**raw, columns["answer"]: choices[0]}
     values: dict[str, str | None] = {}
     for field, column in columns.items():
         value = raw.get(column)
@@ -100,7 +104,31 @@ def _row(raw: Any, cfg: config.Rows, need: Sequence[str], number: int, index: in
         answer=values["answer"],
         index=index,
         waypoints=values.get("waypoints"),
+        choices=choices,
     )
+
+
+def _choices(raw: dict[str, Any], cfg: config.Rows, number: int) -> tuple[str, ...]:
+    """The texts of a question's choices, the right one first; none where the dataset is not asked for them."""
+    columns, answer = cfg.columns.choices, raw.get(cfg.columns.answer)
+    if columns is None:
+        return ()
+    field = columns if isinstance(columns, str) else ", ".join(columns)
+    found = raw.get(columns) if isinstance(columns, str) else [raw.get(column) for column in columns]
+    if not isinstance(found, list) or not 2 <= len(found) <= 26:
+        got = f"{len(found)} choices" if isinstance(found, list) else _kind(found)
+        raise UserError(f"got {got}, want a list of 2 to 26 choices", file=cfg.path, row=number, field=field)
+    texts = [_text(choice, True, cfg.path, number, field).strip() for choice in found]
+    if len(set(texts)) < len(texts) or "" in texts:
+        raise UserError("got an empty choice or the same one twice", file=cfg.path, row=number, field=field)
+    right = answer if type(answer) is int else None
+    if isinstance(answer, str):
+        letter = answer.strip()
+        right = texts.index(letter) if letter in texts else ord(letter) - ord("A") if len(letter) == 1 else None
+    if right is None or not 0 <= right < len(texts):
+        raise UserError(f"got {answer!r:.80}, want a choice's text, letter or index from 0", file=cfg.path, row=number,
+                        field=cfg.columns.answer)  # fmt: skip
+    return (texts[right], *texts[:right], *texts[right + 1 :])
 
 
 def _text(value: Any, number_allowed: bool, path: str, row: int, column: str) -> str:
@@ -252,7 +280,8 @@ except Exception as error:
 
 def _from_parquet(cfg: config.Rows, cap: int = 2 << 30) -> Iterator[tuple[int, Any]]:
     """Parquet, of at most `cap` bytes when unfolded."""
-    columns = list(cfg.columns.model_dump().values())
+    *columns, choices = cfg.columns.model_dump().values()
+    columns += [choices] if isinstance(choices, str) else choices or ()
     with tempfile.TemporaryFile() as out:
         command = [sys.executable, "-I", "-c", _PARQUET, cfg.path, str(cap), str(cfg.limit or 0), *columns]
         done = subprocess.run(command, stdout=out, stderr=subprocess.PIPE, env={"ARROW_DEFAULT_MEMORY_POOL": "system"})

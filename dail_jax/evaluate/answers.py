@@ -13,7 +13,6 @@ AnswerType = Literal["math", "integer", "choice"]
 MAX_LENGTH = 2000  # characters of an answer
 MAX_DIGITS = 1000  # of one number
 MAX_DEPTH = 40  # of nested brackets
-THINK_OPEN, THINK_CLOSE = "<think>", "</think>"
 
 # ---------------------------------------------------------------------------------------------------
 # Extraction
@@ -27,23 +26,19 @@ _LETTER = re.compile(r"\(?([A-Z])\)?(?:[.:,)\s].*)?|\(?([a-z])\)?\.?", re.DOTALL
 
 
 def extract(
-    text: str, answer_type: AnswerType = "math", *, thinking: bool = False, forced: str | None = None
+    text: str, answer_type: AnswerType = "math", *, forced: str | None = None, tag: str = "think"
 ) -> str | None:
     """The answer in a completion, or None: the balanced `\\boxed{...}` of the answer part that opens last.
 
-    The answer part follows the last `</think>`. Where thinking began (in the text, or by `thinking=True` in the
-    prompt) and never ended there is none: a box among thoughts is not an answer. `forced` is the text that closed
-    the thinking of a cut sample and what was drawn after it; then only this counts. For integers and choices an
-    "answer is 12" or "Answer: (C)" serves where there is no box. A choice comes back as its capital letter.
+    The answer part follows the last `</think>` (or other `tag`). Where a text opens its thoughts and never closes
+    them there is none: a box among thoughts is not an answer. `forced` is the text that closed the thinking of a
+    cut sample and what was drawn after it; then only this counts. For integers and choices an "answer is 12" or
+    "Answer: (C)" serves where there is no box. A choice comes back as its capital letter.
     """
-    if forced is not None:
-        part = forced
-    elif THINK_CLOSE in text:
-        part = text[text.rindex(THINK_CLOSE) + len(THINK_CLOSE) :]
-    elif thinking or THINK_OPEN in text:
+    _, closed, after = text.rpartition(f"</{tag}>")
+    if forced is None and not closed and f"<{tag}>" in text:
         return None
-    else:
-        part = text
+    part = forced if forced is not None else after
     box = last_box(part)
     if answer_type == "choice":
         if box is not None:

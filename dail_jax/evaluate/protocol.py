@@ -1,19 +1,11 @@
-"""From graded samples to results.json, and from results to tables.
+"""From drawn samples to verdicts, from these to results.json, and from results to tables.
 
-results.json, for each benchmark and each budget (its key is the budget as text):
-
-    problems, samples            how many problems, and samples for each
-    pass@k, maj@k                {"1": {mean, low, high}, "2": ...}: fractions, 95% bootstrap intervals over problems
-    tokens                       {mean, low, high} of tokens drawn within the budget
-    mean_tokens, median_tokens   the same mean, and the median over samples
-    forced, forced_tokens        the share of samples whose answer was forced, and the mean tokens of such an answer
-    answered                     the share of samples with an answer
-    reasons                      {reason: count} of the verdicts
-    per_problem                  {problem_id: [right samples, samples]}
+What stands in samples.jsonl and results.json is written in docs/results.md; `SCHEMA` is its number.
 """
 
 from __future__ import annotations
 
+import re
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -25,9 +17,35 @@ from rich.text import Text
 from dail_jax import config as config_lib
 from dail_jax.errors import UserError
 from dail_jax.evaluate import passk
+from dail_jax.evaluate.grading import Grader, extract
 
 Results = dict[str, Any]
+SCHEMA = 1  # of results.json: raised when a key that is there changes its name or meaning
+NOT_GRADED = "not graded"  # the reason of a verdict where a benchmark's answer type is `none`
 DIGITS = 6  # decimals kept in results.json
+
+
+def grade(rows: Sequence[Mapping[str, Any]], benchmarks: Sequence[config_lib.Benchmark], tag: str) -> list[Results]:
+    """Rows of samples.jsonl with their answer, verdict and reason (again), from their texts and gold answers alone.
+
+    `tag` encloses thoughts. Raises UserError for rows of no benchmark.
+    """
+    kinds: dict[str, Any] = {benchmark.name: benchmark.answer for benchmark in benchmarks}
+    if strange := {row["benchmark"] for row in rows} - kinds.keys():
+        raise UserError(f"got samples of {sorted(strange)[0]!r}, want one of {', '.join(kinds)}", file="samples.jsonl")
+    found, items = [], []
+    for row in rows:
+        kind = kinds[row["benchmark"]]
+        found.append({**row, "answer": None, "correct": None, "reason": NOT_GRADED})
+        if kind != "none":
+            answer = extract(row["text"], kind, forced=row["forced_text"], tag=tag)
+            found[-1]["answer"] = answer
+            items.append((found[-1], (answer, row["gold"], kind)))
+    with Grader() as grader:
+        verdicts = grader.grade_many([item for _, item in items])
+    for (row, _), verdict in zip(items, verdicts, strict=True):
+        row.update(correct=verdict.correct, reason=verdict.reason)
+    return found
 
 
 def summarise(samples: Sequence[Mapping[str, Any]], cfg: config_lib.Evaluate, seed: int) -> Results:
@@ -55,12 +73,13 @@ def _one(problems: Mapping[str, Mapping[int, Mapping[str, Any]]], cfg: config_li
             raise UserError(f"got {len(drawn)} samples, want {n}", file="samples.jsonl", row=problem_id)
     table = [[drawn[i] for i in sorted(drawn)] for _, drawn in sorted(problems.items())]  # problem x sample
     rows = [row for drawn in table for row in drawn]
-    ks = sorted(set(cfg.ks)) or passk.powers_of_two(n)
+    graded = rows[0]["correct"] is not None
+    ks = (sorted(set(cfg.ks)) or passk.powers_of_two(n)) if graded else []
     right = np.array([sum(bool(row["correct"]) for row in drawn) for drawn in table])
     tokens = np.array([[row["tokens"] for row in drawn] for drawn in table])
     forced = [row["forced_tokens"] for row in rows if row["finish"] == "forced"]
     votes = np.array([passk.maj_at_k([r["answer"] for r in drawn], [bool(r["correct"]) for r in drawn], ks, seed)
-                      for drawn in table])  # fmt: skip
+                      for drawn in table if ks])  # fmt: skip
 
     def interval(values: np.ndarray) -> dict[str, float]:
         found = passk.bootstrap(values, seed, cfg.bootstrap)
@@ -78,7 +97,7 @@ def _one(problems: Mapping[str, Mapping[int, Mapping[str, Any]]], cfg: config_li
         "forced_tokens": round(float(np.mean(forced)), DIGITS) if forced else 0.0,
         "answered": round(sum(row["answer"] is not None for row in rows) / len(rows), DIGITS),
         "reasons": dict(sorted(Counter(row["reason"] for row in rows).items())),
-        "per_problem": {name: [int(c), n] for name, c in zip(sorted(problems), right, strict=True)},
+        "per_problem": {name: [int(c), n] for name, c in zip(sorted(problems), right, strict=True) if graded},
     }
 
 
@@ -92,16 +111,42 @@ def compare(a: Results, b: Results, benchmark: str, budget: str, k: int, seed: i
     return passk.paired_difference(values(a), values(b), seed, resamples)
 
 
+def differences(results: Mapping[str, Results], seed: int, resamples: int) -> list[str]:
+    """How every method differs from the untrained model, or else the first, at the two ends of pass@k: a line each.
+
+    Intervals are bootstrap ones over problems, p values from sign flips; neither is corrected for their number.
+    """
+    first = next((arm for arm, found in results.items() if found.get("objective") == "none"), next(iter(results)))
+    base, lines = results[first], []
+    for arm, other in results.items():
+        if arm == first:
+            continue
+        for name, budgets in base["benchmarks"].items():
+            for budget, found in budgets.items():
+                cell = other["benchmarks"].get(name, {}).get(budget)
+                ks = sorted(set(found["pass@k"]) & set(cell["pass@k"] if cell else ()), key=int)
+                place = f"{name} ({budget}): {arm} against {first}"
+                if ks and found["per_problem"].keys() != cell["per_problem"].keys():
+                    lines.append(f"{place}: not the same problems")
+                    continue
+                for k in dict.fromkeys([*ks[:1], *ks[-1:]]):
+                    d = compare(base, other, name, budget, int(k), seed, resamples)
+                    low, mean, high = (f"{100 * value:+.1f}" for value in (d.low, d.mean, d.high))
+                    counts = f"better on {d.better}, worse on {d.worse}, same on {d.same} problems"
+                    lines.append(f"{place}: pass@{k} {mean} points [{low}, {high}], p = {d.p:.3g}, {counts}")
+    return lines
+
+
 def one_line(results: Results) -> str:
     """A line for a log: what was run, then for each benchmark and budget the two ends of pass@k and the tokens."""
     head = f"dail_jax ({', '.join(f'{key}={results[key]}' for key in ('arm', 'objective') if results.get(key))})"
     parts = []
     for name, budgets in results["benchmarks"].items():
         for budget, found in budgets.items():
-            ks = list(dict.fromkeys([min(found["pass@k"], key=int), max(found["pass@k"], key=int)]))
-            scores = ", ".join(f"pass@{k} {_percent(found['pass@k'][k])}" for k in ks)
-            counts = f"budget={budget}, problems={found['problems']}, samples={found['samples']}"
-            parts.append(f"{name}: {counts}, {scores}, tokens {found['mean_tokens']:.1f}")
+            ks = sorted(found["pass@k"], key=int)
+            counts = [f"budget={budget}, problems={found['problems']}, samples={found['samples']}"]
+            scores = [f"pass@{k} {_percent(found['pass@k'][k])}" for k in dict.fromkeys([*ks[:1], *ks[-1:]])]
+            parts.append(f"{name}: " + ", ".join([*counts, *scores, f"tokens {found['mean_tokens']:.1f}"]))
     return " | ".join([head, *parts])
 
 
@@ -158,6 +203,19 @@ def markdown(results: Mapping[str, Results], ks: Sequence[int] = (1, 8, 32)) -> 
     header, sections = grid(results, ks)
     rows = [header, ["---", "---", *["---:"] * (len(header) - 2)], *(row for section in sections for row in section)]
     return "".join(f"| {' | '.join(row)} |\n" for row in rows) + f"\n{CAPTION}\n"
+
+
+def latex(results: Mapping[str, Results], ks: Sequence[int] = (1, 8, 32)) -> str:
+    """The same table for a paper; it needs the package booktabs."""
+    header, sections = grid(results, ks)
+    groups = ["".join(f"{' & '.join(map(_tex, row))} \\\\\n" for row in section) for section in [[header], *sections]]
+    return (f"% {CAPTION}\n\\begin{{tabular}}{{ll{'r' * (len(header) - 2)}}}\n\\toprule\n"
+            + "\\midrule\n".join(groups) + "\\bottomrule\n\\end{tabular}\n")  # fmt: skip
+
+
+def _tex(text: str) -> str:
+    """A cell; a `[` after `\\\\` would be taken for its argument, but no row starts with one."""
+    return re.sub(r"([&%$#_{}])", r"\\\1", text)
 
 
 def _percent(found: Mapping[str, float]) -> str:

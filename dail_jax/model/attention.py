@@ -26,7 +26,7 @@ def attend(q: jax.Array, k: jax.Array, v: jax.Array, positions: jax.Array) -> ja
     if target == "gpu" and q.dtype in (jnp.bfloat16, jnp.float16):
         mask = visible(positions, positions)[:, None]
         return jax.nn.dot_product_attention(q, k, v, mask=mask, implementation="cudnn")
-    return _merge(q, [(_by_row(k), _by_row(v), visible(positions, positions))])
+    return _merge(q, [(_by_row(k), _by_row(v), visible(positions, positions), 1)])
 
 
 def splash(q: jax.Array, k: jax.Array, v: jax.Array, positions: jax.Array, interpret: bool = False) -> jax.Array:
@@ -45,9 +45,9 @@ def splash(q: jax.Array, k: jax.Array, v: jax.Array, positions: jax.Array, inter
     def local(q, k, v, segments):
         causal = masks.MultiHeadMask([masks.CausalMask((t + more, t + more))] * q.shape[2])
         kernel = kernels.make_splash_mha(causal, block_sizes=sizes, head_shards=1, q_seq_shards=1, interpret=interpret)
-        heads_first = (jnp.pad(x.swapaxes(1, 2), ((0, 0), (0, 0), (0, more), (0, 0))) for x in (q * q.shape[-1] ** -0.5, k, v))
+        by_head = (jnp.pad(_by_row(x), ((0, 0), (0, 0), (0, more), (0, 0))) for x in (q * q.shape[-1] ** -0.5, k, v))
         segments = jnp.pad(segments, ((0, 0), (0, more)))
-        out = jax.vmap(kernel)(*heads_first, segment_ids=kernels.SegmentIds(segments, segments))
+        out: jax.Array = jax.vmap(kernel)(*by_head, segment_ids=kernels.SegmentIds(segments, segments))  # pyright: ignore
         return out.swapaxes(1, 2)[:, :t].astype(q.dtype)
 
     segments = (positions >= 0).astype(jnp.int32)  # real tokens see real tokens, and causal by index is by position
@@ -67,18 +67,21 @@ def attend_cached(
     positions: jax.Array,
     own: tuple[jax.Array, jax.Array, jax.Array],
     shared: tuple[jax.Array, jax.Array, jax.Array] | None = None,
+    entries: int = 1,
 ) -> jax.Array:
     """Attention of new tokens to their row's cache and to a prompt cache that rows share.
 
     q [B,T,N,H] at positions [B,T]. own = keys, values [B,K,S,H] and the positions [B,S] that they hold.
     shared = keys, values [P,K,C,H] and mask [B,C]; rows are in P consecutive blocks of B/P, one a prompt.
-    The shared keys are read once a block: this is what makes n samples of one problem cheap.
+    The shared keys are read once a block: this is what makes n samples of one problem cheap. The C slots are
+    `entries` prompts side by side, and a row sees one of them: it gets the same bits wherever its prompt stands.
     """
     k, v, held = own
-    parts = [(k, v, visible(positions, held))]
+    parts = [(k, v, visible(positions, held), 1)]
     if shared is not None:
         k, v, mask = shared
-        parts.append((k, v, jnp.broadcast_to(mask[:, None], (*q.shape[:2], mask.shape[-1])) & (positions >= 0)[..., None]))
+        mask = jnp.broadcast_to(mask[:, None], (*q.shape[:2], mask.shape[-1])) & (positions >= 0)[..., None]
+        parts.append((k, v, mask, entries))
     return _merge(q, parts)
 
 
@@ -91,28 +94,43 @@ def _by_row(x: jax.Array) -> jax.Array:
     return x.swapaxes(1, 2)
 
 
-def _merge(q: jax.Array, parts: list[tuple[jax.Array, jax.Array, jax.Array]]) -> jax.Array:
-    """Softmax attention over the union of several key sets [P,K,S,H] with masks [B,T,S]; P divides B."""
+def _merge(q: jax.Array, parts: list[tuple[jax.Array, jax.Array, jax.Array, int]]) -> jax.Array:
+    """Softmax attention over the union of several key sets [P,K,S,H] with masks [B,T,S]; P divides B.
+
+    A set is E entries of S/E keys: sums run over each entry alone and only then over the entries, one by one, since
+    a sum over all S in one go would round by where in S the visible keys lie.
+    """
     b, t, n, h = q.shape
     scale = h**-0.5
     logits = []
-    for k, _, mask in parts:
+    for k, _, mask, e in parts:
         p, heads = k.shape[:2]
         query = q.reshape(p, b // p, t, heads, n // heads, h)
-        x = jnp.einsum("pmtkgh,pksh->pmktgs", query, k, preferred_element_type=jnp.float32) * scale
-        mask = mask.reshape(p, b // p, 1, t, 1, -1)
-        logits.append(jnp.where(mask, x, NEGATIVE).reshape(b, heads, t, n // heads, -1))
-    top = jnp.maximum(jnp.max(jnp.stack([x.max(-1) for x in logits]), 0), NEGATIVE / 2)[..., None]
-    exps = [jnp.exp(x - top) for x in logits]
-    total = jnp.maximum(sum(e.sum(-1) for e in exps), 1e-30)
+        x = jnp.einsum("pmtkgh,pkesh->pmktges", query, _apart(k, e), preferred_element_type=jnp.float32) * scale
+        mask = mask.reshape(p, b // p, 1, t, 1, e, -1)
+        logits.append(jnp.where(mask, x, NEGATIVE).reshape(b, heads, t, n // heads, e, -1))
+    top = jnp.maximum(jnp.max(jnp.stack([x.max((-2, -1)) for x in logits]), 0), NEGATIVE / 2)[..., None]
+    exps = [jnp.exp(x - top[..., None]) for x in logits]
+    total = jnp.maximum(sum(_one_by_one(x.sum(-1, keepdims=True)) for x in exps), 1e-30)
     out = jnp.zeros((), jnp.float32)
-    for (k, v, _), e in zip(parts, exps, strict=True):
+    for (k, v, _, e), x in zip(parts, exps, strict=True):
         p, heads = k.shape[:2]
-        weights = e.astype(v.dtype).reshape(p, b // p, heads, t, n // heads, -1)
-        y = jnp.einsum("pmktgs,pksh->pmktgh", weights, v, preferred_element_type=jnp.float32)
-        out = out + y.reshape(b, heads, t, n // heads, h)
-    out = out / total[..., None]
+        weights = x.astype(v.dtype).reshape(p, b // p, heads, t, n // heads, e, -1)
+        y = jnp.einsum("pmktges,pkesh->pmktgeh", weights, _apart(v, e), preferred_element_type=jnp.float32)
+        out = out + _one_by_one(y.reshape(b, heads, t, n // heads, e, h))
+    out = out / total
     return out.swapaxes(1, 2).reshape(b, t, n, h).astype(q.dtype)
+
+
+def _apart(x: jax.Array, entries: int) -> jax.Array:
+    """[P,K,S,H] -> [P,K,E,S/E,H]."""
+    p, heads, s, h = x.shape
+    return x.reshape(p, heads, entries, s // entries, h)
+
+
+def _one_by_one(x: jax.Array) -> jax.Array:
+    """The sum over the last axis but one, which is short, of which XLA makes no longer one."""
+    return sum((x[..., i, :] for i in range(1, x.shape[-2])), start=x[..., 0, :])
 
 
 def _target() -> str:

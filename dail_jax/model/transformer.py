@@ -22,7 +22,7 @@ class Cache:
     """Keys and values of B rows, one array a layer.
 
     Rows stand in P blocks of B/P; the rows of a block share one prompt buffer of C slots. The buffer may hold
-    several prompts side by side: `prompt_owner` names each slot's prompt and `row_prompt` each row's.
+    several prompts (`entries`) side by side: `prompt_owner` names each slot's prompt and `row_prompt` each row's.
 
     Attributes:
       k, v: L arrays [B, K, S, H], the rows' own tokens; RoPE is applied to keys already.
@@ -39,6 +39,7 @@ class Cache:
     prompt_v: tuple[jax.Array, ...]
     prompt_owner: jax.Array
     row_prompt: jax.Array
+    entries: int = struct.field(pytree_node=False, default=1)
 
     def prompt_mask(self) -> jax.Array:
         """[B, C]: which prompt slots each row sees."""
@@ -46,7 +47,9 @@ class Cache:
         return (self.prompt_owner[:, None, :] == blocks).reshape(self.row_prompt.shape[0], -1)
 
 
-def empty_cache(cfg: ModelConfig, rows: int, slots: int, blocks: int, prompt_slots: int, dtype) -> Cache:
+def empty_cache(
+    cfg: ModelConfig, rows: int, slots: int, blocks: int, prompt_slots: int, dtype, entries: int = 1
+) -> Cache:
     """A cache that holds nothing."""
     own, prompt = (rows, cfg.K, slots, cfg.H), (blocks, cfg.K, prompt_slots, cfg.H)
     return Cache(
@@ -57,6 +60,7 @@ def empty_cache(cfg: ModelConfig, rows: int, slots: int, blocks: int, prompt_slo
         prompt_v=tuple(jnp.zeros(prompt, dtype) for _ in range(cfg.L)),
         prompt_owner=jnp.full((blocks, prompt_slots), -1, jnp.int32),
         row_prompt=jnp.zeros(rows, jnp.int32),
+        entries=entries,
     )
 
 
@@ -93,7 +97,7 @@ def forward(
             def attend(q, k, v, i=i):
                 ks[i], vs[i] = _store(ks[i], k, slots), _store(vs[i], v, slots)
                 return attention.attend_cached(q, positions, (ks[i], vs[i], held),
-                                               (cache.prompt_k[i], cache.prompt_v[i], mask))  # fmt: skip
+                                               (cache.prompt_k[i], cache.prompt_v[i], mask), cache.entries)  # fmt: skip
 
             x = _block(x, weights, lora and (lora.layer(i), lora.scale), angles, cfg, attend)
         return _norm(x, params["norm"], cfg), cache.replace(k=tuple(ks), v=tuple(vs))

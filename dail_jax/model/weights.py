@@ -29,6 +29,7 @@ class Weight:
     torch: str
     inputs: int = 0  # how many leading axes a linear map contracts; 0: not a linear map
     init: str = "normal"
+    place: str = ""  # the letters to shard by, where they are not `axes`
 
     @property
     def layered(self) -> bool:
@@ -99,7 +100,7 @@ def declare(cfg: ModelConfig) -> dict[str, Weight]:
             "k_norm": Weight("h", attention + "k_norm.weight", "h", init="ones"),
         }
     if not cfg.tied:
-        table["unembed"] = Weight("vd", "lm_head.weight", "vd")
+        table["unembed"] = Weight("vd", "lm_head.weight", "vd", place="w_")  # as the loss wants it
     return table
 
 
@@ -130,6 +131,9 @@ def shardings(cfg: ModelConfig, mesh: jax.sharding.Mesh) -> Params:
     """The NamedSharding of every weight; raises UserError where an axis does not divide."""
 
     def leaf(name, weight):
+        spread = weight.place and cfg.size(weight.axes[0]) % mesh_lib.axis_size(mesh, weight.place[0]) == 0
+        if spread:
+            return mesh_lib.sharding(mesh, weight.place)
         for letter in weight.axes:
             parts = mesh_lib.axis_size(mesh, letter)
             if cfg.size(letter) % parts:

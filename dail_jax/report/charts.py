@@ -20,6 +20,8 @@ TRAINING = {  # metric: (title, unit)
     "kl_privileged": ("KL to the privileged student", NATS),
     "kl_negative": ("KL to the negative reference", NATS),
     "entropy": ("Entropy", NATS),
+    "reward": ("Share of right samples", ""),
+    "kl_base": ("KL to the untrained model", NATS),
     "grad_norm": ("Gradient norm", ""),
     "learning_rate": ("Learning rate", ""),
 }
@@ -143,8 +145,8 @@ def _against_tokens(runs: Sequence[Run]) -> Iterable[Chart]:
 
 
 def _lengths(runs: Sequence[Run]) -> Iterable[Chart]:
-    keys = {key for run in runs for key in run.lengths}
-    for name, budget in sorted(keys, key=lambda key: (-key[1], key[0])):
+    keys = dict.fromkeys(key for run in runs for key in run.lengths)
+    for name, budget in sorted(keys, key=lambda key: -key[1]):
         series = histogram({(run.name, i): run.lengths.get((name, budget), []) for i, run in enumerate(runs)})
         variant = f"budget {budget:,}" if len({b for _, b in keys}) > 1 else ""
         yield from _chart(

@@ -77,17 +77,20 @@ def read(runs: Mapping[str, Path], traces: Path | None = None) -> tuple[list[Run
             "no such run directory" if missing else "got no run directories, want at least one", file=missing
         )
     read_runs = [_run(name, Path(folder)) for name, folder in runs.items()]
-    files: dict[Path, tuple[str, int | None]] = {}
+    files: dict[Path, tuple[str, int | None, list[Path]]] = {}
     if traces is not None:
         path = Path(traces)
-        files[path / "traces.jsonl" if path.is_dir() else path] = (
-            "all arms" if len(runs) > 1 else next(iter(runs)),
-            None,
-        )
+        name = "all arms" if len(runs) > 1 else next(iter(runs))
+        files[path / "traces.jsonl" if path.is_dir() else path] = (name, None, folders)
     else:
         for i, run in enumerate(read_runs):
-            files.setdefault((run.folder / "traces.jsonl").resolve(), (run.name, i))
-    found = [_traces(path, *owner, [*folders, path.parent]) for path, owner in files.items() if path.is_file()]
+            path = Path(setting(run.config, "traces") or run.folder / "traces.jsonl").resolve()
+            files.setdefault(path, (run.name, i, []))[2].append(run.folder)
+    found = [
+        _traces(path, name, owner, [*theirs, path.parent])
+        for path, (name, owner, theirs) in files.items()
+        if path.is_file()
+    ]
     return read_runs, found
 
 
@@ -155,7 +158,7 @@ def _run(name: str, folder: Path) -> Run:
     lengths, groups = defaultdict(list), defaultdict(list)
     for offset, row in lines(folder / "samples.jsonl"):
         lengths[row["benchmark"], row["budget"]].append(row["tokens"])
-        groups[row["benchmark"], row["budget"], bool(row["correct"])].append(offset)
+        groups[row["benchmark"], row["budget"], row["correct"]].append(offset)
     chosen = spread(groups, MAX_SAMPLES)
     samples = [_sample(row) for row in _rows_at(folder / "samples.jsonl", chosen)] if chosen else []
     return Run(name, folder, whole("run.json"), text, config_lib.parse_yaml(text, path) or {}, whole("results.json"),
@@ -201,7 +204,7 @@ def _traces(path: Path, name: str, owner: int | None, folders: Sequence[Path]) -
     for folder in dict.fromkeys(folders):
         for _, score in lines(folder / "token_scores.jsonl"):
             row = places.get((score["problem_id"], score["sample"]))
-            if row is not None and row["push"] is None:
+            if row is not None and row["push"] is None and len(score["log_ratio"]) == row["tokens"]:
                 row["push"], found.scored = _logs(score["log_ratio"]), True
     return found
 

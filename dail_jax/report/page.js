@@ -274,16 +274,17 @@ function marked(text, query) {
 // -- Samples -----------------------------------------------------------------------------------------
 
 const samplesRoot = document.querySelector("#samples .browser");
-const verdict = (s) => (s.correct ? "right" : "wrong");
+const verdict = (s) => (s.correct === null ? "not graded" : s.correct ? "right" : "wrong");
+const sign = (s) => (s.correct === null ? "" : s.correct ? "better" : "worse");
 if (samplesRoot) {
   browser(samplesRoot, data.samples,
     { arm: (s) => data.runs[s.arm], benchmark: (s) => s.benchmark, budget: (s) => s.budget, verdict, reason: (s) => s.reason,
       finish: (s) => s.finish, problem: (s) => s.problem_id },
     (s) => `${s.problem_id}\n${s.answer}\n${s.text}\n${s.forced_text}`,
-    (s) => [make("span", { class: s.correct ? "better" : "worse" }, s.correct ? "✓ " : "✗ "), `${s.problem_id} · ${s.sample}`,
+    (s) => [make("span", { class: sign(s) }, { true: "✓ ", false: "✗ " }[s.correct] ?? ""), `${s.problem_id} · ${s.sample}`,
       make("small", {}, make("i", { class: `dot c${s.arm % 8}` }), `${data.runs[s.arm]}, ${s.benchmark}, ${whole(s.tokens)} tokens`)],
     (s, query) => [
-      make("h3", {}, `${s.benchmark}: ${s.problem_id}, sample ${s.sample} `, make("span", { class: s.correct ? "better" : "worse" }, verdict(s))),
+      make("h3", {}, `${s.benchmark}: ${s.problem_id}, sample ${s.sample} `, make("span", { class: sign(s) }, verdict(s))),
       facts([["arm", data.runs[s.arm]], ["answer", s.answer ?? "none"], ["gold", s.gold], ["verdict's reason", s.reason], ["finish", s.finish],
         ["tokens", `${whole(s.tokens)} of ${whole(s.budget)}`], ["forced tokens", s.forced_tokens || null]]),
       marked(s.text, query),

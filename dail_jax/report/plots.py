@@ -16,7 +16,7 @@ from matplotlib.ticker import FuncFormatter, NullLocator, PercentFormatter
 from dail_jax.report import charts, collect
 
 FILES = {"pass": "pass_at_k", "budget": "accuracy_by_tokens", "lengths": "token_lengths", "training": "training",
-         "traces": "traces"}  # fmt: skip
+         "traces": "traces", "tau": "tau"}  # fmt: skip
 # The colours of page.css in its light scheme; the dashes tell curves apart in grey.
 COLOURS = ("#2463c4", "#d1620a", "#16806a", "#a3388f", "#8a6d00", "#5b6472", "#c22f3d", "#3f8fb8")
 DASHES = ("-", "--", "-.", ":")

@@ -101,8 +101,9 @@ def empty(grid: Grid, cfg: ModelConfig, dtype) -> State:
     """A state in which no slot is live."""
     n, rows = grid.slots, grid.slots * grid.roles
     cache = transformer.empty_cache(
-        cfg, rows, grid.max_tokens + grid.draft, grid.blocks * grid.roles, grid.entries * grid.prompt_slots, dtype
-    )
+        cfg, rows, grid.max_tokens + grid.draft, grid.blocks * grid.roles, grid.entries * grid.prompt_slots, dtype,
+        grid.entries,
+    )  # fmt: skip
     return _lay_out(
         State(
             cache=cache,

@@ -24,7 +24,7 @@ from dail_jax.model.lora import Lora
 from dail_jax.model.weights import Params, unstack
 from dail_jax.sample import decode, mixture
 
-CHUNK = 8
+CHUNK = 4
 
 
 class Pace:

@@ -31,9 +31,9 @@ def run(
         say(f"  {row.program}: {row.compile_seconds:.0f} s, {row.verdict}")
         rows.append(row)
     console.print(table(rows))
-    say("GB a device. FLOPs, bytes and time: one update; of decoding, one token. Time: the compiler's model, plus attention "
-        f"kernels at {compile_ahead.KERNEL_EFFICIENCY:.0%} of the peak. Utilisation: useful FLOPs, by arithmetic, at that "
-        "time; of decoding, bytes moved over bytes that must be read.")  # fmt: skip
+    say("GB a device. FLOPs, bytes and time: of one update; of decoding, one token. Time: the compiler's model, plus "
+        f"attention kernels at {compile_ahead.KERNEL_EFFICIENCY:.0%} of the peak. Utilisation: useful FLOPs, by arithmetic,"
+        " in that time; of decoding, bytes moved over bytes that must be read.")  # fmt: skip
     if out:
         common = {"topology": topology, "model": config.model.path, "mesh": dict(mesh.shape)}
         lines = [json.dumps({**common, **dataclasses.asdict(row)}) + "\n" for row in rows]
@@ -59,8 +59,9 @@ def table(rows: list[compile_ahead.Row]) -> Table:
         used = f"{row.bytes_over_ideal:.2f} x bytes" if row.bytes_over_ideal else number(row.utilisation, ".2f")
         if row.cache_copies is not None:
             used += f"{', ' if used else ''}{row.cache_copies} cache copies"
+        memory = f"{number(row.peak_gb, '.2f')} / {number(row.hbm_gb, '.0f') or '?'}"
         shown.add_row(row.program, f"{row.compile_seconds:.0f} s", number(row.arguments_gb, ".2f"),
-                      number(row.temporaries_gb, ".3f"), f"{number(row.peak_gb, '.2f')} / {number(row.hbm_gb, '.0f') or '?'}",
+                      number(row.temporaries_gb, ".3f"), memory,
                       number(row.flops and row.flops / 1e12, ".3g"), number(row.bytes and row.bytes / 1e9, ".3g"),
                       number(row.seconds and row.seconds * 1e3, ".3g", " ms"), used, row.verdict)  # fmt: skip
     return shown

@@ -3,12 +3,16 @@
 One generation to the largest budget serves all smaller ones, since a sample's tokens do not depend on where it
 will be cut. A sample that is still thinking when its budget ends has its thoughts closed by a fixed text and is
 asked for its answer (`evaluate.force`): those tokens are drawn for each budget and counted apart.
+What the two files hold is written in docs/results.md.
 """
 
 from __future__ import annotations
 
 import collections
+import hashlib
 import json
+import random
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +23,7 @@ from dail_jax import config as config_lib
 from dail_jax.data.records import Row, dataset_hash, read_rows
 from dail_jax.errors import UserError
 from dail_jax.evaluate import protocol
-from dail_jax.evaluate.grading import Grader, extract
+from dail_jax.evaluate.grading import Grader
 from dail_jax.metrics import Metrics, console, progress, say
 from dail_jax.rundir import Interrupt, Interrupted, Journal, RunDir, json_line, write_atomic
 from dail_jax.sample.engine import Request, Sampler
@@ -27,7 +31,6 @@ from dail_jax.stages.generate import report_usage
 from dail_jax.stages.session import Session, open_session
 from dail_jax.stages.train import trained_lora
 from dail_jax.text import open_tag
-
 
 JOURNAL, FORCED = "samples.partial.jsonl", "forced.partial.jsonl"
 
@@ -40,6 +43,7 @@ class Problem:
     row: Row
     gold: str
     prompt: tuple[int, ...]
+    opening: str  # the tag that the prompt ends with and whose thoughts the sample goes on with, such as <think>
 
     @property
     def key(self) -> str:
@@ -51,7 +55,7 @@ def run(config: config_lib.Config) -> None:
     if not cfg.benchmarks:
         say("evaluate: nothing to do (no evaluate.benchmarks)")
         return
-    tables = {b.name: read_rows(b.rows, need=("problem", "answer")) for b in cfg.benchmarks}
+    tables = {b.name: read_rows(b.rows, ("problem", "answer")[: 1 + (b.answer != "none")]) for b in cfg.benchmarks}
     check_golds(cfg, tables)
     with RunDir(config) as run_dir:
         inputs = {name: dataset_hash(rows) for name, rows in tables.items()}
@@ -74,21 +78,43 @@ def check_golds(cfg: config_lib.Evaluate, tables: dict[str, list[Row]]) -> None:
     with Grader() as grader:
         for benchmark in cfg.benchmarks:
             for row in tables[benchmark.name]:
-                problem = grader.check_gold(row.answer or "", benchmark.answer)
-                if problem:
-                    raise UserError(problem, file=benchmark.rows.path, row=row.index + 1, field=benchmark.rows.columns.answer)
+                if benchmark.answer == "none":
+                    continue
+                if problem := grader.check_gold(question(row)[1], benchmark.answer):
+                    raise UserError(problem, file=benchmark.rows.path, row=row.index + 1,
+                                    field=benchmark.rows.columns.answer)  # fmt: skip
+
+
+def question(row: Row) -> tuple[str, str]:
+    """A row's lettered choices, a line each, in an order that its problem alone decides; and its gold answer.
+
+    Every run shows a question the same way, whatever its seed, so that runs are comparable.
+    """
+    if not row.choices:
+        return "", row.answer or ""
+    order = list(row.choices)
+    random.Random(hashlib.sha256(row.problem.encode("utf-8")).digest()).shuffle(order)
+    shown = [f"{chr(ord('A') + i)}. {choice}" for i, choice in enumerate(order)]
+    return "\n".join(shown), chr(ord("A") + order.index(row.choices[0]))
+
+
+def thought_tag(config: config_lib.Config) -> str:
+    return open_tag(config.prompts.opening) or "think"
 
 
 def problems(session: Session, tables: dict[str, list[Row]]) -> list[Problem]:
     """All problems whose prompt fits; the others are skipped and counted."""
     cfg, out, too_long = session.config.evaluate, [], 0
+    opening = re.compile(rf"<{thought_tag(session.config)}>\s*\Z")
     for benchmark in cfg.benchmarks:
         for row in tables[benchmark.name]:
-            prompt = tuple(session.prompts.student_only(row.problem, benchmark.template))
+            choices, gold = question(row)
+            prompt = tuple(session.prompts.student_only(row.problem, benchmark.template, choices))
             if len(prompt) > cfg.max_prompt_tokens:
                 too_long += 1
             else:
-                out.append(Problem(benchmark, row, row.answer or "", prompt))
+                opened = opening.search(session.tokenizer.decode(prompt[-16:], keep_special=True))
+                out.append(Problem(benchmark, row, gold, prompt, opened[0] if opened else ""))
     if too_long:
         say(f"evaluate: skipped {too_long} problems with prompts above max_prompt_tokens={cfg.max_prompt_tokens}")
     if not out:
@@ -101,7 +127,9 @@ def draw(session: Session, todo: list[Problem], run_dir: RunDir) -> list[dict]:
     config, cfg = session.config, session.config.evaluate
     lora = trained_lora(session, run_dir)
     metrics = Metrics(run_dir.path, config.log, "evaluate")
-    sampler = session.sampler(cfg.sampling, slots=cfg.slots, max_tokens=cfg.sampling.max_tokens, lora=lora, draft=cfg.draft)
+    sampler = session.sampler(
+        cfg.sampling, slots=cfg.slots, max_tokens=cfg.sampling.max_tokens, lora=lora, draft=cfg.draft
+    )
     requests = [Request(p.key, (p.prompt,), tuple(range(cfg.samples)), cfg.sampling.max_tokens) for p in todo]
     drawn = collect(sampler, requests, run_dir.path / JOURNAL, "evaluating", cfg.samples)
     report_usage(sampler, metrics)
@@ -110,8 +138,8 @@ def draw(session: Session, todo: list[Problem], run_dir: RunDir) -> list[dict]:
     if cfg.force is not None:
         text = tuple(session.tokenizer.encode(cfg.force.text))
         requests = [
-            Request(f"force/{budget}/{p.key}/{s['sample']}", ((*p.prompt, *s["ids"][:budget], *text),), (0,), cfg.force.max_tokens)
-            for p in todo for s in drawn[p.key] for budget in budgets(cfg) if must_force(session, s, budget)
+            Request(forced_name(p, s, budget), ((*p.prompt, *s["ids"][:budget], *text),), (0,), cfg.force.max_tokens)
+            for p in todo for s in drawn[p.key] for budget in budgets(cfg) if must_force(session, p, s, budget)
         ]  # fmt: skip
         if requests:
             sampler = session.sampler(cfg.sampling, slots=cfg.slots, max_tokens=cfg.force.max_tokens, lora=lora)
@@ -134,7 +162,9 @@ def collect(sampler: Sampler, requests: list[Request], path: Path, label: str, c
             journal.append({"name": s.name, "samples": finished[s.name]})
             bar.advance()
             if interrupt.wanted:
-                raise Interrupted(f"{label}: stopped with {len(finished)} of {len(requests)} finished; call again to go on")
+                raise Interrupted(
+                    f"{label}: stopped with {len(finished)} of {len(requests)} finished; call again to go on"
+                )
     return finished
 
 
@@ -142,23 +172,30 @@ def budgets(cfg: config_lib.Evaluate) -> list[int]:
     return sorted(set(cfg.budgets)) or [cfg.sampling.max_tokens]
 
 
-def must_force(session: Session, sample: dict, budget: int) -> bool:
+def forced_name(p: Problem, sample: dict, budget: int) -> str:
+    return f"force/{budget}/{p.key}/{sample['sample']}"
+
+
+def must_force(session: Session, p: Problem, sample: dict, budget: int) -> bool:
     """Whether a sample is cut by `budget` while it is still thinking (or, for a model without thoughts, at all)."""
-    ids = sample["ids"][:budget]
     if len(sample["ids"]) <= budget and sample["finish"] == "stop":
         return False
-    tag = open_tag(session.config.prompts.opening)
-    return tag is None or f"</{tag}>" not in session.tokenizer.decode(ids, keep_special=True)
+    return f"</{thought_tag(session.config)}>" not in raw_text(session, p, sample["ids"][:budget])
+
+
+def raw_text(session: Session, p: Problem, ids: list[int]) -> str:
+    """A sample's text with its tags, which some tokenizers take for control tokens; without the token that ends it."""
+    kept = ids[:-1] if ids and ids[-1] in session.stops else ids
+    return p.opening + session.tokenizer.decode(kept, keep_special=True)
 
 
 def rows_of(session: Session, p: Problem, sample: dict, forced: dict[str, list[dict]]) -> Iterator[dict]:
     """A sample's rows of samples.jsonl, one a budget, not yet graded."""
-    cfg, thinking = session.config.evaluate, open_tag(session.config.prompts.opening) is not None
+    cfg = session.config.evaluate
     for budget in budgets(cfg):
         ids = sample["ids"][:budget]
         finish = sample["finish"] if len(sample["ids"]) <= budget else "length"
-        text = session.tokenizer.decode(ids)
-        more = forced.get(f"force/{budget}/{p.key}/{sample['sample']}")
+        more = forced.get(forced_name(p, sample, budget))
         forced_text = None
         if more is not None and cfg.force is not None:
             finish, forced_text = "forced", cfg.force.text + session.tokenizer.decode(more[0]["ids"])
@@ -169,9 +206,9 @@ def rows_of(session: Session, p: Problem, sample: dict, forced: dict[str, list[d
             "budget": budget,
             "tokens": len(ids),
             "forced_tokens": len(more[0]["ids"]) if more else 0,
-            "text": text,
+            "text": raw_text(session, p, ids),
             "forced_text": forced_text,
-            "answer": extract(text, p.benchmark.answer, thinking=thinking, forced=forced_text),
+            "answer": None,
             "gold": p.gold,
             "finish": finish,
         }
@@ -181,12 +218,9 @@ def finish(config: config_lib.Config, samples: list[dict], folder: Path) -> None
     """Grades, summarises and writes samples.jsonl and results.json."""
     if jax.process_index() != 0:
         return
-    types = {b.name: b.answer for b in config.evaluate.benchmarks}
-    with Grader() as grader:
-        verdicts = grader.grade_many([(s["answer"], s["gold"], types[s["benchmark"]]) for s in samples])
-    graded = [{**s, "correct": v.correct, "reason": v.reason} for s, v in zip(samples, verdicts, strict=True)]
-    results = {"arm": folder.name, "objective": config.train.objective, "seed": config.seed,
+    graded = protocol.grade(samples, config.evaluate.benchmarks, thought_tag(config))
+    results = {"schema": protocol.SCHEMA, "arm": folder.name, "objective": config.train.objective, "seed": config.seed,
                **protocol.summarise(graded, config.evaluate, config.seed)}  # fmt: skip
     write_atomic(folder / "samples.jsonl", "".join(map(json_line, graded)))
     write_atomic(folder / "results.json", json.dumps(results, indent=1) + "\n")
-    say(f"evaluate: wrote {folder / 'samples.jsonl'} and {folder / 'results.json'}")
+    say(f"wrote {folder / 'samples.jsonl'} and {folder / 'results.json'}")

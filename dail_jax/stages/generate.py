@@ -7,6 +7,7 @@ data, filtered, and becomes traces.jsonl: the same bytes whether or not the run 
 from __future__ import annotations
 
 import collections
+import dataclasses
 import hashlib
 import json
 from pathlib import Path
@@ -26,8 +27,7 @@ from dail_jax.rundir import Interrupt, Interrupted, Journal, RunDir, json_line, 
 from dail_jax.sample.engine import Request, Sample, Sampler
 from dail_jax.stages.session import Session, open_session
 
-
-JOURNAL = "traces.partial.jsonl"
+JOURNAL, TOLD = "traces.partial.jsonl", "told.partial.jsonl"
 
 
 def traces_path(config: config_lib.Config) -> Path:
@@ -45,7 +45,9 @@ def read_traces(config: config_lib.Config) -> list[dict]:
             assert all(isinstance(i, int) and i >= 0 for i in trace["response_ids"])
             traces.append({**trace, **{key: trace[key] for key in ("problem_id", "sample", "text", "finish")}})
         except (ValueError, KeyError, TypeError, AssertionError):
-            raise UserError("want a row with problem_id, sample, response_ids, text, finish", file=path, row=number) from None
+            raise UserError(
+                "want a row with problem_id, sample, response_ids, text, finish", file=path, row=number
+            ) from None
     return traces
 
 
@@ -57,18 +59,20 @@ def run(config: config_lib.Config) -> None:
         return
     rows = read_rows(config.data)
     check_golds(config, rows)
-    inputs = {"data": dataset_hash(rows)}
-    with RunDir(config) as run_dir, run_dir.stage("generate", inputs, scratch=(JOURNAL,)) as done:
+    star = config.train.objective == "star"
+    inputs = {"data": dataset_hash(rows), **({"passes": "star"} if star else {})}
+    with RunDir(config) as run_dir, run_dir.stage("generate", inputs, scratch=(JOURNAL, TOLD)) as done:
         if done():
             say(f"generate: already done, see {traces_path(config)}")
             return
         session = open_session(config)
         with jax.set_mesh(session.mesh):
             metrics = Metrics(run_dir.path, config.log, "generate")
-            finished = roll_out(session, rows, run_dir.path / JOURNAL, metrics)
+            work = rationalise if star else roll_out
+            finished = work(session, rows, run_dir.path / JOURNAL, metrics)
             metrics.close()
         traces = [trace for row in rows for trace in finished.get(row.problem_id, [])]
-        counts = mark_drops(traces, rows, config.filters)
+        counts = mark_drops(traces, rows, filters_of(config))
         if jax.process_index() == 0:
             write_atomic(traces_path(config), "".join(map(json_line, traces)))
         share = np.mean([t["acceptance"] for t in traces]) if traces else 0.0
@@ -112,9 +116,30 @@ def roll_out(session: Session, rows: list[Row], journal_path: Path, metrics: Met
             journal.append({"problem_id": row.problem_id, "traces": traces})
             bar.advance()
             if interrupt.wanted:
-                raise Interrupted(f"generate: stopped with {len(finished)} of {total} problems finished; call again to go on")
+                raise Interrupted(
+                    f"generate: stopped with {len(finished)} of {total} problems finished; call again to go on"
+                )
     report_usage(sampler, metrics)
     return finished
+
+
+def rationalise(session: Session, rows: list[Row], journal: Path, metrics: Metrics) -> dict[str, list[dict]]:
+    """STaR (arXiv 2203.14465): the student's traces, or where none is right those with the solution in context."""
+
+    def at(tau: float) -> Session:
+        config = config_lib.with_overrides(session.config, {"generate.tau": tau}, "train.objective")
+        return dataclasses.replace(session, config=config)
+
+    own = roll_out(at(0.0), rows, journal, metrics)
+    mark_drops([trace for traces in own.values() for trace in traces], rows, filters_of(session.config))
+    failed = [row for row in rows if all(trace["drop"] for trace in own.get(row.problem_id, ()))]
+    say(f"generate: the student solves {len(rows) - len(failed)} of {len(rows)} problems, the others with a solution")
+    return {**own, **roll_out(at(1.0), failed, journal.with_name(TOLD), metrics)}
+
+
+def filters_of(config: config_lib.Config) -> config_lib.Filters:
+    """The filters; STaR keeps only what is right, whatever they say."""
+    return config.filters.model_copy(update={"correct": True}) if config.train.objective == "star" else config.filters
 
 
 def report_usage(sampler: Sampler, metrics: Metrics) -> None:
@@ -167,12 +192,13 @@ def mark_drops(traces: list[dict], rows: list[Row], cfg: config_lib.Filters) -> 
 
 def check_golds(config: config_lib.Config, rows: list[Row]) -> None:
     """Where traces will be graded, every row has an answer that can be parsed; raises UserError before any work."""
-    if not config.filters.correct or config.data is None:
+    rewarded = config.train.objective in ("grpo", "nurl")
+    if not (filters_of(config).correct or rewarded) or config.data is None:
         return
     with Grader() as grader:
         for row in rows:
             gold = final_answer(row)
-            problem = "want an answer: filters.correct grades traces" if gold is None else grader.check_gold(gold)
+            problem = "want an answer: traces are graded" if gold is None else grader.check_gold(gold)
             if problem:
                 raise UserError(problem, file=config.data.path, row=row.index + 1, field=config.data.columns.answer)
 

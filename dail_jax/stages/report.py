@@ -1,8 +1,10 @@
-"""report: the tables on the terminal, report.html and plots/ of a run, or of a run with arms."""
+"""report: the tables on the terminal, results.md and .tex, report.html and plots/ of a run, or of a run with arms."""
 
 from __future__ import annotations
 
+import functools
 import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import jax
@@ -11,9 +13,10 @@ from dail_jax import config as config_lib
 from dail_jax.errors import UserError
 from dail_jax.evaluate import protocol
 from dail_jax.metrics import console, say
-from dail_jax.report import page, plots
+from dail_jax.report import diagnosis, page, plots
 from dail_jax.rundir import write_atomic
 from dail_jax.stages.generate import traces_path
+from dail_jax.text import Tokenizer, load_tokenizer
 
 
 def run(config: config_lib.Config) -> None:
@@ -23,12 +26,37 @@ def run(config: config_lib.Config) -> None:
     runs = {name: root / name for name in config.arms} or {root.name: root}
     if not any((folder / "run.json").exists() for folder in (root, *runs.values())):
         raise UserError("nothing to report: run a stage first", file=root)
+    traces = traces_path(config)
+    folder = Path(config.model.tokenizer or config.model.path)
+    show(runs, root, root.name, traces if traces.exists() else None, folder)
+
+
+def show(
+    runs: Mapping[str, Path], out: Path, title: str, traces: Path | None = None, tokenizer: Path | None = None
+) -> None:
+    """Prints the tables of run directories by name, and writes everything else into `out`.
+
+    `tokenizer` is the folder that gives the trace viewer its tokens' texts, if it is there.
+    """
     results = {name: json.loads((folder / "results.json").read_text())
                for name, folder in runs.items() if (folder / "results.json").exists()}  # fmt: skip
+    for name, found in results.items():
+        if found.get("schema", 1) > protocol.SCHEMA:
+            raise UserError(f"got schema {found['schema']}, want {protocol.SCHEMA}: it is a newer version's",
+                            file=runs[name] / "results.json")  # fmt: skip
     if results:
         console.print(protocol.table(results))
-        write_atomic(root / "results.md", protocol.markdown(results))
-    traces = traces_path(config)
-    out = page.write(runs, root / "report.html", root.name, traces if traces.exists() else None)
-    made = plots.write(runs, root / "plots", traces if traces.exists() else None)
-    say(f"report: wrote {out} and {len(made)} plots in {root / 'plots'}")
+        paired = protocol.differences(results, 0, diagnosis.RESAMPLES)
+        for line in paired:
+            say(line)
+        write_atomic(out / "results.md", protocol.markdown(results) + "".join(f"\n- {line}" for line in paired) + "\n")
+        write_atomic(out / "results.tex", protocol.latex(results))
+    decode = functools.partial(pieces, load_tokenizer(tokenizer)) if tokenizer and tokenizer.is_dir() else None
+    written = page.write(runs, out / "report.html", title, traces, decode)
+    made = plots.write(runs, out / "plots", traces)
+    say(f"report: wrote {written}, {out / 'results.tex'} and {len(made)} plots in {out / 'plots'}")
+
+
+def pieces(tokenizer: Tokenizer, ids: Sequence[int]) -> list[str]:
+    """The text of each token, by itself."""
+    return [tokenizer.decode([i], keep_special=True) for i in ids]

@@ -18,7 +18,7 @@ from dail_jax.errors import UserError
 from dail_jax.metrics import Metrics, progress, say
 from dail_jax.model.lora import Lora
 from dail_jax.rundir import Interrupt, Interrupted, RunDir, json_line, sha256, write_atomic
-from dail_jax.stages.generate import mark_drops, read_traces, traces_path
+from dail_jax.stages.generate import check_golds, filters_of, mark_drops, read_traces, traces_path
 from dail_jax.stages.session import Session, open_session
 from dail_jax.train import optimizer, references
 from dail_jax.train import step as step_lib
@@ -33,7 +33,9 @@ def run(config: config_lib.Config) -> None:
         raise UserError("missing: training wants rows", field="data")
     rows = read_rows(config.data)
     inputs = {"data": dataset_hash(rows)}
-    if cfg.objective != "sft":
+    if cfg.is_online:
+        check_golds(config, rows)
+    if cfg.reads_traces:
         read_traces(config)
         inputs["traces"] = sha256(traces_path(config))
     with RunDir(config) as run_dir, run_dir.stage("train", inputs) as done:
@@ -43,7 +45,12 @@ def run(config: config_lib.Config) -> None:
         session = open_session(config)
         with jax.set_mesh(session.mesh):
             metrics = Metrics(run_dir.path, config.log, "train")
-            fit(session, examples_of(session, rows), run_dir, metrics)
+            if cfg.is_online:
+                from dail_jax.stages import online  # which builds on what is here
+
+                online.fit(session, rows, run_dir, metrics)
+            else:
+                fit(session, examples_of(session, rows), run_dir, metrics)
             metrics.close()
 
 
@@ -69,7 +76,7 @@ def examples_of(session: Session, rows: list[Row]) -> list[Example]:
         unknown = next((t["problem_id"] for t in traces if t["problem_id"] not in built), None)
         if unknown is not None:
             raise UserError(f"got a trace of problem {unknown!r}, which is not in the data", file=traces_path(config))
-        mark_drops(traces, rows, config.filters)
+        mark_drops(traces, rows, filters_of(config))
         alien = next((n for n, t in enumerate(traces, 1) if max(t["response_ids"], default=0) >= session.model.V), None)
         if alien is not None:
             raise UserError(f"got a token id at or above the model's vocabulary of {session.model.V}",
@@ -85,7 +92,7 @@ def examples_of(session: Session, rows: list[Row]) -> list[Example]:
 
 
 def roles_of(config: config_lib.Config) -> tuple[str, ...]:
-    return ("student", *(step_lib.REFERENCES if config.train.objective == "dail" else ()))
+    return ("student", *(step_lib.REFERENCES if config.train.objective in ("dail", "onpolicy") else ()))
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -127,7 +134,9 @@ def fit(session: Session, examples: list[Example], run_dir: RunDir, metrics: Met
     if cfg.objective == "dail" and cfg.cache_references:
         cached = cache(session, examples, run_dir, recipe, identity["examples"])
         if cached is not None:
-            assemble = batches.Assemble(examples, cfg.bucket, cfg.accumulate, local, ("student",), step_lib.REFERENCES, cached)
+            assemble = batches.Assemble(
+                examples, cfg.bucket, cfg.accumulate, local, ("student",), step_lib.REFERENCES, cached
+            )
     run = prepare(session, len(plan), run_dir.path / "checkpoints")
     feed = batches.iterator(plan, assemble, cfg.workers)
     say(f"train: {cfg.objective} on {len(examples)} examples, {len(plan)} updates of {cfg.batch_size}; "
@@ -140,7 +149,9 @@ def fit(session: Session, examples: list[Example], run_dir: RunDir, metrics: Met
         start, state, saved = restored
         changed = [k for k in identity if saved["identity"].get(k) != identity[k]]
         if changed:
-            raise UserError(f"this run was started with other {', '.join(changed)}: use another run_dir", file=run_dir.path)
+            raise UserError(
+                f"this run was started with other {', '.join(changed)}: use another run_dir", file=run_dir.path
+            )
         feed.set_state(saved["data"])
         metrics.rewind(start)
         say(f"train: resuming at update {start}")
@@ -150,7 +161,9 @@ def fit(session: Session, examples: list[Example], run_dir: RunDir, metrics: Met
     with progress("training", len(plan), "updates", start) as bar, Interrupt() as interrupt:
         for number in range(start + 1, len(plan) + 1):
             batch = next(feed)
-            state, out = update(session.params, state, mesh_lib.to_devices(batch, mesh, cfg.batch_size // cfg.accumulate))
+            state, out = update(
+                session.params, state, mesh_lib.to_devices(batch, mesh, cfg.batch_size // cfg.accumulate)
+            )
             values = {k: float(out[k]) for k in out if k not in ("bad_rows", "finite")}
             metrics.write(number, learning_rate=float(rate(number - 1)), epoch=(number - 1) // plan.per_epoch, **values)
             if not bool(out["finite"]):
@@ -173,7 +186,9 @@ def cache(session: Session, examples, run_dir: RunDir, recipe, digest: str) -> r
     cfg = session.config.train
     need = references.size(examples, session.model.D, session.params["norm"].dtype)
     if need > cfg.references_gib * 2**30:
-        say(f"train: references would take {need / 2**30:.1f} GiB, above train.references_gib; computing them in every step")
+        say(
+            f"train: references would take {need / 2**30:.1f} GiB, above train.references_gib; computing them in every step"
+        )
         return None
     key = f"{session.config.model.path} {session.config.model.dtype} {digest}"
     found = references.compute(run_dir.path / "references", key, recipe, session.params, session.mesh, examples,

@@ -27,17 +27,21 @@ Arrays = dict[str, jax.Array]
 
 @dataclass(frozen=True)
 class Objective:
-    """What is minimised: `nll` of targets, or `dail`, the contrast of two frozen references."""
+    """What is minimised: `nll` of targets, `dail`, the contrast of two frozen references, or `grpo`, of rewards."""
 
-    kind: str  # "dail" or "nll"
+    kind: str  # "dail", "nll" or "grpo"
     gamma: float = 0.0
     forward_kl: bool = False
+    clip: float = 0.0  # grpo
+    kl: float = 0.0  # grpo: weight of KL(M || frozen base)
 
 
 def names(objective: Objective) -> tuple[str, ...]:
     """The parts that `summed` reports beside the loss."""
     if objective.kind == "nll":
         return ("nll", "entropy")
+    if objective.kind == "grpo":
+        return ("ratio", "clipped", "kl_base", "entropy")
     return ("kl_privileged", "kl_negative", "entropy") + (() if objective.forward_kl else ("excess",))
 
 
@@ -48,7 +52,8 @@ def summed(
     """(sum of the loss over unmasked tokens, sums of its parts), float32, differentiable by `hidden` alone.
 
     hidden [B,T,D] are the student's final states where response tokens are predicted; mask [B,T] bool; unembed
-    [V,D]. extras: `targets` [B,T] int32 for nll, or `privileged` and `negative` [B,T,D] hidden states for dail.
+    [V,D]. extras: `targets` [B,T] int32 for nll; `privileged` and `negative` [B,T,D] hidden states for dail;
+    for grpo `targets`, their `logq` and `advantage` [B,T] float32, and `base` [B,T,D] hidden states.
     """
     return _over_chunks(objective, chunk, hidden, extras, mask, unembed)[0]
 
@@ -107,6 +112,8 @@ def token_loss(
         nll = -jnp.take_along_axis(log_m, extras["targets"][..., None], -1)[..., 0]
         hot = jax.lax.broadcasted_iota(jnp.int32, z.shape, z.ndim - 1) == extras["targets"][..., None]
         return nll, {"nll": nll, "entropy": entropy}, m - hot
+    if objective.kind == "grpo":
+        return _policy_gradient(objective, log_m, entropy, extras, logits)
 
     log_p = jax.nn.log_softmax(logits(extras["privileged"]), axis=-1)
     log_n = jax.nn.log_softmax(logits(extras["negative"]), axis=-1)
@@ -123,6 +130,22 @@ def token_loss(
     log_z = jax.nn.logsumexp((log_p - gamma * log_n) / (1 - gamma), axis=-1)
     parts = {"kl_privileged": kl_p, "kl_negative": kl_n, "entropy": entropy, "excess": loss / (1 - gamma) + log_z}
     return loss, parts, m * (slope - loss[..., None])
+
+
+def _policy_gradient(objective: Objective, log_m: jax.Array, entropy: jax.Array, extras: Arrays, logits):
+    """-min(ratio * A, clip(ratio) * A) + kl * KL(M || base), as `token_loss` (arXiv 2402.03300; KL in closed form)."""
+    m = jnp.exp(log_m)
+    targets, advantage = extras["targets"][..., None], extras["advantage"]
+    # (bounded: a token that was never likely must not make 0 * inf of a group without a signal)
+    ratio = jnp.exp(jnp.clip(jnp.take_along_axis(log_m, targets, -1)[..., 0] - extras["logq"], -20, 20))
+    free, held = ratio * advantage, jnp.clip(ratio, 1 - objective.clip, 1 + objective.clip) * advantage
+    log_b = jax.nn.log_softmax(logits(extras["base"]), axis=-1)
+    kl = (m * (log_m - log_b)).sum(-1)
+    hot = jax.lax.broadcasted_iota(jnp.int32, m.shape, m.ndim - 1) == targets
+    slope = jnp.where(free <= held, free, 0)[..., None] * (m - hot)
+    parts = {"ratio": ratio, "clipped": (free > held).astype(jnp.float32), "kl_base": kl, "entropy": entropy}
+    loss = objective.kl * kl - jnp.minimum(free, held)
+    return loss, parts, slope + objective.kl * m * (log_m - log_b - kl[..., None])
 
 
 def cross_entropy(hidden: jax.Array, targets: jax.Array, mask: jax.Array, unembed: jax.Array) -> jax.Array:

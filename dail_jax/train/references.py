@@ -97,7 +97,9 @@ def compute(
                 got = process_allgather(got, tiled=True) if jax.process_count() > 1 else np.asarray(got)
                 for row, index in enumerate(chosen):
                     if out is not None and index >= 0:
-                        out[references.offsets[index] : references.offsets[index + 1]] = got[row, : len(examples[index].response)]
+                        out[references.offsets[index] : references.offsets[index + 1]] = got[
+                            row, : len(examples[index].response)
+                        ]
                 bar.advance(int((chosen >= 0).sum()))
             if out is not None:
                 out.flush()
@@ -112,7 +114,9 @@ def compute(
     return references
 
 
-def log_ratios(references: References, params: Params, examples: list[batches.Example], chunk: int) -> list[list[float]]:
+def log_ratios(
+    references: References, params: Params, examples: list[batches.Example], chunk: int
+) -> list[list[float]]:
     """log p_PS - log p_NR of every response token: where it is low, the contrast pushes the student away.
 
     For the report. Every process computes all of it, from its own read of the cache.

@@ -42,8 +42,12 @@ class Recipe:
 
 
 def recipe(model: ModelConfig, cfg: config_lib.Train) -> Recipe:
-    kind = "dail" if cfg.objective == "dail" else "nll"
-    objective = objectives.Objective(kind, cfg.gamma, cfg.kl == "forward") if kind == "dail" else objectives.Objective(kind)
+    if cfg.objective in ("dail", "onpolicy"):
+        objective = objectives.Objective("dail", cfg.gamma, cfg.kl == "forward")
+    elif cfg.objective in ("grpo", "nurl"):
+        objective = objectives.Objective("grpo", clip=cfg.online.clip, kl=cfg.online.kl)
+    else:
+        objective = objectives.Objective("nll")
     return Recipe(model, objective, cfg.chunk, cfg.remat)
 
 
@@ -87,12 +91,17 @@ def make_update(recipe: Recipe, tx: optax.GradientTransformation, layout: State)
         hidden = response_states(recipe, params, lora, batch["student_tokens"], batch["student_positions"], length)
         if recipe.objective.kind == "nll":
             extras = {"targets": batch["targets"]}
+        elif recipe.objective.kind == "grpo":
+            base = response_states(recipe, params, None, batch["student_tokens"], batch["student_positions"], length)
+            extras = {"base": jax.lax.stop_gradient(base), **{k: batch[k] for k in ("targets", "logq", "advantage")}}
         else:
             extras = {}
             for role in REFERENCES:
                 states = batch.get(f"ref_{role}")
                 if states is None:
-                    states = response_states(recipe, params, None, batch[f"{role}_tokens"], batch[f"{role}_positions"], length)
+                    states = response_states(
+                        recipe, params, None, batch[f"{role}_tokens"], batch[f"{role}_positions"], length
+                    )
                 extras[role] = jax.lax.stop_gradient(states).astype(hidden.dtype)
         loss, parts = objectives.summed(recipe.objective, recipe.chunk, hidden, extras, batch["mask"],
                                         transformer.unembedding(params))  # fmt: skip
@@ -123,4 +132,5 @@ def make_update(recipe: Recipe, tx: optax.GradientTransformation, layout: State)
         return kept, {**metrics, "grad_norm": norm, "tokens": count, "finite": ok, "bad_rows": bad}
 
     whole = jax.tree.leaves(layout.step)[0]
-    return jax.jit(update, donate_argnums=1, out_shardings=(layout, whole))
+    options = mesh_lib.compiler_options(whole.mesh)
+    return jax.jit(update, donate_argnums=1, out_shardings=(layout, whole), compiler_options=options)

@@ -1,0 +1,144 @@
+"""HBM traffic of an optimised program, from its text.
+
+The compiler's own "bytes accessed" counts a loop's body once, and on a TPU also what stays in fast memory (`S(1)` in
+a layout). Here loops are multiplied out and only main memory counts: what instructions read and write, of slices and
+gathers only the slice, of updates in place only the update.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass
+
+WIDTHS = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s16": 2, "u16": 2, "s32": 4, "u32": 4, "f32": 4, "f64": 8}
+FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "partition-id", "iota"}
+SLICING = {"dynamic-slice", "slice", "gather"}
+_HEAD = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{\s*$")
+_LINE = re.compile(r"^\s+(ROOT )?%?([\w.\-]+) = (.+?) ([\w\-]+)\((.*)$")
+_ARRAY = re.compile(r"(\w+)\[([\d,]*)\](\{[^}]*\})?")
+
+
+@dataclass(frozen=True)
+class Op:
+    name: str
+    type: str
+    kind: str
+    rest: str  # from the operands on
+    root: bool
+
+    @property
+    def operands(self) -> list[str]:
+        return re.findall(r"%([\w.\-]+)", self.rest.split("), ")[0])
+
+    def called(self, key: str) -> str | None:
+        found = re.search(rf"\b{key}=%?([\w.\-]+)", self.rest)
+        return found[1] if found else None
+
+
+def size(type_text: str, everywhere: bool = False) -> int:
+    """Bytes of a type's arrays that lie in main memory, or of all."""
+    return sum(WIDTHS[kind] * math.prod(int(n) for n in shape.split(",") if n)
+               for kind, shape, layout in _ARRAY.findall(type_text)
+               if kind in WIDTHS and (everywhere or "S(" not in layout))  # fmt: skip
+
+
+def parse(text: str) -> tuple[dict[str, list[Op]], str]:
+    """The computations of a program by name, and the entry's name."""
+    found: dict[str, list[Op]] = {}
+    current, entry = "", ""
+    for line in text.splitlines():
+        if head := _HEAD.match(line):
+            current = head[2]
+            found[current] = []
+            entry = current if head[1] else entry
+        elif current and (op := _LINE.match(line)):
+            found[current].append(Op(op[2], op[3], op[4], op[5], bool(op[1])))
+    return found, entry
+
+
+def loops(text: str) -> list[int]:
+    """How often each loop of a program runs, in the order of the text."""
+    computations, _ = parse(text)
+    return [_trips(computations, op) for ops in computations.values() for op in ops if op.kind == "while"]
+
+
+def hbm_bytes(text: str) -> float:
+    """Bytes that one run of the program moves to and from main memory, on one device."""
+    computations, entry = parse(text)
+    return _traffic(computations, entry)
+
+
+def _traffic(computations: dict[str, list[Op]], name: str) -> float:
+    types = {op.name: op.type for op in computations[name]}
+    total = 0.0
+    for op in computations[name]:
+        if op.kind in FREE or op.kind.endswith("-done"):
+            continue
+        if op.kind == "while":
+            total += _trips(computations, op) * _traffic(computations, op.called("body") or "")
+        elif op.kind == "conditional":
+            listed = re.search(r"branch_computations=\{([^}]*)\}", op.rest)
+            branches = re.findall(r"%([\w.\-]+)", listed[1]) if listed else []
+            total += max((_traffic(computations, b) for b in branches), default=0)
+        elif op.kind in ("call", "async-start"):
+            total += _traffic(computations, op.called("to_apply") or op.called("calls") or "")
+        elif op.kind in ("copy-start", "slice-start"):
+            target = op.type.split("), ", 1)[1] if op.kind == "slice-start" else op.type.split("}, ", 1)[-1]
+            target = (_ARRAY.search(target) or [""])[0]
+            total += size(target) + (size(target, everywhere=True) if size(types.get(op.operands[0], "")) else 0)
+        elif op.kind == "dynamic-update-slice":
+            total += 2 * size(types.get(op.operands[1], ""))
+        elif op.kind in SLICING:
+            total += 2 * size(op.type)
+        elif op.kind == "fusion":
+            total += _fusion(computations, op, types)
+        else:
+            total += size(op.type) + sum(size(types.get(x, "")) for x in dict.fromkeys(op.operands))
+    return total
+
+
+def _fusion(computations: dict[str, list[Op]], op: Op, types: dict[str, str]) -> float:
+    """What a fusion reads and writes: slices of what it slices, and of what it updates in place the update."""
+    inner = computations.get(op.called("calls") or "", [])
+    local = {x.name: x.type for x in inner}
+    read = 0
+    for index, operand in enumerate(op.operands):
+        if whole := size(types.get(operand, "")):
+            read += _used(computations, inner, _parameter(inner, index), whole)
+    written = size(op.type)
+    for x in inner:
+        in_place = x.kind == "dynamic-update-slice" and size(x.type, True) == size(op.type, True)
+        if in_place and written:
+            written = size(local.get(x.operands[1], ""), everywhere=True)
+    return read + written
+
+
+def _parameter(inner: list[Op], index: int) -> str | None:
+    return next((x.name for x in inner if x.kind == "parameter" and x.rest.startswith(f"{index})")), None)
+
+
+def _used(computations: dict[str, list[Op]], inner: list[Op], name: str | None, whole: int) -> int:
+    """How many bytes of an input of a fused computation are looked at: slices of it, nothing where it is updated."""
+    users = [x for x in inner if name in x.operands]
+    total = 0 if users else whole
+    for x in users:
+        nested = computations.get(x.called("calls") or "", []) if x.kind == "fusion" else []
+        if x.kind == "bitcast" or (nested and all(y.kind in ("parameter", "bitcast") for y in nested)):
+            total += _used(computations, inner, x.name, whole)
+        elif nested:
+            total += _used(computations, nested, _parameter(nested, x.operands.index(name or "")), whole)
+        elif x.kind in SLICING and x.operands[0] == name:
+            total += size(x.type, everywhere=True)
+        elif x.kind != "dynamic-update-slice" or x.operands[0] != name:
+            total += whole
+    return min(total, whole)
+
+
+def _trips(computations: dict[str, list[Op]], op: Op) -> int:
+    """How often a loop runs: the one constant of its condition, else 1."""
+    found = re.findall(r'known_trip_count"?:\{"n":"(\d+)"', op.rest)
+    if not found:
+        condition = computations.get(op.called("condition") or "", [])
+        found = [x.rest.split(")")[0] for x in condition if x.kind == "constant" and x.rest.split(")")[0].isdigit()]
+    return int(found[0]) if len(set(found)) == 1 else 1

@@ -1,0 +1,87 @@
+"""calibrate: traces at several tau, to choose one -> calibration.json, calibration.md and plots/tau.png of RUN_DIR.
+
+The larger tau, the more tokens the privileged student writes: more right traces, and more that cite the solution.
+"""
+
+from __future__ import annotations
+
+import collections
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+import numpy as np
+from rich.table import Table
+
+from dail_jax import config as config_lib
+from dail_jax.data import filters
+from dail_jax.data.records import Row, read_rows
+from dail_jax.data.waypoints import final_answer
+from dail_jax.errors import UserError
+from dail_jax.evaluate.grading import Grader, extract
+from dail_jax.evaluate.passk import bootstrap
+from dail_jax.metrics import console, say
+from dail_jax.report import plots
+from dail_jax.report.charts import Chart, Series
+from dail_jax.rundir import write_atomic
+from dail_jax.stages import experiment, generate
+
+SHARES = ("right", "student's tokens", "artefacts", "finished")
+
+
+def run(config: config_lib.Config, tau: str) -> None:
+    if config.data is None or config.traces:
+        raise UserError("calibration makes traces: it wants `data`, and no `traces`", field="data")
+    arms = experiment.combinations([f"generate.tau={tau}"])
+    parent = config_lib.with_overrides(config, {"arms": arms, "train.objective": "dail"}, "--tau")
+    rows = read_rows(config.data)
+    found = {}
+    for name, changes in arms.items():
+        say(f"\n== {name} ==")
+        own = config_lib.with_overrides(experiment.arm(parent, name), {"traces": None}, name)
+        generate.run(own)
+        if jax.process_index() == 0:
+            found[changes["generate.tau"]] = measure(generate.read_traces(own), rows, config.filters, config.seed)
+    if found:
+        write(found, Path(config.run_dir))
+
+
+def measure(traces: list[dict], rows: list[Row], cfg: config_lib.Filters, seed: int) -> dict:
+    """Shares with 95% intervals over problems, and mean tokens; `right` only if every row has an answer."""
+    golds = {row.problem_id: final_answer(row) or "" for row in rows}
+    of: dict[str, Callable[[dict], float]] = {
+        "student's tokens": lambda t: t["acceptance"],
+        "artefacts": lambda t: filters.artefact(t["text"], cfg.artefacts) is not None,
+        "finished": lambda t: t["finish"] == "stop",
+    }
+    with Grader() as grader:
+        if all(golds.values()):
+            of["right"] = lambda t: grader.grade(extract(t["text"]), golds[t["problem_id"]]).correct
+        shares = {}
+        for name, share in of.items():
+            problems = collections.defaultdict(list)
+            for t in traces:
+                problems[t["problem_id"]].append(share(t))
+            shares[name] = bootstrap([float(np.mean(x)) for x in problems.values()], seed, 1000)._asdict()
+    return {"traces": len(traces), "tokens": float(np.mean([len(t["response_ids"]) for t in traces])), **shares}
+
+
+def write(found: dict[float, dict], folder: Path) -> None:
+    """The table in the terminal and as Markdown, the figures as JSON, the plot."""
+    header = ["tau", "traces", *(f"{name} %" for name in SHARES), "tokens"]
+    percent = lambda x: "-" if x is None else f"{100 * x['mean']:.1f} [{100 * x['low']:.1f}, {100 * x['high']:.1f}]"  # noqa: E731
+    cells = [[str(tau), str(x["traces"]), *(percent(x.get(name)) for name in SHARES), f"{x['tokens']:.1f}"]
+             for tau, x in found.items()]  # fmt: skip
+    table = Table(*header)
+    for row in cells:
+        table.add_row(*(cell.replace("[", r"\[") for cell in row))
+    console.print(table)
+    text = "".join(f"| {' | '.join(row)} |\n" for row in (header, ["---:"] * len(header), *cells))
+    write_atomic(folder / "calibration.md", text + "\nShares of traces, with 95% bootstrap intervals over problems\n")
+    write_atomic(folder / "calibration.json", json.dumps(found, indent=1) + "\n")
+    series = [Series(name, i, [(tau, *(x[name][k] for k in ("mean", "low", "high"))) for tau, x in found.items()])
+              for i, name in enumerate(SHARES) if all(name in x for x in found.values())]  # fmt: skip
+    chart = Chart("tau", "", "Traces by tau", "marked", "tau", "share of traces", series, percent=True)
+    made = plots.draw([chart], folder / "plots")
+    say(f"calibrate: wrote {folder / 'calibration.md'} and {made[0]}")

@@ -1,0 +1,34 @@
+"""compare: finished runs beside each other, wherever they lie: tables, paired differences, a page and plots."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import jax
+
+from dail_jax import config as config_lib
+from dail_jax.errors import UserError
+from dail_jax.stages import report
+
+
+def run(config: config_lib.Config | None, runs: list[str], out: str) -> None:
+    """`runs` are run directories, or directories of arms, which are all of theirs; `config` is not needed."""
+    if jax.process_index() != 0:
+        return
+    folders: list[Path] = []
+    for path in map(Path, runs):
+        found = [path] if (path / "results.json").exists() else sorted(p.parent for p in path.glob("*/results.json"))
+        if not found:
+            raise UserError("got no results.json here or in its folders, want a finished evaluation", file=path)
+        folders += found
+    folders = list(dict.fromkeys(Path(os.path.normpath(folder)) for folder in folders))
+    names = [folder.resolve().name for folder in folders]
+    if len(set(names)) < len(names):  # two runs' arms of one name
+        names = [str(folder) for folder in folders]
+    Path(out).mkdir(parents=True, exist_ok=True)
+    path = folders[0] / "config.yaml"
+    model = config_lib.read_yaml(path).get("model") or {} if path.exists() else {}
+    tokenizer = model.get("tokenizer") or model.get("path")
+    title = " and ".join(dict.fromkeys(runs))
+    report.show(dict(zip(names, folders, strict=True)), Path(out), title, None, Path(tokenizer) if tokenizer else None)

@@ -1,0 +1,52 @@
+"""grade: grades a finished evaluation again, from samples.jsonl alone: no model, no drawing.
+
+For when the rules of extraction or equality have changed. Answers are taken out of the texts again; gold answers
+are those of samples.jsonl.
+"""
+
+from __future__ import annotations
+
+import collections
+import json
+from pathlib import Path
+
+import jax
+
+from dail_jax import config as config_lib
+from dail_jax.errors import UserError
+from dail_jax.evaluate import protocol
+from dail_jax.metrics import console, say
+from dail_jax.rundir import RunDir
+from dail_jax.stages import evaluate, experiment
+
+SHOWN = 20  # changed verdicts
+
+
+def run(config: config_lib.Config) -> None:
+    if jax.process_index() != 0:
+        return
+    results = {}
+    for one in [experiment.arm(config, name) for name in config.arms] or [config]:
+        folder = Path(one.run_dir)
+        path = folder / "samples.jsonl"
+        if not path.exists():
+            raise UserError("no samples: run the stage `evaluate` first", file=path)
+        with RunDir(one), open(path, encoding="utf-8") as file:
+            rows = [json.loads(line) for line in file]
+            evaluate.finish(one, rows, folder)
+            with open(path, encoding="utf-8") as again:
+                compare(rows, [json.loads(line) for line in again], folder)
+        results[folder.name] = json.loads((folder / "results.json").read_text())
+    console.print(protocol.table(results))
+
+
+def compare(before: list[dict], after: list[dict], folder: Path) -> None:
+    """Says which verdicts changed: how many of each kind, and the first of them."""
+    changed = [(a, b) for a, b in zip(before, after, strict=True) if a["correct"] != b["correct"]]
+    say(f"grade: {folder}: {len(changed)} of {len(after)} verdicts changed")
+    kinds = collections.Counter((a["correct"], b["correct"]) for a, b in changed)
+    for (old, new), count in kinds.most_common():
+        say(f"  {count} from correct={old} to correct={new}")
+    for a, b in changed[:SHOWN]:
+        say(f"  {b['benchmark']} {b['problem_id']} sample {b['sample']} budget {b['budget']}: gold {b['gold'][:60]!r}, "
+            f"answer {a['answer']!r:.80} {a['reason']} -> {b['answer']!r:.80} {b['reason']}")  # fmt: skip

@@ -1,0 +1,43 @@
+"""select: keeps the problems that the untrained model never solves -> RUN_DIR/selected.jsonl.
+
+The paper keeps those on which 32 samples all fail. They are drawn by the stage `evaluate`, as `evaluate` in the
+configuration says (`evaluate.samples=32`), in RUN_DIR/select; at several budgets the largest counts.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import jax
+
+from dail_jax import config as config_lib
+from dail_jax.data.records import read_rows
+from dail_jax.errors import UserError
+from dail_jax.metrics import say
+from dail_jax.rundir import json_line, write_atomic
+from dail_jax.stages import evaluate
+
+NAME = "selection"
+
+
+def run(config: config_lib.Config) -> None:
+    if config.data is None:
+        raise UserError("missing: there are no rows to select from", field="data")
+    folder = Path(config.run_dir)
+    inner = config_lib.with_overrides(config, {
+        "arms": {}, "run_dir": str(folder / "select"), "train.objective": "none",
+        "evaluate.benchmarks": [{"name": NAME, "rows": config.data.model_dump()}],
+    }, "select")  # fmt: skip
+    evaluate.run(inner)
+    if jax.process_index() != 0:
+        return
+    budgets = json.loads((folder / "select" / "results.json").read_text())["benchmarks"][NAME]
+    right = {name: count for name, (count, _) in budgets[max(budgets, key=int)]["per_problem"].items()}
+    kept = [row for row in read_rows(config.data, need=("problem", "answer")) if right.get(row.problem_id) == 0]
+    fields = ("problem_id", "problem", "solution", "answer", "waypoints")
+    write_atomic(folder / "selected.jsonl", "".join(
+        json_line({name: value for name in fields if (value := getattr(row, name))}) for row in kept
+    ))  # fmt: skip
+    say(f"select: {len(kept)} of {len(right)} problems were never solved in {config.evaluate.samples} samples; "
+        f"wrote {folder / 'selected.jsonl'}")  # fmt: skip

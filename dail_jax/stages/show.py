@@ -1,0 +1,66 @@
+"""waypoints and prompts: what the roles will see of some rows, before any device is used."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from rich.panel import Panel
+from rich.table import Table
+from rich.text import Text
+
+from dail_jax import config as config_lib
+from dail_jax.data import waypoints as waypoints_lib
+from dail_jax.data.prompts import PromptBuilder
+from dail_jax.data.records import Row, read_rows
+from dail_jax.errors import UserError
+from dail_jax.metrics import console, say
+from dail_jax.text import load_tokenizer
+
+FIRST = 3  # rows shown where none are named
+
+
+def waypoints(config: config_lib.Config, row: Sequence[str] = ()) -> None:
+    """Solution, waypoints and final answer of rows side by side, and counts over all rows."""
+    rows = _rows(config)
+    for one in _chosen(config, rows, row):
+        table = Table(title=Text(f"row {one.index + 1}: {one.problem_id}"), show_lines=True, expand=True)
+        table.add_column("solution", ratio=5)
+        table.add_column(f"waypoints ({config.waypoints.extractor})", ratio=3)
+        table.add_column("final answer", ratio=1)
+        found = waypoints_lib.waypoints(one, config.waypoints)
+        table.add_row(*map(Text, (one.solution, "\n".join(found), waypoints_lib.final_answer(one) or "")))
+        console.print(table)
+    counts = [len(waypoints_lib.waypoints(one, config.waypoints)) for one in rows]
+    no_answer = sum(waypoints_lib.final_answer(one) is None for one in rows)
+    say(f"waypoints: {len(rows)} rows, {sum(counts) / len(rows):.1f} each (from {min(counts)} to {max(counts)}), "
+        f"{counts.count(0)} rows without any, {no_answer} without a final answer")  # fmt: skip
+
+
+def prompts(config: config_lib.Config, row: Sequence[str] = ()) -> None:
+    """What each role's prompt is for the model, control tokens included, and what SFT would imitate."""
+    tokenizer = load_tokenizer(config.model.tokenizer or config.model.path)
+    builder = PromptBuilder(tokenizer, config.prompts, config.waypoints)
+    for one in _chosen(config, _rows(config), row):
+        built = builder.build(one)
+        cut = f", solution cut at {config.prompts.max_solution_tokens} tokens" if built.cut else ""
+        say(f"row {one.index + 1}: {one.problem_id}{cut}")
+        for role in ("student", "privileged", "negative", "expert"):
+            ids = getattr(built, role)
+            shown = tokenizer.decode(ids, keep_special=True)
+            console.print(Panel(Text(shown), title=f"{role}: {len(ids)} tokens", title_align="left"))
+
+
+def _rows(config: config_lib.Config) -> list[Row]:
+    if config.data is None:
+        raise UserError("missing: there are no rows to show", field="data")
+    return read_rows(config.data)
+
+
+def _chosen(config: config_lib.Config, rows: list[Row], names: Sequence[str]) -> list[Row]:
+    """The rows with these problem ids or numbers; the first few where none are named."""
+    known = {**{str(one.index + 1): one for one in rows}, **{one.problem_id: one for one in rows}}
+    unknown = next((name for name in names if name not in known), None)
+    if unknown is not None:
+        raise UserError(f"got {unknown!r}, want a problem_id or a number from 1 to {len(rows)}",
+                        file=config.data and config.data.path, field="--row")  # fmt: skip
+    return [known[name] for name in names] or rows[:FIRST]

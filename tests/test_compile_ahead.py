@@ -1,0 +1,151 @@
+"""Compiling ahead of time: splash equals the einsum, the table has its rows, the caches stay in place."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import mesh_of
+
+from dail_jax import compile_ahead, hlo_bytes
+from dail_jax import config as config_lib
+from dail_jax.errors import UserError
+from dail_jax.model import attention, families
+
+MODEL = {"model_type": "qwen3", "vocab_size": 320, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2,
+         "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 128, "tie_word_embeddings": False}  # fmt: skip
+
+
+@pytest.fixture
+def config(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(MODEL))
+    return config_lib.build(
+        {
+            "run_dir": str(tmp_path / "run"),
+            "model": {"path": str(tmp_path), "dtype": "bfloat16"},
+            "mesh": {"data": 1, "fsdp": 2, "tensor": 2},
+            "generate": {"slots": 4, "samples": 2, "max_prompt_tokens": 32, "sampling": {"max_tokens": 32}},
+            "train": {"batch_size": 4, "bucket": 32, "max_tokens": 128, "chunk": 64, "lora": {"rank": 4}},
+            "evaluate": {"slots": 4, "samples": 2, "max_prompt_tokens": 32, "sampling": {"max_tokens": 32},
+                         "benchmarks": [{"name": "b", "rows": {"path": "none.jsonl"}}]},
+        },
+        "test",
+    )  # fmt: skip
+
+
+def compile_on(config, devices, **kw):
+    model = families.read_config(config.model.path)
+    mesh = compile_ahead.mesh_lib.make_mesh(config.mesh, devices)
+    return {row.program: row for row in compile_ahead.compile_all(config, model, mesh, **kw)}
+
+
+@pytest.mark.parametrize("shape", [None, {"fsdp": 2, "tensor": 2}])
+def test_splash_equals_the_einsum_with_padding_on_either_side(shape):
+    b, t, n, k, h = 2, 150, 4, 2, 16
+    keys = jax.random.split(jax.random.key(0), 4)
+    q, key, v, w = (jax.random.normal(x, (b, t, heads, h)) for x, heads in zip(keys, (n, k, k, n), strict=True))
+    positions = np.full((b, t), -1, np.int32)
+    positions[0, 40:] = np.arange(110)
+    positions[1, :133] = np.arange(133)
+    live = (positions >= 0)[..., None, None]
+
+    def outputs(fn):
+        def loss(q, key, v):
+            out = jnp.where(live, fn(q, key, v, jnp.asarray(positions)), 0)
+            return (out * w).sum(), out
+
+        return jax.jit(jax.grad(loss, (0, 1, 2), has_aux=True))(q, key, v)
+
+    want = outputs(attention.attend)
+    interpreted = lambda *args: attention.splash(*args, interpret=True)  # noqa: E731
+    if shape is None:
+        got = outputs(interpreted)
+    else:
+        with jax.set_mesh(mesh_of(**shape)):
+            got = outputs(interpreted)
+    for x, y in zip(jax.tree.leaves(want), jax.tree.leaves(got), strict=True):
+        assert float(jnp.abs(x).max()) > 0.1
+        np.testing.assert_allclose(x, y, atol=1e-5)
+
+
+def test_the_table_has_every_program_and_its_memory(config):
+    rows = compile_on(config, jax.devices()[:4], quick=True)
+    assert list(rows) == ["references", "loss", "train step, 96 + 32 tokens",
+                          "rollouts, 4 slots x 2 roles: prefill 32", "rollouts, 4 slots x 2 roles: decode",
+                          "evaluation, 4 slots x 1 roles: prefill 32",
+                          "evaluation, 4 slots x 1 roles: decode"]  # fmt: skip
+    step = rows["train step, 96 + 32 tokens"]
+    parameters = 2 * (320 * 64 * 2 + 2 * 64 * (4 + 2 + 2 + 4) * 128 + 2 * 3 * 64 * 96)
+    assert parameters / 4 < step.arguments_gb * 1e9 < parameters  # sharded by 4, plus the adapter and a batch
+    assert step.aliased_gb > 0 and step.bytes > step.arguments_gb * 1e9
+    assert all(row.fits is None and row.verdict == "compiles" for row in rows.values())
+    for name, row in rows.items():
+        if "decode" in name:  # the donated caches are the result's
+            caches = 2 * 2 * (8 if "rollouts" in name else 4) * 2 * 32 * 128 * 2 / 4
+            assert row.aliased_gb * 1e9 >= caches and row.cache_copies == 0
+
+
+def test_counted_flops_are_the_arithmetic(config):
+    changes = {"mesh.fsdp": 1, "mesh.tensor": 1, "train.cache_references": False, "train.remat": "none"}
+    plain = config_lib.with_overrides(config, changes, "test")
+    model = families.read_config(plain.model.path)
+    useful = 4 * compile_ahead.useful_flops(model, plain.train, 96, 32, False)
+    step = compile_on(plain, jax.devices()[:1], only="train")["train step, 96 + 32 tokens"]
+    assert 0.9 < step.flops / useful < 1.5  # above: softmax, norms, and attention that is not causal in an einsum
+
+
+def test_a_program_that_does_not_fit_says_what_to_change_first(config, monkeypatch):
+    monkeypatch.setitem(compile_ahead.CHIPS, "cpu", compile_ahead.Chip(1e-6, 1, 1))
+    changes = {"mesh.fsdp": 1, "mesh.tensor": 1}
+    one = config_lib.with_overrides(config, changes, "test")
+    (loss,) = compile_on(one, jax.devices()[:1], quick=True, only="loss").values()
+    assert (loss.fits, loss.verdict) == (False, "does not fit: lower train.chunk") and loss.peak_gb > loss.hbm_gb
+    change = compile_ahead.first_change
+    assert change("sampler", one, mesh_of(), 2, 1).endswith("which set the caches")
+    assert change("sampler", one, mesh_of(data=2), 2, 1).startswith("raise mesh.tensor")
+    assert change("train", one, mesh_of(data=2), 2, 1).startswith("raise mesh.fsdp")
+    assert change("train", one, mesh_of(), 1, 2) == "raise train.accumulate (now 1)"
+    whole = config_lib.with_overrides(one, {"train.remat": "none"}, "test")
+    assert change("train", whole, mesh_of(), 1, 2) == "set train.remat: full"
+
+
+def test_topologies_that_do_not_exist_are_one_line():
+    for name in ("v9:2x2", "tpu", "v5e", "v5e:0x0"):
+        with pytest.raises(UserError, match=r"v5e:4x4, v5p:2x2x4, v6e:4x4|libtpu"):
+            compile_ahead.devices(name)
+
+
+def test_main_memory_traffic_multiplies_loops_and_counts_slices():
+    def run(x, big):
+        return jax.lax.scan(lambda x, i: (jnp.tanh(x @ big[i]), None), x, jnp.arange(7))[0]
+
+    x, big = jnp.ones((64, 64)), jnp.ones((100, 64, 64))
+    text = jax.jit(run).lower(x, big).compile().as_text()
+    assert hlo_bytes.loops(text)[:1] == [7]
+    moved = hlo_bytes.hbm_bytes(text)
+    assert 7 * 64 * 64 * 4 * 3 < moved < 7 * 64 * 64 * 4 * 12 < big.nbytes
+
+
+def test_the_command_compiles_for_devices_that_are_not_there(config, tmp_path):
+    tpu = importlib.util.find_spec("libtpu") is not None  # the extra `tpu`; else the command runs for the CPU
+    file = tmp_path / "config.yaml"
+    file.write_text(json.dumps(config.model_dump(mode="json")))
+    out = tmp_path / "table.jsonl"
+    command = [sys.executable, "-m", "dail_jax.launch", "compile", "--config", str(file), "--topology",
+               "v5e:2x2" if tpu else "cpu", "--quick", "--json", str(out), "--only", "step"]  # fmt: skip
+    done = subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=4"},
+    )
+    assert done.returncode == 0, done.stderr
+    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [row["program"] for row in rows] == ["train step, 96 + 32 tokens"]
+    assert (rows[0]["verdict"], rows[0]["hbm_gb"]) == (("fits", 16) if tpu else ("compiles", None))
+    assert ("TPU v5 lite" if tpu else "cpu") in done.stdout

@@ -1,0 +1,267 @@
+"""evaluate, grade and compare on a random model of bytes that thinks: budgets, choices, ungraded sets, the schema."""
+
+import json
+import re
+
+import pytest
+import tiny
+import torch
+import transformers
+from test_text import byte_tokenizer
+
+from dail_jax import config as config_lib
+from dail_jax.data.prompts import PromptBuilder
+from dail_jax.data.records import read_rows
+from dail_jax.errors import UserError
+from dail_jax.evaluate import protocol
+from dail_jax.evaluate.grading import Grader
+from dail_jax.stages import evaluate
+from dail_jax.text import load_tokenizer
+
+BUDGETS = (8, 16)
+SAMPLES = 32
+
+
+def dump(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory, programs):
+    """(folder, function that evaluates a configuration with changes and returns its run directory)."""
+    # (prompts are padded to a common length: each length class is a program to compile)
+    root = tmp_path_factory.mktemp("evaluate")
+    torch.manual_seed(3)
+    cfg = transformers.Qwen3Config(vocab_size=260, hidden_size=24, intermediate_size=40, num_hidden_layers=1,
+                                   num_attention_heads=3, num_key_value_heads=1, head_dim=8, eos_token_id=None,
+                                   max_position_embeddings=256, tie_word_embeddings=False)  # fmt: skip
+    transformers.Qwen3ForCausalLM(cfg).save_pretrained(root / "model")
+    byte_tokenizer(root / "model")
+    (root / "t.txt").write_text("{{problem}}\n{{choices}}")
+    (root / "plain.txt").write_text("{{problem}}")
+    sums = dump(
+        root / "sums.jsonl",
+        [{"problem_id": f"s{i}", "problem": f"{i}+{i}?".rjust(27, "."), "answer": str(2 * i)} for i in (1, 2)],
+    )
+    proofs = dump(root / "proofs.jsonl", [{"problem_id": "p", "problem": "Prove!".rjust(27, ".")}])
+    quiz = dump(root / "quiz.jsonl", [{"Q": "Red?".rjust(12, "."), "right": "r", "no": "g", "nor": "b"}])
+    (root / "quiz.yaml").write_text(
+        f"name: quiz\nanswer: choice\ntemplate: {root / 't.txt'}\n"
+        f"rows: {{path: nowhere.jsonl, columns: {{problem: Q, answer: right, choices: [right, 'no', nor]}}}}\n"
+    )
+    tree = {
+        "model": {"path": str(root / "model"), "dtype": "float32"},
+        "prompts": {"student": str(root / "plain.txt"), "opening": "<think>\n"},
+        "train": {"objective": "none"},
+        "evaluate": {"samples": SAMPLES, "slots": 64, "bootstrap": 20, "budgets": list(BUDGETS),
+                     "force": {"text": "</think>\\boxed{", "max_tokens": 3},
+                     "sampling": {"temperature": 0.6, "top_p": 0.95, "presence_penalty": 1.5, "max_tokens": 16},
+                     "benchmarks": [{"name": "sums", "rows": {"path": sums}},
+                                    {"name": "proofs", "answer": "none", "rows": {"path": proofs}},
+                                    {"from": str(root / "quiz.yaml"), "rows": {"path": quiz}}]},
+    }  # fmt: skip
+
+    def run(name, **changes):
+        path = root / f"{name}.yaml"
+        whole = {**tree, "run_dir": str(root / name)}
+        for key, value in changes.items():
+            config_lib.assign(whole, key.replace("__", "."), value)
+        path.write_text(json.dumps(whole))
+        with tiny.alone(programs):
+            assert tiny.run("evaluate", path) == 0
+        return root / name
+
+    return root, run
+
+
+@pytest.fixture(scope="module")
+def long_run(world):
+    return world[1]("long")
+
+
+@pytest.mark.parametrize("budget", BUDGETS)
+def test_one_long_generation_cut_is_a_run_at_that_budget(world, long_run, budget):
+    """All of a sample's row is the same: its tokens, its forced answer, its verdict; and so are the results."""
+    alone = world[1](f"at{budget}", evaluate__budgets=[budget], evaluate__sampling__max_tokens=budget)
+    rows = {(r["benchmark"], r["problem_id"], r["sample"]): r for r in tiny.lines(alone / "samples.jsonl")}
+    cut = [r for r in tiny.lines(long_run / "samples.jsonl") if r["budget"] == budget]
+    assert len(rows) == len(cut) == 4 * SAMPLES
+    assert all(rows[r["benchmark"], r["problem_id"], r["sample"]] == r for r in cut)
+    mine, theirs = (json.loads((run / "results.json").read_text())["benchmarks"] for run in (long_run, alone))
+    assert {name: found[str(budget)] for name, found in mine.items()} == {n: f[str(budget)] for n, f in theirs.items()}
+
+
+def test_thoughts_and_forced_answers(long_run):
+    rows = tiny.lines(long_run / "samples.jsonl")
+    # raw: with the tag that the prompt opened and those that the model wrote, which this tokenizer has as control
+    # tokens, but without the token that ended the reply
+    assert all(r["text"].startswith("<think>\n") and not r["text"].endswith("<|end|>") for r in rows)
+    kinds = {kind: [r for r in rows if r["finish"] == kind] for kind in ("stop", "length", "forced")}
+    assert all(kinds.values())
+    for r in kinds["forced"]:  # cut while thinking
+        assert "</think>" not in r["text"] and r["tokens"] == r["budget"] and 1 <= r["forced_tokens"] <= 3
+        assert r["forced_text"].startswith("</think>\\boxed{")
+    for r in kinds["length"]:  # cut in the answer part
+        assert "</think>" in r["text"] and r["tokens"] == r["budget"] and r["forced_text"] is None
+    for r in kinds["stop"]:
+        assert r["forced_tokens"] == 0 and r["tokens"] <= r["budget"]
+    short, full = (
+        {(r["benchmark"], r["problem_id"], r["sample"]): r for r in rows if r["budget"] == b} for b in BUDGETS
+    )
+    both = [(short[key], full[key]) for key in short if short[key]["finish"] == full[key]["finish"] == "forced"]
+    # drawn for each budget, each from its own tokens
+    assert len(both) > 50 and sum(a["forced_text"] == b["forced_text"] for a, b in both) < len(both) / 4
+
+
+def test_choices_are_shown_as_letters_and_graded(world, long_run):
+    rows = [r for r in tiny.lines(long_run / "samples.jsonl") if r["benchmark"] == "quiz"]
+    (row,) = read_rows(config_lib.load(long_run / "config.yaml").evaluate.benchmarks[2].rows, ("problem", "answer"))
+    shown, gold = evaluate.question(row)
+    assert row.choices == ("r", "g", "b") and sorted(shown.split("\n")) == [
+        f"{c}. {shown[3 + 5 * i]}" for i, c in enumerate("ABC")
+    ]
+    assert f"{gold}. r" in shown and {r["gold"] for r in rows} == {gold}
+    assert {r["reason"] for r in rows} <= {"equal", "different", "no answer", "unparseable"}
+
+
+def test_the_order_of_choices_is_each_questions_own(tmp_path):
+    rows = [
+        {"q": f"Question {i}?", "options": list("wxyz"), "answer": answer}
+        for i, answer in enumerate((2, "C", "y") * 40)
+    ]
+    path = dump(tmp_path / "q.jsonl", rows)
+    cfg = config_lib.Rows.model_validate({"path": path, "columns": {"problem": "q", "choices": "options"}})
+    found = read_rows(cfg, ("problem", "answer"))
+    assert {r.choices for r in found} == {("y", "w", "x", "z")} and {r.answer for r in found} == {"y"}
+    letters = [evaluate.question(r)[1] for r in found]
+    assert letters == [evaluate.question(r)[1] for r in found]
+    assert all(15 <= letters.count(letter) <= 45 for letter in "ABCD")  # 30 each, 3 standard deviations
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"answer": "v"}, "answer: got 'v', want a choice's text, letter or index from 0"),
+        ({"answer": 4}, "answer: got 4, want a choice's text, letter or index from 0"),
+        ({"answer": True}, "answer: got True, want"),
+        ({"options": ["w", "w", "x"]}, "options: got an empty choice or the same one twice"),
+        ({"options": ["w"]}, "options: got 1 choices, want a list of 2 to 26 choices"),
+        ({"options": "wxyz"}, "options: got text, want a list"),
+    ],
+)
+def test_bad_choices_are_named(tmp_path, change, message):
+    path = dump(tmp_path / "q.jsonl", [{"problem": "?", "options": list("wxyz"), "answer": "w", **change}])
+    cfg = config_lib.Rows.model_validate({"path": path, "columns": {"choices": "options"}})
+    with pytest.raises(UserError, match=re.escape(f"{path}:1:{message}")):
+        read_rows(cfg, ("problem", "answer"))
+
+
+def test_what_is_not_graded(long_run):
+    rows = [r for r in tiny.lines(long_run / "samples.jsonl") if r["benchmark"] == "proofs"]
+    assert {(r["answer"], r["correct"], r["reason"]) for r in rows} == {(None, None, "not graded")}
+    results = json.loads((long_run / "results.json").read_text())
+    cell = results["benchmarks"]["proofs"]["16"]
+    assert cell["pass@k"] == cell["maj@k"] == cell["per_problem"] == {} and cell["problems"] == 1
+    assert "proofs: budget=16, problems=1, samples=32, tokens" in protocol.one_line(results)
+
+
+def documented(title: str) -> list[set[str]]:
+    """The keys in each table of a section of docs/results.md."""
+    text = (tiny.ROOT / "docs" / "results.md").read_text()
+    section = text.split(f"## {title}\n")[1].split("\n## ")[0]
+    tables = re.findall(r"(?:^\|.*\n)+", section, re.MULTILINE)
+    return [{key for line in t.splitlines()[2:] for key in re.findall("`(.+?)`", line.split("|")[1])} for t in tables]
+
+
+def test_the_files_have_the_documented_keys(long_run):
+    (keys,) = documented("samples.jsonl")
+    assert all(row.keys() == keys for row in tiny.lines(long_run / "samples.jsonl"))
+    top, cell = documented("results.json")
+    results = json.loads((long_run / "results.json").read_text())
+    assert results.keys() == top and results["schema"] == protocol.SCHEMA == 1
+    assert all(found.keys() == cell for budgets in results["benchmarks"].values() for found in budgets.values())
+
+
+def test_grade_again_needs_no_model(world, long_run, capsys):
+    run = world[0] / "again"
+    run.mkdir()
+    cfg = config_lib.with_overrides(config_lib.load(long_run / "config.yaml"),
+                                    {"run_dir": str(run), "model.path": "nowhere"}, "test")  # fmt: skip
+    (world[0] / "again.yaml").write_text(config_lib.dump(cfg))
+    rows = tiny.lines(long_run / "samples.jsonl")
+    dump(run / "samples.jsonl", rows)
+    assert tiny.run("grade", world[0] / "again.yaml") == 0
+    assert f"grade: {run}: 0 of {len(rows)} verdicts changed" in capsys.readouterr().out
+    assert (run / "samples.jsonl").read_bytes() == (long_run / "samples.jsonl").read_bytes()
+    before, after = (json.loads((r / "results.json").read_text()) for r in (long_run, run))
+    assert after == {**before, "arm": "again"}
+    # an answer that these rules find, and those that wrote the file did not
+    at = next(i for i, r in enumerate(rows) if r["benchmark"] == "sums" and not r["correct"] and r["budget"] == 16)
+    rows[at] |= {
+        "forced_text": None,
+        "finish": "stop",
+        "text": f"<think>\n\\boxed{{9}}</think> \\boxed{{{rows[at]['gold']}.0}}",
+    }
+    dump(run / "samples.jsonl", rows)
+    assert tiny.run("grade", world[0] / "again.yaml") == 0
+    out = " ".join(capsys.readouterr().out.split())
+    assert f"1 of {len(rows)} verdicts changed 1 from correct=False to correct=True" in out
+    graded = tiny.lines(run / "samples.jsonl")
+    assert (graded[at]["answer"], graded[at]["correct"], graded[at]["reason"]) == (
+        f"{rows[at]['gold']}.0",
+        True,
+        "equal",
+    )
+    count = sum(
+        c for c, _ in json.loads((run / "results.json").read_text())["benchmarks"]["sums"]["16"]["per_problem"].values()
+    )
+    assert count == 1 + sum(c for c, _ in before["benchmarks"]["sums"]["16"]["per_problem"].values())
+    (run / "samples.jsonl").unlink()
+    assert tiny.run("grade", world[0] / "again.yaml") == 2
+    assert "no samples: run the stage `evaluate` first" in capsys.readouterr().err
+
+
+ENTRIES = sorted((tiny.ROOT / "configs" / "benchmarks").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", ENTRIES, ids=lambda path: path.stem)
+def test_entries_of_benchmarks(path, tmp_path, monkeypatch):
+    """Each is valid, named like its file, and reads rows with the columns that it says."""
+    monkeypatch.chdir(tiny.ROOT)
+    tree = {**tiny.tree(tmp_path / "r"), "evaluate": {"benchmarks": [{"from": str(path.relative_to(tiny.ROOT))}]}}
+    (benchmark,) = config_lib.build(tree, "test").evaluate.benchmarks
+    assert benchmark.name.lower() == path.stem.removeprefix("microworld_")
+    if not path.stem.startswith("microworld"):
+        columns = benchmark.rows.columns
+        row = {columns.problem: "Why?", columns.answer: "42", columns.problem_id: 7}
+        names = columns.choices if isinstance(columns.choices, tuple) else ()
+        row |= {name: str(42 + i) for i, name in enumerate(names)}
+        rows = {"path": dump(tmp_path / "rows.jsonl", [row]), "columns": columns.model_dump()}
+        benchmark = benchmark.model_copy(update={"rows": config_lib.Rows.model_validate(rows)})
+    rows = read_rows(benchmark.rows, ("problem", "answer"))
+    with Grader(workers=1) as grader:
+        assert all(grader.check_gold(evaluate.question(row)[1], benchmark.answer) is None for row in rows)
+
+
+def test_keys_beside_from_replace_those_of_the_file(tmp_path, monkeypatch):
+    monkeypatch.chdir(tiny.ROOT)
+    path = tiny.write(
+        tmp_path / "r", evaluate__benchmarks=[{"from": "configs/benchmarks/gpqa_diamond.yaml", "name": "g"}]
+    )
+    (one,) = config_lib.load(path, ["evaluate.benchmarks.0.rows.path=my.jsonl"]).evaluate.benchmarks
+    assert (one.name, one.rows.path, one.answer, one.rows.columns.problem) == ("g", "my.jsonl", "choice", "Question")
+    with pytest.raises(UserError, match=r"configs/none\.yaml: no such file"):
+        config_lib.load(path, ["evaluate.benchmarks.0.from=configs/none.yaml"])
+    with pytest.raises(UserError, match=r"benchmarks\.0\.templat: unknown key; did you mean 'template'"):
+        config_lib.load(path, ["evaluate.benchmarks.0.templat=x"])
+
+
+def test_the_package_shows_choices_by_its_own_template(tmp_path):
+    tokenizer = load_tokenizer(byte_tokenizer(tmp_path / "t"))
+    builder = PromptBuilder(tokenizer, config_lib.Prompts(), config_lib.Waypoints())
+    text = tokenizer.decode(builder.student_only("Which?", None, "A. {{answer}}\nB. two"), keep_special=True)
+    assert "Which?\n\nA. {{answer}}\nB. two\n" in text and "\\boxed{}" in text
+    (tmp_path / "bad.txt").write_text("{{problem}}")
+    with pytest.raises(UserError, match=r"bad.txt: got a template without \{\{choices\}\}"):
+        builder.student_only("Which?", str(tmp_path / "bad.txt"), "A. 1\nB. 2")

@@ -1,0 +1,220 @@
+"""Baselines that sample while they train, and STaR: the loss, the rounds, resuming, on the embedded micro-world."""
+
+import functools
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+
+from dail_jax import config as config_lib
+from dail_jax.data import batches
+from dail_jax.data.prompts import PromptBuilder
+from dail_jax.rundir import Interrupt
+from dail_jax.stages import online
+from dail_jax.text import load_tokenizer
+from dail_jax.train import objectives
+
+B, T, D, V = 3, 7, 12, 48
+HINT = str(tiny.ASSETS / "templates" / "hint.txt")
+# 2 rounds of 4 x 4 samples, 2 updates each
+SMALL = {"train__batch_size": 8, "train__epochs": 1, "train__bucket": 96, "train__save_every": 1, "prompts__hint": HINT,
+         "train__online": {"problems": 4, "group": 4, "slots": 16, "hint": "waypoints", "sampling": {"max_tokens": 96}},
+         "evaluate__samples": 2}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory):
+    """Short problems that the model solves always, and hard ones, which it never does, with many waypoints, by turns."""
+    path = tmp_path_factory.mktemp("rows") / "rows.jsonl"
+    chain = sorted(tiny.lines(tiny.ASSETS / "chain.jsonl"), key=lambda row: len(row["problem"]))
+    hard = sorted(tiny.lines(tiny.ASSETS / "hard.jsonl"), key=lambda row: -row["solution"].count("="))
+    path.write_text("".join(json.dumps(row) + "\n" for pair in zip(chain, hard, strict=True) for row in pair))
+    return str(path)
+
+
+@pytest.fixture
+def one(programs):
+    with tiny.alone(programs):
+        yield
+
+
+# ---------------------------------------------------------------------------------------------------
+# The loss
+# ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def data():
+    rng = np.random.default_rng(0)
+    draw = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)  # noqa: E731
+    hidden, unembed = draw(B, T, D), draw(V, D)
+    targets = jnp.asarray(rng.integers(0, V, (B, T)), jnp.int32)
+    now = jnp.take_along_axis(jax.nn.log_softmax(hidden @ unembed.T), targets[..., None], -1)[..., 0]
+    extras = {"targets": targets, "logq": now + 0.3 * draw(B, T), "advantage": draw(B, 1).repeat(T, 1),
+              "base": hidden + 0.5 * draw(B, T, D)}  # fmt: skip
+    return hidden, extras, jnp.asarray(rng.random((B, T)) < 0.7), unembed
+
+
+def naive(objective, hidden, extras, mask, unembed):
+    """Straight from the papers: gradients by autodiff."""
+    m, b = (jax.nn.log_softmax(h @ unembed.T) for h in (hidden, extras["base"]))
+    log_p = jnp.take_along_axis(m, extras["targets"][..., None], -1)[..., 0]
+    ratio, a = jnp.exp(log_p - extras["logq"]), extras["advantage"]
+    gain = jnp.minimum(ratio * a, jnp.clip(ratio, 1 - objective.clip, 1 + objective.clip) * a)
+    return jnp.where(mask, objective.kl * (jnp.exp(m) * (m - b)).sum(-1) - gain, 0).sum()
+
+
+@pytest.mark.parametrize("kl", [0.0, 0.5])
+@pytest.mark.parametrize("chunk", [1, 6, 1000])
+def test_policy_gradient_is_that_of_the_formula(data, kl, chunk):
+    hidden, extras, mask, unembed = data
+    objective = objectives.Objective("grpo", clip=0.2, kl=kl)
+    ours = jax.value_and_grad(lambda h: objectives.summed(objective, chunk, h, extras, mask, unembed)[0])(hidden)
+    theirs = jax.value_and_grad(functools.partial(naive, objective, extras=extras, mask=mask, unembed=unembed))(hidden)
+    np.testing.assert_allclose(ours[0], theirs[0], rtol=1e-5, atol=1e-6)
+    assert jnp.abs(ours[1] - theirs[1]).max() / jnp.abs(theirs[1]).max() < 1e-5
+    parts = objectives.summed(objective, chunk, hidden, extras, mask, unembed)[1]
+    assert set(parts) == set(objectives.names(objective)) and 0 < parts["clipped"] < mask.sum()
+
+
+def test_a_group_without_a_signal_is_left_alone(data):
+    """All right or all wrong: no gradient, however unlikely a token was when it was drawn."""
+    hidden, extras, mask, unembed = data
+    extras = {**extras, "advantage": jnp.zeros((B, T)), "logq": jnp.full((B, T), -100.0)}
+    objective = objectives.Objective("grpo", clip=0.2)
+    loss, slope = jax.value_and_grad(lambda h: objectives.summed(objective, 8, h, extras, mask, unembed)[0])(hidden)
+    assert loss == 0 and not jnp.abs(slope).any()
+
+
+def test_batches_carry_what_was_drawn():
+    example = batches.Example("a/0", {"student": (1, 2)}, (3, 4, 5), (-0.5, -1.0, -2.0), 0.25)
+    batch = batches.Assemble([example], 4, 1, slice(0, 2), ("student",)).map(np.array([0, -1]))
+    assert batch["logq"].tolist() == [[[-0.5, -1, -2, 0], [0] * 4]]
+    assert batch["advantage"].tolist() == [[[0.25, 0.25, 0.25, 0], [0] * 4]]
+
+
+# ---------------------------------------------------------------------------------------------------
+# The rounds
+# ---------------------------------------------------------------------------------------------------
+
+
+def test_every_problem_once_a_pass():
+    taken = [online.places(10, 4, number, 3) for number in range(5)]
+    flat = np.concatenate(taken)
+    assert sorted(flat[:10]) == sorted(flat[10:]) == list(range(10)) and flat[:10].tolist() != flat[10:].tolist()
+    assert taken == [online.places(10, 4, number, 3) for number in range(5)]
+
+
+def test_hints_are_in_the_hinted_prompt_alone():
+    prompts = config_lib.Prompts(student=str(tiny.ASSETS / "templates" / "student.txt"), hint=HINT)
+    tokenizer = load_tokenizer(tiny.ASSETS / "model")
+    builder = PromptBuilder(tokenizer, prompts, config_lib.Waypoints())
+    text = tokenizer.decode(builder.hinted("zib: A=241 B=310", ["551", "155"]), keep_special=True)
+    assert "zib: A=241 B=310" in text and "551 155" in text
+    assert "551" not in tokenizer.decode(builder.student_only("zib: A=241 B=310"))
+    ours = PromptBuilder(tokenizer, config_lib.Prompts(), config_lib.Waypoints())  # the package's own template
+    assert len(ours.hinted("1", "2")) > len(ours.student_only("1"))
+
+
+def metrics(folder):
+    rows = tiny.lines(folder / "metrics.jsonl") if (folder / "metrics.jsonl").exists() else []
+    return [{k: v for k, v in row.items() if k != "time"} for row in rows if row["stage"] == "train"]
+
+
+def parity(session, grader, tasks, groups):
+    """A reward that no group of samples agrees in."""
+    return np.array([[float(s.tokens.sum() % 2) for s in group] for group in groups])
+
+
+def test_grpo_trains_evaluates_and_resumes_exactly(tmp_path, one, rows, monkeypatch):
+    monkeypatch.setattr(online, "grade", parity)
+    changes = {"train__objective": "grpo", "data": {"path": rows, "limit": 8}, **SMALL}
+    path, again = (tiny.write(tmp_path / name, **changes) for name in ("whole", "again"))
+    assert tiny.run("train", path) == 0
+    want = metrics(tmp_path / "whole")
+    assert [r["step"] for r in want] == [1, 2, 3, 4] and [r["round"] for r in want] == [0, 0, 1, 1]
+    assert 0 < want[0]["reward"] < want[0]["solved"] <= 1
+    assert abs(want[0]["ratio"] - 1) < 1e-3 and want[0]["clipped"] == 0  # the first update is on policy
+    assert want[0]["kl_base"] < 1e-6 < max(r["kl_base"] for r in want)
+
+    wanted = Interrupt.wanted
+    monkeypatch.setattr(Interrupt, "wanted", property(lambda self: True))
+    assert tiny.run("train", again) == 0 and not metrics(tmp_path / "again")  # stopped in the first round
+    looks = iter([False] * 4)  # one a group: stopped after the first round
+    monkeypatch.setattr(Interrupt, "wanted", property(lambda self: next(looks, True)))
+    assert tiny.run("train", again) == 0 and len(metrics(tmp_path / "again")) == 2
+    monkeypatch.setattr(Interrupt, "wanted", wanted)
+    assert tiny.run("train", again) == 0 and metrics(tmp_path / "again") == want
+    for run in (path, again):
+        assert tiny.run("export", run) == 0 and tiny.run("evaluate", run) == 0
+    for file in ("adapter/adapter_model.safetensors", "samples.jsonl"):
+        assert (tmp_path / "whole" / file).read_bytes() == (tmp_path / "again" / file).read_bytes()
+    assert json.loads((tmp_path / "whole" / "results.json").read_text())["objective"] == "grpo"
+
+
+def test_nurl_draws_failed_groups_again_with_a_hint(tmp_path, one, rows):
+    path = tiny.write(tmp_path / "nurl", train__objective="nurl", **{**SMALL, "data": {"path": rows, "limit": 4}})
+    assert tiny.run("train", path) == 0
+    row = metrics(tmp_path / "nurl")[0]
+    assert row["solved"] == row["hinted"] == 0.5  # the hard ones, and no other
+    assert row["reward"] == 0.5 <= row["reward_with_hints"]
+    assert row["ratio"] == pytest.approx(1, abs=1e-3)  # learnt under the prompt that it was drawn under
+
+
+def test_hints_from_traces_are_how_they_begin(tmp_path, one, pipeline):
+    path = tiny.write(tmp_path / "r", train__objective="nurl", traces=str(pipeline / "traces.jsonl"), data__limit=3,
+                      train__online={"problems": 4, "group": 4, "hint_tokens": 10})  # fmt: skip
+    config = config_lib.load(path)
+    assert config.train.reads_traces
+    tokenizer = load_tokenizer(tiny.ASSETS / "model")
+    hints = online.hints_of(type("Session", (), {"config": config, "tokenizer": tokenizer})(), [])  # pyright: ignore
+    traces = {t["problem_id"]: t for t in reversed(tiny.lines(pipeline / "traces.jsonl")) if t["drop"] is None}
+    name, trace = next(iter(traces.items()))
+    assert hints[name] and trace["text"].startswith(hints[name]) and len(tokenizer.encode(hints[name])) <= 10
+    assert "boxed" not in hints[name]
+
+
+def test_onpolicy_follows_the_privileged_student(tmp_path, one, rows):
+    changes = {**SMALL, "train__batch_size": 16, "train__epochs": 16, "data": {"path": rows, "limit": 4}}
+    path = tiny.write(tmp_path / "own", train__objective="onpolicy", train__gamma=0.0, **changes)
+    assert tiny.run("train", path, "train.optimizer.learning_rate=3e-2") == 0
+    got = metrics(tmp_path / "own")
+    assert len(got) == 16 and all("reward" not in r and r["excess"] > -1e-3 for r in got)
+    kl = [r["kl_privileged"] for r in got]
+    assert np.mean(kl[-4:]) < 0.8 * np.mean(kl[:4])
+
+
+def test_online_training_wants_answers(tmp_path, one, capsys):
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"problem_id":"a","problem":"bam: A=1 B=2","solution":"+B=3"}\n')
+    assert tiny.run("train", tiny.write(tmp_path / "r", train__objective="grpo", data__path=str(path), **SMALL)) == 2
+    assert f"{path}:1:answer: want an answer" in capsys.readouterr().err
+
+
+# ---------------------------------------------------------------------------------------------------
+# STaR
+# ---------------------------------------------------------------------------------------------------
+
+
+def test_star_rationalises_only_what_the_student_fails(tmp_path, one):
+    changes = {"train__objective": "star", "filters__correct": False, "data__limit": 8, "train__epochs": 1}
+    path = tiny.write(tmp_path / "star", **changes)
+    assert tiny.run("generate", path) == 0 and tiny.run("train", path) == 0
+    traces = tiny.lines(tmp_path / "star" / "traces.jsonl")
+    by_problem = {}
+    for t in traces:
+        by_problem.setdefault(t["problem_id"], []).append(t)
+    assert len(by_problem) == 8 and all(len(x) == 2 for x in by_problem.values())
+    writers = {name: {"".join(sorted(set(t["writer"]))) for t in x} for name, x in by_problem.items()}
+    assert {"s"} in writers.values() and {"p"} in writers.values()  # some by the student, some with the solution
+    for name, x in by_problem.items():
+        if writers[name] == {"s"}:
+            assert any(t["drop"] is None for t in x)
+    kept = [t for t in traces if t["drop"] is None]
+    rows = {r["problem_id"]: r["answer"] for r in tiny.lines(tiny.ASSETS / "train.jsonl")}
+    assert kept and all(f"\\boxed{{{rows[t['problem_id']]}}}" in t["text"] for t in kept)
+    assert metrics(tmp_path / "star")[0]["nll"] > 0
+    assert not list((tmp_path / "star").glob("*.partial.jsonl"))

@@ -1,0 +1,193 @@
+"""Interrupted and killed stages go on where they stopped, to the same bytes as if nothing had happened."""
+
+import random
+import shutil
+import signal
+
+import pytest
+import tiny
+
+from dail_jax import rundir
+from dail_jax.checkpoint.store import Store
+
+
+@pytest.fixture(autouse=True)
+def one(programs):
+    with tiny.alone(programs):
+        yield
+
+
+def stop_after(monkeypatch, looks):
+    """SIGTERM arrives just before a stage looks for the n-th time."""
+    seen = []
+    monkeypatch.setattr(rundir.Interrupt, "wanted", property(lambda _: seen.append(1) or len(seen) == looks))
+
+
+def same_training(folder, whole):
+    """Final parameters, losses and checkpoints equal the uninterrupted run's, bit for bit."""
+    assert tiny.losses(folder) == tiny.losses(whole)
+    name = "adapter/adapter_model.safetensors"
+    for run in (folder, whole):
+        assert tiny.run("export", f"{run}.yaml") == 0
+    assert (folder / name).read_bytes() == (whole / name).read_bytes()
+    store = Store(folder / "checkpoints", 2)
+    assert store.steps()[-1] == tiny.UPDATES
+    store.close()
+
+
+def test_generate_goes_on_after_an_interrupt_and_a_torn_line(tmp_path, pipeline, monkeypatch, capsys):
+    folder, path = tmp_path / "run", tiny.write(tmp_path / "run")
+    stop_after(monkeypatch, 5)
+    assert tiny.run("generate", path) == 0
+    assert "generate: stopped with 5 of 12 problems finished; call again to go on" in capsys.readouterr().out
+    journal = folder / "traces.partial.jsonl"
+    kept = tiny.lines(journal)
+    assert len(kept) == 5 and not (folder / "traces.jsonl").exists()
+    journal.write_bytes(journal.read_bytes() + journal.read_bytes()[:100])  # as a crash would leave it
+    assert tiny.run("generate", path) == 0
+    assert f"{journal}: dropped a torn last line" in capsys.readouterr().out
+    assert (folder / "traces.jsonl").read_bytes() == (pipeline / "traces.jsonl").read_bytes()
+    assert not journal.exists()
+
+
+def test_a_kill_between_traces_and_the_mark_costs_nothing(tmp_path, pipeline, monkeypatch):
+    """The journal goes only after run.json says that the stage is done."""
+    folder, path = tmp_path / "run", tiny.write(tmp_path / "run")
+    monkeypatch.setattr(rundir, "_now", iter(["start"]).__next__)  # the second call, for the mark, fails
+    with pytest.raises((StopIteration, RuntimeError)):
+        tiny.run("generate", path)
+    assert (folder / "traces.jsonl").exists() and len(tiny.lines(folder / "traces.partial.jsonl")) == 12
+    monkeypatch.undo()
+    with tiny.nothing_is_drawn():
+        assert tiny.run("generate", path) == 0
+    assert (folder / "traces.jsonl").read_bytes() == (pipeline / "traces.jsonl").read_bytes()
+    assert not (folder / "traces.partial.jsonl").exists()
+
+
+def test_evaluate_goes_on_after_an_interrupt(tmp_path, pipeline, monkeypatch):
+    folder, path = tmp_path / "run", tiny.write(tmp_path / "run")
+    shutil.copytree(pipeline / "checkpoints", folder / "checkpoints")
+    shutil.copy(pipeline / "run.json", folder)
+    manifest = (folder / "run.json").read_text().replace('"evaluate"', '"other"', 1)
+    (folder / "run.json").write_text(manifest)
+    stop_after(monkeypatch, 4)
+    assert tiny.run("evaluate", path) == 0
+    assert len(tiny.lines(folder / "samples.partial.jsonl")) == 4
+    assert tiny.run("evaluate", path) == 0
+    for name in ("samples.jsonl", "results.json"):
+        assert (folder / name).read_bytes() == (pipeline / name).read_bytes()
+    assert not (folder / "samples.partial.jsonl").exists()
+
+
+@pytest.mark.parametrize("looks", [1, 3])
+def test_training_goes_on_after_an_interrupt(tmp_path, pipeline, monkeypatch, capsys, looks):
+    folder = tmp_path / "run"
+    path = tiny.write(folder, traces=str(pipeline / "traces.jsonl"))
+    stop_after(monkeypatch, looks)
+    assert tiny.run("train", path) == 0
+    assert f"train: stopped and saved at update {looks} of 6; call again to go on" in capsys.readouterr().out
+    with (folder / "metrics.jsonl").open("a") as file:  # updates after the checkpoint, lost in a crash
+        file.write('{"stage": "train", "step": 4, "loss": 99}\n{"stage": "tr')
+    assert tiny.run("train", path) == 0
+    assert f"train: resuming at update {looks}" in capsys.readouterr().out
+    same_training(folder, pipeline)
+
+
+def test_a_damaged_checkpoint_is_named_and_passed_over(tmp_path, pipeline, capsys):
+    folder = tmp_path / "run"
+    path = tiny.write(folder, traces=str(pipeline / "traces.jsonl"))
+    with pytest.MonkeyPatch.context() as patch:
+        stop_after(patch, 4)
+        assert tiny.run("train", path) == 0
+    victim = max((folder / "checkpoints" / "4").rglob("*"), key=lambda p: p.stat().st_size if p.is_file() else 0)
+    data = bytearray(victim.read_bytes())
+    data[len(data) // 2] ^= 1
+    victim.write_bytes(data)
+    capsys.readouterr()
+    assert tiny.run("train", path) == 0
+    out = capsys.readouterr().out
+    assert "checkpoint 4 is damaged" in out and "falling back" in out and "train: resuming at update 2" in out
+    same_training(folder, pipeline)
+
+
+def test_changed_traces_are_noticed(tmp_path, pipeline, monkeypatch, capsys):
+    traces = tmp_path / "t.jsonl"
+    shutil.copy(pipeline / "traces.jsonl", traces)
+    path = tiny.write(tmp_path / "run", traces=str(traces))
+    stop_after(monkeypatch, 1)
+    assert tiny.run("train", path) == 0
+    traces.write_text("".join(traces.read_text().splitlines(keepends=True)[1:]))
+    assert tiny.run("train", path) == 2
+    assert "inputs.traces: " in capsys.readouterr().err
+
+
+# ---------------------------------------------------------------------------------------------------
+# Real processes, real signals
+# ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory, pipeline, programs):
+    """Uninterrupted runs of generate and train in processes of their own: other threads round otherwise."""
+    folder = tmp_path_factory.mktemp("whole")
+    generate = tiny.write(folder / "generate", generate__slots=2)
+    train = tiny.write(folder / "train", traces=str(pipeline / "traces.jsonl"))
+    for stage, path in (("generate", generate), ("train", train)):
+        status, _, err = tiny.finish(tiny.start(stage, path, programs))
+        assert status == 0, err
+    return folder
+
+
+def test_sigkill_in_generate_loses_no_finished_problem(tmp_path, pipeline, programs, whole):
+    """Kills at random moments: what was durable stays, nothing twice, and the same bytes in the end."""
+    folder, path = tmp_path / "run", tiny.write(tmp_path / "run", generate__slots=2)
+    journal, rng, acknowledged = folder / "traces.partial.jsonl", random.Random(3), []
+    for _ in range(3):
+        process = tiny.start("generate", path, programs)
+        tiny.wait_for(journal, len(acknowledged) + rng.randint(1, 3), process)
+        process.kill()
+        process.communicate()
+        lines = journal.read_bytes().split(b"\n")[:-1]
+        assert lines[: len(acknowledged)] == acknowledged and len(lines) > len(acknowledged)
+        acknowledged = lines
+    status, _, err = tiny.finish(tiny.start("generate", path, programs))
+    assert status == 0, err
+    assert (folder / "traces.jsonl").read_bytes() == (whole / "generate" / "traces.jsonl").read_bytes()
+    got, want = tiny.lines(folder / "traces.jsonl"), tiny.lines(pipeline / "traces.jsonl")
+    assert [t["response_ids"] for t in got] == [t["response_ids"] for t in want]  # other slots, the same traces
+
+
+def test_signals_in_train(tmp_path, pipeline, programs, whole):
+    """SIGTERM saves and ends with 0; SIGKILL costs what came after the last save; the end is bit-identical."""
+    folder = tmp_path / "run"
+    path = tiny.write(folder, traces=str(pipeline / "traces.jsonl"))
+    log = folder / "metrics.jsonl"
+    process = tiny.start("train", path, programs)
+    tiny.wait_for(log, 1, process, "train")
+    process.send_signal(signal.SIGTERM)
+    status, out, err = tiny.finish(process)
+    assert status == 0 and "train: stopped and saved at update" in out, (out, err)
+    done = len(tiny.losses(folder))
+    assert 1 <= done < tiny.UPDATES and f"saved at update {done} of 6" in out
+    process = tiny.start("train", path, programs)
+    tiny.wait_for(log, done + 1, process, "train")
+    process.kill()
+    process.communicate()
+    status, out, err = tiny.finish(tiny.start("train", path, programs))
+    assert status == 0 and "train: resuming at update" in out, (out, err)
+    same_training(folder, whole / "train")
+
+
+def test_sigterm_at_the_start_ends_with_0(tmp_path, programs):
+    path = tiny.write(tmp_path / "run")
+    process = tiny.start("generate", path, programs)
+    tiny.wait_for(tmp_path / "run" / "run.json", 1, process)  # the model is being loaded
+    process.send_signal(signal.SIGTERM)
+    status, _, err = tiny.finish(process)
+    assert status == 0 and "Traceback" not in err, err
+
+
+def test_errors_are_one_line_and_status_2(tmp_path, programs):
+    path = tiny.write(tmp_path / "run")
+    status, out, err = tiny.finish(tiny.start("train", path, programs, "train.gama=0.2"))
+    assert (status, out, err) == (2, "", f"error: {path}:train.gama: unknown key; did you mean 'gamma'?\n")
