@@ -45,20 +45,30 @@ def micro_world(runs: int, draft: int) -> list[dict]:
             times = in_turn(runs, lambda: list(sampler.run(ask)), lambda: list(plain.run(ask)))  # noqa: B023
             out.append(row(f"micro-world, drafting {draft} {name} / not", *times, "tokens/s", work))
         rates = [x.usage.live / (x.usage.steps * 32) for x in (always, plain)]
-        out.append({"name": "tokens a slot and forward, drafting / not", "ours": rates[0], "peer": rates[1], "unit": "tokens",
-                    "ratio": rates[0] / rates[1], "low": rates[0] / rates[1], "high": rates[0] / rates[1]})  # fmt: skip
+        out.append(
+            {
+                "name": "tokens a slot and forward, drafting / not",
+                "ours": rates[0],
+                "peer": rates[1],
+                "unit": "tokens",
+                "ratio": rates[0] / rates[1],
+                "low": rates[0] / rates[1],
+                "high": rates[0] / rates[1],
+            }
+        )
     return out
 
 
 def real_text(path: str, tokenizer_folder: str, draft: int) -> list[dict]:
     """The drafter's hit rate on expert solutions after their problems: guesses, and guesses that are right."""
     import json
+    from pathlib import Path
 
     from dail_jax.text import load_tokenizer
 
     tokenizer = load_tokenizer(tokenizer_folder)
     tokens = guesses = right = run_length = 0
-    for line in open(path, encoding="utf-8"):
+    for line in Path(path).read_text(encoding="utf-8").splitlines():
         found = json.loads(line)
         prompt, text = tokenizer.encode(found["problem"]), tokenizer.encode(found["solution"])
         ids, last = [*prompt], {}
@@ -82,11 +92,25 @@ def real_text(path: str, tokenizer_folder: str, draft: int) -> list[dict]:
             i += kept + 1
     steps = tokens - run_length
     return [
-        {"name": "real solutions: first guess right", "ours": right, "peer": guesses, "unit": "guesses",
-         "ratio": right / max(guesses, 1), "low": right / max(guesses, 1), "high": right / max(guesses, 1)},
-        {"name": "real solutions: tokens / forwards, if the text were drawn", "ours": tokens, "peer": steps, "unit": "tokens",
-         "ratio": tokens / steps, "low": tokens / steps, "high": tokens / steps},
-    ]  # fmt: skip
+        {
+            "name": "real solutions: first guess right",
+            "ours": right,
+            "peer": guesses,
+            "unit": "guesses",
+            "ratio": right / max(guesses, 1),
+            "low": right / max(guesses, 1),
+            "high": right / max(guesses, 1),
+        },
+        {
+            "name": "real solutions: tokens / forwards, if the text were drawn",
+            "ours": tokens,
+            "peer": steps,
+            "unit": "tokens",
+            "ratio": tokens / steps,
+            "low": tokens / steps,
+            "high": tokens / steps,
+        },
+    ]
 
 
 if __name__ == "__main__":

@@ -32,7 +32,9 @@ def main() -> None:
     rows = []
 
     def sampler(roles: int, slots: int, tau: float = 0.3, max_tokens: int = NEW) -> engine.Sampler:
-        return engine.Sampler(params, cfg, mesh, (), 0, slots, max_tokens, mixture.knobs(config_lib.Sampling(), tau), roles)
+        return engine.Sampler(
+            params, cfg, mesh, (), 0, slots, max_tokens, mixture.knobs(config_lib.Sampling(), tau), roles
+        )
 
     def requests(count: int, roles: int) -> list[engine.Request]:
         draw = lambda: tuple(rng.integers(1, 32000, PROMPT).tolist())  # noqa: E731
@@ -131,7 +133,9 @@ def cache_memory(params, cfg) -> dict:
 
     def argument_bytes(grid: decode.Grid) -> int:
         state = jax.eval_shape(lambda: decode.empty(grid, cfg, jnp.float32))
-        held = jax.jit(lambda cache: cache).lower((state.cache.k, state.cache.v, state.cache.prompt_k, state.cache.prompt_v))
+        held = jax.jit(lambda cache: cache).lower(
+            (state.cache.k, state.cache.v, state.cache.prompt_k, state.cache.prompt_v)
+        )
         return held.compile().memory_analysis().argument_size_in_bytes
 
     shared = argument_bytes(decode.Grid(1, 1, 64, 2, 1024, 256, 8)) / 2  # two problems of 32 samples share a block

@@ -31,7 +31,9 @@ def main() -> None:
     theirs, params, model, mesh = random_model()
     rng = np.random.default_rng(0)
     draw = lambda n: tuple(rng.integers(1, 32000, n).tolist())  # noqa: E731
-    examples = [batches.Example(f"e{i}", {r: draw(n) for r, n in LENGTHS.items()}, draw(RESPONSE)) for i in range(BATCH)]
+    examples = [
+        batches.Example(f"e{i}", {r: draw(n) for r, n in LENGTHS.items()}, draw(RESPONSE)) for i in range(BATCH)
+    ]
     cfg = config_lib.Train(batch_size=BATCH, bucket=32, gamma=GAMMA, remat="none", chunk=256)
     local = mesh_lib.local_rows(mesh, BATCH)
     peer = Peer(theirs, examples, cfg)
@@ -63,13 +65,26 @@ def main() -> None:
         torch.set_num_threads(2)
         work = float(BATCH)
         rows = [
-            row("train step / torch + peft", *in_turn(args.runs, lambda: ours("uncached", uncached), peer.update), "rows/s", work),
-            row("the same, references cached / torch + peft", *in_turn(args.runs, lambda: ours("cached", cached), peer.update),
-                "rows/s", work),
-            row("cached / uncached", *in_turn(args.runs, lambda: ours("cached", cached), lambda: ours("uncached", uncached)),
-                "rows/s", work),
+            row(
+                "train step / torch + peft",
+                *in_turn(args.runs, lambda: ours("uncached", uncached), peer.update),
+                "rows/s",
+                work,
+            ),
+            row(
+                "the same, references cached / torch + peft",
+                *in_turn(args.runs, lambda: ours("cached", cached), peer.update),
+                "rows/s",
+                work,
+            ),
+            row(
+                "cached / uncached",
+                *in_turn(args.runs, lambda: ours("cached", cached), lambda: ours("uncached", uncached)),
+                "rows/s",
+                work,
+            ),
             loss_memory(),
-        ]  # fmt: skip
+        ]
     show("train step, 41.6M-parameter Qwen3 shape, LoRA r 32, float32", rows, args.json)
 
 
@@ -80,9 +95,14 @@ class Peer:
         import peft
         import torch
 
-        config = peft.LoraConfig(r=cfg.lora.rank, lora_alpha=int(cfg.lora.alpha), lora_dropout=0.0, bias="none",
-                                 target_modules=["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
-                                 task_type="CAUSAL_LM")  # fmt: skip
+        config = peft.LoraConfig(
+            r=cfg.lora.rank,
+            lora_alpha=int(cfg.lora.alpha),
+            lora_dropout=0.0,
+            bias="none",
+            target_modules=["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
+            task_type="CAUSAL_LM",
+        )
         self.model = peft.get_peft_model(model, config)
         self.ids = {role: torch.tensor([[*e.prompts[role], *e.response] for e in examples]) for role in LENGTHS}
         trained = [p for p in self.model.parameters() if p.requires_grad]
@@ -121,7 +141,9 @@ def loss_memory() -> dict:
 
     objective = objectives.Objective("dail", GAMMA)
     b, t, d, v = 4, 1024, 512, 32000
-    h, w, m = (jax.ShapeDtypeStruct(s, x) for s, x in (((b, t, d), jnp.float32), ((v, d), jnp.float32), ((b, t), jnp.bool_)))
+    h, w, m = (
+        jax.ShapeDtypeStruct(s, x) for s, x in (((b, t, d), jnp.float32), ((v, d), jnp.float32), ((b, t), jnp.bool_))
+    )
 
     def chunked(h, p, n, m, w):
         return objectives.summed(objective, 256, h, {"privileged": p, "negative": n}, m, w)[0]
@@ -134,8 +156,15 @@ def loss_memory() -> dict:
     sizes = [jax.jit(jax.grad(f)).lower(h, h, h, m, w).compile().memory_analysis().temp_size_in_bytes / 2**20
              for f in (chunked, naive)]  # fmt: skip
     ratio = sizes[1] / sizes[0]
-    return {"name": "loss temporaries, chunked / naive, 4 x 1024 tokens", "ours": sizes[0], "peer": sizes[1], "unit": "MiB",
-            "ratio": ratio, "low": ratio, "high": ratio}  # fmt: skip
+    return {
+        "name": "loss temporaries, chunked / naive, 4 x 1024 tokens",
+        "ours": sizes[0],
+        "peer": sizes[1],
+        "unit": "MiB",
+        "ratio": ratio,
+        "low": ratio,
+        "high": ratio,
+    }
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Compiles the real programs of a configuration for devices that are not here, and says what they would need.
 
-Memory is the compiler's own and exact. Bytes are main memory's, read off the compiled program (`hlo_bytes`). The
+Memory is the compiler's own and exact. Bytes are main memory's, read off the compiled program (`compiled`). The
 compiler counts a loop's body once in FLOPs and time, so for the train step these come from two short unrolled models,
 of 1 and 3 layers, extrapolated to the real depth, plus the attention kernels by arithmetic, since it does not look
 into them. For decoding, everything is one token's. Useful FLOPs, what utilisation is measured in, are arithmetic:
@@ -23,9 +23,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from dail_jax import compiled as compiled_lib
 from dail_jax import config as config_lib
-from dail_jax import hlo_bytes
 from dail_jax import mesh as mesh_lib
+from dail_jax.compiled import Count, copies_of, count
 from dail_jax.data.batches import pad
 from dail_jax.errors import UserError
 from dail_jax.model import lora as lora_lib
@@ -71,21 +72,6 @@ class Program:
     state: decode.State | None = None  # donated: its caches must stay in place
     unread: float = 0.0  # bytes a device of arguments that need not be read
     tokens: int = 0  # of decoding: how many a call draws
-
-
-@dataclass(frozen=True)
-class Count:
-    """FLOPs and the compiler's seconds of one run on one device; `kernels` are FLOPs that it does not see."""
-
-    flops: float
-    seconds: float
-    kernels: float = 0.0
-
-    def __add__(self, other: Count) -> Count:
-        return Count(*(a + b for a, b in zip(dataclasses.astuple(self), dataclasses.astuple(other), strict=True)))
-
-    def __mul__(self, factor: float) -> Count:
-        return Count(*(factor * x for x in dataclasses.astuple(self)))
 
 
 @dataclass(frozen=True)
@@ -376,7 +362,7 @@ def measure(program: Program, config: config_lib.Config, mesh: Mesh, known: Chip
         "does not fit: " + first_change(program.kind, config, mesh, arguments, temporaries))  # fmt: skip
 
     text = compiled.as_text() or ""
-    moved = hlo_bytes.hbm_bytes(text) / max(program.tokens, 1)
+    moved = compiled_lib.hbm_bytes(text) / max(program.tokens, 1)
     cost = count(compiled) if program.kind == "sampler" else None
     if program.count is not None and not quick:
         cost = program.count()
@@ -385,27 +371,13 @@ def measure(program: Program, config: config_lib.Config, mesh: Mesh, known: Chip
         estimate = cost.seconds + cost.kernels / (known.peak * 1e12 * KERNEL_EFFICIENCY)
         utilisation = program.useful / (estimate * known.peak * 1e12) if program.useful else None
     if program.state is not None:
-        copies = cache_copies(text, program.state)
+        copies = copies_of(text, [*program.state.cache.k, *program.state.cache.prompt_k])
     if program.tokens:
         ratio = moved / (memory.argument_size_in_bytes - program.unread)
     flops = cost and cost.flops + cost.kernels
     aliased = memory.alias_size_in_bytes / 1e9
     return Row(program.name, seconds, peak, hbm, fits, verdict, arguments, temporaries, aliased,
                flops, moved, estimate, utilisation, ratio, copies)  # fmt: skip
-
-
-def count(compiled: jax.stages.Compiled) -> Count:
-    """What the compiler counts. An operation that it cannot time is -1 s, so whole negative seconds are left out."""
-    cost: Any = compiled.cost_analysis()
-    seconds = cost.get("optimal_seconds", 0.0)
-    return Count(cost.get("flops", 0.0), seconds - min(math.floor(seconds), 0))
-
-
-def cache_copies(text: str, state: decode.State) -> int:
-    """How many operations of a program copy a whole cache."""
-    caches = (*state.cache.k, *state.cache.prompt_k)
-    shapes = {",".join(map(str, x.sharding.shard_shape(x.shape))) for x in caches}
-    return sum(len(re.findall(rf"= \w+\[{shape}\]\S* (?:copy|transpose)\(", text)) for shape in shapes)
 
 
 def first_change(kind: str, config: config_lib.Config, mesh: Mesh, arguments: float, temporaries: float) -> str:

@@ -245,7 +245,7 @@ class Train(Section):
         if self.is_online and self.online.problems * self.online.group % self.batch_size:
             raise ValueError("online.problems * online.group must be a multiple of batch_size")
         if self.is_online and self.objective != "onpolicy" and not self.online.sampling.is_plain:
-            raise ValueError(f"{self.objective} wants online.sampling to be the model's own: temperature 1, no truncation")
+            raise ValueError(f"{self.objective} wants plain online.sampling: temperature 1 and no truncation")
         return self
 
 

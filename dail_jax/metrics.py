@@ -41,11 +41,13 @@ class Metrics:
             try:
                 from tensorboardX import SummaryWriter
             except ImportError:
-                raise UserError("want tensorboardX: pip install 'dail_jax[tensorboard]'", field="log.tensorboard") from None
+                raise UserError(
+                    "want tensorboardX: pip install 'dail_jax[tensorboard]'", field="log.tensorboard"
+                ) from None
             self.board = SummaryWriter(str(run_dir / "tensorboard"))
         if log.wandb:
             try:
-                import wandb
+                import wandb  # pyright: ignore[reportMissingImports]
             except ImportError:
                 raise UserError("want wandb: pip install 'dail_jax[wandb]'", field="log.wandb") from None
             self.wandb = wandb.init(project=log.wandb, name=run_dir.name, dir=str(run_dir), resume="allow")

@@ -166,7 +166,9 @@ class RunDir:
             pid = os.pread(self._lock, 32, 0).decode("ascii", "replace").strip() or "unknown"
             os.close(self._lock)
             self._lock = None
-            raise UserError(f"in use by process {pid}: wait for it, or choose another run_dir", file=self.path) from None
+            raise UserError(
+                f"in use by process {pid}: wait for it, or choose another run_dir", file=self.path
+            ) from None
         os.ftruncate(self._lock, 0)
         os.pwrite(self._lock, str(os.getpid()).encode(), 0)
         for leftover in self.path.glob(".*.tmp"):  # of a process that was killed while it wrote

@@ -1,3 +1,4 @@
+# shellcheck shell=bash
 # Sourced by demo.sh and test.sh: makes .venv with Python 3.11 or newer and installs the project into it.
 # Usage: setup EXTRAS   ("" or e.g. "test"). Does nothing when what is installed is up to date.
 setup() {

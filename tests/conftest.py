@@ -16,7 +16,9 @@ jax.config.update("jax_default_matmul_precision", "highest")
 
 def mesh_of(data=1, fsdp=1, tensor=1):
     """A mesh over the first data x fsdp x tensor of the eight fake devices."""
-    return mesh_lib.make_mesh(config_lib.Mesh(data=data, fsdp=fsdp, tensor=tensor), jax.devices()[: data * fsdp * tensor])
+    return mesh_lib.make_mesh(
+        config_lib.Mesh(data=data, fsdp=fsdp, tensor=tensor), jax.devices()[: data * fsdp * tensor]
+    )
 
 
 @pytest.fixture(scope="session")

@@ -104,7 +104,9 @@ def test_converted_folder_is_the_same_model(model, tmp_path):
     base.save(tmp_path / "converted", params, folder)
     again, cfg_again = base.load(tmp_path / "converted", mesh_of(2, 2, 2), "float32")
     assert cfg_again == cfg and all(jax.tree.leaves(jax.tree.map(np.array_equal, again, params)))
-    victim = max((tmp_path / "converted" / base.PARAMS).rglob("*"), key=lambda p: p.stat().st_size if p.is_file() else 0)
+    victim = max(
+        (tmp_path / "converted" / base.PARAMS).rglob("*"), key=lambda p: p.stat().st_size if p.is_file() else 0
+    )
     data = bytearray(victim.read_bytes())
     data[len(data) // 2] ^= 1
     victim.write_bytes(data)

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from conftest import mesh_of
 
-from dail_jax import compile_ahead, hlo_bytes
+from dail_jax import compile_ahead, compiled
 from dail_jax import config as config_lib
 from dail_jax.errors import UserError
 from dail_jax.model import attention, families
@@ -126,8 +126,8 @@ def test_main_memory_traffic_multiplies_loops_and_counts_slices():
 
     x, big = jnp.ones((64, 64)), jnp.ones((100, 64, 64))
     text = jax.jit(run).lower(x, big).compile().as_text()
-    assert hlo_bytes.loops(text)[:1] == [7]
-    moved = hlo_bytes.hbm_bytes(text)
+    assert compiled.loops(text)[:1] == [7]
+    moved = compiled.hbm_bytes(text)
     assert 7 * 64 * 64 * 4 * 3 < moved < 7 * 64 * 64 * 4 * 12 < big.nbytes
 
 

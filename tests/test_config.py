@@ -49,14 +49,16 @@ BAD = {
     "generate: {tau: 1.5}": "c.yaml:generate.tau: got 1.5, want less than or equal to 1",
     "seed: true": "c.yaml:seed: got True, want a number",
     "seed: -1": "c.yaml:seed: got -1, want greater than or equal to 0",
-    "train: {objective: dial}": "c.yaml:train.objective: got 'dial', want 'dail', 'nll', 'sft', 'star', 'grpo', 'nurl', 'onpolicy' or 'none'",
+    "train: {objective: dial}":
+        "c.yaml:train.objective: got 'dial', want 'dail', 'nll', 'sft', 'star', 'grpo', 'nurl', 'onpolicy' or "
+        "'none'",
     "prompts: {opening: 3}": "c.yaml:prompts.opening: got 3, want a valid string",
     # keys that do not go together
     "train: {gamma: 1}": "c.yaml:train: gamma must be below 1: the objective is unbounded otherwise",
     "train: {objective: grpo, online: {problems: 3, group: 4}}":
         "c.yaml:train: online.problems * online.group must be a multiple of batch_size",
     "train: {objective: nurl, online: {sampling: {top_p: 0.9}}}":
-        "c.yaml:train: nurl wants online.sampling to be the model's own: temperature 1, no truncation",
+        "c.yaml:train: nurl wants plain online.sampling: temperature 1 and no truncation",
     "train: {batch_size: 10, accumulate: 4}": "c.yaml:train: batch_size must be a multiple of accumulate",
     "evaluate: {samples: 4, ks: [1, 8]}": "c.yaml:evaluate: ks must not exceed samples (4)",
     "evaluate: {budgets: [9999]}": "c.yaml:evaluate: budgets must not exceed sampling.max_tokens (4096)",
@@ -108,7 +110,8 @@ def test_explosions_are_refused_at_once(tmp_path):
     """Nine levels of nine aliases would be 387 million values; nesting costs the reader more than linear time."""
     bomb = "a0: &a0 [x, x]\n" + "".join(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]\n" for i in range(1, 10))
     assert complaint(tmp_path, bomb) == "c.yaml:2: got a YAML alias, want plain values"
-    assert complaint(tmp_path, "a: " + "[" * 5000 + "]" * 5000) == "c.yaml:1: got more than 50 levels, want plain values"
+    deep = "a: " + "[" * 5000 + "]" * 5000
+    assert complaint(tmp_path, deep) == "c.yaml:1: got more than 50 levels, want plain values"
 
 
 def test_numbers_are_numbers(tmp_path):
@@ -122,7 +125,8 @@ def test_numbers_are_numbers(tmp_path):
 def test_overrides(tmp_path):
     got = load(tmp_path, BASE, "train.optimizer.learning_rate=1e-5", "model.path=a=b", "train.lora.targets=[q, v]",
                "evaluate.benchmarks=[{name: x, rows: {path: y}}]", "evaluate.benchmarks.0.rows.limit=3")  # fmt: skip
-    assert got.train.optimizer.learning_rate == 1e-5 and got.model.path == "a=b" and got.train.lora.targets == ("q", "v")
+    assert got.train.optimizer.learning_rate == 1e-5 and got.model.path == "a=b"
+    assert got.train.lora.targets == ("q", "v")
     assert got.evaluate.benchmarks[0].rows.limit == 3
     for override, want in {
         "seed": "got override 'seed', want key.sub=value",

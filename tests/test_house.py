@@ -24,7 +24,8 @@ MAY = {
     "microworld": {"data"},
     "stages": {"data", "model", "evaluate", "checkpoint", "sample", "train", "report"},
 }
-MAY["compile_ahead"] = MAY["stages"]
+MAY["compiled"] = set()
+MAY["compile_ahead"] = MAY["stages"] | {"compiled"}  # beside the stages that it compiles for
 MAY["stages"] = MAY["stages"] | {"compile_ahead"}
 MAY["launch"] = {"stages"}
 
@@ -71,10 +72,7 @@ def test_imports_point_downward(path):
     if own == "__init__":
         assert not imports(path)
         return
-    if own in GROUND:
-        allowed = set(ORDER[: ORDER.index(own)])
-    else:
-        allowed = GROUND | MAY[own] | {own}
+    allowed = set(ORDER[: ORDER.index(own)]) if own in GROUND else GROUND | MAY[own] | {own}
     wrong = sorted((line, name) for name, line in imports(path) if name not in allowed)
     assert not wrong, f"{path.relative_to(LIBRARY)} may not import {wrong}"
 
@@ -91,11 +89,11 @@ def test_nobody_imports_the_microworld():
 
 def test_names_and_sizes():
     for path in FILES:
-        assert path.stem not in {"utils", "util", "helpers", "misc", "common", "jax", "grain", "orbax", "optax", "peft_"}
+        assert path.stem not in {"utils", "util", "helpers", "misc", "common", "jax", "grain", "orbax", "optax"}
         count = len(path.read_text().splitlines())
         assert count <= 400, f"{path.relative_to(LIBRARY)} has {count} lines"
     total = sum(code(f).count("\n") for f in FILES if room(f) != "microworld")
-    assert total < 6500, f"{total} lines of code"
+    assert total < 7500, f"{total} lines of code"
 
 
 def code(path: Path) -> str:

@@ -355,7 +355,12 @@ def test_the_pipeline_builds_the_prompts_of_the_corpus():
         assert row.answer is not None and row.answer in answer
         waypoints = [v for i, v in enumerate(shown) if v != row.answer and v not in shown[:i]]
         empty += not waypoints
-        fields = {"problem": row.problem, "solution": row.solution, "waypoints": " ".join(waypoints), "answer": row.answer}
+        fields = {
+            "problem": row.problem,
+            "solution": row.solution,
+            "waypoints": " ".join(waypoints),
+            "answer": row.answer,
+        }
         for role in ("student", "privileged", "negative"):
             assert getattr(built, role) == tokenizer.encode(render(role, fields)), (row.problem_id, role)
     assert empty

@@ -64,7 +64,9 @@ def batch():
 def expected(model, tokens, positions):
     mask = torch.tensor(positions >= 0).long()
     with torch.no_grad():
-        out = model(torch.tensor(tokens).long(), attention_mask=mask, position_ids=torch.tensor(positions).clamp(min=0).long())
+        out = model(
+            torch.tensor(tokens).long(), attention_mask=mask, position_ids=torch.tensor(positions).clamp(min=0).long()
+        )
     return out.logits.numpy()
 
 
@@ -128,11 +130,18 @@ def test_round_trip_is_exact(pair, tmp_path):
         assert torch.equal(a, b), name
 
 
-@pytest.mark.parametrize(("key", "value", "words"), [
-    ("model_type", "mamba", "mamba"), ("hidden_act", "gelu", "gelu"), ("use_sliding_window", True, "use_sliding_window"),
-    ("rope_scaling", {"rope_type": "longrope"}, "longrope"), ("hidden_size", 10**12, "hidden_size"),
-    ("num_hidden_layers", "3", "num_hidden_layers"), ("num_key_value_heads", 4, "divisor"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("key", "value", "words"),
+    [
+        ("model_type", "mamba", "mamba"),
+        ("hidden_act", "gelu", "gelu"),
+        ("use_sliding_window", True, "use_sliding_window"),
+        ("rope_scaling", {"rope_type": "longrope"}, "longrope"),
+        ("hidden_size", 10**12, "hidden_size"),
+        ("num_hidden_layers", "3", "num_hidden_layers"),
+        ("num_key_value_heads", 4, "divisor"),
+    ],
+)
 def test_what_is_not_supported_is_refused_by_name(key, value, words):
     tree = {"model_type": "qwen3", **SIZES, key: value}
     with pytest.raises(UserError, match=words):

@@ -27,7 +27,7 @@ SMALL = {"train__batch_size": 8, "train__epochs": 1, "train__bucket": 96, "train
 
 @pytest.fixture(scope="module")
 def rows(tmp_path_factory):
-    """Short problems that the model solves always, and hard ones, which it never does, with many waypoints, by turns."""
+    """By turns: short problems that the model always solves, and hard ones with many waypoints, which it never does."""
     path = tmp_path_factory.mktemp("rows") / "rows.jsonl"
     chain = sorted(tiny.lines(tiny.ASSETS / "chain.jsonl"), key=lambda row: len(row["problem"]))
     hard = sorted(tiny.lines(tiny.ASSETS / "hard.jsonl"), key=lambda row: -row["solution"].count("="))

@@ -63,8 +63,9 @@ def test_stages_end_once_and_changes_are_refused(tmp_path):
     with pytest.raises(UserError) as error, rundir.RunDir(changed) as run, run.stage("generate", {"data": "bbb"}):
         pass
     assert str(error.value) == (
-        f"{tmp_path}: stage 'generate' was started with another configuration: seed: 3407 -> 1; generate.tau: 0.8 -> 0.5; "
-        "inputs.data: 'aaa' -> 'bbb'. Use another run_dir, or delete this one"
+        f"{tmp_path}: stage 'generate' was started with another configuration: "
+        "seed: 3407 -> 1; generate.tau: 0.8 -> 0.5; inputs.data: 'aaa' -> 'bbb'. "
+        "Use another run_dir, or delete this one"
     )
     # What a stage does not read may change; so may the devices.
     later = config(tmp_path, train__epochs=9, mesh__fsdp=2)

@@ -26,8 +26,20 @@ def params():
 
 def sampler(params, mesh, roles=2, slots=8, seed=7, tau=0.3, proposals=2, never=(5,), draft=0, **kw):
     sampling = config_lib.Sampling(**{"temperature": 0.9, "top_p": 0.97, "presence_penalty": 0.3, **kw})
-    return engine.Sampler(params, CFG, mesh, stops=(STOP,), seed=seed, slots=slots, max_tokens=24,
-                          knobs=mixture.knobs(sampling, tau, proposals), roles=roles, never=never, draft=draft, adaptive=False)  # fmt: skip
+    return engine.Sampler(
+        params,
+        CFG,
+        mesh,
+        stops=(STOP,),
+        seed=seed,
+        slots=slots,
+        max_tokens=24,
+        knobs=mixture.knobs(sampling, tau, proposals),
+        roles=roles,
+        never=never,
+        draft=draft,
+        adaptive=False,
+    )
 
 
 def requests(count=5, samples=3, roles=2, limit=24):
@@ -66,7 +78,9 @@ def reference(params, one_device):
 def naive(params, s, request, sample):
     """The same sample by a full forward a token: no cache, no batch."""
     roles = [list(p) for p in request.prompts]
-    data = functools.reduce(jax.random.fold_in, engine.words(request.name, sample), jax.random.key(s.seed, impl="threefry2x32"))
+    data = functools.reduce(
+        jax.random.fold_in, engine.words(request.name, sample), jax.random.key(s.seed, impl="threefry2x32")
+    )
     response, logq = [], []
     while True:
         logits = []
@@ -212,4 +226,15 @@ def test_caches_are_updated_in_place(params, one_device, draft):
 
 
 def test_bucket_depends_on_the_length_alone():
-    assert [engine.bucket(n) for n in (1, 32, 33, 48, 49, 64, 65, 96, 97, 1025)] == [32, 32, 48, 48, 64, 64, 96, 96, 128, 1536]
+    assert [engine.bucket(n) for n in (1, 32, 33, 48, 49, 64, 65, 96, 97, 1025)] == [
+        32,
+        32,
+        48,
+        48,
+        64,
+        64,
+        96,
+        96,
+        128,
+        1536,
+    ]

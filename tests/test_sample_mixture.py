@@ -80,8 +80,12 @@ def test_chi_square_against_the_literal_rule(case):
     q = np.asarray(kept + written)
     np.testing.assert_allclose(q.sum(), 1, rtol=1e-5)
     np.testing.assert_allclose(np.exp(out.logq), q[out.token], rtol=1e-4)
-    np.testing.assert_allclose(np.exp(out.log_student), np.maximum(student[out.token], np.exp(-100)), rtol=1e-4, atol=1e-30)
-    np.testing.assert_allclose(np.exp(out.log_privileged), np.maximum(privileged[out.token], np.exp(-100)), rtol=1e-4, atol=1e-30)
+    np.testing.assert_allclose(
+        np.exp(out.log_student), np.maximum(student[out.token], np.exp(-100)), rtol=1e-4, atol=1e-30
+    )
+    np.testing.assert_allclose(
+        np.exp(out.log_privileged), np.maximum(privileged[out.token], np.exp(-100)), rtol=1e-4, atol=1e-30
+    )
 
 
 @pytest.mark.parametrize(("top_k", "top_p"), [(0, 0.5), (3, 1.0), (7, 0.8), (1, 1.0), (0, 0.9999), (500, 0.95)])

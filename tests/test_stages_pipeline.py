@@ -41,8 +41,9 @@ def test_traces(pipeline):
     ]
     tokenizer = load_tokenizer(tiny.ASSETS / "model")
     for t in traces:
-        assert list(t) == ["problem_id", "row", "sample", "prompt_hash", "prompt_tokens", "response_ids", "text", "logq",
-                           "log_student", "log_privileged", "writer", "acceptance", "finish", "drop"]  # fmt: skip
+        assert list(t) == ["problem_id", "row", "sample", "prompt_hash", "prompt_tokens", "response_ids", "text"] + [
+            "logq", "log_student", "log_privileged", "writer", "acceptance", "finish", "drop",
+        ]  # fmt: skip
         n = len(t["response_ids"])
         assert 0 < n <= 96 and all(len(t[k]) == n for k in ("logq", "log_student", "log_privileged", "writer"))
         assert max(t["logq"]) <= 0 and max(t["log_student"]) <= 0 and max(t["log_privileged"]) <= 0
@@ -81,13 +82,14 @@ def test_evaluation(pipeline):
     samples = tiny.lines(pipeline / "samples.jsonl")
     assert len(samples) == 2 * 3 * 4
     for s in samples:
-        assert list(s) == ["benchmark", "problem_id", "sample", "budget", "tokens", "forced_tokens", "text", "forced_text",
-                           "answer", "gold", "finish", "correct", "reason"]  # fmt: skip
+        assert list(s) == ["benchmark", "problem_id", "sample", "budget", "tokens", "forced_tokens", "text",
+                           "forced_text", "answer", "gold", "finish", "correct", "reason"]  # fmt: skip
         assert s["budget"] == 96 and s["tokens"] <= 96 and s["forced_tokens"] == 0 and s["forced_text"] is None
         assert s["correct"] == (s["answer"] is not None and s["answer"].zfill(3) == s["gold"].zfill(3))
         assert s["finish"] in ("stop", "length") and (s["answer"] is None) == (s["reason"] == "no answer")
     results = json.loads((pipeline / "results.json").read_text())
-    assert results["arm"] == "run" and results["objective"] == "dail" and list(results["benchmarks"]) == ["hard", "chain"]
+    assert results["arm"] == "run" and results["objective"] == "dail"
+    assert list(results["benchmarks"]) == ["hard", "chain"]
     for name, budgets in results["benchmarks"].items():
         cell = budgets["96"]
         mine = [s for s in samples if s["benchmark"] == name]
@@ -95,7 +97,8 @@ def test_evaluation(pipeline):
         assert list(cell["per_problem"].values()) == [[c, 4] for c in right]
         assert cell["problems"] == 3 and cell["samples"] == 4 and cell["forced"] == 0.0
         for k in ("1", "2", "4"):
-            assert cell["pass@k"][k]["mean"] == pytest.approx(np.mean(passk.pass_at_k(4, np.array(right), int(k))), abs=1e-6)
+            want = np.mean(passk.pass_at_k(4, np.array(right), int(k)))
+            assert cell["pass@k"][k]["mean"] == pytest.approx(want, abs=1e-6)
             assert cell["pass@k"][k]["low"] <= cell["pass@k"][k]["mean"] <= cell["pass@k"][k]["high"]
             assert cell["maj@k"][k].keys() == {"mean", "low", "high"}
         assert cell["mean_tokens"] == pytest.approx(np.mean([s["tokens"] for s in mine]), abs=1e-6)
@@ -103,7 +106,8 @@ def test_evaluation(pipeline):
 
 
 def test_a_second_call_says_done_and_changes_nothing(pipeline, capsys):
-    before = {p: p.read_bytes() for p in pipeline.rglob("*") if p.is_file() and p.suffix in (".json", ".jsonl", ".safetensors")}
+    files = [p for p in pipeline.rglob("*") if p.suffix in (".json", ".jsonl", ".safetensors")]
+    before = {p: p.read_bytes() for p in files}
     for stage in tiny.STAGES[:4]:
         assert tiny.run(stage, f"{pipeline}.yaml") == 0
         assert f"{stage}: already done, see {pipeline}" in capsys.readouterr().out
@@ -112,10 +116,11 @@ def test_a_second_call_says_done_and_changes_nothing(pipeline, capsys):
 
 def test_a_changed_configuration_is_refused_in_one_line(pipeline, capsys):
     for stage, override, line in (
-        ("generate", "generate.tau=0.5", "stage 'generate' was started with another configuration: generate.tau: 0.8 -> 0.5"),
-        ("train", "train.gamma=0.2", "stage 'train' was started with another configuration: train.gamma: 0.1 -> 0.2"),
+        ("generate", "generate.tau=0.5", "generate.tau: 0.8 -> 0.5. "),
+        ("train", "train.gamma=0.2", "train.gamma: 0.1 -> 0.2. "),
         ("generate", "data.limit=11", "data.limit: 12 -> 11; inputs.data: "),
     ):
+        line = f"stage {stage!r} was started with another configuration: {line}"
         assert tiny.run(stage, f"{pipeline}.yaml", override) == 2
         err = capsys.readouterr().err
         assert err.startswith(f"error: {pipeline}: ") and line in err and err.count("\n") == 1
@@ -154,11 +159,12 @@ def test_stages_want_what_comes_before(tmp_path, capsys):
 
 def test_bad_traces_and_rows_are_refused_before_any_work(tmp_path, pipeline, capsys):
     good = (pipeline / "traces.jsonl").read_text().splitlines()
+    shape = "want a row with problem_id, sample, response_ids, text, finish"
     wrong = {
-        "{": "want a row with problem_id, sample, response_ids, text, finish",
-        good[1].replace('"response_ids":[', '"response_ids":[64,'): "got a token id at or above the model's vocabulary of 64",
-        good[1].replace('"response_ids":[', '"response_ids":["x",'): "want a row with problem_id, sample, response_ids, text, finish",
-    }  # fmt: skip
+        "{": shape,
+        good[1].replace('"response_ids":[', '"response_ids":[64,'): "at or above the model's vocabulary of 64",
+        good[1].replace('"response_ids":[', '"response_ids":["x",'): shape,
+    }
     traces = tmp_path / "t.jsonl"
     for i, (line, words) in enumerate(wrong.items()):
         traces.write_text("\n".join([good[0], line, *good[2:]]) + "\n")

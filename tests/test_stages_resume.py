@@ -142,7 +142,7 @@ def test_sigkill_in_generate_loses_no_finished_problem(tmp_path, pipeline, progr
     """Kills at random moments: what was durable stays, nothing twice, and the same bytes in the end."""
     folder, path = tmp_path / "run", tiny.write(tmp_path / "run", generate__slots=2)
     journal, rng, acknowledged = folder / "traces.partial.jsonl", random.Random(3), []
-    for _ in range(3):
+    for _ in range(2):
         process = tiny.start("generate", path, programs)
         tiny.wait_for(journal, len(acknowledged) + rng.randint(1, 3), process)
         process.kill()

@@ -29,11 +29,16 @@ def naive(objective, hidden, extras, mask, unembed, targets):
         loss = -jnp.take_along_axis(m, targets[..., None], -1)[..., 0]
     else:
         p, n = log(extras["privileged"]), log(extras["negative"])
-        loss = (kl(p, m) - objective.gamma * kl(n, m)) if objective.forward_kl else (kl(m, p) - objective.gamma * kl(m, n))
+        loss = (
+            (kl(p, m) - objective.gamma * kl(n, m)) if objective.forward_kl else (kl(m, p) - objective.gamma * kl(m, n))
+        )
     return jnp.where(mask, loss, 0).sum()
 
 
-CASES = [objectives.Objective("nll"), *(objectives.Objective("dail", g, f) for g in (0.0, 0.1, 0.7) for f in (False, True))]
+CASES = [
+    objectives.Objective("nll"),
+    *(objectives.Objective("dail", g, f) for g in (0.0, 0.1, 0.7) for f in (False, True)),
+]
 
 
 @pytest.mark.parametrize("objective", CASES, ids=str)
@@ -91,6 +96,8 @@ def test_no_full_logits_are_ever_held(data):
     h = jax.ShapeDtypeStruct((2, t, D), jnp.float32)
     w = jax.ShapeDtypeStruct((v, D), jnp.float32)
     mask = jax.ShapeDtypeStruct((2, t), jnp.bool_)
-    f = jax.jit(jax.grad(lambda h, p, n, m, w: objectives.summed(CASES[3], 16, h, {"privileged": p, "negative": n}, m, w)[0]))
+    f = jax.jit(
+        jax.grad(lambda h, p, n, m, w: objectives.summed(CASES[3], 16, h, {"privileged": p, "negative": n}, m, w)[0])
+    )
     temporaries = f.lower(h, h, h, mask, w).compile().memory_analysis().temp_size_in_bytes
     assert temporaries < 2 * t * v * 4 / 4  # a quarter of one [B, T, V] tensor

@@ -22,8 +22,18 @@ ROLES = ("student", "privileged", "negative")
 
 
 def settings(**kw):
-    return config_lib.Train(**{"batch_size": 8, "bucket": 32, "chunk": 64, "epochs": 4, "remat": "none",
-                               "lora": {"rank": 4, "alpha": 8}, "optimizer": {"learning_rate": 1e-2}, **kw})  # fmt: skip
+    return config_lib.Train(
+        **{
+            "batch_size": 8,
+            "bucket": 32,
+            "chunk": 64,
+            "epochs": 4,
+            "remat": "none",
+            "lora": {"rank": 4, "alpha": 8},
+            "optimizer": {"learning_rate": 1e-2},
+            **kw,
+        }
+    )
 
 
 @pytest.fixture(scope="module")
@@ -35,8 +45,12 @@ def params():
 def examples():
     rng = np.random.default_rng(0)
     draw = lambda n: tuple(rng.integers(1, 40, n).tolist())  # noqa: E731
-    return [batches.Example(f"e{i}", {r: draw(rng.integers(3, 8) + 4 * j) for j, r in enumerate(ROLES)}, draw(rng.integers(2, 20)))
-            for i in range(37)]  # fmt: skip
+    return [
+        batches.Example(
+            f"e{i}", {r: draw(rng.integers(3, 8) + 4 * j) for j, r in enumerate(ROLES)}, draw(rng.integers(2, 20))
+        )
+        for i in range(37)
+    ]
 
 
 def train(params, examples, cfg, mesh, steps=20, cached=None, spoil=None):

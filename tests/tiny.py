@@ -76,15 +76,20 @@ def run(stage: str, path: Path, *overrides: str) -> int:
     return launch.main([stage, "--config", str(path), *overrides])
 
 
-def start(stage: str, path: Path, programs: Path, *more: str, devices: int = 1) -> subprocess.Popen:
-    """A stage in a process of its own."""
-    env = {
-        **os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+def environment(programs: Path) -> dict[str, str]:
+    """Of a process with one device."""
+    return {
+        **os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=1",
         "JAX_DEFAULT_MATMUL_PRECISION": "highest", "JAX_COMPILATION_CACHE_DIR": str(programs),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0", "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
     }  # fmt: skip
+
+
+def start(stage: str, path: Path, programs: Path, *more: str) -> subprocess.Popen:
+    """A stage in a process of its own."""
     command = [sys.executable, "-m", "dail_jax.launch", stage, "--config", str(path), *more]
-    return subprocess.Popen(command, env=env, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    return subprocess.Popen(command, env=environment(programs), cwd=ROOT, text=True,
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE)  # fmt: skip
 
 
 def finish(process: subprocess.Popen) -> tuple[int, str, str]:

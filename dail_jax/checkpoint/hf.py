@@ -82,7 +82,9 @@ def save(folder: str | Path, params: weights.Params, cfg: ModelConfig, config_js
         (temporary / "config.json").write_text(json.dumps(config_json, indent=2) + "\n")
         if len(shards) > 1:
             total = sum(weights.count(cfg) * np.dtype(params["norm"].dtype).itemsize for _ in (0,))
-            (temporary / INDEX).write_text(json.dumps({"metadata": {"total_size": total}, "weight_map": index}, indent=1))
+            (temporary / INDEX).write_text(
+                json.dumps({"metadata": {"total_size": total}, "weight_map": index}, indent=1)
+            )
         if tokenizer is not None:
             copy_tokenizer(tokenizer, temporary)
         write_manifest(temporary)
@@ -125,8 +127,17 @@ def new_folder(folder: str | Path) -> Iterator[Path]:
             shutil.rmtree(temporary, ignore_errors=True)
 
 
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "merges.txt",
-                   "special_tokens_map.json", "added_tokens.json", "chat_template.jinja", "generation_config.json")  # fmt: skip
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "vocab.json",
+    "merges.txt",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "generation_config.json",
+)
 
 
 def copy_tokenizer(source: str | Path, target: Path) -> None:
@@ -198,7 +209,9 @@ class Tensors:
         for name in names:
             target = self.folder / str(name)
             if Path(str(name)).name != name or (target.is_symlink() and not _is_cache_link(target, root)):
-                raise UserError(f"got file {name!r}, want a plain name inside the folder", file=path, field="weight_map")
+                raise UserError(
+                    f"got file {name!r}, want a plain name inside the folder", file=path, field="weight_map"
+                )
         return [self.folder / name for name in names]
 
     def _open(self, file: Path) -> Iterable[tuple[str, Any]]:
@@ -236,7 +249,9 @@ class Tensors:
 def _is_cache_link(path: Path, root: Path) -> bool:
     """Hugging Face's own cache links snapshots/REV/FILE to ../../blobs/HASH: those links are fine."""
     target = path.resolve()
-    return target.parent.name == "blobs" and root.parent.name == "snapshots" and target.parent.parent == root.parent.parent
+    return (
+        target.parent.name == "blobs" and root.parent.name == "snapshots" and target.parent.parent == root.parent.parent
+    )
 
 
 def _check_names(source: Tensors, cfg: ModelConfig) -> None:
@@ -276,7 +291,9 @@ def _shards(params: weights.Params, cfg: ModelConfig) -> Iterator[dict[str, Any]
             if group and size + one > SHARD_BYTES:
                 yield group
                 group, size = {}, 0
-            group[weight.hf.format(l=i)] = functools.partial(_gather, stacked, i if weight.layered else None, weight, cfg)
+            group[weight.hf.format(l=i)] = functools.partial(
+                _gather, stacked, i if weight.layered else None, weight, cfg
+            )
             size += one
     yield group
 

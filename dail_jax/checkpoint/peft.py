@@ -64,7 +64,9 @@ def load(folder: str | Path, cfg: ModelConfig) -> tuple[Lora, config_lib.Lora]:
     by_module = {w.module: name for name, w in table.items() if w.inputs}
     unknown = sorted(set(description["target_modules"]) - by_module.keys())
     if unknown:
-        raise UserError(f"got {', '.join(unknown)}, want some of {', '.join(by_module)}", file=file, field="target_modules")
+        raise UserError(
+            f"got {', '.join(unknown)}, want some of {', '.join(by_module)}", file=file, field="target_modules"
+        )
     targets = [n for n in by_module.values() if table[n].module in description["target_modules"]]
     rank = description["r"]
     lora_config = config_lib.Lora(rank=rank, alpha=description["lora_alpha"], targets=tuple(targets))  # pyright: ignore

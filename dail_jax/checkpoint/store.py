@@ -36,8 +36,9 @@ class Store:
                     shutil.rmtree(path)
         mesh_lib.barrier("store")
         # Orbax would delete the old step before the new one has its manifest: `save` does it instead.
-        options = ocp.CheckpointManagerOptions(max_to_keep=None, enable_async_checkpointing=False, todelete_subdir=TRASH,
-                                               cleanup_tmp_directories=True)  # fmt: skip
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=None, enable_async_checkpointing=False, todelete_subdir=TRASH, cleanup_tmp_directories=True
+        )
         self.manager = ocp.CheckpointManager(self.folder, options=options)
 
     def save(self, step: int, state: Any, progress: dict[str, Any]) -> None:

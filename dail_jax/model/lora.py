@@ -51,7 +51,7 @@ def shardings(cfg: ModelConfig, lora: config_lib.Lora, mesh: jax.sharding.Mesh) 
         name: {side: mesh_lib.sharding(mesh, letters) for side, letters in axes(table[name]).items()}
         for name in lora.targets
     }
-    return Lora(tree, lora.alpha / lora.rank)
+    return Lora(tree, lora.alpha / lora.rank)  # pyright: ignore[reportArgumentType]  (a tree of shardings)
 
 
 def abstract(cfg: ModelConfig, lora: config_lib.Lora, mesh: jax.sharding.Mesh) -> Lora:

@@ -6,6 +6,8 @@ projects one position and the loss projects chunks. Positions are -1 on padding 
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
 from flax import struct
@@ -87,20 +89,22 @@ def forward(
 
     if cache is not None:
         assert slots is not None
-        held = jax.vmap(lambda row, new, at: jax.lax.dynamic_update_slice(row, new, (at,)))(cache.held, positions, slots)
-        cache = cache.replace(held=held)
-        mask = cache.prompt_mask()
-        ks, vs = list(cache.k), list(cache.v)
+        held = jax.vmap(lambda row, new, at: jax.lax.dynamic_update_slice(row, new, (at,)))(
+            cache.held, positions, slots
+        )
+        whole = replace(cache, held=held)
+        mask = whole.prompt_mask()
+        ks, vs = list(whole.k), list(whole.v)
         for i in range(cfg.L):
             weights = layers[i] if isinstance(layers, list) else {k: w[i] for k, w in layers.items()}
 
             def attend(q, k, v, i=i):
                 ks[i], vs[i] = _store(ks[i], k, slots), _store(vs[i], v, slots)
                 return attention.attend_cached(q, positions, (ks[i], vs[i], held),
-                                               (cache.prompt_k[i], cache.prompt_v[i], mask), cache.entries)  # fmt: skip
+                                               (whole.prompt_k[i], whole.prompt_v[i], mask), whole.entries)  # fmt: skip
 
             x = _block(x, weights, lora and (lora.layer(i), lora.scale), angles, cfg, attend)
-        return _norm(x, params["norm"], cfg), cache.replace(k=tuple(ks), v=tuple(vs))
+        return _norm(x, params["norm"], cfg), replace(whole, k=tuple(ks), v=tuple(vs))
 
     def attend_rows(q, k, v):
         return attention.attend(q, k, v, positions)

@@ -15,7 +15,7 @@ between chunks by `admit`.
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import jax
 import jax.numpy as jnp
@@ -151,13 +151,15 @@ def load_prompt(
         return tuple(jax.lax.dynamic_update_slice(b, x.astype(b.dtype), at) for b, x in zip(buffers, new, strict=True))
 
     owner = jnp.where(positions >= 0, entry, -1).astype(jnp.int32)
-    cache = cache.replace(
+    cache = replace(
+        cache,
         prompt_k=put(cache.prompt_k, ks),
         prompt_v=put(cache.prompt_v, vs),
         prompt_owner=jax.lax.dynamic_update_slice(cache.prompt_owner, owner, (at[0], at[2])),
     )
     return _lay_out(
-        state.replace(
+        replace(
+            state,
             cache=cache,
             prompt_hidden=state.prompt_hidden.at[block, entry].set(last.astype(state.hidden.dtype)),
             prompt_length=state.prompt_length.at[block, entry].set(lengths),
@@ -186,12 +188,14 @@ def admit(
     hidden = rows(jnp.moveaxis(state.prompt_hidden[blocks, entry], 1, 0))
     start = rows(state.prompt_length[blocks, entry].T)
     fresh = rows(jnp.broadcast_to(chosen, (grid.roles, grid.slots)))
-    cache = state.cache.replace(
+    cache = replace(
+        state.cache,
         held=jnp.where(fresh[:, None], -1, state.cache.held),
         row_prompt=jnp.where(fresh, rows(jnp.broadcast_to(entry, (grid.roles, grid.slots))), state.cache.row_prompt),
     )
     return _lay_out(
-        state.replace(
+        replace(
+            state,
             cache=cache,
             hidden=jnp.where(fresh[:, None], hidden, state.hidden),
             start=jnp.where(fresh, start, state.start),
@@ -233,7 +237,8 @@ def _step(grid, cfg, draft, params, lora, state: State, rules: Rules, knobs: mix
         at = (slot, jnp.where(now, index, grid.max_tokens))  # out of bounds: written nowhere
         stopped = rules.stops[drawn.token]
         cut = index + 1 >= state.limit
-        return state.replace(
+        return replace(
+            state,
             length=jnp.where(now, index + 1, state.length),
             status=jnp.where(now, jnp.where(stopped, STOPPED, jnp.where(cut, CUT, RUNNING)), state.status),
             live=state.live & ~(now & (stopped | cut)),
@@ -255,6 +260,7 @@ def _step(grid, cfg, draft, params, lora, state: State, rules: Rules, knobs: mix
     position = (state.start + index)[:, None] + jnp.arange(1 + draft)
     position = jnp.where(rows(state.live)[:, None], position, -1)
     hidden, cache = transformer.forward(params, rows(fed), position, cfg, lora=lora, cache=state.cache, slots=index)
+    assert cache is not None
 
     kept, last = state.live, jnp.zeros(n, jnp.int32)
     for i in range(draft):
@@ -264,9 +270,11 @@ def _step(grid, cfg, draft, params, lora, state: State, rules: Rules, knobs: mix
         last = jnp.where(kept, i + 1, last)
     if draft:  # what was not kept is not seen by later tokens, which will overwrite it
         held = cache.held
-        cache = cache.replace(held=jnp.where(jnp.arange(held.shape[1]) < rows(state.length)[:, None], held, -1))
+        cache = replace(cache, held=jnp.where(jnp.arange(held.shape[1]) < rows(state.length)[:, None], held, -1))
     hidden = jnp.take_along_axis(hidden, rows(last)[:, None, None], axis=1)[:, 0]
-    return _lay_out(state.replace(cache=cache, hidden=hidden.astype(state.hidden.dtype), steps=state.steps + was_live.any()))
+    return _lay_out(
+        replace(state, cache=cache, hidden=hidden.astype(state.hidden.dtype), steps=state.steps + was_live.any())
+    )
 
 
 def _propose(grid: Grid, draft: int, state: State, token: jax.Array, index: jax.Array) -> jax.Array:
@@ -326,9 +334,21 @@ def _lay_out(state: State) -> State:
     """Keeps caches sharded by row and kv head, and what the host reads replicated."""
     cache = state.cache
     shard = lambda xs: tuple(constrain(x, "bk__") for x in xs)  # noqa: E731
-    cache = cache.replace(k=shard(cache.k), v=shard(cache.v), prompt_k=shard(cache.prompt_k), prompt_v=shard(cache.prompt_v))
+    cache = replace(
+        cache, k=shard(cache.k), v=shard(cache.v), prompt_k=shard(cache.prompt_k), prompt_v=shard(cache.prompt_v)
+    )
     whole = {
         name: constrain(getattr(state, name), "_" * getattr(state, name).ndim)
-        for name in ("length", "limit", "status", "live", "tokens", "logq", "log_student", "log_privileged", "by_student")
+        for name in (
+            "length",
+            "limit",
+            "status",
+            "live",
+            "tokens",
+            "logq",
+            "log_student",
+            "log_privileged",
+            "by_student",
+        )
     }
-    return state.replace(cache=cache, hidden=constrain(state.hidden, "b_"), **whole)
+    return replace(state, cache=cache, hidden=constrain(state.hidden, "b_"), **whole)

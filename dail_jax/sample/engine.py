@@ -202,7 +202,7 @@ class Sampler:
                 entry.running -= 1
                 finish = "stop" if status[slot] == decode.STOPPED else "length"
                 fields = (np.asarray(x)[: length[slot]] for x in jax.device_get(decode.read(state, slot)))
-                yield Sample(entry.request.name, sample, *fields, finish)
+                yield Sample(entry.request.name, sample, *fields, finish=finish)  # pyright: ignore[reportCallIssue]
 
     def _refill(self, grid, state, queue, entries, running, counted) -> decode.State:
         """Loads prompts into free entries and starts waiting samples in free slots."""

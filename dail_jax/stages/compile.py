@@ -31,9 +31,10 @@ def run(
         say(f"  {row.program}: {row.compile_seconds:.0f} s, {row.verdict}")
         rows.append(row)
     console.print(table(rows))
+    kernels = f"{compile_ahead.KERNEL_EFFICIENCY:.0%}"
     say("GB a device. FLOPs, bytes and time: of one update; of decoding, one token. Time: the compiler's model, plus "
-        f"attention kernels at {compile_ahead.KERNEL_EFFICIENCY:.0%} of the peak. Utilisation: useful FLOPs, by arithmetic,"
-        " in that time; of decoding, bytes moved over bytes that must be read.")  # fmt: skip
+        f"attention kernels at {kernels} of the peak. Utilisation: useful FLOPs, by arithmetic, in that time; of "
+        "decoding, bytes moved over bytes that must be read.")  # fmt: skip
     if out:
         common = {"topology": topology, "model": config.model.path, "mesh": dict(mesh.shape)}
         lines = [json.dumps({**common, **dataclasses.asdict(row)}) + "\n" for row in rows]

@@ -20,7 +20,7 @@ from dail_jax.data.batches import Example
 from dail_jax.data.records import Row
 from dail_jax.data.waypoints import final_answer
 from dail_jax.errors import UserError
-from dail_jax.evaluate.grading import Grader, extract
+from dail_jax.evaluate.grading import AnswerType, Grader, extract
 from dail_jax.metrics import Metrics, progress, say
 from dail_jax.rundir import Interrupt, Interrupted, RunDir
 from dail_jax.sample.engine import Request, Sample, Sampler
@@ -152,7 +152,8 @@ def grade(session: Session, grader: Grader, tasks: list[Task], groups: list[list
         return extract(text, tag=open_tag(opening) or "think")
 
     def verdicts() -> list[list[float]]:
-        items = [(answer(s), task.gold, "math") for task, group in zip(tasks, groups, strict=True) for s in group]
+        pairs = [(task, s) for task, group in zip(tasks, groups, strict=True) for s in group]
+        items: list[tuple[str | None, str, AnswerType]] = [(answer(s), task.gold, "math") for task, s in pairs]
         return np.reshape([v.correct for v in grader.grade_many(items)], (len(groups), -1)).astype(float).tolist()
 
     return np.array(mesh_lib.from_first(verdicts))
@@ -197,8 +198,10 @@ def fit(session: Session, rows: list[Row], run_dir: RunDir, metrics: Metrics) ->
                     batch = assemble.map(np.arange(first, first + cfg.batch_size))
                     state, out = update(session.params, state, mesh_lib.to_devices(batch, mesh, micro))
                     step += 1
-                    values = {k: float(out[k]) for k in out if k not in ("bad_rows", "finite")}
-                    metrics.write(step, learning_rate=float(rate(step - 1)), round=number, **values, **figures)
+                    values = {k: np.asarray(v).item() for k, v in out.items() if k not in ("bad_rows", "finite")}
+                    metrics.write(
+                        step, learning_rate=np.asarray(rate(step - 1)).item(), round=number, **values, **figures
+                    )
                     if not bool(out["finite"]):
                         complain(examples, batch, np.asarray(jax.device_get(out["bad_rows"])), step)
                         if int(state.skipped) >= cfg.max_skipped:

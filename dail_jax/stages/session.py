@@ -31,20 +31,42 @@ class Session:
     prompts: PromptBuilder
     stops: tuple[int, ...]
 
-    def sampler(self, sampling: config_lib.Sampling, *, slots: int, max_tokens: int, tau: float = 0.0, proposals: int = 1,
-                roles: int = 1, lora=None, draft: int = 0) -> engine.Sampler:  # fmt: skip
+    def sampler(
+        self,
+        sampling: config_lib.Sampling,
+        *,
+        slots: int,
+        max_tokens: int,
+        tau: float = 0.0,
+        proposals: int = 1,
+        roles: int = 1,
+        lora=None,
+        draft: int = 0,
+    ) -> engine.Sampler:
         """A sampler of this model; `sampling.suppress` names tokens that are never drawn."""
         never = []
         for text in sampling.suppress:
             ids = self.tokenizer.encode(text)
             if len(ids) != 1:
-                raise UserError(f"got {text!r}, which is {len(ids)} tokens, want a single token", field="sampling.suppress")
+                raise UserError(
+                    f"got {text!r}, which is {len(ids)} tokens, want a single token", field="sampling.suppress"
+                )
             never.append(ids[0])
         return engine.Sampler(
-            decoding_weights(self.config.model, self.mesh), self.model, self.mesh, self.stops, self.config.seed, slots,
-            max_tokens, mixture.knobs(sampling, tau, proposals), roles, lora, tuple(never),
-            min(self.tokenizer.size, self.model.V), draft,
-        )  # fmt: skip
+            decoding_weights(self.config.model.path, self.config.model.dtype, self.mesh),
+            self.model,
+            self.mesh,
+            self.stops,
+            self.config.seed,
+            slots,
+            max_tokens,
+            mixture.knobs(sampling, tau, proposals),
+            roles,
+            lora,
+            tuple(never),
+            min(self.tokenizer.size, self.model.V),
+            draft,
+        )
 
 
 def open_session(config: config_lib.Config) -> Session:
@@ -69,9 +91,9 @@ def _weights(folder: str, dtype: str, mesh: jax.sharding.Mesh) -> weights.Params
 
 
 @functools.lru_cache(maxsize=1)
-def decoding_weights(model: config_lib.Model, mesh: jax.sharding.Mesh) -> weights.Params:
+def decoding_weights(folder: str, dtype: str, mesh: jax.sharding.Mesh) -> weights.Params:
     """The weights with one array a layer, as decoding wants them."""
-    return jax.jit(weights.unstack)(_weights(model.path, model.dtype, mesh))
+    return jax.jit(weights.unstack)(_weights(folder, dtype, mesh))
 
 
 def release() -> None:

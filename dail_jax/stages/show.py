@@ -24,9 +24,9 @@ def waypoints(config: config_lib.Config, row: Sequence[str] = ()) -> None:
     rows = _rows(config)
     for one in _chosen(config, rows, row):
         table = Table(title=Text(f"row {one.index + 1}: {one.problem_id}"), show_lines=True, expand=True)
-        table.add_column("solution", ratio=5)
-        table.add_column(f"waypoints ({config.waypoints.extractor})", ratio=3)
-        table.add_column("final answer", ratio=1)
+        table.add_column("solution", ratio=5, overflow="fold")
+        table.add_column(f"waypoints ({config.waypoints.extractor})", ratio=3, overflow="fold")
+        table.add_column("final answer", ratio=1, overflow="fold")
         found = waypoints_lib.waypoints(one, config.waypoints)
         table.add_row(*map(Text, (one.solution, "\n".join(found), waypoints_lib.final_answer(one) or "")))
         console.print(table)

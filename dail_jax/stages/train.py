@@ -165,12 +165,20 @@ def fit(session: Session, examples: list[Example], run_dir: RunDir, metrics: Met
                 session.params, state, mesh_lib.to_devices(batch, mesh, cfg.batch_size // cfg.accumulate)
             )
             values = {k: float(out[k]) for k in out if k not in ("bad_rows", "finite")}
-            metrics.write(number, learning_rate=float(rate(number - 1)), epoch=(number - 1) // plan.per_epoch, **values)
+            metrics.write(
+                number,
+                learning_rate=float(np.asarray(rate(number - 1))),
+                epoch=(number - 1) // plan.per_epoch,
+                **values,
+            )
             if not bool(out["finite"]):
                 complain(examples, batch, np.asarray(jax.device_get(out["bad_rows"])), number)
                 if int(state.skipped) >= cfg.max_skipped:
-                    raise UserError(f"{cfg.max_skipped} updates in a row were not finite: lower the learning rate or gamma; "
-                                    "the last good checkpoint is kept", field="train")  # fmt: skip
+                    raise UserError(
+                        f"{cfg.max_skipped} updates in a row were not finite: lower the learning rate or gamma; "
+                        "the last good checkpoint is kept",
+                        field="train",
+                    )
             bar.advance(note=f"loss {values['loss']:.4f}")
             last, stop = number == len(plan), interrupt.wanted
             if (number % cfg.save_every == 0 and out["finite"]) or last or stop:
@@ -186,9 +194,8 @@ def cache(session: Session, examples, run_dir: RunDir, recipe, digest: str) -> r
     cfg = session.config.train
     need = references.size(examples, session.model.D, session.params["norm"].dtype)
     if need > cfg.references_gib * 2**30:
-        say(
-            f"train: references would take {need / 2**30:.1f} GiB, above train.references_gib; computing them in every step"
-        )
+        size = f"{need / 2**30:.1f} GiB"
+        say(f"train: references would take {size}, above train.references_gib; computing them in every step")
         return None
     key = f"{session.config.model.path} {session.config.model.dtype} {digest}"
     found = references.compute(run_dir.path / "references", key, recipe, session.params, session.mesh, examples,

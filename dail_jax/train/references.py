@@ -90,9 +90,11 @@ def compute(
                 chosen = np.pad(order[i : i + rows], (0, max(0, i + rows - len(order))), constant_values=-1)
                 batch = assemble.map(chosen)
                 tokens, positions = (
-                    jax.make_array_from_process_local_data(where, batch[f"{role}_{name}"][0], (rows, batch[f"{role}_{name}"].shape[-1]))
+                    jax.make_array_from_process_local_data(
+                        where, batch[f"{role}_{name}"][0], (rows, batch[f"{role}_{name}"].shape[-1])
+                    )
                     for name in ("tokens", "positions")
-                )  # fmt: skip
+                )
                 got = states(recipe, params, None, tokens, positions, batch["mask"].shape[-1])
                 got = process_allgather(got, tiled=True) if jax.process_count() > 1 else np.asarray(got)
                 for row, index in enumerate(chosen):

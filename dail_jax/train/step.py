@@ -76,7 +76,7 @@ def shardings(model: ModelConfig, cfg: config_lib.Train, tx: optax.GradientTrans
     whole = mesh_lib.replicated(mesh)
     shapes = jax.eval_shape(lambda: tx.init(lora_lib.init(jax.random.key(0), model, cfg.lora)))  # pyright: ignore
     opt = optax.tree_map_params(tx, lambda _, where: where, shapes, lora, transform_non_params=lambda _: whole)
-    return State(lora, opt, whole, whole)
+    return State(lora, opt, whole, whole)  # pyright: ignore[reportArgumentType]  (a tree of shardings)
 
 
 def make_update(recipe: Recipe, tx: optax.GradientTransformation, layout: State):
@@ -89,6 +89,7 @@ def make_update(recipe: Recipe, tx: optax.GradientTransformation, layout: State)
     def micro(lora, params, batch):
         length = batch["mask"].shape[-1]
         hidden = response_states(recipe, params, lora, batch["student_tokens"], batch["student_positions"], length)
+        extras: objectives.Arrays
         if recipe.objective.kind == "nll":
             extras = {"targets": batch["targets"]}
         elif recipe.objective.kind == "grpo":
@@ -103,8 +104,9 @@ def make_update(recipe: Recipe, tx: optax.GradientTransformation, layout: State)
                         recipe, params, None, batch[f"{role}_tokens"], batch[f"{role}_positions"], length
                     )
                 extras[role] = jax.lax.stop_gradient(states).astype(hidden.dtype)
-        loss, parts = objectives.summed(recipe.objective, recipe.chunk, hidden, extras, batch["mask"],
+        summed: Any = objectives.summed(recipe.objective, recipe.chunk, hidden, extras, batch["mask"],
                                         transformer.unembedding(params))  # fmt: skip
+        loss, parts = summed
         bad = ~jnp.isfinite(jnp.where(batch["mask"][..., None], hidden, 0)).all((1, 2))
         return loss, (parts, bad)
 

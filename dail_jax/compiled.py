@@ -1,4 +1,4 @@
-"""HBM traffic of an optimised program, from its text.
+"""What a compiled program does: its FLOPs and time by the compiler, and its HBM traffic, from its text.
 
 The compiler's own "bytes accessed" counts a loop's body once, and on a TPU also what stays in fast memory (`S(1)` in
 a layout). Here loops are multiplied out and only main memory counts: what instructions read and write, of slices and
@@ -7,9 +7,13 @@ gathers only the slice, of updates in place only the update.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import re
 from dataclasses import dataclass
+from typing import Any
+
+import jax
 
 WIDTHS = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s16": 2, "u16": 2, "s32": 4, "u32": 4, "f32": 4, "f64": 8}
 FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "partition-id", "iota"}
@@ -17,6 +21,34 @@ SLICING = {"dynamic-slice", "slice", "gather"}
 _HEAD = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{\s*$")
 _LINE = re.compile(r"^\s+(ROOT )?%?([\w.\-]+) = (.+?) ([\w\-]+)\((.*)$")
 _ARRAY = re.compile(r"(\w+)\[([\d,]*)\](\{[^}]*\})?")
+
+
+@dataclass(frozen=True)
+class Count:
+    """FLOPs and the compiler's seconds of one run on one device; `kernels` are FLOPs that it does not see."""
+
+    flops: float
+    seconds: float
+    kernels: float = 0.0
+
+    def __add__(self, other: Count) -> Count:
+        return Count(*(a + b for a, b in zip(dataclasses.astuple(self), dataclasses.astuple(other), strict=True)))
+
+    def __mul__(self, factor: float) -> Count:
+        return Count(*(factor * x for x in dataclasses.astuple(self)))
+
+
+def count(compiled: jax.stages.Compiled) -> Count:
+    """What the compiler counts. An operation that it cannot time is -1 s, so whole negative seconds are left out."""
+    cost: Any = compiled.cost_analysis()
+    seconds = cost.get("optimal_seconds", 0.0)
+    return Count(cost.get("flops", 0.0), seconds - min(math.floor(seconds), 0))
+
+
+def copies_of(text: str, arrays: list[jax.Array]) -> int:
+    """How many operations of a program copy an array as large as one of these, a device's part of them."""
+    shapes = {",".join(map(str, x.sharding.shard_shape(x.shape))) for x in arrays}
+    return sum(len(re.findall(rf"= \w+\[{shape}\]\S* (?:copy|transpose)\(", text)) for shape in shapes)
 
 
 @dataclass(frozen=True)

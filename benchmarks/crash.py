@@ -1,0 +1,187 @@
+"""Kills and preempts real runs at random moments, and counts what was lost.
+
+    python benchmarks/crash.py --kills 200 --terms 50      (an hour on two cores; --kills 10 --terms 4: four minutes)
+
+generate: SIGKILL. Every problem in the journal before a kill must be there after it, none twice, and the finished
+traces.jsonl must equal an uninterrupted run's byte for byte. train: SIGKILL, saving after every second update and
+keeping two checkpoints, so that many kills fall into a save or a deletion. Every step that is listed must load, at most
+one save interval may be lost, and losses and final parameters must be bit-identical. Both: SIGTERM must end with 0.
+The run directory is used until it is finished, then begun anew. Exit status 1 if anything was lost.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
+
+import tiny
+
+SAVE_EVERY = 2
+
+
+def main() -> int:
+    args = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    args.add_argument("--kills", type=int, default=200, help="SIGKILLs a stage")
+    args.add_argument("--terms", type=int, default=50, help="SIGTERMs a stage")
+    args.add_argument("--seed", type=int, default=0)
+    args.add_argument("--json", metavar="FILE", help="write one JSON object a row")
+    options = args.parse_args()
+    rng = random.Random(options.seed)
+    with tempfile.TemporaryDirectory(prefix="crash-") as name:
+        folder = Path(name)
+        (folder / "programs").mkdir()
+        rows = [campaign(stage, folder, options.kills, options.terms, rng) for stage in ("generate", "train")]
+    for row in rows:
+        print("  ".join(f"{key} {value}" for key, value in row.items()))
+    if options.json:
+        Path(options.json).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return int(any(row["failures"] for row in rows))
+
+
+def campaign(stage: str, folder: Path, kills: int, terms: int, rng: random.Random) -> dict:
+    """Signals until the counts are reached; returns a row of the table."""
+    programs, whole = folder / "programs", folder / f"{stage}-whole"
+    finished(stage, whole, folder)
+    seconds = finished(stage, whole, folder)  # the second time with all programs compiled
+    counts, run, problems = Counter(), folder / f"{stage}-run", []
+    signals = [signal.SIGKILL] * kills + [signal.SIGTERM] * terms
+    rng.shuffle(signals)
+    while signals:
+        before = progress(stage, run)
+        process = tiny.start(stage, config(stage, run, folder), programs)
+        try:
+            # Half of the moments anywhere, half where rows are being written.
+            if rng.random() < 0.5:
+                tiny.wait_for(watched(stage, run), before + 1, process, "train" if stage == "train" else "")
+                time.sleep(rng.random() * 0.3)
+            else:
+                time.sleep(rng.random() * seconds)
+            if process.poll() is None:
+                number = signals.pop()
+                process.send_signal(number)
+                counts[number.name] += 1
+                status, _, err = tiny.finish(process)
+                if number == signal.SIGTERM and status != 0 and status != -signal.SIGTERM:
+                    problems.append(f"SIGTERM ended with {status}: {err[-300:]}")
+                # Before Python has come to its first line nobody can handle a signal, and nothing can be lost.
+                counts["too early"] += status == -signal.SIGTERM
+            status = process.wait()
+        finally:
+            process.kill()
+            process.communicate()
+        problems += lost(stage, run, before)
+        if status == 0 and done(stage, run):
+            problems += differences(stage, run, whole, folder)
+            counts["finished runs"] += 1
+            shutil.rmtree(run)
+        if problems:
+            print("\n".join(problems), file=sys.stderr)
+            break
+    if run.exists() and not problems:
+        finished(stage, run, folder)
+        problems += differences(stage, run, whole, folder)
+        counts["finished runs"] += 1
+    return {"stage": stage, "kills": counts["SIGKILL"], "terms": counts["SIGTERM"], "too_early": counts["too early"],
+            "finished_runs": counts["finished runs"], "failures": len(problems)}  # fmt: skip
+
+
+def config(stage: str, run: Path, folder: Path) -> Path:
+    traces = {"traces": str(folder / "generate-whole" / "traces.jsonl")} if stage == "train" else {}
+    return tiny.write(run, generate__slots=4, train__epochs=4, train__save_every=SAVE_EVERY, **traces)
+
+
+def finished(stage: str, run: Path, folder: Path) -> float:
+    """Runs to the end; seconds."""
+    if done(stage, run):
+        shutil.rmtree(run)
+    started = time.monotonic()
+    status, _, err = tiny.finish(tiny.start(stage, config(stage, run, folder), folder / "programs"))
+    assert status == 0, err
+    return time.monotonic() - started
+
+
+def done(stage: str, run: Path) -> bool:
+    path = run / "run.json"
+    return path.exists() and "finished" in json.loads(path.read_text())["stages"].get(stage, {})
+
+
+def watched(stage: str, run: Path) -> Path:
+    return run / ("traces.partial.jsonl" if stage == "generate" else "metrics.jsonl")
+
+
+def progress(stage: str, run: Path) -> int:
+    """Problems in the journal, or the newest listed checkpoint."""
+    if stage == "generate":
+        path = watched(stage, run)
+        return path.read_bytes().count(b"\n") if path.exists() else 0
+    return max(listed(run), default=0)
+
+
+def listed(run: Path) -> list[int]:
+    return [int(p.stem) for p in (run / "checkpoints" / "manifests").glob("*.json")]
+
+
+def lost(stage: str, run: Path, before: int) -> list[str]:
+    """What a signal cost that it may not."""
+    if done(stage, run):
+        return []
+    if progress(stage, run) < before:
+        return [f"{stage}: {before} before the signal, {progress(stage, run)} after it"]
+    if stage == "generate":
+        path = watched(stage, run)
+        names = Counter(row["problem_id"] for row in whole_lines(path))
+        return [f"{name} is there twice" for name, n in names.items() if n > 1]
+    reached = max((row["step"] for row in whole_lines(run / "metrics.jsonl") if row["stage"] == "train"), default=0)
+    if reached - progress(stage, run) > SAVE_EVERY:
+        return [f"train: {reached} updates reached, the last checkpoint is {progress(stage, run)}"]
+    return damaged(run)
+
+
+def whole_lines(path: Path) -> list[dict]:
+    """The rows of a file, without a torn last one."""
+    return [json.loads(line) for line in path.read_bytes().split(b"\n")[:-1]] if path.exists() else []
+
+
+def damaged(run: Path) -> list[str]:
+    """Listed checkpoints whose files are not what their manifests say."""
+    from dail_jax.rundir import sha256
+
+    found = []
+    for step in listed(run):
+        root = run / "checkpoints" / str(step)
+        files = json.loads((run / "checkpoints" / "manifests" / f"{step}.json").read_text())
+        bad = [f for f, h in files.items() if not (root / f).exists() or sha256(root / f) != h]
+        found += [f"checkpoint {step}: {f} is not whole" for f in bad]
+    return found
+
+
+def differences(stage: str, run: Path, whole: Path, folder: Path) -> list[str]:
+    """How a finished run differs from the uninterrupted one."""
+    if stage == "generate":
+        same = (run / "traces.jsonl").read_bytes() == (whole / "traces.jsonl").read_bytes()
+        return [] if same else ["traces.jsonl differs from an uninterrupted run's"]
+    problems = [] if tiny.losses(run) == tiny.losses(whole) else ["losses differ from an uninterrupted run's"]
+    adapters = []
+    for place in (run, whole):
+        status, _, err = tiny.finish(tiny.start("export", config("train", place, folder), folder / "programs"))
+        assert status == 0, err
+        adapters.append((place / "adapter" / "adapter_model.safetensors").read_bytes())
+    return problems if adapters[0] == adapters[1] else [*problems, "final parameters differ"]
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except subprocess.TimeoutExpired as stuck:
+        sys.exit(f"stuck: {stuck}")

@@ -1,0 +1,99 @@
+"""Two real processes (jax.distributed, gloo) run the stages together, and give what one process gives."""
+
+import contextlib
+import json
+import signal
+import socket
+import subprocess
+import sys
+
+import numpy as np
+import tiny
+
+from dail_jax.sample import engine
+
+
+def start(stage, path, programs, *more):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        at = f"127.0.0.1:{free.getsockname()[1]}"
+    return [tiny.start(stage, path, programs, "--coordinator", at, "--processes", "2", "--process-id", str(i), *more)
+            for i in range(2)]  # fmt: skip
+
+
+@contextlib.contextmanager
+def ended(processes):
+    try:
+        yield
+    finally:
+        for process in processes:
+            process.kill()
+            process.communicate()
+
+
+def finish(processes):
+    """(exit statuses, the first one's stdout, all stderr)."""
+    with ended(processes):
+        found = [tiny.finish(process) for process in processes]
+    return [status for status, _, _ in found], found[0][1], "".join(err for _, _, err in found)
+
+
+def test_two_processes_train_as_one(tmp_path, pipeline, programs):
+    """Each feeds its share of the rows. Both are killed, then both preempted; losses equal one process's."""
+    folder = tmp_path / "run"
+    path = tiny.write(folder, traces=str(pipeline / "traces.jsonl"), train__save_every=1)
+    log, tail = folder / "metrics.jsonl", 1
+    processes = start("train", path, programs)
+    with ended(processes):
+        tiny.wait_for(log, 2, processes[0], "train")
+    assert log.exists(), [p.returncode for p in processes]
+    tail = len(tiny.losses(folder))
+    assert tail < tiny.UPDATES
+
+    processes = start("train", path, programs)
+    tiny.wait_for(log, tail + 1, processes[0], "train")
+    processes[1].send_signal(signal.SIGTERM)  # one hears of it, both stop at the same update
+    statuses, out, err = finish(processes)
+    assert statuses == [0, 0], err
+    assert "train: resuming at update" in out
+    if len(tiny.losses(folder)) < tiny.UPDATES:
+        assert "train: stopped and saved at update" in out
+        statuses, _, err = finish(start("train", path, programs))
+        assert statuses == [0, 0], err
+    got, want = np.array(tiny.losses(folder)), np.array(tiny.losses(pipeline))
+    np.testing.assert_allclose(got, want, rtol=1e-5)
+
+    env = {**tiny.environment(programs), "PYTHON": sys.executable, "LOGS": str(tmp_path)}  # as people start it
+    done = subprocess.run([tiny.ROOT / "launch" / "local.sh", "2", "export", "--config", path], env=env, text=True,
+                          capture_output=True, timeout=300)  # fmt: skip
+    assert done.returncode == 0 and "export: wrote" in done.stdout, done
+    assert (tmp_path / "process-1.log").exists() and "Traceback" not in (tmp_path / "process-1.log").read_text()
+    from safetensors.numpy import load_file
+
+    ours, theirs = (load_file(run / "adapter" / "adapter_model.safetensors") for run in (folder, pipeline))
+    assert ours.keys() == theirs.keys()
+    assert max(np.abs(ours[k] - theirs[k]).max() for k in ours) < 1e-4
+
+
+def test_errors_of_one_are_errors_of_all(tmp_path, programs):
+    """What only the first process can see ends both, in one line each."""
+    path = tiny.write(tmp_path / "run", data__path=str(tiny.ASSETS / "train.jsonl"))
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "run.json").write_text("{")
+    statuses, _, err = finish(start("generate", path, programs))
+    assert statuses[0] == 2 and f"error: {tmp_path}/run/run.json: got a damaged file, want JSON\n" in err
+
+
+def test_two_processes_generate_the_same_traces(tmp_path, pipeline, programs):
+    traces = tiny.lines(pipeline / "traces.jsonl")
+    longest = {t["problem_id"]: max(t["prompt_tokens"].values()) for t in traces}
+    chosen = [name for name, n in longest.items() if engine.bucket(n) == engine.bucket(max(longest.values()))][:4]
+    rows = [r for r in tiny.lines(tiny.ASSETS / "train.jsonl") if r["problem_id"] in chosen]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    path = tiny.write(tmp_path / "run", data__path=str(tmp_path / "rows.jsonl"))
+    statuses, _, err = finish(start("generate", path, programs))
+    assert statuses == [0, 0], err
+    got, want = tiny.lines(tmp_path / "run" / "traces.jsonl"), [t for t in traces if t["problem_id"] in chosen]
+    assert [t["response_ids"] for t in got] == [t["response_ids"] for t in want]
+    for g, w in zip(got, want, strict=True):
+        np.testing.assert_allclose(g["logq"], w["logq"], atol=1e-3)
