@@ -155,6 +155,22 @@ def test_grpo_trains_evaluates_and_resumes_exactly(tmp_path, one, rows, monkeypa
     assert json.loads((tmp_path / "whole" / "results.json").read_text())["objective"] == "grpo"
 
 
+def test_grpo_learns_what_is_rewarded(tmp_path, one, monkeypatch):
+    """Where a reward can be had at times, here for being brief, it is had ever more often."""
+
+    def brief(session, grader, tasks, groups):
+        return np.array([[float(len(s.tokens) < 72) for s in group] for group in groups])
+
+    monkeypatch.setattr(online, "grade", brief)
+    changes = {"train__batch_size": 32, "train__epochs": 4, "train__bucket": 96,
+               "train__online": {"problems": 8, "group": 8, "slots": 64, "sampling": {"max_tokens": 96}}}  # fmt: skip
+    hard = {"path": str(tiny.ASSETS / "hard.jsonl"), "limit": 16}
+    path = tiny.write(tmp_path / "r", train__objective="grpo", data=hard, **changes)
+    assert tiny.run("train", path, "train.optimizer.learning_rate=1e-2") == 0
+    rewards = [r["reward"] for r in metrics(tmp_path / "r")]
+    assert rewards[0] < 0.65 and rewards[-1] > 0.85
+
+
 def test_nurl_draws_failed_groups_again_with_a_hint(tmp_path, one, rows):
     path = tiny.write(tmp_path / "nurl", train__objective="nurl", **{**SMALL, "data": {"path": rows, "limit": 4}})
     assert tiny.run("train", path) == 0
