@@ -34,6 +34,7 @@ def main() -> int:
     args = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     args.add_argument("--kills", type=int, default=200, help="SIGKILLs a stage")
     args.add_argument("--terms", type=int, default=50, help="SIGTERMs a stage")
+    args.add_argument("--stage", choices=("generate", "train"), help="(default: both)")
     args.add_argument("--seed", type=int, default=0)
     args.add_argument("--json", metavar="FILE", help="write one JSON object a row")
     options = args.parse_args()
@@ -41,7 +42,10 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="crash-") as name:
         folder = Path(name)
         (folder / "programs").mkdir()
-        rows = [campaign(stage, folder, options.kills, options.terms, rng) for stage in ("generate", "train")]
+        if options.stage == "train":
+            finished("generate", folder / "generate-whole", folder)
+        stages = [options.stage] if options.stage else ["generate", "train"]
+        rows = [campaign(stage, folder, options.kills, options.terms, rng) for stage in stages]
     for row in rows:
         print("  ".join(f"{key} {value}" for key, value in row.items()))
     if options.json:
@@ -171,7 +175,9 @@ def differences(stage: str, run: Path, whole: Path, folder: Path) -> list[str]:
     if stage == "generate":
         same = (run / "traces.jsonl").read_bytes() == (whole / "traces.jsonl").read_bytes()
         return [] if same else ["traces.jsonl differs from an uninterrupted run's"]
-    problems = [] if tiny.losses(run) == tiny.losses(whole) else ["losses differ from an uninterrupted run's"]
+    got, want = tiny.losses(run), tiny.losses(whole)
+    first = next(((g, w) for g, w in zip(got, want, strict=False) if g != w), (len(got), len(want)))
+    problems = [] if got == want else [f"losses differ from an uninterrupted run's: {first[0]}, not {first[1]}"]
     adapters = []
     for place in (run, whole):
         status, _, err = tiny.finish(tiny.start("export", config("train", place, folder), folder / "programs"))

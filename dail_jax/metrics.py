@@ -39,7 +39,7 @@ class Metrics:
         self.rewind(None)
         if log.tensorboard:
             try:
-                from tensorboardX import SummaryWriter
+                from tensorboardX import SummaryWriter  # pyright: ignore[reportMissingImports]
             except ImportError:
                 raise UserError(
                     "want tensorboardX: pip install 'dail_jax[tensorboard]'", field="log.tensorboard"
