@@ -19,7 +19,7 @@ PROMPT, NEW = 64, 64
 
 
 def main() -> None:
-    args = arguments("sampler against transformers", batches="8,32")
+    args = arguments("sampler against transformers", batches="8,32", parts="speed,occupancy,memory")
     import jax
     import numpy as np
     import torch
@@ -41,7 +41,7 @@ def main() -> None:
         return [engine.Request(f"p{i}", tuple(draw() for _ in range(roles)), (0,), NEW) for i in range(count)]
 
     with jax.set_mesh(mesh), torch.no_grad():
-        for batch in map(int, args.batches.split(",")):
+        for batch in map(int, args.batches.split(",") if "speed" in args.parts else ()):
             two, one, wide = sampler(2, batch), sampler(1, batch), sampler(1, 2 * batch)
             ask2, ask1, ask_wide = requests(batch, 2), requests(batch, 1), requests(2 * batch, 1)
             prompts = [torch.tensor([r.prompts[role] for r in ask2]) for role in range(2)]
@@ -55,8 +55,12 @@ def main() -> None:
             times = in_turn(args.runs, mixed, lambda: list(wide.run(ask_wide)))  # noqa: B023
             both = row(f"mixed / own plain decode of the same rows, batch {batch}", *times, "rows/s", 2 * work)
             rows.append(both)
-        rows += occupancy(sampler, min(args.runs, 3))
-        rows.append(cache_memory(params, cfg))
+            for r in rows[-3:]:
+                print(f"{r['name']}: {r['ratio']:.2f} [{r['low']:.2f}, {r['high']:.2f}]", flush=True)
+        if "occupancy" in args.parts:
+            rows += occupancy(sampler, min(args.runs, 2))
+        if "memory" in args.parts:
+            rows.append(cache_memory(params, cfg))
     show("sampler, 41.6M-parameter Qwen3 shape, float32", rows, args.json)
 
 
@@ -85,7 +89,7 @@ def generate(model, prompts):
 
 
 def occupancy(sampler, runs: int) -> list[dict]:
-    """60 problems x 8 samples on 16 slots; lengths have a long tail: 8 + min(Exp(mean 40), 248) tokens a problem.
+    """32 problems x 8 samples on 16 slots; lengths have a long tail: 8 + min(Exp(mean 40), 248) tokens a problem.
 
     The ideal is every token at the pace of 16 full slots that run to 256 tokens.
     """
@@ -97,7 +101,7 @@ def occupancy(sampler, runs: int) -> list[dict]:
     from dail_jax.sample import engine
 
     rng = np.random.default_rng(1)
-    lengths = (8 + np.minimum(rng.exponential(40, 60), 248)).astype(int)
+    lengths = (8 + np.minimum(rng.exponential(40, 32), 248)).astype(int)
     prompt = lambda: (tuple(rng.integers(1, 32000, PROMPT).tolist()),)  # noqa: E731
     ask = [engine.Request(f"p{i}", prompt(), tuple(range(8)), int(n)) for i, n in enumerate(lengths)]
     ask_full = [engine.Request(f"f{i}", prompt(), tuple(range(8)), 256) for i in range(2)]

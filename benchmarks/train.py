@@ -83,7 +83,6 @@ def main() -> None:
                 "rows/s",
                 work,
             ),
-            loss_memory(),
         ]
     show("train step, 41.6M-parameter Qwen3 shape, LoRA r 32, float32", rows, args.json)
 
@@ -130,41 +129,6 @@ class Peer:
         self.optimizer.zero_grad()
         self.loss().backward()
         self.optimizer.step()
-
-
-def loss_memory() -> dict:
-    """Temporaries of the loss alone, by the compiler's count: chunked against one [B, T, V] tensor a role."""
-    import jax
-    import jax.numpy as jnp
-
-    from dail_jax.train import objectives
-
-    objective = objectives.Objective("dail", GAMMA)
-    b, t, d, v = 4, 1024, 512, 32000
-    h, w, m = (
-        jax.ShapeDtypeStruct(s, x) for s, x in (((b, t, d), jnp.float32), ((v, d), jnp.float32), ((b, t), jnp.bool_))
-    )
-
-    def chunked(h, p, n, m, w):
-        return objectives.summed(objective, 256, h, {"privileged": p, "negative": n}, m, w)[0]
-
-    def naive(h, p, n, m, w):
-        s, p, n = (jax.nn.log_softmax(x @ w.T) for x in (h, p, n))
-        kl = lambda a, b: (jnp.exp(a) * (a - b)).sum(-1)  # noqa: E731
-        return jnp.where(m, kl(s, p) - GAMMA * kl(s, n), 0).sum()
-
-    sizes = [jax.jit(jax.grad(f)).lower(h, h, h, m, w).compile().memory_analysis().temp_size_in_bytes / 2**20
-             for f in (chunked, naive)]  # fmt: skip
-    ratio = sizes[1] / sizes[0]
-    return {
-        "name": "loss temporaries, chunked / naive, 4 x 1024 tokens",
-        "ours": sizes[0],
-        "peer": sizes[1],
-        "unit": "MiB",
-        "ratio": ratio,
-        "low": ratio,
-        "high": ratio,
-    }
 
 
 if __name__ == "__main__":

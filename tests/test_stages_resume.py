@@ -110,6 +110,16 @@ def test_a_damaged_checkpoint_is_named_and_passed_over(tmp_path, pipeline, capsy
     same_training(folder, pipeline)
 
 
+def test_a_kill_before_the_first_checkpoint_leaves_no_rows(tmp_path, pipeline, monkeypatch):
+    folder = tmp_path / "run"
+    path = tiny.write(folder, traces=str(pipeline / "traces.jsonl"))
+    monkeypatch.setattr(Store, "save", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    assert tiny.run("train", path) == 130 and len(tiny.losses(folder)) == 2
+    monkeypatch.undo()
+    assert tiny.run("train", path) == 0
+    same_training(folder, pipeline)
+
+
 def test_changed_traces_are_noticed(tmp_path, pipeline, monkeypatch, capsys):
     traces = tmp_path / "t.jsonl"
     shutil.copy(pipeline / "traces.jsonl", traces)

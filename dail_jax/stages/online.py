@@ -181,8 +181,8 @@ def fit(session: Session, rows: list[Row], run_dir: RunDir, metrics: Metrics) ->
         step, state = 0, step_lib.init(jax.random.key(config.seed), session.model, cfg, run.tx, mesh)
     else:
         step, state, _ = restored
-        metrics.rewind(step)
         say(f"train: resuming at update {step}")
+    metrics.rewind(step)
     saved = step
     sampler = session.sampler(online.sampling, slots=online.slots, max_tokens=online.sampling.max_tokens)
     update = step_lib.make_update(step_lib.recipe(session.model, cfg), run.tx, run.layout)

@@ -153,8 +153,8 @@ def fit(session: Session, examples: list[Example], run_dir: RunDir, metrics: Met
                 f"this run was started with other {', '.join(changed)}: use another run_dir", file=run_dir.path
             )
         feed.set_state(saved["data"])
-        metrics.rewind(start)
         say(f"train: resuming at update {start}")
+    metrics.rewind(start)  # rows after the checkpoint, or before the first: they come again
 
     update = step_lib.make_update(recipe, run.tx, run.layout)
     rate = optimizer.schedule(cfg.optimizer, len(plan))
