@@ -13,6 +13,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import shutil
 import signal
 import subprocess
 import threading
@@ -172,7 +173,9 @@ class RunDir:
         os.ftruncate(self._lock, 0)
         os.pwrite(self._lock, str(os.getpid()).encode(), 0)
         for leftover in self.path.glob(".*.tmp"):  # of a process that was killed while it wrote
-            if leftover.is_file():
+            if leftover.is_dir():
+                shutil.rmtree(leftover)
+            else:
                 leftover.unlink()
 
     def __exit__(self, *_: object) -> None:

@@ -38,6 +38,7 @@ def test_lock_names_the_other_process(tmp_path):
         pass
     assert str(error.value) == f"{tmp_path}: in use by process {other.pid}: wait for it, or choose another run_dir"
     (tmp_path / ".report.html.99.tmp").write_text("torn")
+    (tmp_path / ".adapter.99.tmp").mkdir()
     other.kill()  # a killed process holds nothing, and what it left half written is swept away
     other.communicate()
     with rundir.RunDir(config(tmp_path)):

@@ -12,6 +12,7 @@ from dail_jax.checkpoint import base, hf
 from dail_jax.errors import UserError
 from dail_jax.metrics import say
 from dail_jax.model import weights
+from dail_jax.rundir import RunDir
 from dail_jax.text import load_tokenizer
 
 
@@ -24,7 +25,7 @@ def run(config: config_lib.Config) -> None:
     if (source / base.PARAMS).is_dir():
         raise UserError("is a converted folder already", file=source)
     load_tokenizer(config.model.tokenizer or source)
-    with jax.set_mesh(mesh):
+    with RunDir(config), jax.set_mesh(mesh):  # the lock: others sweep half written folders away
         params, cfg = hf.load(source, mesh, config.model.dtype)
         base.save(target, params, source)
     say(f"convert: {weights.count(cfg):,} weights of {cfg.family} in {config.model.dtype}, wrote {target}")
