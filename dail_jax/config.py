@@ -13,7 +13,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 from ruamel.yaml import YAML
 
 from dail_jax.errors import UserError
@@ -339,6 +348,12 @@ class Config(Section):
     pretrain: Pretrain | None = None
     log: Log = Log()
     arms: dict[Annotated[str, Field(pattern=r"^[A-Za-z0-9_.,=-]+$")], dict[str, Any]] = {}
+
+    @field_validator("arms", mode="before")
+    @classmethod
+    def _wanted(cls, arms: Any) -> Any:
+        """A file that is laid over another takes an arm away with `name: null`."""
+        return {k: v for k, v in arms.items() if v is not None} if isinstance(arms, dict) else arms
 
 
 # ---------------------------------------------------------------------------------------------------

@@ -159,7 +159,7 @@ def env(config) -> None:
 
 if __name__ == "__main__":
     # Preemption: where a stage has something to save it does so, elsewhere there is nothing to lose and all that was
-    # finished is on disk. At once, since an exception could be swallowed on its way, or meet threads of JAX at the exit.
+    # finished is on disk. At once, since an exception could be swallowed on its way, or meet JAX's threads at the exit.
     signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
     result = main()
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # all is done: let it end in peace

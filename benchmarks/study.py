@@ -1,0 +1,203 @@
+"""The micro-world study: methods and ablations over seeds. Makes the tables and plots of docs/study.md.
+
+    python benchmarks/study.py --seeds 1,2,3,4,5      (hours on two CPU cores; a second call goes on where it stopped)
+    python benchmarks/study.py --seeds 1,2,3,4,5 --tables-only      (from the runs that there are)
+
+A seed draws its own rollouts, LoRA, order of examples and evaluation samples; the base model and the problems stay.
+An interval is over seeds: mean +- t(0.975, seeds - 1) * standard error. Seeds are independent: to use two cores well,
+start one process a core on its own seeds, then make the tables of all.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+import matplotlib
+from matplotlib.figure import Figure
+from scipy import stats
+
+from dail_jax.microworld import verify
+from dail_jax.report.plots import COLOURS, STYLE
+from dail_jax.rundir import json_line, write_atomic
+
+ROOT = Path(__file__).resolve().parent.parent
+ASSETS = ROOT / "dail_jax/microworld/assets"
+TRAINED = 64  # hard training problems to be evaluated on
+CONFIGS = {"methods": "microworld_methods", "ablations": "microworld_study"}
+METHODS = {"base": "untrained", "sft": "SFT on experts", "nll": "NLL on traces", "star": "STaR", "grpo": "GRPO",
+           "nurl": "NuRL hints", "onpolicy": "on-policy self-distillation", "dail": "DAIL"}  # fmt: skip
+ABLATIONS = {
+    "gamma": {"dail, gamma 0": "gamma_0", "0.1": "dail", "0.3": "gamma_0.3", "0.6": "gamma_0.6"},
+    "KL": {"reverse, gamma 0": "gamma_0", "forward, gamma 0": "forward"},
+    "length": {"6 epochs": "dail", "12 epochs": "long"},
+    "rollouts": {"mixed, tau 0.5": "tau_0.5", "mixed, tau 0.8": "dail", "direct, tau 1": "tau_1",
+                 "mixed, gamma 0": "gamma_0", "direct, gamma 0": "tau_1_gamma_0", "mixed, NLL": "nll",
+                 "direct, NLL": "tau_1_nll"},
+    "solutions, DAIL": {"25": "dail_25", "50": "dail_50", "100": "dail_100", "200": "dail_200", "400": "dail_400",
+                        "800": "dail"},
+    "solutions, NLL": {"25": "nll_25", "100": "nll_100", "400": "nll_400", "800": "nll"},
+}  # fmt: skip
+COLUMNS = {
+    "hard@1": "hard pass@1", "hard@8": "pass@8", "hard@32": "pass@32", "unlearned": "operators unlearned, of 8",
+    "shortcuts": "shortcut steps", "tokens": "tokens", "known@1": "known pass@1", "chain@1": "chain pass@1",
+    "trained@1": "training set pass@1", "trained@32": "pass@32",
+}  # fmt: skip
+PLAIN = ("unlearned", "tokens")  # the other columns are shares
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", default="1,2,3,4,5")
+    parser.add_argument("--out", type=Path, default=Path("runs/study"))
+    parser.add_argument("--docs", type=Path, default=Path("docs/study"), help="where the tables and plots go")
+    parser.add_argument("--part", choices=list(CONFIGS), help="(default: both)")
+    parser.add_argument("--tables-only", action="store_true")
+    options = parser.parse_args()
+    seeds = [int(seed) for seed in options.seeds.split(",")]
+    parts = [options.part] if options.part else list(CONFIGS)
+    if not options.tables_only:
+        trained = write_trained(options.out)
+        for part in parts:
+            for seed in seeds:
+                run(part, seed, options.out, trained)
+        if options.part or len(seeds) < 2:
+            return
+    tables(options.out, seeds, options.docs)
+
+
+def write_trained(out: Path) -> Path:
+    """The first TRAINED hard problems of the training set, as an evaluation set."""
+    rows = [json.loads(line) for line in (ASSETS / "train.jsonl").read_text().splitlines()]
+    hard = [row for row in rows if row["problem_id"].startswith("hard-")][:TRAINED]
+    out.mkdir(parents=True, exist_ok=True)
+    write_atomic(out / "trained.jsonl", "".join(map(json_line, hard)))
+    return out / "trained.jsonl"
+
+
+def run(part: str, seed: int, out: Path, trained: Path) -> None:
+    command = [sys.executable, "-m", "dail_jax.launch", "run", "--config", "configs/demo.yaml"]
+    command += ["--config", f"configs/{CONFIGS[part]}.yaml", f"seed={seed}", f"run_dir={out}/{part}/seed{seed}"]
+    if part == "methods":
+        sets = {name: f"dail_jax/microworld/assets/{name}.jsonl" for name in ("hard", "chain", "known")}
+        sets["trained"] = str(trained)
+        rows = ", ".join(f"{{name: {name}, rows: {{path: {path}}}}}" for name, path in sets.items())
+        command.append(f"evaluate.benchmarks=[{rows}]")
+    subprocess.run(command, cwd=ROOT, check=True, env={**os.environ, "JAX_PLATFORMS": "cpu"})
+
+
+# ---------------------------------------------------------------------------------------------------
+# Tables
+# ---------------------------------------------------------------------------------------------------
+
+
+def measure(folder: Path, problems: dict[str, dict]) -> dict[str, float]:
+    """The columns of one finished arm."""
+    results = json.loads((folder / "results.json").read_text())["benchmarks"]
+    out = {"tokens": only(results["hard"])["mean_tokens"]}
+    for name, ks in {"hard": (1, 8, 32), "known": (1,), "chain": (1,), "trained": (1, 32)}.items():
+        if name in results:
+            out |= {f"{name}@{k}": only(results[name])["pass@k"][str(k)]["mean"] for k in ks}
+    rows = [json.loads(line) for line in (folder / "samples.jsonl").read_text().splitlines()]
+    judged = (
+        (row["problem_id"], verify.judge(row["text"], problem["problem"], problem["solution"]))
+        for row in rows
+        if row["benchmark"] == "hard"
+        for problem in [problems[row["problem_id"]]]
+    )
+    tallies = verify.tally(judged)
+    total = tallies.pop("hard")
+    out["unlearned"] = sum(t.sound < 0.01 * t.traces for t in tallies.values())
+    out["shortcuts"] = total.shortcuts / total.due if total.due else math.nan
+    return out
+
+
+def only(budgets: dict) -> dict:
+    (result,) = budgets.values()
+    return result
+
+
+def interval(values: list[float]) -> tuple[float, float]:
+    """Mean and half width."""
+    if len(values) < 2:
+        return values[0], math.nan
+    half = stats.t.ppf(0.975, len(values) - 1) * statistics.stdev(values) / math.sqrt(len(values))
+    return statistics.mean(values), float(half)
+
+
+def tables(out: Path, seeds: list[int], docs: Path) -> None:
+    problems = {r["problem_id"]: r for r in map(json.loads, (ASSETS / "hard.jsonl").read_text().splitlines())}
+    measured: dict[str, dict[str, list[float]]] = {}
+    for part in CONFIGS:
+        for seed in seeds:
+            for folder in sorted((out / part / f"seed{seed}").glob("*/results.json")):
+                arm = measured.setdefault(folder.parent.name, {})
+                for column, value in measure(folder.parent, problems).items():
+                    arm.setdefault(column, []).append(value)
+    docs.mkdir(parents=True, exist_ok=True)
+    write_atomic(docs / "study.json", json.dumps(measured, indent=1) + "\n")
+    text = ["# Methods\n", *table({label: measured[arm] for arm, label in METHODS.items() if arm in measured})]
+    for title, arms in ABLATIONS.items():
+        found = {label: measured[arm] for label, arm in arms.items() if arm in measured}
+        text += [f"\n# Ablation: {title}\n", *table(found)] if found else []
+    write_atomic(docs / "tables.md", "\n".join(text) + "\n")
+    plot(measured, docs)
+    print("\n".join(text), f"\nwrote {docs}/tables.md, study.json and plots")
+
+
+def table(rows: dict[str, dict[str, list[float]]]) -> list[str]:
+    columns = [c for c in COLUMNS if any(c in row for row in rows.values())]
+    lines = [
+        "| | seeds | " + " | ".join(COLUMNS[c] for c in columns) + " |",
+        "|---|---:|" + "---:|" * len(columns),
+    ]
+    for label, row in rows.items():
+        cells = [cell(c, row[c]) if c in row else "" for c in columns]
+        lines.append(f"| {label} | {len(row['tokens'])} | " + " | ".join(cells) + " |")
+    return lines
+
+
+def cell(column: str, values: list[float]) -> str:
+    mean, half = interval([v if column in PLAIN else 100 * v for v in values])
+    return "-" if math.isnan(mean) else f"{mean:.1f}" if math.isnan(half) else f"{mean:.1f} ± {half:.1f}"
+
+
+def plot(measured: dict[str, dict[str, list[float]]], docs: Path) -> None:
+    """hard pass@1 and what it costs, against gamma, the number of solutions, and tau."""
+    panels = {
+        "gamma": {"DAIL": {0: "gamma_0", 0.1: "dail", 0.3: "gamma_0.3", 0.6: "gamma_0.6"}},
+        "expert solutions": {
+            "DAIL": {25: "dail_25", 50: "dail_50", 100: "dail_100", 200: "dail_200", 400: "dail_400", 800: "dail"},
+            "NLL": {25: "nll_25", 100: "nll_100", 400: "nll_400", 800: "nll"},
+        },
+        "tau (1: direct sampling)": {"DAIL": {0.5: "tau_0.5", 0.8: "dail", 1: "tau_1"}},
+    }
+    shown = {"hard@1": "hard pass@1", "known@1": "known pass@1", "shortcuts": "shortcut steps"}
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(10.8, 3.3), layout="constrained")
+        for ax, (title, curves) in zip(figure.subplots(1, len(panels)), panels.items(), strict=True):
+            for dash, (method, arms) in zip(("-", "--"), curves.items(), strict=False):
+                for colour, (column, label) in zip(COLOURS, shown.items(), strict=False):
+                    points = [(x, *interval(measured[arm][column])) for x, arm in arms.items() if arm in measured]
+                    if points:
+                        x, y, half = zip(*points, strict=True)
+                        ax.errorbar(x, y, half, label=f"{method}, {label}", color=colour, linestyle=dash, marker="o",
+                                    markersize=3.5, capsize=2, linewidth=1.3)  # fmt: skip
+            if title == "expert solutions":
+                ax.set_xscale("log", base=2)
+                ax.set_xticks((25, 50, 100, 200, 400, 800), ("25", "50", "100", "200", "400", "800"))
+            ax.set(xlabel=title, ylim=(-0.02, 1.02))
+        ax = figure.axes[1]
+        figure.legend(*ax.get_legend_handles_labels(), loc="outside upper center", ncols=6)
+        for suffix, metadata in ((".png", {"Software": None}), (".svg", {"Date": None})):
+            figure.savefig(docs / f"study{suffix}", dpi=150, metadata=metadata)
+
+
+if __name__ == "__main__":
+    main()
