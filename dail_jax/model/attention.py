@@ -101,25 +101,33 @@ def _merge(q: jax.Array, parts: list[tuple[jax.Array, jax.Array, jax.Array, int]
     a sum over all S in one go would round by where in S the visible keys lie.
     """
     b, t, n, h = q.shape
-    scale = h**-0.5
+    heads = parts[0][0].shape[1]
+    each = t * n // heads  # queries of a row and kv head: they share its keys
+
+    def by_block(x, p):  # [B,K,...] -> [P,K,B/P,...]
+        return x.reshape(p, b // p, *x.shape[1:]).swapaxes(1, 2)
+
+    def by_row(x):  # and back
+        return x.swapaxes(1, 2).reshape(b, heads, *x.shape[3:])
+
+    # Products stand as batched matrices, [queries, H] x [H, keys] and [queries, keys] x [keys, H]: no cache is moved.
+    query = q.reshape(b, t, heads, -1, h).swapaxes(1, 2).reshape(b, heads, each, h)
     logits = []
     for k, _, mask, e in parts:
-        p, heads = k.shape[:2]
-        query = q.reshape(p, b // p, t, heads, n // heads, h)
-        x = jnp.einsum("pmtkgh,pkesh->pmktges", query, _apart(k, e), preferred_element_type=jnp.float32) * scale
-        mask = mask.reshape(p, b // p, 1, t, 1, e, -1)
-        logits.append(jnp.where(mask, x, NEGATIVE).reshape(b, heads, t, n // heads, e, -1))
-    top = jnp.maximum(jnp.max(jnp.stack([x.max((-2, -1)) for x in logits]), 0), NEGATIVE / 2)[..., None]
-    exps = [jnp.exp(x - top[..., None]) for x in logits]
-    total = jnp.maximum(sum(_one_by_one(x.sum(-1, keepdims=True)) for x in exps), 1e-30)
-    out = jnp.zeros((), jnp.float32)
-    for (k, v, _, e), x in zip(parts, exps, strict=True):
-        p, heads = k.shape[:2]
-        weights = x.astype(v.dtype).reshape(p, b // p, heads, t, n // heads, e, -1)
-        y = jnp.einsum("pmktges,pkesh->pmktgeh", weights, _apart(v, e), preferred_element_type=jnp.float32)
-        out = out + _one_by_one(y.reshape(b, heads, t, n // heads, e, h))
-    out = out / total
-    return out.swapaxes(1, 2).reshape(b, t, n, h).astype(q.dtype)
+        p = k.shape[0]
+        x = jnp.einsum("pkmqh,pksh->pkmqs", by_block(query, p), k, preferred_element_type=jnp.float32) * h**-0.5
+        mask = by_block(jnp.repeat(mask, n // heads, axis=1)[:, None], p)
+        logits.append(jnp.where(mask, x, NEGATIVE).reshape(*x.shape[:-1], e, -1))
+    top = jnp.max(jnp.stack([by_row(x.max((-2, -1))) for x in logits]), 0)
+    top = jax.lax.stop_gradient(jnp.maximum(top, NEGATIVE / 2))  # [B,K,queries]; any value gives the same result
+    total, out = jnp.zeros((), jnp.float32), jnp.zeros((), jnp.float32)
+    for (_, v, _, e), x in zip(parts, logits, strict=True):
+        x = jnp.exp(x - by_block(top, v.shape[0])[..., None, None])
+        y = jnp.einsum("pkmqes,pkesh->pkemqh", x.astype(v.dtype), _apart(v, e), preferred_element_type=jnp.float32)
+        total = total + by_row(_one_by_one(x.sum(-1, keepdims=True)))
+        out = out + by_row(_one_by_one(jnp.moveaxis(y, 2, -2)))
+    out = out / jnp.maximum(total, 1e-30)
+    return out.reshape(b, heads, t, -1, h).swapaxes(1, 2).reshape(b, t, n, h).astype(q.dtype)
 
 
 def _apart(x: jax.Array, entries: int) -> jax.Array:

@@ -228,9 +228,8 @@ def _step(grid, cfg, draft, params, lora, state: State, rules: Rules, knobs: mix
 
     def draw(hidden, index, seen):
         """A token a slot from the rows' states [rows, D], with the key of response index [n]."""
-        logits = _to_slots(grid, transformer.unembed(params, hidden))
-        logits = logits + rules.bias - knobs.presence_penalty * seen
-        return mixture.draw(logits, _uniform(state.key, index), knobs)
+        logits = transformer.unembed(params, _to_slots(grid, hidden)) + rules.bias
+        return mixture.draw(logits, _uniform(state.key, index), knobs, seen)
 
     def emit(state: State, drawn: mixture.Draw, index, now) -> State:
         """Records a drawn token at response index [n] in the slots `now` [n], and ends those that it ends."""

@@ -52,23 +52,24 @@ def truncated(logits: jax.Array, k: Knobs) -> jax.Array:
 
     Temperature 0 is all mass on the first largest logit.
     """
-    greedy = jax.nn.one_hot(jnp.argmax(logits, -1), logits.shape[-1], dtype=jnp.float32)
     probs = jax.nn.softmax(logits / jnp.where(k.temperature > 0, k.temperature, 1.0), axis=-1)
-    probs = jax.lax.cond(k.top_k > 0, lambda p: _cut(p, lambda kept: kept.sum(-1) >= k.top_k), lambda p: p, probs)
-    probs = jax.lax.cond(
-        k.top_p < 1,
-        lambda p: _cut(p, lambda kept: jnp.where(kept, p, 0).sum(-1) >= k.top_p * p.sum(-1)),
-        lambda p: p,
-        probs,
-    )
-    return jnp.where(k.temperature > 0, probs, greedy)
+    probs = _cut(probs, k.top_k > 0, lambda kept, _: kept.sum(-1) >= k.top_k)
+    probs = _cut(probs, k.top_p < 1, lambda kept, p: jnp.where(kept, p, 0).sum(-1) >= k.top_p * p.sum(-1))
+    none = jnp.full(logits.shape[:-1], -1, jnp.int32)
+    greedy = jax.lax.cond(k.temperature > 0, lambda: none, lambda: jnp.argmax(logits, -1).astype(jnp.int32))[..., None]
+    return jnp.where(greedy < 0, probs, jnp.arange(logits.shape[-1]) == greedy)
 
 
-def _cut(probs: jax.Array, enough: Callable[[jax.Array], jax.Array]) -> jax.Array:
-    """The smallest upper set that is `enough`, normalised; found without sorting."""
+def _cut(probs: jax.Array, wanted: jax.Array, enough: Callable[[jax.Array, jax.Array], jax.Array]) -> jax.Array:
+    """The smallest upper set that is `enough`, normalised, where that is wanted; found without sorting.
+
+    What a branch returns is copied, so only the threshold is found in one: a copy of [n, V] costs as much as a draw.
+    """
     bits = jax.lax.bitcast_convert_type(probs, jnp.int32)  # of non-negative floats: same order as the floats
-    probs = jnp.where(bits >= _largest(bits, enough), probs, 0)
-    return probs / probs.sum(-1, keepdims=True)
+    least = jnp.zeros((*bits.shape[:-1], 1), jnp.int32)
+    least = jax.lax.cond(wanted, lambda: _largest(bits, lambda kept: enough(kept, probs)), lambda: least)
+    kept = jnp.where(bits >= least, probs, 0)
+    return kept / jnp.where(wanted, kept.sum(-1, keepdims=True), 1)
 
 
 def _largest(bits: jax.Array, enough: Callable[[jax.Array], jax.Array]) -> jax.Array:
@@ -84,15 +85,18 @@ def _largest(bits: jax.Array, enough: Callable[[jax.Array], jax.Array]) -> jax.A
     return jax.lax.fori_loop(0, 31, halve, (low, jnp.full_like(low, _ONE_AS_BITS + 2)))[0]
 
 
-def mix(student: jax.Array, privileged: jax.Array, acceptance: jax.Array, k: Knobs) -> tuple[jax.Array, jax.Array]:
-    """(mass from accepted proposals, mass written by the privileged student), each [..., V]; q is their sum.
+def accepted_mass(student: jax.Array, acceptance: jax.Array, k: Knobs) -> jax.Array:
+    """a = S(A) [...]: how likely a proposal is kept. `acceptance` is p_T on the full softmax; both are [..., V]."""
+    return jnp.minimum(jnp.where(acceptance >= k.tau, student, 0).sum(-1), 1.0)
 
-    `student` and `privileged` are S and T, `acceptance` is p_T on the full softmax, all [..., V].
-    """
-    accepted = jnp.where(acceptance >= k.tau, student, 0)
-    a = jnp.minimum(accepted.sum(-1, keepdims=True), 1.0)
+
+def mix(
+    student: jax.Array, privileged: jax.Array, acceptance: jax.Array, a: jax.Array, k: Knobs
+) -> tuple[jax.Array, jax.Array]:
+    """(mass from accepted proposals, mass written by the privileged student); q is their sum. Token by token."""
     refused = (1 - a) ** k.proposals
-    return accepted * jnp.where(a > 0, (1 - refused) / jnp.maximum(a, 1e-30), 0), refused * privileged
+    scale = jnp.where(a > 0, (1 - refused) / jnp.maximum(a, 1e-30), 0)
+    return jnp.where(acceptance >= k.tau, student, 0) * scale, refused * privileged
 
 
 def inverse_cdf(weights: jax.Array, u: jax.Array) -> jax.Array:
@@ -131,23 +135,43 @@ class Draw:
     by_student: jax.Array  # [n] bool: an accepted proposal, else written by the privileged student
 
 
-def draw(logits: jax.Array, u: jax.Array, k: Knobs) -> Draw:
-    """Draws from logits [roles, n, V] (roles: student, or student and privileged student) with u [n, 2] in [0, 1)."""
-    if logits.shape[0] == 1:
-        probs = truncated(logits[0], k)
-        token = inverse_cdf(probs, u[:, 0])
-        logq = _log(_at(probs, token))
+def draw(logits: jax.Array, u: jax.Array, k: Knobs, seen: jax.Array | bool = False) -> Draw:
+    """Draws from logits [roles, n, V] (roles: student, or student and privileged student) with u [n, 2] in [0, 1).
+
+    `seen` [n, V] bool are the tokens that the presence penalty falls on.
+    """
+
+    def plain(logits):
+        probs = jax.nn.softmax(logits, axis=-1)
+        return _draw(probs, probs[-1], u, k)
+
+    def altered(logits):
+        logits = logits - k.presence_penalty * seen
+        return _draw(truncated(logits, k), jax.nn.softmax(logits[-1], axis=-1), u, k)
+
+    # Chosen out here, so that the branches return small arrays: a copy of [n, V] costs as much as the draw.
+    is_plain = (k.temperature == 1) & (k.top_k <= 0) & (k.top_p >= 1) & (k.presence_penalty == 0)
+    return jax.lax.cond(is_plain, plain, altered, logits)
+
+
+def _draw(probs: jax.Array, acceptance: jax.Array, u: jax.Array, k: Knobs) -> Draw:
+    """`probs` [roles, n, V] are S and T, `acceptance` [n, V] is p_T on the full softmax."""
+    if probs.shape[0] == 1:
+        token = inverse_cdf(probs[0], u[:, 0])
+        logq = _log(_at(probs[0], token))
         return Draw(token, logq, logq, logq, jnp.ones_like(token, bool))
-    student, privileged = truncated(logits, k)
-    kept, written = mix(student, privileged, jax.nn.softmax(logits[1], axis=-1), k)
+    student, privileged = probs
+    a = accepted_mass(student, acceptance, k)
+    kept, written = mix(student, privileged, acceptance, a[:, None], k)
     token = inverse_cdf(kept + written, u[:, 0])
-    from_student, from_privileged = _at(kept, token), _at(written, token)
+    at_token = [_at(x, token) for x in (student, privileged, acceptance)]
+    from_student, from_privileged = mix(*at_token, a, k)
     q = from_student + from_privileged
     return Draw(
         token=token,
         logq=_log(q),
-        log_student=_log(_at(student, token)),
-        log_privileged=_log(_at(privileged, token)),
+        log_student=_log(at_token[0]),
+        log_privileged=_log(at_token[1]),
         by_student=u[:, 1] * q < from_student,
     )
 
