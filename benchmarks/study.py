@@ -124,9 +124,10 @@ def only(budgets: dict) -> dict:
 
 
 def interval(values: list[float]) -> tuple[float, float]:
-    """Mean and half width."""
+    """Mean and half width of the values that there are."""
+    values = [v for v in values if not math.isnan(v)]
     if len(values) < 2:
-        return values[0], math.nan
+        return values[0] if values else math.nan, math.nan
     half = stats.t.ppf(0.975, len(values) - 1) * statistics.stdev(values) / math.sqrt(len(values))
     return statistics.mean(values), float(half)
 
