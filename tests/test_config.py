@@ -148,6 +148,10 @@ def test_a_resolved_configuration_reads_back(tmp_path):
     assert config_lib.load(tmp_path / "again.yaml") == got
 
 
+def test_null_takes_an_arm_away(tmp_path):
+    assert list(load(tmp_path, BASE, "arms={a: {train.objective: nll}, b: {}}", "arms.b=null").arms) == ["a"]
+
+
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda p: p.stem)
 def test_shipped_configurations_load(path):
     overlay = "\nrun_dir:" not in path.read_text()
