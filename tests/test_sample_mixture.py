@@ -76,8 +76,8 @@ def test_chi_square_against_the_literal_rule(case):
     else:
         assert table[0] == table[1]
     # What is recorded is the distribution that was drawn from.
-    roles = [jnp.asarray(x) for x in (student, privileged, softmax(logits[1]))]
-    kept, written = mixture.mix(*roles, mixture.accepted_mass(roles[0], roles[2], k), k)
+    s, t, p = (jnp.asarray(x) for x in (student, privileged, softmax(logits[1])))
+    kept, written = mixture.mix(s, t, p, mixture.accepted_mass(s, p, k), k)
     q = np.asarray(kept + written)
     np.testing.assert_allclose(q.sum(), 1, rtol=1e-5)
     np.testing.assert_allclose(np.exp(out.logq), q[out.token], rtol=1e-4)

@@ -164,14 +164,14 @@ def _draw(probs: jax.Array, acceptance: jax.Array, u: jax.Array, k: Knobs) -> Dr
     a = accepted_mass(student, acceptance, k)
     kept, written = mix(student, privileged, acceptance, a[:, None], k)
     token = inverse_cdf(kept + written, u[:, 0])
-    at_token = [_at(x, token) for x in (student, privileged, acceptance)]
-    from_student, from_privileged = mix(*at_token, a, k)
+    s, t = _at(student, token), _at(privileged, token)
+    from_student, from_privileged = mix(s, t, _at(acceptance, token), a, k)
     q = from_student + from_privileged
     return Draw(
         token=token,
         logq=_log(q),
-        log_student=_log(at_token[0]),
-        log_privileged=_log(at_token[1]),
+        log_student=_log(s),
+        log_privileged=_log(t),
         by_student=u[:, 1] * q < from_student,
     )
 
