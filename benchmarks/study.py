@@ -181,7 +181,7 @@ def plot(measured: dict[str, dict[str, list[float]]], docs: Path) -> None:
     }
     shown = {"hard@1": "hard pass@1", "known@1": "known pass@1", "shortcuts": "shortcut steps"}
     with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(10.8, 3.3), layout="constrained")
+        figure = Figure(figsize=(10.8, 3.6), layout="constrained")
         for ax, (title, curves) in zip(figure.subplots(1, len(panels)), panels.items(), strict=True):
             for dash, (method, arms) in zip(("-", "--"), curves.items(), strict=False):
                 for colour, (column, label) in zip(COLOURS, shown.items(), strict=False):
@@ -195,7 +195,7 @@ def plot(measured: dict[str, dict[str, list[float]]], docs: Path) -> None:
                 ax.set_xticks((25, 50, 100, 200, 400, 800), ("25", "50", "100", "200", "400", "800"))
             ax.set(xlabel=title, ylim=(-0.02, 1.02))
         ax = figure.axes[1]
-        figure.legend(*ax.get_legend_handles_labels(), loc="outside upper center", ncols=6)
+        figure.legend(*ax.get_legend_handles_labels(), loc="outside upper center", ncols=3)
         for suffix, metadata in ((".png", {"Software": None}), (".svg", {"Date": None})):
             figure.savefig(docs / f"study{suffix}", dpi=150, metadata=metadata)
 
