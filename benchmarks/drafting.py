@@ -20,7 +20,7 @@ def main() -> None:
 
 
 def micro_world(runs: int, draft: int) -> list[dict]:
-    """Mixed rollouts of 96 training problems: plain, always drafting, and adaptive."""
+    """Mixed rollouts of 96 training problems, 4 samples each: plain, always drafting, and adaptive."""
     import jax
 
     from dail_jax import config as config_lib
@@ -32,13 +32,13 @@ def micro_world(runs: int, draft: int) -> list[dict]:
     assert config.data is not None
     session = open_session(config)
     built = {r.problem_id: session.prompts.build(r) for r in read_rows(config.data)}
-    ask = [Request(n, (tuple(p.student), tuple(p.privileged)), (0,), 136) for n, p in built.items()]
+    ask = [Request(n, (tuple(p.student), tuple(p.privileged)), (0, 1, 2, 3), 136) for n, p in built.items()]
     made = functools.partial(session.sampler, config.generate.sampling, slots=32, max_tokens=136, tau=0.8, roles=2)
     out = []
     with jax.set_mesh(session.mesh):
         plain, always, adaptive = made(), made(draft=draft), made(draft=draft)
         always.adaptive = False
-        texts = [{s.name: s.tokens.tolist() for s in x.run(ask)} for x in (plain, always, adaptive)]
+        texts = [{(s.name, s.sample): s.tokens.tolist() for s in x.run(ask)} for x in (plain, always, adaptive)]
         assert texts[0] == texts[1] == texts[2], "drafting changed a token"
         work = float(sum(map(len, texts[0].values())))
         for name, sampler in (("always", always), ("adaptive", adaptive)):
@@ -70,24 +70,28 @@ def real_text(path: str, tokenizer_folder: str, draft: int) -> list[dict]:
     tokens = guesses = right = run_length = 0
     for line in Path(path).read_text(encoding="utf-8").splitlines():
         found = json.loads(line)
-        prompt, text = tokenizer.encode(found["problem"]), tokenizer.encode(found["solution"])
-        ids, last = [*prompt], {}
-        for i in range(1, len(ids)):
-            last[ids[i - 1], ids[i]] = i
+        ids, text = tokenizer.encode(found["problem"]), tokenizer.encode(found["solution"])
+        latest: dict[tuple[int, ...], int] = {}  # where the text goes on after its last two or three tokens
+
+        def grow(new: list[int], ids=ids, latest=latest) -> None:
+            for token in new:  # the place after the newest token is not known yet, so an n-gram enters one step late
+                for n in (2, 3):
+                    latest[tuple(ids[-n:])] = len(ids)
+                ids.append(token)
+
+        start, ids[:] = list(ids), []
+        grow(start)
         i = 0
         while i < len(text):
-            key = (ids[-1], ids[-2]) if len(ids) > 1 else None
-            place = last.get((ids[-2], ids[-1])) if key else None
-            guess = ids[place + 1 : place + 1 + draft] if place is not None else []
+            place = latest.get(tuple(ids[-3:]), latest.get(tuple(ids[-2:])))
+            guess = ids[place : place + draft] if place is not None else []
             kept = 0
             for g in guess:
                 if i + kept >= len(text) or text[i + kept] != g:
                     break
                 kept += 1
             guesses, right, run_length = guesses + bool(guess), right + (kept > 0), run_length + kept
-            for t in text[i : i + kept + 1]:  # what was drafted rightly, and the token that the model draws itself
-                ids.append(t)
-                last[ids[-2], ids[-1]] = len(ids) - 1
+            grow(text[i : i + kept + 1])  # what was drafted rightly, and the token that the model draws itself
             tokens += min(kept + 1, len(text) - i)
             i += kept + 1
     steps = tokens - run_length

@@ -164,20 +164,31 @@ def test_drafting_changes_no_token(params, one_device, kind):
         assert drafted.usage.occupancy > 1.2 * plain.usage.occupancy
 
 
-def test_drafting_is_given_up_where_it_is_slower():
-    pace = engine.Pace(4)
-    ways = []
-    for _ in range(200):
+def paced(compiling: float, drafted: float, tokens: float, chunks: int) -> tuple[engine.Pace, float]:
+    """A pace after `chunks` chunks of 1 s and 1 token, or with drafts `drafted` s and `tokens` tokens; the seconds."""
+    pace, seconds, seen = engine.Pace(4), 0.0, set()
+    for _ in range(chunks):
         way = pace.choose()
-        ways.append(way)
-        pace.note(way, 10, 2.0 if way else 1.0)
-    assert ways[:4] == [0, 0, 4, 4] and sum(w > 0 for w in ways) <= 8
-    pace = engine.Pace(4)
-    for _ in range(200):
-        way = pace.choose()
-        pace.note(way, 30 if way else 10, 1.5)
-    assert pace.chunks[4] > 180
+        took = (drafted if way else 1.0) + (0.0 if way in seen else compiling)
+        seen.add(way)
+        pace.note(way, tokens if way else 1.0, took)
+        seconds += took
+    return pace, seconds
+
+
+def test_drafting_costs_little_where_it_is_slower():
+    for chunks in (10, 100, 1000, 5000):
+        pace, seconds = paced(compiling=20, drafted=2.5, tokens=1.2, chunks=chunks)
+        assert seconds < 1.05 * (20 + chunks)
+        assert pace.best == 0 and (pace.calls[4] > 0) == (chunks >= 1000)
     assert engine.Pace(0).choose() == 0
+
+
+def test_drafting_is_chosen_where_it_is_faster():
+    pace, seconds = paced(compiling=20, drafted=1.5, tokens=3, chunks=3000)
+    assert pace.best == 4 and pace.calls[4] > 2000
+    tokens = pace.calls[0] + 3 * pace.calls[4]
+    assert seconds < 0.65 * tokens
 
 
 def test_one_role_draws_from_its_own_softmax(params, one_device):

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from dail_jax.errors import UserError
-from dail_jax.mesh import axis_size
+from dail_jax.mesh import any_process, axis_size
 from dail_jax.model.families import ModelConfig
 from dail_jax.model.lora import Lora
 from dail_jax.model.weights import Params, unstack
@@ -28,32 +28,34 @@ CHUNK = 4
 
 
 class Pace:
-    """Whether to draft: the faster of both ways, measured; the slower is tried again ever more rarely."""
+    """Whether to draft: whichever way takes fewer seconds a token, as measured while sampling.
+
+    Finding out may cost at most `SHARE` of the time so far, compilation of the second program included: short runs
+    never draft, long ones compare again now and then.
+    """
+
+    SHARE = 0.02
 
     def __init__(self, draft: int):
-        self.draft, self.seconds, self.chunks = draft, {0: 0.0, draft: 0.0}, {0: 0, draft: 0}
-        self.wait = self.interval = 8
+        self.draft, self.best = draft, 0
+        self.calls, self.cost = {0: 0, draft: 0}, {0: 0.0, draft: float("inf")}  # seconds a token of one slot
+        self.spent = self.lost = 0.0  # seconds: all, and those that trials took or are foreseen to take
 
     def choose(self) -> int:
-        if not self.draft:
-            return 0
-        for way in (0, self.draft):  # the first call compiles, the second is measured
-            if self.chunks[way] < 2:
-                return way
-        best = min(self.seconds, key=lambda way: self.seconds[way])
-        self.wait -= 1
-        if self.wait > 0:
-            return best
-        self.interval *= 2
-        self.wait = self.interval
-        return self.draft - best
+        return self.draft - self.best if self.lost <= self.SHARE * self.spent and self.spent else self.best
 
-    def note(self, way: int, tokens: int, seconds: float) -> None:
-        """Learns that a chunk took `seconds` for `tokens`."""
-        self.chunks[way] += 1
-        if self.chunks[way] > 1 and tokens:
-            old, new = self.seconds[way], seconds / tokens
-            self.seconds[way] = new if self.chunks[way] == 2 else 0.7 * old + 0.3 * new
+    def note(self, way: int, tokens: float, seconds: float) -> None:
+        """Learns that a chunk took `seconds` for `tokens` in each slot that was live."""
+        self.spent += seconds
+        self.calls[way] += 1
+        if self.calls[way] == 1:  # it compiled, as the other way will have to: that is paid for in advance
+            self.lost = seconds
+            return
+        self.lost += seconds * (way != self.best)
+        if tokens:
+            new = seconds / tokens
+            self.cost[way] = new if self.calls[way] == 2 else 0.7 * self.cost[way] + 0.3 * new
+        self.best = min(self.cost, key=lambda way: self.cost[way])
 
 
 @dataclass(frozen=True)
@@ -139,6 +141,7 @@ class Sampler:
     draft: int = 0  # tokens to draft at most, where that is faster
     adaptive: bool = True  # False: always draft
     usage: Usage = field(default_factory=Usage)
+    paces: dict[decode.Grid, Pace] = field(default_factory=dict)
 
     def __post_init__(self):
         self.params = unstack(self.params)
@@ -179,17 +182,17 @@ class Sampler:
         entries: list[list[_Entry | None]] = [[None] * grid.entries for _ in range(grid.blocks)]
         running: list[tuple[_Entry, int] | None] = [None] * n  # what each slot is drawing
         counted = np.zeros(n, int)
-        pace = Pace(self.draft)
+        pace = self.paces.setdefault(grid, Pace(self.draft))
         while True:
             state = self._refill(grid, state, queue, entries, running, counted)
             if not any(running):
                 return
-            way, started = pace.choose() if self.adaptive else self.draft, time.perf_counter()
+            way, started = self._way(pace), time.perf_counter()
             state = decode.decode(grid, self.cfg, way, self.params, self.lora, state, self.rules, self.knobs)
             live, length, status = (np.asarray(x) for x in jax.device_get((state.live, state.length, state.status)))
             busy = np.array([r is not None for r in running])
             fresh = int((length - counted)[busy].sum())
-            pace.note(way, fresh, time.perf_counter() - started)
+            pace.note(way, fresh / busy.sum(), time.perf_counter() - started)
             self.usage.live += fresh
             self.usage.chunks += 1
             self.usage.drafted_chunks += way > 0
@@ -203,6 +206,12 @@ class Sampler:
                 finish = "stop" if status[slot] == decode.STOPPED else "length"
                 fields = (np.asarray(x)[: length[slot]] for x in jax.device_get(decode.read(state, slot)))
                 yield Sample(entry.request.name, sample, *fields, finish=finish)  # pyright: ignore[reportCallIssue]
+
+    def _way(self, pace: Pace) -> int:
+        """How many tokens to draft next: the same in every process, for all run one program."""
+        if not self.draft or not self.adaptive:
+            return self.draft
+        return self.draft if any_process(pace.choose() > 0) else 0
 
     def _refill(self, grid, state, queue, entries, running, counted) -> decode.State:
         """Loads prompts into free entries and starts waiting samples in free slots."""
