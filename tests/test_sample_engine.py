@@ -185,8 +185,8 @@ def test_drafting_costs_little_where_it_is_slower():
 
 
 def test_drafting_is_chosen_where_it_is_faster():
-    pace, seconds = paced(compiling=20, drafted=1.5, tokens=3, chunks=3000)
-    assert pace.best == 4 and pace.calls[4] > 2000
+    pace, seconds = paced(compiling=20, drafted=1.5, tokens=3, chunks=10_000)
+    assert pace.best == 4 and pace.calls[4] > 8000
     tokens = pace.calls[0] + 3 * pace.calls[4]
     assert seconds < 0.65 * tokens
 
