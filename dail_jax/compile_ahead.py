@@ -175,7 +175,7 @@ def train_programs(config: config_lib.Config, model: ModelConfig, mesh: Mesh) ->
 
     out = [Program("loss", "loss", loss), Program(f"train step, {shape}", "train", step, useful, count)]
     if cached:
-        states = jax.jit(step_lib.response_states, static_argnums=(0, 5), out_shardings=mesh_lib.sharding(mesh, "b"))
+        states = step_lib.make_states(mesh)
         tokens = mesh_array(mesh, "bt", (rows, prompt + response), jnp.int32)
         args = (recipe, params, None, tokens, tokens, response)
         out.insert(0, Program("references", "train", lambda: lower(mesh, states, *args)))
@@ -361,8 +361,8 @@ def measure(program: Program, config: config_lib.Config, mesh: Mesh, known: Chip
     verdict = {None: "compiles", True: "fits"}.get(fits) or (
         "does not fit: " + first_change(program.kind, config, mesh, arguments, temporaries))  # fmt: skip
 
-    text = compiled.as_text() or ""
-    moved = compiled_lib.hbm_bytes(text) / max(program.tokens, 1)
+    text = compiled_lib.text(compiled)
+    moved = None if text is None else compiled_lib.hbm_bytes(text) / max(program.tokens, 1)
     cost = count(compiled) if program.kind == "sampler" else None
     if program.count is not None and not quick:
         cost = program.count()
@@ -370,9 +370,9 @@ def measure(program: Program, config: config_lib.Config, mesh: Mesh, known: Chip
     if cost is not None and mesh.devices.flat[0].platform == "tpu" and known is not None:
         estimate = cost.seconds + cost.kernels / (known.peak * 1e12 * KERNEL_EFFICIENCY)
         utilisation = program.useful / (estimate * known.peak * 1e12) if program.useful else None
-    if program.state is not None:
+    if program.state is not None and text is not None:
         copies = copies_of(text, [*program.state.cache.k, *program.state.cache.prompt_k])
-    if program.tokens:
+    if program.tokens and moved is not None:
         ratio = moved / (memory.argument_size_in_bytes - program.unread)
     flops = cost and cost.flops + cost.kernels
     aliased = memory.alias_size_in_bytes / 1e9

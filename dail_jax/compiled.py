@@ -45,6 +45,14 @@ def count(compiled: jax.stages.Compiled) -> Count:
     return Count(cost.get("flops", 0.0), seconds - min(math.floor(seconds), 0))
 
 
+def text(compiled: jax.stages.Compiled) -> str | None:
+    """The program's text; None where libtpu cannot print what it compiled (0.0.51 for some programs of a v5p)."""
+    try:
+        return compiled.as_text() or None
+    except jax.errors.JaxRuntimeError:
+        return None
+
+
 def copies_of(text: str, arrays: list[jax.Array]) -> int:
     """How many operations of a program copy an array as large as one of these, a device's part of them."""
     shapes = {",".join(map(str, x.sharding.shard_shape(x.shape))) for x in arrays}

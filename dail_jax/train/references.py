@@ -77,7 +77,7 @@ def compute(
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
     shape = (int(references.offsets[-1]), recipe.model.D)
-    states = jax.jit(step_lib.response_states, static_argnums=(0, 5), out_shardings=mesh_lib.sharding(mesh, "b"))
+    states = step_lib.make_states(mesh)
     order = np.argsort([len(e.response) for e in examples], kind="stable")
     where = mesh_lib.sharding(mesh, "b")
     local = mesh_lib.local_rows(mesh, rows)

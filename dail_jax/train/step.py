@@ -60,6 +60,12 @@ def response_states(
     return hidden[:, start : start + length]
 
 
+def make_states(mesh: jax.sharding.Mesh):
+    """`response_states` jitted, rows laid out over the mesh."""
+    return jax.jit(response_states, static_argnums=(0, 5), out_shardings=mesh_lib.sharding(mesh, "b"),
+                   compiler_options=mesh_lib.compiler_options(mesh))  # fmt: skip
+
+
 def init(key: jax.Array, model: ModelConfig, cfg: config_lib.Train, tx: optax.GradientTransformation, mesh) -> State:
     """A fresh state, laid out over the mesh."""
 
