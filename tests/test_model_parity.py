@@ -83,7 +83,7 @@ def test_full_forward(pair):
 
 
 def test_prefill_and_decode_equal_the_full_forward(pair):
-    """Two prompts share a buffer; four rows decode them, one token and then three tokens at a time."""
+    """Two prompts share a buffer; four rows decode them, by one token and by three, of which one is not kept."""
     model, params, cfg = pair
     params = weights.unstack(params)
     tokens, positions = batch()
@@ -94,7 +94,7 @@ def test_prefill_and_decode_equal_the_full_forward(pair):
     pad = np.concatenate([np.zeros((2, 2), np.int32), both[:, :prompt]], 1)
     pad_positions = np.concatenate([np.full((2, 2), -1, np.int32), np.tile(positions[:, :prompt], (2, 1))], 1)
     hidden, ks, vs = transformer.prefill(params, pad, pad_positions, cfg)
-    cache = transformer.empty_cache(cfg, rows=4, slots=12, blocks=1, prompt_slots=2 * 11, dtype=jnp.float32)
+    cache = transformer.empty_cache(cfg, rows=4, slots=18, blocks=1, prompt_slots=2 * 11, dtype=jnp.float32)
     flat = lambda x: x.swapaxes(0, 1).reshape(1, cfg.K, 22, cfg.H)  # noqa: E731
     owner = np.where(pad_positions >= 0, np.arange(2)[:, None], -1).reshape(1, 22)
     rows = np.array([0, 1, 1, 0], np.int32)
@@ -103,14 +103,27 @@ def test_prefill_and_decode_equal_the_full_forward(pair):
     theirs = expected(model, both, np.tile(positions, (2, 1)))
     ours = transformer.unembed(params, hidden)[:, -1]
     assert np.abs(ours - theirs[:, prompt - 1]).max() / np.abs(theirs).max() < 1e-4
-    step = jax.jit(lambda t, p, c, s: transformer.forward(params, t, p, cfg, cache=c, slots=s))
-    at = prompt
-    for width in (1, 1, 1, 1, 3, 3):
+    step = jax.jit(lambda t, p, c, r, s: transformer.forward(params, t, p, cfg, cache=c, recent=r, slot=s))
+    settle = jax.jit(transformer.settle, static_argnums=2)
+
+    def check(at, width, cache, recent, slot):
         chunk, where = both[rows, at : at + width], np.tile(positions[0, at : at + width], (4, 1))
-        hidden, cache = step(chunk, where, cache, np.full(4, at - prompt, np.int32))
+        hidden, recent = step(chunk, where, cache, recent, slot)
         out = transformer.unembed(params, hidden)
         assert np.abs(out - theirs[rows, at : at + width]).max() / np.abs(theirs).max() < 1e-4
-        at += width
+        return recent
+
+    recent = transformer.empty_recent(cache, 6)
+    for slot in range(4):
+        recent = check(prompt + slot, 1, cache, recent, slot)
+    cache, recent, at = settle(cache, recent, False), transformer.empty_recent(cache, 6), prompt + 4
+    recent = check(at, 3, cache, recent, 0)
+    recent = recent.replace(held=recent.held.at[:, 2].set(-1))
+    recent = check(at + 2, 3, cache, recent, 3)
+    cache, recent, at = settle(cache, recent, True), transformer.empty_recent(cache, 6), at + 5
+    assert cache.count.tolist() == [9] * 4
+    check(at, 1, cache, recent, 0)
+    at += 1
     assert at == last
 
 

@@ -26,7 +26,7 @@ def attend(q: jax.Array, k: jax.Array, v: jax.Array, positions: jax.Array) -> ja
     if target == "gpu" and q.dtype in (jnp.bfloat16, jnp.float16):
         mask = visible(positions, positions)[:, None]
         return jax.nn.dot_product_attention(q, k, v, mask=mask, implementation="cudnn")
-    return _merge(q, [(_by_row(k), _by_row(v), visible(positions, positions), 1)])
+    return attend_cached(q, [(_by_row(k), _by_row(v), visible(positions, positions), 1)])
 
 
 def splash(q: jax.Array, k: jax.Array, v: jax.Array, positions: jax.Array, interpret: bool = False) -> jax.Array:
@@ -62,43 +62,13 @@ def splash(q: jax.Array, k: jax.Array, v: jax.Array, positions: jax.Array, inter
                          check_vma=False)(q, k, v, segments)  # fmt: skip
 
 
-def attend_cached(
-    q: jax.Array,
-    positions: jax.Array,
-    own: tuple[jax.Array, jax.Array, jax.Array],
-    shared: tuple[jax.Array, jax.Array, jax.Array] | None = None,
-    entries: int = 1,
-) -> jax.Array:
-    """Attention of new tokens to their row's cache and to a prompt cache that rows share.
+def attend_cached(q: jax.Array, parts: list[tuple[jax.Array, jax.Array, jax.Array, int]]) -> jax.Array:
+    """Attention of q [B,T,N,H] to the union of several sets: keys, values [P,K,S,H], mask [B,T,S], entries E.
 
-    q [B,T,N,H] at positions [B,T]. own = keys, values [B,K,S,H] and the positions [B,S] that they hold.
-    shared = keys, values [P,K,C,H] and mask [B,C]; rows are in P consecutive blocks of B/P, one a prompt.
-    The shared keys are read once a block: this is what makes n samples of one problem cheap. The C slots are
-    `entries` prompts side by side, and a row sees one of them: it gets the same bits wherever its prompt stands.
-    """
-    k, v, held = own
-    parts = [(k, v, visible(positions, held), 1)]
-    if shared is not None:
-        k, v, mask = shared
-        mask = jnp.broadcast_to(mask[:, None], (*q.shape[:2], mask.shape[-1])) & (positions >= 0)[..., None]
-        parts.append((k, v, mask, entries))
-    return _merge(q, parts)
-
-
-def visible(query: jax.Array, key: jax.Array) -> jax.Array:
-    """mask [B,T,S] from positions [B,T] and [B,S]."""
-    return (key[:, None, :] <= query[:, :, None]) & (key >= 0)[:, None, :]
-
-
-def _by_row(x: jax.Array) -> jax.Array:
-    return x.swapaxes(1, 2)
-
-
-def _merge(q: jax.Array, parts: list[tuple[jax.Array, jax.Array, jax.Array, int]]) -> jax.Array:
-    """Softmax attention over the union of several key sets [P,K,S,H] with masks [B,T,S]; P divides B.
-
-    A set is E entries of S/E keys: sums run over each entry alone and only then over the entries, one by one, since
-    a sum over all S in one go would round by where in S the visible keys lie.
+    Rows are in P consecutive blocks of B/P, which share a set's keys; these are read once a block, and this is what
+    makes n samples of one problem cheap. A set is E entries of S/E keys side by side, of which a row sees one. Sums
+    run over each entry alone and only then over the entries, one by one: so a row gets the same bits wherever its
+    entry stands, while a sum over all S in one go would round by where in S the visible keys lie.
     """
     b, t, n, h = q.shape
     heads = parts[0][0].shape[1]
@@ -128,6 +98,15 @@ def _merge(q: jax.Array, parts: list[tuple[jax.Array, jax.Array, jax.Array, int]
         out = out + by_row(_one_by_one(jnp.moveaxis(y, 2, -2)))
     out = out / jnp.maximum(total, 1e-30)
     return out.reshape(b, heads, t, -1, h).swapaxes(1, 2).reshape(b, t, n, h).astype(q.dtype)
+
+
+def visible(query: jax.Array, key: jax.Array) -> jax.Array:
+    """mask [B,T,S] from positions [B,T] and [B,S]."""
+    return (key[:, None, :] <= query[:, :, None]) & (key >= 0)[:, None, :]
+
+
+def _by_row(x: jax.Array) -> jax.Array:
+    return x.swapaxes(1, 2)
 
 
 def _apart(x: jax.Array, entries: int) -> jax.Array:

@@ -12,7 +12,9 @@ from dataclasses import replace
 import jax
 import jax.numpy as jnp
 from flax import struct
+from jax.sharding import PartitionSpec
 
+from dail_jax import mesh as mesh_lib
 from dail_jax.mesh import constrain
 from dail_jax.model import attention
 from dail_jax.model.families import ModelConfig
@@ -28,8 +30,8 @@ class Cache:
     several prompts (`entries`) side by side: `prompt_owner` names each slot's prompt and `row_prompt` each row's.
 
     Attributes:
-      k, v: L arrays [B, K, S, H], the rows' own tokens; RoPE is applied to keys already.
-      held: [B, S] int32, the position that each slot holds, -1 if empty.
+      k, v: L arrays [B, K, S, H], the rows' own tokens from slot 0 on; RoPE is applied to keys already.
+      count: [B] int32, how many own tokens each row has.
       prompt_k, prompt_v: L arrays [P, K, C, H].
       prompt_owner: [P, C] int32, -1 on padding.
       row_prompt: [B] int32.
@@ -37,7 +39,7 @@ class Cache:
 
     k: tuple[jax.Array, ...]
     v: tuple[jax.Array, ...]
-    held: jax.Array
+    count: jax.Array
     prompt_k: tuple[jax.Array, ...]
     prompt_v: tuple[jax.Array, ...]
     prompt_owner: jax.Array
@@ -50,21 +52,70 @@ class Cache:
         return (self.prompt_owner[:, None, :] == blocks).reshape(self.row_prompt.shape[0], -1)
 
 
+@struct.dataclass
+class Recent:
+    """The newest tokens of B rows, which `settle` moves to the cache.
+
+    Here all rows write at one slot, and the cache is only read: a write at each row's own place is a loop over rows
+    on a TPU, too slow for every token.
+
+    Attributes:
+      k, v: L arrays [B, K, W, H].
+      held: [B, W] int32, the position that each slot holds, -1 if none.
+    """
+
+    k: tuple[jax.Array, ...]
+    v: tuple[jax.Array, ...]
+    held: jax.Array
+
+
 def empty_cache(
     cfg: ModelConfig, rows: int, slots: int, blocks: int, prompt_slots: int, dtype, entries: int = 1
 ) -> Cache:
-    """A cache that holds nothing."""
+    """A cache that holds nothing. `slots`: a row's own tokens, and room for one `Recent` behind the last."""
     own, prompt = (rows, cfg.K, slots, cfg.H), (blocks, cfg.K, prompt_slots, cfg.H)
     return Cache(
         k=tuple(jnp.zeros(own, dtype) for _ in range(cfg.L)),
         v=tuple(jnp.zeros(own, dtype) for _ in range(cfg.L)),
-        held=jnp.full((rows, slots), -1, jnp.int32),
+        count=jnp.zeros(rows, jnp.int32),
         prompt_k=tuple(jnp.zeros(prompt, dtype) for _ in range(cfg.L)),
         prompt_v=tuple(jnp.zeros(prompt, dtype) for _ in range(cfg.L)),
         prompt_owner=jnp.full((blocks, prompt_slots), -1, jnp.int32),
         row_prompt=jnp.zeros(rows, jnp.int32),
         entries=entries,
     )
+
+
+def empty_recent(cache: Cache, slots: int) -> Recent:
+    """Room for `slots` tokens of every row of a cache."""
+    rows, heads, _, h = cache.k[0].shape
+    make = lambda: tuple(constrain(jnp.zeros((rows, heads, slots, h), x.dtype), "bk__") for x in cache.k)  # noqa: E731
+    return Recent(make(), make(), jnp.full((rows, slots), -1, jnp.int32))
+
+
+def settle(cache: Cache, recent: Recent, gaps: bool) -> Cache:
+    """The cache with each row's recent tokens behind its own; `gaps`: they may stand apart (`held` is -1 between).
+
+    A loop over each device's rows, by hand: of a batched update XLA makes a scatter, and of the caches copies.
+    """
+    kept = recent.held >= 0
+    order = jnp.argsort(~kept, axis=1, stable=True)[:, None, :, None]
+
+    def local(own, new, count):
+        def move(row, own):
+            part = [jax.lax.dynamic_slice_in_dim(x, row, 1) for x in new]
+            return [jax.lax.dynamic_update_slice(x, y, (row, 0, count[row], 0)) for x, y in zip(own, part, strict=True)]
+
+        return jax.lax.fori_loop(0, count.shape[0], move, own)
+
+    mesh = jax.sharding.get_abstract_mesh()
+    if not mesh.empty:
+        arrays, counts = PartitionSpec(*mesh_lib.spec("bk__")), PartitionSpec(*mesh_lib.spec("b"))
+        local = jax.shard_map(local, in_specs=(arrays, arrays, counts), out_specs=arrays, check_vma=False)
+    new = [jnp.take_along_axis(x, order, axis=2) if gaps else x for x in (*recent.k, *recent.v)]
+    own = local([*cache.k, *cache.v], new, cache.count)
+    half = len(cache.k)
+    return replace(cache, k=tuple(own[:half]), v=tuple(own[half:]), count=cache.count + kept.sum(1, dtype=jnp.int32))
 
 
 def forward(
@@ -75,12 +126,13 @@ def forward(
     *,
     lora: Lora | None = None,
     cache: Cache | None = None,
-    slots: jax.Array | None = None,
+    recent: Recent | None = None,
+    slot: jax.Array | int = 0,
     remat: str = "none",
-) -> tuple[jax.Array, Cache | None]:
+) -> tuple[jax.Array, Recent | None]:
     """Final hidden states [B,T,D] (after the last norm) of tokens [B,T] at positions [B,T].
 
-    With a cache, each row's T tokens are stored from its slot `slots` [B] on, and it sees them, its earlier
+    With a cache, the T tokens are stored in `recent` from slot `slot` on, and each row sees them, its earlier
     tokens and its prompt. Without one, rows see themselves, and layers are scanned if they are stacked.
     `remat`: what the backward pass recomputes, by name: none, full, dots (all but matrix products).
     """
@@ -89,23 +141,25 @@ def forward(
     layers = params["layers"]
 
     if cache is not None:
-        assert slots is not None
-        held = jax.vmap(lambda row, new, at: jax.lax.dynamic_update_slice(row, new, (at,)))(
-            cache.held, positions, slots
-        )
-        whole = replace(cache, held=held)
-        mask = whole.prompt_mask()
-        ks, vs = list(whole.k), list(whole.v)
+        assert recent is not None
+        ks, vs = list(recent.k), list(recent.v)
+        held = jax.lax.dynamic_update_slice(recent.held, positions, (0, slot))
+        live = (positions >= 0)[..., None]
+        own = live & (jnp.arange(cache.k[0].shape[2]) < cache.count[:, None])[:, None]
+        new, prompt = attention.visible(positions, held), live & cache.prompt_mask()[:, None]
         for i in range(cfg.L):
             weights = layers[i] if isinstance(layers, list) else {k: w[i] for k, w in layers.items()}
 
             def attend(q, k, v, i=i):
-                ks[i], vs[i] = _store(ks[i], k, slots), _store(vs[i], v, slots)
-                return attention.attend_cached(q, positions, (ks[i], vs[i], held),
-                                               (whole.prompt_k[i], whole.prompt_v[i], mask), whole.entries)  # fmt: skip
+                ks[i], vs[i] = _store(ks[i], k, slot), _store(vs[i], v, slot)
+                return attention.attend_cached(q, [
+                    (cache.k[i], cache.v[i], own, 1),
+                    (ks[i], vs[i], new, 1),
+                    (cache.prompt_k[i], cache.prompt_v[i], prompt, cache.entries),
+                ])  # fmt: skip
 
             x = _block(x, weights, lora and (lora.layer(i), lora.scale), angles, cfg, attend)
-        return _norm(x, params["norm"], cfg), replace(whole, k=tuple(ks), v=tuple(vs))
+        return _norm(x, params["norm"], cfg), Recent(tuple(ks), tuple(vs), held)
 
     def attend_rows(q, k, v):
         return attention.attend(q, k, v, positions)
@@ -229,10 +283,9 @@ def _rotate(x: jax.Array, angles: tuple[jax.Array, jax.Array]) -> jax.Array:
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
 
 
-def _store(cache: jax.Array, new: jax.Array, slots: jax.Array) -> jax.Array:
-    """Writes new [B,T,K,H] into cache [B,K,S,H] from each row's slot on."""
-    write = jax.vmap(lambda row, x, at: jax.lax.dynamic_update_slice(row, x, (0, at, 0)))
-    return write(cache, new.swapaxes(1, 2).astype(cache.dtype), slots)
+def _store(recent: jax.Array, new: jax.Array, slot: jax.Array | int) -> jax.Array:
+    """Writes new [B,T,K,H] into recent [B,K,W,H] from a slot on."""
+    return jax.lax.dynamic_update_slice(recent, new.swapaxes(1, 2).astype(recent.dtype), (0, 0, slot, 0))
 
 
 def _remat(step, policy: str, prevent_cse: bool = False):

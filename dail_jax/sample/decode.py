@@ -29,6 +29,7 @@ from dail_jax.model.weights import Params
 from dail_jax.sample import mixture
 
 RUNNING, STOPPED, CUT = 0, 1, 2
+TILE = 16  # a TPU lays arrays whose slots are no multiple of this out in another order, and copies them at each call
 
 
 @dataclass(frozen=True)
@@ -100,10 +101,9 @@ class State:
 def empty(grid: Grid, cfg: ModelConfig, dtype) -> State:
     """A state in which no slot is live."""
     n, rows = grid.slots, grid.slots * grid.roles
-    cache = transformer.empty_cache(
-        cfg, rows, grid.max_tokens + grid.draft, grid.blocks * grid.roles, grid.entries * grid.prompt_slots, dtype,
-        grid.entries,
-    )  # fmt: skip
+    own = -(-(grid.max_tokens + grid.chunk * (1 + grid.draft)) // TILE) * TILE
+    shared = grid.entries * grid.prompt_slots
+    cache = transformer.empty_cache(cfg, rows, own, grid.blocks * grid.roles, shared, dtype, grid.entries)
     return _lay_out(
         State(
             cache=cache,
@@ -190,7 +190,7 @@ def admit(
     fresh = rows(jnp.broadcast_to(chosen, (grid.roles, grid.slots)))
     cache = replace(
         state.cache,
-        held=jnp.where(fresh[:, None], -1, state.cache.held),
+        count=jnp.where(fresh, 0, state.cache.count),
         row_prompt=jnp.where(fresh, rows(jnp.broadcast_to(entry, (grid.roles, grid.slots))), state.cache.row_prompt),
     )
     return _lay_out(
@@ -216,13 +216,19 @@ def decode(
 ) -> State:  # fmt: skip
     """`chunk` steps of every live slot: a token each, and with `draft` > 0 (at most the grid's) up to 1 + draft."""
 
-    def step(state: State, _):
-        return _step(grid, cfg, draft, params, lora, state, rules, knobs), None
+    def step(carry, slot):
+        state, recent = carry
+        return _step(grid, cfg, draft, params, lora, state, recent, slot, rules, knobs), None
 
-    return _lay_out(jax.lax.scan(step, state, None, length=grid.chunk)[0])
+    slots = jnp.arange(grid.chunk) * (1 + draft)
+    recent = transformer.empty_recent(state.cache, grid.chunk * (1 + draft))
+    (state, recent), _ = jax.lax.scan(step, (state, recent), slots)
+    return _lay_out(replace(state, cache=transformer.settle(state.cache, recent, gaps=draft > 0)))
 
 
-def _step(grid, cfg, draft, params, lora, state: State, rules: Rules, knobs: mixture.Knobs) -> State:
+def _step(
+    grid, cfg, draft, params, lora, state: State, recent: transformer.Recent, at, rules: Rules, knobs: mixture.Knobs
+) -> tuple[State, transformer.Recent]:
     n, slot = grid.slots, jnp.arange(grid.slots)
     rows = lambda x: _to_rows(grid, jnp.broadcast_to(x, (grid.roles, *x.shape)))  # noqa: E731
 
@@ -258,8 +264,10 @@ def _step(grid, cfg, draft, params, lora, state: State, rules: Rules, knobs: mix
     index = rows(jnp.minimum(start, grid.max_tokens - 1))
     position = (state.start + index)[:, None] + jnp.arange(1 + draft)
     position = jnp.where(rows(state.live)[:, None], position, -1)
-    hidden, cache = transformer.forward(params, rows(fed), position, cfg, lora=lora, cache=state.cache, slots=index)
-    assert cache is not None
+    hidden, grown = transformer.forward(params, rows(fed), position, cfg, lora=lora, cache=state.cache,
+                                        recent=recent, slot=at)  # fmt: skip
+    assert grown is not None
+    recent = grown
 
     kept, last = state.live, jnp.zeros(n, jnp.int32)
     for i in range(draft):
@@ -267,13 +275,12 @@ def _step(grid, cfg, draft, params, lora, state: State, rules: Rules, knobs: mix
         kept = kept & state.live & (drawn.token == drafts[:, i])
         state = emit(state, drawn, start + 1 + i, kept)
         last = jnp.where(kept, i + 1, last)
-    if draft:  # what was not kept is not seen by later tokens, which will overwrite it
-        held = cache.held
-        cache = replace(cache, held=jnp.where(jnp.arange(held.shape[1]) < rows(state.length)[:, None], held, -1))
+    if draft:  # what was not kept is not seen by later tokens
+        behind = recent.held >= (state.start + rows(state.length))[:, None]
+        recent = replace(recent, held=jnp.where(behind, -1, recent.held))
     hidden = jnp.take_along_axis(hidden, rows(last)[:, None, None], axis=1)[:, 0]
-    return _lay_out(
-        replace(state, cache=cache, hidden=hidden.astype(state.hidden.dtype), steps=state.steps + was_live.any())
-    )
+    state = replace(state, hidden=hidden.astype(state.hidden.dtype), steps=state.steps + was_live.any())
+    return _lay_out(state), recent
 
 
 def _propose(grid: Grid, draft: int, state: State, token: jax.Array, index: jax.Array) -> jax.Array:
