@@ -6,7 +6,6 @@ projects one position and the loss projects chunks. Positions are -1 on padding 
 
 from __future__ import annotations
 
-import functools
 from dataclasses import replace
 
 import jax
@@ -218,48 +217,51 @@ def _embed(params: Params, tokens: jax.Array) -> jax.Array:
 def _block(x, weights, pair, angles, cfg, attend):
     """One layer: x [B,T,D] -> [B,T,D]. `pair` is (this layer's LoRA, scale) or None."""
     y = _norm(x, weights["attn_norm"], cfg)
-    q = _linear(y, weights, "q", "btd,dnh->btnh", pair)
-    k = _linear(y, weights, "k", "btd,dkh->btkh", pair)
-    v = _linear(y, weights, "v", "btd,dkh->btkh", pair)
+    q = _linear(y, weights, "q", pair)
+    k = _linear(y, weights, "k", pair)
+    v = _linear(y, weights, "v", pair)
     if cfg.qk_norm:
         q, k = _norm(q, weights["q_norm"], cfg), _norm(k, weights["k_norm"], cfg)
     q, k = _rotate(q, angles), _rotate(k, angles)
-    x = x + _linear(constrain(attend(q, k, v), "btnh"), weights, "o", "btnh,nhd->btd", pair)
+    x = x + _linear(constrain(attend(q, k, v), "btnh"), weights, "o", pair)
     y = _norm(constrain(x, "bt_"), weights["mlp_norm"], cfg)
-    gate = _linear(y, weights, "gate", "btd,df->btf", pair)
-    up = _linear(y, weights, "up", "btd,df->btf", pair)
-    x = x + _linear(jax.nn.silu(gate) * up, weights, "down", "btf,fd->btd", pair)
+    gate = _linear(y, weights, "gate", pair)
+    up = _linear(y, weights, "up", pair)
+    x = x + _linear(jax.nn.silu(gate) * up, weights, "down", pair)
     return constrain(x, "bt_")
 
 
-def _linear(x, weights, name, equation, pair):
-    """x times weight `name`, plus its bias, plus its LoRA term."""
-    y = jnp.einsum(equation, x, weights[name])
+def _linear(x, weights, name, pair):
+    """x [B,T,*inputs] times weight `name` [*inputs,*outputs], plus its bias, plus its LoRA term: [B,T,*outputs]."""
+    y = _times(x, weights[name])
     if f"{name}_bias" in weights:
         y = y + weights[f"{name}_bias"]
     if pair is not None and name in pair[0]:
         tree, scale = pair
-        ins, weight = equation.split("->")[0].split(",")
-        contracted = "".join(a for a in weight if a in ins)
-        outputs = "".join(a for a in weight if a not in ins)
         a, b = tree[name]["a"].astype(x.dtype), tree[name]["b"].astype(x.dtype)
-        y = y + scale * _expand(jnp.einsum(f"{ins},{contracted}r->btr", x, a), b, outputs)
+        y = y + scale * _expand(_times(x, a), b)
     return y
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _expand(z: jax.Array, b: jax.Array, outputs: str) -> jax.Array:
-    """z [B,T,R] times b [R, *outputs]. Its own gradient by b: JAX's puts the wide cotangent first in the product,
+def _times(x: jax.Array, w: jax.Array) -> jax.Array:
+    """x [B,T,*inputs] times w [*inputs,*outputs], inputs made one axis first: of two XLA may transpose the weight."""
+    return jnp.tensordot(x.reshape(*x.shape[:2], -1), w.reshape(-1, *w.shape[x.ndim - 2 :]), 1)
+
+
+@jax.custom_vjp
+def _expand(z: jax.Array, b: jax.Array) -> jax.Array:
+    """z [B,T,R] times b [R,*outputs]. Its own gradient by b: JAX's puts the wide cotangent first in the product,
     which XLA on a CPU transposes (and recomputes, transposed), for 25% of a training step."""
-    return jnp.einsum(f"btr,r{outputs}->bt{outputs}", z, b)
+    return jnp.tensordot(z, b, 1)
 
 
-def _expand_backward(outputs, saved, g):
+def _expand_backward(saved, g):
     z, b = saved
-    return jnp.einsum(f"bt{outputs},r{outputs}->btr", g, b), jnp.einsum(f"btr,bt{outputs}->r{outputs}", z, g)
+    by_z = jnp.einsum("bto,ro->btr", g.reshape(*g.shape[:2], -1), b.reshape(b.shape[0], -1))
+    return by_z, jnp.tensordot(z, g, ((0, 1), (0, 1)))
 
 
-_expand.defvjp(lambda z, b, outputs: (_expand(z, b, outputs), (z, b)), _expand_backward)
+_expand.defvjp(lambda z, b: (_expand(z, b), (z, b)), _expand_backward)
 
 
 def _norm(x: jax.Array, weight: jax.Array, cfg: ModelConfig) -> jax.Array:
