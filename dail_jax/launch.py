@@ -70,8 +70,18 @@ def parser() -> argparse.ArgumentParser:
     return top
 
 
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    """The command line. Overrides may stand anywhere: argparse alone takes them in one place only."""
+    args, rest = parser().parse_known_args(argv)
+    strange = [word for word in rest if word.startswith("-") or "=" not in word or args.stage == "compare"]
+    if strange:
+        parser().error(f"unrecognized arguments: {' '.join(strange)}")
+    args.overrides = [*args.overrides, *rest]
+    return args
+
+
 def main(argv: list[str] | None = None) -> int:
-    args = parser().parse_args(argv)
+    args = parse(argv)
     several = args.distributed or args.coordinator is not None
     os.environ.setdefault("HF_HUB_OFFLINE", "1")  # models and tokenizers are folders
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

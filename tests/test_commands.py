@@ -139,10 +139,19 @@ def test_the_paper_s_presets_are_complete(path, monkeypatch):
     commands = COMMAND.findall(text)
     assert any(str(path.relative_to(tiny.ROOT)) in words for _, words in commands)
     for stage, words in commands:
-        args = launch.parser().parse_args([stage, *words.replace("\\\n#", " ").split()])
+        args = launch.parse([stage, *words.replace("\\\n#", " ").split()])
         config = config_lib.load(args.config[0], args.overrides, args.config[1:])
         for name in config.arms:
             own = experiment.arm(config, name)
             assert (own.data is not None and own.train.objective == "none") or own.train.max_tokens > 0
             if own.train.is_online:
                 assert own.train.online.sampling.max_tokens + own.generate.max_prompt_tokens <= own.train.max_tokens
+
+
+def test_overrides_may_stand_anywhere(capsys):
+    args = launch.parse(["compile", "a.b=1", "--config", "c.yaml", "c.d=2", "--only", "x", "e.f=3"])
+    assert args.overrides == ["a.b=1", "c.d=2", "e.f=3"] and args.only == "x"
+    for words in (["--nothing"], ["--only", "x", "word"], ["--only", "x", "--n=1"]):
+        with pytest.raises(SystemExit):
+            launch.parse(["compile", "a.b=1", "--config", "c.yaml", "c.d=2", *words])
+        assert "unrecognized arguments" in capsys.readouterr().err
