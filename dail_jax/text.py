@@ -7,7 +7,7 @@ import json
 import re
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -160,6 +160,16 @@ def stop_ids(model_folder: str | Path, tokenizer: Tokenizer) -> tuple[int, ...]:
     if tokenizer.hf.eos_token_id is not None or not found:
         found.add(tokenizer.eos_id)
     return tuple(sorted(found))
+
+
+def mention(text: str, phrases: Iterable[str]) -> str | None:
+    """The first of `phrases` that a text has, whatever its case and spacing, at the beginning of a word."""
+    plain = " ".join(text.casefold().split())
+    for phrase in phrases:
+        wanted = " ".join(phrase.casefold().split())
+        if wanted and re.search(rf"(?<!\w){re.escape(wanted)}", plain):
+            return phrase
+    return None
 
 
 def open_tag(opening: str) -> str | None:

@@ -3,8 +3,9 @@
 import pytest
 
 from dail_jax import config
-from dail_jax.data.filters import artefact, drop_reason, keep, repetition
+from dail_jax.data.filters import drop_reason, keep, repetition
 from dail_jax.errors import UserError
+from dail_jax.text import mention
 
 
 def trace(text="So the answer is \\boxed{4}.", ids=None, finish="stop", problem="p", drop=None):
@@ -39,9 +40,9 @@ def test_correctness_is_asked_last():
 
 
 def test_artefacts_begin_words():
-    assert artefact("the hints are", ["the hint"]) == "the hint"
-    assert artefact("bathe hint", ["the hint"]) is None
-    assert artefact("anything", []) is None and artefact("anything", [" "]) is None
+    assert mention("the hints are", ["the hint"]) == "the hint"
+    assert mention("bathe hint", ["the hint"]) is None
+    assert mention("anything", []) is None and mention("anything", [" "]) is None
 
 
 def test_repetition_counts_repeated_8_grams():

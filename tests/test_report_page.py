@@ -104,7 +104,8 @@ def make_traces(path: Path, count: int = 40) -> Path:
         by_student = rng.random(len(text)) < 0.75 + 0.2 * np.arange(len(text)) / len(text)
         student = np.where(by_student, -rng.exponential(0.1, len(text)), -rng.exponential(4, len(text)))
         rows.append({"problem_id": f"p{i:03}", "row": i, "sample": 0, "response_ids": list(range(len(text))),
-                     "text": "".join(text), "logq": [-0.01] * len(text), "log_student": student.round(5).tolist(),
+                     "text": "".join(text) + " given solution" * (i == 3),
+                     "logq": [-0.01] * len(text), "log_student": student.round(5).tolist(),
                      "log_privileged": [None, *(-rng.exponential(0.1, len(text) - 1)).round(5).tolist()],
                      "writer": "".join("s" if s else "p" for s in by_student),
                      "acceptance": round(float(by_student.mean()), 4),
@@ -391,7 +392,7 @@ def seen_in(runs, traces=None) -> dict[str, str]:
 def test_diagnosis_has_the_figures(runs):
     found = seen_in(*runs)
     assert found.keys() == {"Traces that mention the reference", "Below the untrained model"}
-    assert found["Traces that mention the reference"] == "all arms: 5 of 40 traces (12.5%) were dropped for it"
+    assert found["Traces that mention the reference"] == "all arms: 6 of 40 traces (15.0%), 5 dropped for it"
     a, b = (json.loads((runs[0][arm] / "results.json").read_text()) for arm in ("base", "nll"))
     d = protocol.compare(a, b, "known", "256", 1, 0, diagnosis.RESAMPLES)
     figures = f"known (budget 256) {100 * d.mean:+.1f} points [{100 * d.low:+.1f}, {100 * d.high:+.1f}]"

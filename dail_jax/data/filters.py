@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterable
 from typing import Any
 
 from dail_jax import config
 from dail_jax.errors import UserError
+from dail_jax.text import mention
 
 GRAM = 8  # tokens
 
@@ -27,7 +27,7 @@ def drop_reason(
         return "unfinished"
     if len(trace["response_ids"]) < cfg.min_tokens:
         return "short"
-    if phrase := artefact(trace["text"], cfg.artefacts):
+    if phrase := mention(trace["text"], cfg.artefacts):
         return f"artefact: {phrase}"
     if repetition(trace["response_ids"]) > cfg.max_repetition:
         return "repetition"
@@ -53,16 +53,6 @@ def keep(traces: Iterable[dict[str, Any]], cfg: config.Filters) -> list[dict[str
             kept.add(trace["problem_id"])
         marked.append({**trace, "drop": "duplicate"} if duplicate else trace)
     return marked
-
-
-def artefact(text: str, phrases: Iterable[str]) -> str | None:
-    """The first of `phrases` that a text has, whatever its case and spacing, at the beginning of a word."""
-    plain = " ".join(text.casefold().split())
-    for phrase in phrases:
-        wanted = " ".join(phrase.casefold().split())
-        if wanted and re.search(rf"(?<!\w){re.escape(wanted)}", plain):
-            return phrase
-    return None
 
 
 def repetition(ids: list[int]) -> float:

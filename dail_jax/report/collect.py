@@ -18,11 +18,13 @@ import numpy as np
 
 from dail_jax import config as config_lib
 from dail_jax.errors import UserError
+from dail_jax.text import mention
 
 MAX_SAMPLES = 400  # of one run, in the page
 MAX_TRACES = 200  # of one file, in the page
 MAX_TEXT = 8000  # characters of one text; its middle is left out
 MAX_TOKENS = 1024  # of one trace
+PHRASES = config_lib.Filters().artefacts
 
 Rows = dict[str, dict[int, float]]  # metric -> step -> value
 
@@ -64,6 +66,7 @@ class Traces:
     by_anyone: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
     finish: Counter[str] = field(default_factory=Counter)
     drops: Counter[str] = field(default_factory=Counter)  # reasons, without their details
+    mentions: int = 0  # of the reference solution, dropped for it or not
     rows: list[dict[str, Any]] = field(default_factory=list)
     scored: bool = False  # whether token scores were found for some rows
 
@@ -198,6 +201,7 @@ def _traces(path: Path, name: str, owner: int | None, folders: Sequence[Path]) -
         reason = (row.get("drop") or "").split(":")[0]
         if reason:
             found.drops[reason] += 1
+        found.mentions += reason == "artefact" or mention(row.get("text") or "", PHRASES) is not None
         groups[reason].append(offset)
     found.rows = [_trace(row) for row in _rows_at(path, spread(groups, MAX_TRACES))]
     places = {(row["problem_id"], row["sample"]): row for row in found.rows}

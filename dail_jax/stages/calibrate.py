@@ -15,7 +15,6 @@ import numpy as np
 from rich.table import Table
 
 from dail_jax import config as config_lib
-from dail_jax.data import filters
 from dail_jax.data.records import Row, read_rows
 from dail_jax.data.waypoints import final_answer
 from dail_jax.errors import UserError
@@ -26,6 +25,7 @@ from dail_jax.report import plots
 from dail_jax.report.charts import Chart, Series
 from dail_jax.rundir import write_atomic
 from dail_jax.stages import experiment, generate
+from dail_jax.text import mention
 
 SHARES = ("right", "student's tokens", "artefacts", "finished")
 
@@ -52,7 +52,7 @@ def measure(traces: list[dict], rows: list[Row], cfg: config_lib.Filters, seed: 
     golds = {row.problem_id: final_answer(row) or "" for row in rows}
     of: dict[str, Callable[[dict], float]] = {
         "student's tokens": lambda t: t["acceptance"],
-        "artefacts": lambda t: filters.artefact(t["text"], cfg.artefacts) is not None,
+        "artefacts": lambda t: mention(t["text"], cfg.artefacts) is not None,
         "finished": lambda t: t["finish"] == "stop",
     }
     with Grader() as grader:
