@@ -92,8 +92,8 @@ def test_a_group_without_a_signal_is_left_alone(data):
 def test_batches_carry_what_was_drawn():
     example = batches.Example("a/0", {"student": (1, 2)}, (3, 4, 5), (-0.5, -1.0, -2.0), 0.25)
     batch = batches.Assemble([example], 4, 1, slice(0, 2), ("student",)).map(np.array([0, -1]))
-    assert batch["logq"].tolist() == [[[-0.5, -1, -2, 0], [0] * 4]]
-    assert batch["advantage"].tolist() == [[[0.25, 0.25, 0.25, 0], [0] * 4]]
+    assert batch["logq"].tolist() == [[[0, -0.5, -1, -2], [0] * 4]]
+    assert batch["advantage"].tolist() == [[[0, 0.25, 0.25, 0.25], [0] * 4]]
 
 
 # ---------------------------------------------------------------------------------------------------

@@ -182,5 +182,28 @@ def test_plan_is_a_pure_function_and_pads_little(examples):
         assert sorted(seen[seen >= 0]) == list(range(37))
     assert all((plan[i] == again[i]).all() for i in range(15))
     assert not all((plan[i] == plan[5 + i]).all() for i in range(5))
-    assert batches.padding_share(plan, 1) < 0.2
+    assert batches.padding_share(plan, 1) < 0.1
+
+
+def test_rows_end_in_one_column_and_a_width_has_one_shape():
+    rng = np.random.default_rng(3)
+    draw = lambda low, high: tuple(rng.integers(1, 40, rng.integers(low, high)).tolist())  # noqa: E731
+    examples = [batches.Example(f"e{i}", {r: draw(3, 90) for r in ROLES}, draw(2, 120)) for i in range(300)]
+    assemble = batches.Assemble(examples, 32, 1, slice(0, 8), ROLES)
+    plan, shapes = batches.Plan(examples, 8, 1, 0), {}
+    for i in range(len(plan)):
+        batch = assemble.map(plan[i])
+        bucket = batches.pad(int(plan.lengths[plan[i][plan[i] >= 0]].max()), 32)
+        shape = tuple(sorted((name, x.shape) for name, x in batch.items()))
+        assert shapes.setdefault(bucket, shape) == shape
+        assert batch["student_tokens"].shape[-1] > batch["mask"].shape[-1]
+        for row, index in enumerate(plan[i][plan[i] >= 0]):
+            e = examples[index]
+            assert batch["targets"][0, row][batch["mask"][0, row]].tolist() == list(e.response)
+            for role in ROLES:
+                tokens, at = batch[f"{role}_tokens"][0, row], batch[f"{role}_positions"][0, row]
+                assert tokens[at >= 0].tolist() == [*e.prompts[role], *e.response]
+                assert at[-len(e.response) :].tolist() == list(range(len(e.prompts[role]), at[-1] + 1))
+    assert len(shapes) <= 7
+    assert batches.padding_share(plan, 32) < 0.2
     assert dataclasses.replace(objectives.Objective("nll"), gamma=1.0).gamma == 1

@@ -1,12 +1,15 @@
 """Training batches through Grain: which examples, in which order, padded how.
 
-An example has a prompt for each role and one response. A batch pads prompts on the left and responses on the
-right, so that the states which predict responses are one static slice of every row:
+An example has a prompt for each role and one response. Rows are aligned on the right, so that the states which
+predict responses are one static slice of every row, and a batch is as wide as its longest row (and not as its
+longest prompt and its longest response together):
 
-    tokens    . . p p p p | r r r r . .        positions -1 where there is a dot
-    slice           [P-1 : P-1+T]  predicts the T response tokens
+    tokens    . . p p p p r r r r        positions -1 where there is a dot
+              . p p p p p p p r r
+    slice         [W-T-1 : W-1]          predicts the last T tokens; the mask tells which are the response
 
-Lengths are rounded up to multiples of `bucket`; examples of like length are put together, so little is padding.
+Widths are multiples of `bucket`, all that is shaped follows from the width of a batch's first role, so that each
+width is one program; examples of like length are put together, so little is padding.
 The order is a pure function of (seed, epoch), so resuming needs only Grain's own small state.
 """
 
@@ -20,7 +23,7 @@ from dataclasses import dataclass
 import grain
 import numpy as np
 
-WINDOW = 8  # batches among which examples are sorted by length
+WINDOW = 64  # batches among which examples are sorted by length
 
 
 @dataclass(frozen=True)
@@ -51,7 +54,7 @@ class Plan:
     """Random access to the batches of a whole run: `plan[i]` is [batch_size] example indices, -1 where empty."""
 
     def __init__(self, examples: list[Example], batch_size: int, epochs: int, seed: int):
-        self.lengths = np.array([len(e.response) for e in examples])
+        self.lengths = np.array([len(e.prompts["student"]) + len(e.response) for e in examples])
         self.batch_size, self.epochs, self.seed = batch_size, epochs, seed
         self.per_epoch = -(-len(examples) // batch_size)
 
@@ -82,7 +85,7 @@ class Assemble(grain.transforms.Map):
     """Indices of a batch -> arrays of the rows that this process holds.
 
     Returns {rows [A, b] int32, mask, targets, logq and advantage [A, b, T] (the last two where the examples have
-    them), and for each of `roles` tokens and positions [A, b, P+T]}, where A micro-batches of b local rows make the
+    them), and for each of `roles` tokens and positions [A, b, W]}, where A micro-batches of b local rows make the
     update. `references(role, index)` gives [t, D] final states, which are added as [A, b, T, D] under `ref_ROLE`.
     """
 
@@ -96,31 +99,30 @@ class Assemble(grain.transforms.Map):
 
     def map(self, element: np.ndarray) -> dict[str, np.ndarray]:
         chosen = np.asarray(element)
-        live = [self.examples[i] for i in chosen if i >= 0]
-        t = pad(max(len(e.response) for e in live), self.bucket)
+        t, widths = self.shapes(chosen[chosen >= 0])
         rows = chosen.reshape(self.accumulate, -1)[:, self.local]
         out = {"rows": rows.astype(np.int32), "mask": np.zeros((*rows.shape, t), bool),
                "targets": np.zeros((*rows.shape, t), np.int32)}  # fmt: skip
-        if live[0].logq:
+        if self.examples[0].logq:
             out |= {name: np.zeros((*rows.shape, t), np.float32) for name in ("logq", "advantage")}
         for at in np.ndindex(rows.shape):
             if rows[at] >= 0:
                 e = self.examples[rows[at]]
-                out["mask"][at][: len(e.response)] = True
-                out["targets"][at][: len(e.response)] = e.response
+                out["mask"][at][t - len(e.response) :] = True
+                out["targets"][at][t - len(e.response) :] = e.response
                 if e.logq:
-                    out["logq"][at][: len(e.response)] = e.logq
-                    out["advantage"][at][: len(e.response)] = e.advantage
+                    out["logq"][at][t - len(e.response) :] = e.logq
+                    out["advantage"][at][t - len(e.response) :] = e.advantage
         for role in self.roles:
-            p = pad(max(len(e.prompts[role]) for e in live), self.bucket)
-            tokens = np.zeros((*rows.shape, p + t), np.int32)
-            positions = np.full((*rows.shape, p + t), -1, np.int32)
+            width = widths[role]
+            tokens = np.zeros((*rows.shape, width), np.int32)
+            positions = np.full((*rows.shape, width), -1, np.int32)
             for at in np.ndindex(rows.shape):
                 if rows[at] >= 0:
                     e = self.examples[rows[at]]
-                    n, r = len(e.prompts[role]), len(e.response)
-                    tokens[at][p - n : p + r] = (*e.prompts[role], *e.response)
-                    positions[at][p - n : p + r] = np.arange(n + r)
+                    count = len(e.prompts[role]) + len(e.response)
+                    tokens[at][width - count :] = (*e.prompts[role], *e.response)
+                    positions[at][width - count :] = np.arange(count)
             out[f"{role}_tokens"], out[f"{role}_positions"] = tokens, positions
         for role in self.cached:
             assert self.references is not None
@@ -128,9 +130,22 @@ class Assemble(grain.transforms.Map):
             states = np.zeros((*rows.shape, t, first.shape[-1]), first.dtype)
             for at in np.ndindex(rows.shape):
                 if rows[at] >= 0:
-                    states[at][: len(self.examples[rows[at]].response)] = self.references(role, int(rows[at]))
+                    states[at][t - len(self.examples[rows[at]].response) :] = self.references(role, int(rows[at]))
             out[f"ref_{role}"] = states
         return out
+
+    def shapes(self, live: np.ndarray) -> tuple[int, dict[str, int]]:
+        """T and each role's W: what all examples need whose first role fits the width that these ones need."""
+        lengths = self.lengths[self.roles[0]]
+        inside = lengths <= pad(int(lengths[live].max()), self.bucket)
+        t = pad(int(self.lengths["response"][inside].max()), self.bucket)
+        return t, {r: pad(max(t + 1, int(self.lengths[r][inside].max())), self.bucket) for r in self.roles}
+
+    @functools.cached_property
+    def lengths(self) -> dict[str, np.ndarray]:
+        """By role, each example's prompt and response together; and `response` alone."""
+        response = np.array([len(e.response) for e in self.examples])
+        return {"response": response, **{r: response + [len(e.prompts[r]) for e in self.examples] for r in self.roles}}
 
 
 def iterator(plan: Plan, assemble: Assemble, workers: int) -> grain.DatasetIterator:
@@ -142,7 +157,7 @@ def iterator(plan: Plan, assemble: Assemble, workers: int) -> grain.DatasetItera
 
 
 def padding_share(plan: Plan, bucket: int) -> float:
-    """The share of trained positions in the first epoch that are padding."""
+    """The share of the student's positions in the first epoch that are padding."""
     used = total = 0
     for i in range(plan.per_epoch):
         lengths = plan.lengths[plan[i][plan[i] >= 0]]

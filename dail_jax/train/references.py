@@ -78,7 +78,6 @@ def compute(
         folder.mkdir(parents=True)
     shape = (int(references.offsets[-1]), recipe.model.D)
     states = step_lib.make_states(mesh)
-    order = np.argsort([len(e.response) for e in examples], kind="stable")
     where = mesh_lib.sharding(mesh, "b")
     local = mesh_lib.local_rows(mesh, rows)
     with progress("computing references", len(step_lib.REFERENCES) * len(examples), "traces") as bar:
@@ -86,6 +85,7 @@ def compute(
             temporary = folder / f".{role}.{os.getpid()}.tmp"
             out = np.memmap(temporary, references.dtype, "w+", shape=shape) if writer else None
             assemble = batches.Assemble(examples, bucket, 1, local, (role,))
+            order = np.argsort(assemble.lengths[role], kind="stable")
             for i in range(0, len(order), rows):
                 chosen = np.pad(order[i : i + rows], (0, max(0, i + rows - len(order))), constant_values=-1)
                 batch = assemble.map(chosen)
@@ -99,9 +99,8 @@ def compute(
                 got = process_allgather(got, tiled=True) if jax.process_count() > 1 else np.asarray(got)
                 for row, index in enumerate(chosen):
                     if out is not None and index >= 0:
-                        out[references.offsets[index] : references.offsets[index + 1]] = got[
-                            row, : len(examples[index].response)
-                        ]
+                        last = got[row, got.shape[1] - len(examples[index].response) :]
+                        out[references.offsets[index] : references.offsets[index + 1]] = last
                 bar.advance(int((chosen >= 0).sum()))
             if out is not None:
                 out.flush()
