@@ -23,7 +23,9 @@ from dataclasses import dataclass
 import grain
 import numpy as np
 
-WINDOW = 64  # batches among which examples are sorted by length
+# Batches among which examples are sorted by length. More pad less, but make batches of one kind: with 64, a whole epoch
+# of the micro-world, DAIL lost 14 points of hard pass@1 (two seeds); with 16 none.
+WINDOW = 16
 
 
 @dataclass(frozen=True)
