@@ -79,10 +79,13 @@ def constrain(x: jax.Array, axes: str) -> jax.Array:
     An axis that does not divide, as the few rows of a prefill, is left whole.
     """
     mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty:
-        return x
-    fits = (RULES.get(a) if size % axis_size(mesh, a) == 0 else None for a, size in zip(axes, x.shape, strict=True))
-    return jax.lax.with_sharding_constraint(x, PartitionSpec(*fits))
+    return x if mesh.empty else jax.lax.with_sharding_constraint(x, fitting(mesh, axes, x.shape))
+
+
+def fitting(mesh: jax.sharding.AbstractMesh, axes: str, shape: tuple[int, ...]) -> PartitionSpec:
+    """`spec(axes)`, with the axes that do not divide left whole."""
+    return PartitionSpec(*(RULES.get(a) if size % axis_size(mesh, a) == 0 else None
+                           for a, size in zip(axes, shape, strict=True)))  # fmt: skip
 
 
 def check_rows(mesh: jax.sharding.Mesh, count: int) -> None:

@@ -11,7 +11,6 @@ from dataclasses import replace
 import jax
 import jax.numpy as jnp
 from flax import struct
-from jax.sharding import PartitionSpec
 
 from dail_jax import mesh as mesh_lib
 from dail_jax.mesh import constrain
@@ -109,7 +108,8 @@ def settle(cache: Cache, recent: Recent, gaps: bool) -> Cache:
 
     mesh = jax.sharding.get_abstract_mesh()
     if not mesh.empty:
-        arrays, counts = PartitionSpec(*mesh_lib.spec("bk__")), PartitionSpec(*mesh_lib.spec("b"))
+        arrays = mesh_lib.fitting(mesh, "bk__", cache.k[0].shape)
+        counts = mesh_lib.fitting(mesh, "b", cache.count.shape)
         local = jax.shard_map(local, in_specs=(arrays, arrays, counts), out_specs=arrays, check_vma=False)
     new = [jnp.take_along_axis(x, order, axis=2) if gaps else x for x in (*recent.k, *recent.v)]
     own = local([*cache.k, *cache.v], new, cache.count)
