@@ -31,6 +31,9 @@ ROOT = Path(__file__).resolve().parent.parent
 ASSETS = ROOT / "dail_jax/microworld/assets"
 TRAINED = 64  # hard training problems to be evaluated on
 CONFIGS = {"methods": "microworld_methods", "ablations": "microworld_study"}
+COLD = {"nll": "methods", "dail": "methods", "nll_100": "ablations"}  # arms evaluated at lower temperatures, too
+TEMPERATURES = ("0.5", "0")
+PARTS = (*CONFIGS, "temperature")
 METHODS = {"base": "untrained", "sft": "SFT on experts", "nll": "NLL on traces", "star": "STaR", "grpo": "GRPO",
            "nurl": "NuRL hints", "onpolicy": "on-policy self-distillation", "dail": "DAIL"}  # fmt: skip
 ABLATIONS = {
@@ -43,6 +46,9 @@ ABLATIONS = {
     "solutions, DAIL": {"25": "dail_25", "50": "dail_50", "100": "dail_100", "200": "dail_200", "400": "dail_400",
                         "800": "dail"},
     "solutions, NLL": {"25": "nll_25", "100": "nll_100", "400": "nll_400", "800": "nll"},
+    "temperature": {f"{label}, {t}": arm if t == "1" else f"{arm}_t{t}"
+                    for arm, label in {"dail": "DAIL", "nll": "NLL", "nll_100": "NLL, 100 solutions"}.items()
+                    for t in ("1", *TEMPERATURES)},
 }  # fmt: skip
 COLUMNS = {
     "hard@1": "hard pass@1", "hard@8": "pass@8", "hard@32": "pass@32", "unlearned": "operators unlearned, of 8",
@@ -57,16 +63,19 @@ def main() -> None:
     parser.add_argument("--seeds", default="1,2,3,4,5")
     parser.add_argument("--out", type=Path, default=Path("runs/study"))
     parser.add_argument("--docs", type=Path, default=Path("docs/study"), help="where the tables and plots go")
-    parser.add_argument("--part", choices=list(CONFIGS), help="(default: both)")
+    parser.add_argument("--part", choices=PARTS, help="(default: all)")
     parser.add_argument("--tables-only", action="store_true")
     options = parser.parse_args()
     seeds = [int(seed) for seed in options.seeds.split(",")]
-    parts = [options.part] if options.part else list(CONFIGS)
+    parts = [options.part] if options.part else PARTS
     if not options.tables_only:
         trained = write_trained(options.out)
         for part in parts:
             for seed in seeds:
-                run(part, seed, options.out, trained)
+                if part in CONFIGS:
+                    run(part, seed, options.out, trained)
+                else:
+                    run_cold(seed, options.out)
         if options.part or len(seeds) < 2:
             return
     tables(options.out, seeds, options.docs)
@@ -82,13 +91,29 @@ def write_trained(out: Path) -> Path:
 
 
 def run(part: str, seed: int, out: Path, trained: Path) -> None:
-    command = [sys.executable, "-m", "dail_jax.launch", "run", "--config", "configs/demo.yaml"]
+    command = ["run", "--config", "configs/demo.yaml"]
     command += ["--config", f"configs/{CONFIGS[part]}.yaml", f"seed={seed}", f"run_dir={out}/{part}/seed{seed}"]
     if part == "methods":
-        sets = {name: f"dail_jax/microworld/assets/{name}.jsonl" for name in ("hard", "chain", "known")}
-        sets["trained"] = str(trained)
-        rows = ", ".join(f"{{name: {name}, rows: {{path: {path}}}}}" for name, path in sets.items())
-        command.append(f"evaluate.benchmarks=[{rows}]")
+        command.append(benchmarks("hard", "chain", "known", trained=trained))
+    launch(command)
+
+
+def run_cold(seed: int, out: Path) -> None:
+    """What the arms of COLD learned, drawn at lower temperatures: their adapters, evaluated again."""
+    for arm, part in COLD.items():
+        for t in TEMPERATURES:
+            command = ["evaluate", "--config", "configs/demo.yaml", benchmarks("hard", "known"), f"seed={seed}"]
+            command += ["train.objective=none", f"evaluate.adapter={out}/{part}/seed{seed}/{arm}/adapter"]
+            launch([*command, f"evaluate.sampling.temperature={t}", f"run_dir={out}/temperature/seed{seed}/{arm}_t{t}"])
+
+
+def benchmarks(*names: str, **files: Path) -> str:
+    sets = {**{name: f"dail_jax/microworld/assets/{name}.jsonl" for name in names}, **files}
+    return f"evaluate.benchmarks=[{', '.join(f'{{name: {n}, rows: {{path: {path}}}}}' for n, path in sets.items())}]"
+
+
+def launch(command: list[str]) -> None:
+    command = [sys.executable, "-m", "dail_jax.launch", *command]
     subprocess.run(command, cwd=ROOT, check=True, env={**os.environ, "JAX_PLATFORMS": "cpu"})
 
 
@@ -135,7 +160,7 @@ def interval(values: list[float]) -> tuple[float, float]:
 def tables(out: Path, seeds: list[int], docs: Path) -> None:
     problems = {r["problem_id"]: r for r in map(json.loads, (ASSETS / "hard.jsonl").read_text().splitlines())}
     measured: dict[str, dict[str, list[float]]] = {}
-    for part in CONFIGS:
+    for part in PARTS:
         for seed in seeds:
             for folder in sorted((out / part / f"seed{seed}").glob("*/results.json")):
                 arm = measured.setdefault(folder.parent.name, {})

@@ -8,13 +8,11 @@ paths are relative to the working directory. Defaults live here and nowhere else
 from __future__ import annotations
 
 import io
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import (
-    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
@@ -29,19 +27,13 @@ from dail_jax.errors import UserError
 from dail_jax.strict_yaml import assign, explain, included, lay_over, parse_yaml, read_yaml
 
 
-def _finite(value: float) -> float:
-    if not math.isfinite(value):
-        raise ValueError("want a finite number")
-    return value
-
-
 def _not_bool(value: Any) -> Any:
     if isinstance(value, bool):  # which Python takes for 0 or 1
         raise ValueError("want a number")
     return value
 
 
-Number = Annotated[float, BeforeValidator(_not_bool), AfterValidator(_finite)]
+Number = Annotated[float, BeforeValidator(_not_bool), Field(allow_inf_nan=False)]
 Positive = Annotated[Number, Field(gt=0)]
 NonNegative = Annotated[Number, Field(ge=0)]
 Fraction = Annotated[Number, Field(ge=0, le=1)]
@@ -217,7 +209,7 @@ class Train(Section):
     """
 
     objective: Literal["dail", "nll", "sft", "star", "grpo", "nurl", "onpolicy", "none"] = "dail"
-    gamma: Annotated[Number, Field(ge=0)] = 0.1
+    gamma: NonNegative = 0.1
     kl: Literal["reverse", "forward"] = "reverse"
     epochs: Count = 3
     batch_size: Count = 16  # sequences per update
@@ -282,6 +274,7 @@ class Evaluate(Section):
     """pass@k with n samples a problem, cut at each budget."""
 
     benchmarks: tuple[Annotated[Benchmark, BeforeValidator(included)], ...] = ()
+    adapter: str | None = None  # a PEFT folder to evaluate (with train.objective: none); null = what this run trained
     samples: Count = 128
     ks: tuple[Count, ...] = ()  # empty = powers of two up to samples
     budgets: tuple[Count, ...] = ()  # empty = sampling.max_tokens alone
@@ -355,6 +348,12 @@ class Config(Section):
         """A file that is laid over another takes an arm away with `name: null`."""
         return {k: v for k, v in arms.items() if v is not None} if isinstance(arms, dict) else arms
 
+    @model_validator(mode="after")
+    def _one_adapter(self):
+        if self.evaluate.adapter and self.train.objective != "none":
+            raise ValueError("evaluate.adapter stands in for training: want train.objective: none")
+        return self
+
 
 # ---------------------------------------------------------------------------------------------------
 # Reading
@@ -362,10 +361,7 @@ class Config(Section):
 
 
 def load(path: str | Path, overrides: Sequence[str] = (), more: Sequence[str] = ()) -> Config:
-    """The configuration in file `path`, with the files `more` laid over it and then `key.sub=value` overrides.
-
-    Raises UserError.
-    """
+    """The file `path`, with the files `more` and then `key.sub=value` overrides laid over it. Raises UserError."""
     tree = read_yaml(path)
     for file in more:
         lay_over(tree, read_yaml(file))

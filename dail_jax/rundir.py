@@ -247,11 +247,18 @@ def _now() -> str:
 
 
 def _differences(old: Any, new: Any, path: str = "") -> list[str]:
-    """Lines `key: old -> new` for two nested values."""
+    """Lines `key: old -> new` for two nested values, long ones cut."""
+    if isinstance(old, list) and isinstance(new, list):
+        old, new = dict(enumerate(old)), dict(enumerate(new))
     if isinstance(old, dict) and isinstance(new, dict):
         keys = [*old, *(k for k in new if k not in old)]
         return [line for k in keys for line in _differences(old.get(k), new.get(k), f"{path}.{k}" if path else k)]
-    return [] if old == new else [f"{path.removeprefix('config.')}: {old!r} -> {new!r}"]
+    return [] if old == new else [f"{path.removeprefix('config.')}: {_cut(old)} -> {_cut(new)}"]
+
+
+def _cut(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 class Interrupt:

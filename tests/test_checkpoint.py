@@ -44,7 +44,7 @@ def test_fresh_adapter_is_a_no_op(model):
     assert (np.asarray(with_it) == np.asarray(without)).all()
 
 
-def test_peft_loads_the_adapter_with_equal_logits(model, lora, tmp_path):
+def test_peft_loads_the_adapter_with_equal_logits(model, lora, one_device, tmp_path):
     folder, theirs, params, cfg = model
     peft.save(tmp_path / "adapter", lora, cfg, LORA, str(folder))
     tokens, positions = batch()
@@ -54,7 +54,7 @@ def test_peft_loads_the_adapter_with_equal_logits(model, lora, tmp_path):
     assert close(transformer.unembed(params, hidden), want, positions >= 0) < 1e-4
     plain = expected(theirs, tokens, positions)
     assert np.abs(want - plain).max() > 0.1 * np.abs(plain).max()
-    again, settings = peft.load(tmp_path / "adapter", cfg)
+    again, settings = peft.load(tmp_path / "adapter", cfg, one_device)
     assert settings == LORA and again.scale == lora.scale
     assert all(jax.tree.leaves(jax.tree.map(np.array_equal, again.tree, lora.tree)))
     merged = lora_lib.merge(params, lora, cfg)
@@ -67,13 +67,13 @@ def test_peft_loads_the_adapter_with_equal_logits(model, lora, tmp_path):
     ("r", 4, "shape"), ("target_modules", ["q_proj"], "superfluous"), ("target_modules", ["qkv"], "qkv"),
     ("use_dora", True, "use_dora"), ("peft_type", "IA3", "LoRA"), ("bias", "all", "all"), ("r", 0, "positive"),
 ])  # fmt: skip
-def test_adapters_that_do_not_fit_are_refused(model, lora, tmp_path, field, value, words):
+def test_adapters_that_do_not_fit_are_refused(model, lora, one_device, tmp_path, field, value, words):
     peft.save(tmp_path / "a", lora, model[3], LORA, "base")
     file = tmp_path / "a" / "adapter_config.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), field: value}))
     (tmp_path / "a" / hf.MANIFEST).unlink()
     with pytest.raises(UserError, match=words):
-        peft.load(tmp_path / "a", model[3])
+        peft.load(tmp_path / "a", model[3], one_device)
     with pytest.raises(UserError, match="exists"):
         peft.save(tmp_path / "a", lora, model[3], LORA, "base")
 

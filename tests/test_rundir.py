@@ -68,6 +68,9 @@ def test_stages_end_once_and_changes_are_refused(tmp_path):
         "seed: 3407 -> 1; generate.tau: 0.8 -> 0.5; inputs.data: 'aaa' -> 'bbb'. "
         "Use another run_dir, or delete this one"
     )
+    assert rundir._differences({"a": [1, 2, {"b": "x" * 99}]}, {"a": [1, 3]}) == [
+        "a.1: 2 -> 3", "a.2: {'b': '" + "x" * 50 + "... -> None"
+    ]  # fmt: skip
     # What a stage does not read may change; so may the devices.
     later = config(tmp_path, train__epochs=9, mesh__fsdp=2)
     with rundir.RunDir(later) as run, run.stage("generate", {"data": "aaa"}) as done:

@@ -53,13 +53,15 @@ def test_the_exported_adapter_answers_alike_in_transformers(tmp_path, pipeline, 
     import torch
     from transformers import AutoModelForCausalLM
 
-    manifest = (pipeline / "run.json").read_text()
-    greedy = tmp_path / "run"
-    greedy.mkdir()
-    (greedy / "checkpoints").symlink_to(pipeline / "checkpoints")
-    (greedy / "run.json").write_text(manifest.replace('"evaluate"', '"sampled"', 1))
-    assert tiny.run("evaluate", tiny.write(greedy), "evaluate.sampling.temperature=0") == 0
-    samples = tiny.lines(greedy / "samples.jsonl")
+    config, adapter = tiny.write(tmp_path / "run", evaluate__sampling__temperature=0), f"evaluate.adapter={tmp_path}"
+    assert tiny.run("evaluate", config, adapter) == 2
+    assert "want train.objective: none" in capsys.readouterr().err
+    assert tiny.run("evaluate", config, adapter, "train.objective=none") == 2
+    assert "adapter_model.safetensors: not found" in capsys.readouterr().err
+    adapter = f"evaluate.adapter={pipeline / 'adapter'}"
+    assert tiny.run("evaluate", config, adapter, "train.objective=none") == 0
+    samples = tiny.lines(tmp_path / "run" / "samples.jsonl")
+    assert json.loads((tmp_path / "run" / "results.json").read_text())["objective"] == "adapter"
     ours = [s for s in samples if s["sample"] == 0]
     assert all(s["text"] == o["text"] for s in samples for o in ours if s["problem_id"] == o["problem_id"])
     tokenizer = load_tokenizer(tiny.ASSETS / "model")

@@ -271,7 +271,11 @@ def _check_names(source: Tensors, cfg: ModelConfig) -> None:
 
 
 def _place(x: np.ndarray, weight: weights.Weight, cfg: ModelConfig, dtype, where) -> jax.Array:
-    x = np.ascontiguousarray(weight.from_torch(x, cfg).astype(dtype))
+    return put(np.ascontiguousarray(weight.from_torch(x, cfg).astype(dtype)), where)
+
+
+def put(x: np.ndarray, where: jax.sharding.Sharding) -> jax.Array:
+    """An array that every process has, laid out over the mesh."""
     return jax.make_array_from_callback(x.shape, where, lambda index: x[index])
 
 

@@ -7,16 +7,16 @@ import math
 from pathlib import Path
 from typing import Any
 
-import jax.numpy as jnp
+import jax
 import numpy as np
 from safetensors.numpy import save_file
 
 from dail_jax import config as config_lib
-from dail_jax.checkpoint.hf import Tensors, new_folder, verify_manifest, write_manifest
+from dail_jax.checkpoint.hf import Tensors, new_folder, put, verify_manifest, write_manifest
 from dail_jax.errors import UserError
 from dail_jax.mesh import is_first
 from dail_jax.model.families import ModelConfig
-from dail_jax.model.lora import Lora
+from dail_jax.model.lora import Lora, shardings
 from dail_jax.model.weights import Weight, declare
 
 WEIGHTS = "adapter_model.safetensors"
@@ -55,8 +55,8 @@ def save(folder: str | Path, lora: Lora, cfg: ModelConfig, lora_config: config_l
         write_manifest(temporary)
 
 
-def load(folder: str | Path, cfg: ModelConfig) -> tuple[Lora, config_lib.Lora]:
-    """The adapter in a folder; raises UserError, listing what does not fit the model."""
+def load(folder: str | Path, cfg: ModelConfig, mesh: jax.sharding.Mesh) -> tuple[Lora, config_lib.Lora]:
+    """The adapter in a folder, on the mesh; raises UserError, listing what does not fit the model."""
     folder, table = Path(folder), declare(cfg)
     verify_manifest(folder)
     description = read_description(folder)
@@ -85,8 +85,17 @@ def load(folder: str | Path, cfg: ModelConfig) -> tuple[Lora, config_lib.Lora]:
             flat = math.prod(sizes)
             x = source.read(tensor, (rank, flat) if side == "a" else (flat, rank)).astype(np.float32)
             tree[name][side].append(x.T.reshape(*sizes, rank) if side == "a" else x.T.reshape(rank, *sizes))
-    stacked = {n: {s: jnp.asarray(np.stack(pair[s])) for s in "ab"} for n, pair in tree.items()}
-    return Lora(stacked, lora_config.alpha / rank), lora_config
+    stacked = {n: {s: np.stack(x) for s, x in pair.items()} for n, pair in tree.items()}
+    placed = jax.tree.map(put, stacked, shardings(cfg, lora_config, mesh).tree)
+    return Lora(placed, lora_config.alpha / rank), lora_config
+
+
+def weights_file(folder: str | Path) -> Path:
+    """The file that an adapter's weights are in; raises UserError where there is none."""
+    file = Path(folder) / WEIGHTS
+    if not file.is_file():
+        raise UserError("not found: want a PEFT adapter folder", file=file)
+    return file
 
 
 def read_description(folder: Path) -> dict[str, Any]:

@@ -20,12 +20,13 @@ from pathlib import Path
 import jax
 
 from dail_jax import config as config_lib
+from dail_jax.checkpoint import peft
 from dail_jax.data.records import Row, dataset_hash, read_rows
 from dail_jax.errors import UserError
 from dail_jax.evaluate import protocol
 from dail_jax.evaluate.grading import Grader
 from dail_jax.metrics import Metrics, console, progress, say
-from dail_jax.rundir import Interrupt, Interrupted, Journal, RunDir, json_line, write_atomic
+from dail_jax.rundir import Interrupt, Interrupted, Journal, RunDir, json_line, sha256, write_atomic
 from dail_jax.sample.engine import Request, Sampler
 from dail_jax.stages.generate import report_usage
 from dail_jax.stages.session import Session, open_session
@@ -59,6 +60,8 @@ def run(config: config_lib.Config) -> None:
     check_golds(cfg, tables)
     with RunDir(config) as run_dir:
         inputs = {name: dataset_hash(rows) for name, rows in tables.items()}
+        if cfg.adapter:
+            inputs["adapter"] = sha256(peft.weights_file(cfg.adapter))
         with run_dir.stage("evaluate", inputs, scratch=(JOURNAL, FORCED)) as done:
             if done():
                 say(f"evaluate: already done, see {run_dir.path / 'results.json'}")
@@ -125,7 +128,7 @@ def problems(session: Session, tables: dict[str, list[Row]]) -> list[Problem]:
 def draw(session: Session, todo: list[Problem], run_dir: RunDir) -> list[dict]:
     """Ungraded rows of samples.jsonl, drawing what the journals do not have."""
     config, cfg = session.config, session.config.evaluate
-    lora = trained_lora(session, run_dir)
+    lora = peft.load(cfg.adapter, session.model, session.mesh)[0] if cfg.adapter else trained_lora(session, run_dir)
     metrics = Metrics(run_dir.path, config.log, "evaluate")
     sampler = session.sampler(
         cfg.sampling, slots=cfg.slots, max_tokens=cfg.sampling.max_tokens, lora=lora, draft=cfg.draft
@@ -219,7 +222,8 @@ def finish(config: config_lib.Config, samples: list[dict], folder: Path) -> None
     if jax.process_index() != 0:
         return
     graded = protocol.grade(samples, config.evaluate.benchmarks, thought_tag(config))
-    results = {"schema": protocol.SCHEMA, "arm": folder.name, "objective": config.train.objective, "seed": config.seed,
+    objective = "adapter" if config.evaluate.adapter else config.train.objective
+    results = {"schema": protocol.SCHEMA, "arm": folder.name, "objective": objective, "seed": config.seed,
                **protocol.summarise(graded, config.evaluate, config.seed)}  # fmt: skip
     write_atomic(folder / "samples.jsonl", "".join(map(json_line, graded)))
     write_atomic(folder / "results.json", json.dumps(results, indent=1) + "\n")
