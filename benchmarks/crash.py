@@ -2,10 +2,10 @@
 
     python benchmarks/crash.py --kills 200 --terms 50      (an hour on two cores; --kills 10 --terms 4: four minutes)
 
-generate: SIGKILL. Every problem in the journal before a kill must be there after it, none twice, and the finished
-traces.jsonl must equal an uninterrupted run's byte for byte. train: SIGKILL, saving after every second update and
+generate, evaluate: SIGKILL. Every problem in the journal before a kill must be there after it, none twice, and the
+finished file must equal an uninterrupted run's byte for byte. train: SIGKILL, saving after every second update and
 keeping two checkpoints, so that many kills fall into a save or a deletion. Every step that is listed must load, at most
-one save interval may be lost, and losses and final parameters must be bit-identical. Both: SIGTERM must end with 0.
+one save interval may be lost, and losses and final parameters must be bit-identical. All: SIGTERM must end with 0.
 The run directory is used until it is finished, then begun anew. Exit status 1 if anything was lost.
 """
 
@@ -28,13 +28,18 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 import tiny
 
 SAVE_EVERY = 2
+JOURNALS = {  # stage: its journal, what names a row there, the finished file
+    "generate": ("traces.partial.jsonl", "problem_id", "traces.jsonl"),
+    "evaluate": ("samples.partial.jsonl", "name", "samples.jsonl"),
+}
+STAGES = (*JOURNALS, "train")
 
 
 def main() -> int:
     args = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     args.add_argument("--kills", type=int, default=200, help="SIGKILLs a stage")
     args.add_argument("--terms", type=int, default=50, help="SIGTERMs a stage")
-    args.add_argument("--stage", choices=("generate", "train"), help="(default: both)")
+    args.add_argument("--stage", choices=STAGES, help="(default: all)")
     args.add_argument("--seed", type=int, default=0)
     args.add_argument("--json", metavar="FILE", help="write one JSON object a row")
     options = args.parse_args()
@@ -44,7 +49,7 @@ def main() -> int:
         (folder / "programs").mkdir()
         if options.stage == "train":
             finished("generate", folder / "generate-whole", folder)
-        stages = [options.stage] if options.stage else ["generate", "train"]
+        stages = [options.stage] if options.stage else STAGES
         rows = [campaign(stage, folder, options.kills, options.terms, rng) for stage in stages]
     for row in rows:
         print("  ".join(f"{key} {value}" for key, value in row.items()))
@@ -102,7 +107,9 @@ def campaign(stage: str, folder: Path, kills: int, terms: int, rng: random.Rando
 
 def config(stage: str, run: Path, folder: Path) -> Path:
     traces = {"traces": str(folder / "generate-whole" / "traces.jsonl")} if stage == "train" else {}
-    return tiny.write(run, generate__slots=4, train__epochs=4, train__save_every=SAVE_EVERY, **traces)
+    objective = {"train__objective": "none"} if stage == "evaluate" else {}
+    return tiny.write(run, generate__slots=4, evaluate__slots=2, train__epochs=4, train__save_every=SAVE_EVERY,
+                      **objective, **traces)  # fmt: skip
 
 
 def finished(stage: str, run: Path, folder: Path) -> float:
@@ -121,12 +128,12 @@ def done(stage: str, run: Path) -> bool:
 
 
 def watched(stage: str, run: Path) -> Path:
-    return run / ("traces.partial.jsonl" if stage == "generate" else "metrics.jsonl")
+    return run / (JOURNALS[stage][0] if stage in JOURNALS else "metrics.jsonl")
 
 
 def progress(stage: str, run: Path) -> int:
     """Problems in the journal, or the newest listed checkpoint."""
-    if stage == "generate":
+    if stage in JOURNALS:
         path = watched(stage, run)
         return path.read_bytes().count(b"\n") if path.exists() else 0
     return max(listed(run), default=0)
@@ -142,9 +149,8 @@ def lost(stage: str, run: Path, before: int) -> list[str]:
         return []
     if progress(stage, run) < before:
         return [f"{stage}: {before} before the signal, {progress(stage, run)} after it"]
-    if stage == "generate":
-        path = watched(stage, run)
-        names = Counter(row["problem_id"] for row in whole_lines(path))
+    if stage in JOURNALS:
+        names = Counter(row[JOURNALS[stage][1]] for row in whole_lines(watched(stage, run)))
         return [f"{name} is there twice" for name, n in names.items() if n > 1]
     reached = max((row["step"] for row in whole_lines(run / "metrics.jsonl") if row["stage"] == "train"), default=0)
     if reached - progress(stage, run) > SAVE_EVERY:
@@ -172,9 +178,10 @@ def damaged(run: Path) -> list[str]:
 
 def differences(stage: str, run: Path, whole: Path, folder: Path) -> list[str]:
     """How a finished run differs from the uninterrupted one."""
-    if stage == "generate":
-        same = (run / "traces.jsonl").read_bytes() == (whole / "traces.jsonl").read_bytes()
-        return [] if same else ["traces.jsonl differs from an uninterrupted run's"]
+    if stage in JOURNALS:
+        file = JOURNALS[stage][2]
+        same = (run / file).read_bytes() == (whole / file).read_bytes()
+        return [] if same else [f"{file} differs from an uninterrupted run's"]
     got, want = tiny.losses(run), tiny.losses(whole)
     first = next(((g, w) for g, w in zip(got, want, strict=False) if g != w), (len(got), len(want)))
     problems = [] if got == want else [f"losses differ from an uninterrupted run's: {first[0]}, not {first[1]}"]
