@@ -1,0 +1,204 @@
+"""Damages files at random and counts what loading them does.
+
+    python benchmarks/damage.py --mutations 10000      (some ten minutes; --mutations 500: one)
+
+Targets: an adapter, a merged model, a converted model, training checkpoints (two, so that the older one can be fallen
+back to), cached references; and a Hugging Face folder without checksums, where a flipped bit of a weight cannot be
+noticed. A mutation hits one random file: a bit is flipped, a stretch is overwritten, zeroed, taken out or put in, the
+end is cut off, or the file is emptied or removed. Loading must refuse in one line, or give what was saved, bit for bit.
+Exit status 1 if a folder with checksums ever loaded something else, or anything but such a refusal was raised.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import json
+import logging
+import random
+import shutil
+import sys
+import tempfile
+import traceback
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+from dail_jax import config as config_lib
+from dail_jax import mesh as mesh_lib
+from dail_jax import metrics
+from dail_jax.checkpoint import base, hf, peft, store
+from dail_jax.data.batches import Example
+from dail_jax.errors import UserError
+from dail_jax.model import lora as lora_lib
+from dail_jax.text import load_tokenizer
+from dail_jax.train import references
+
+MODEL = Path(__file__).resolve().parent.parent / "dail_jax/microworld/assets/model"
+OUTCOMES = ("refused", "unharmed", "changed", "crashed")
+UNCHECKED = "folder without checksums"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--mutations", type=int, default=10_000)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--json", type=Path, help="write one object a row")
+    options = parser.parse_args()
+    rng = random.Random(options.seed)
+    with tempfile.TemporaryDirectory(prefix="damage-") as name:
+        loaders = targets(Path(name))
+        share = options.mutations // len(loaders)
+        rows = [{"target": t, **campaign(t, Path(name) / t, load, share, rng)} for t, load in loaders.items()]
+    table = Table(title=f"{share * len(rows)} damaged files")
+    for column in ("target", *OUTCOMES):
+        table.add_column(column, justify="left" if column == "target" else "right")
+    for row in rows:
+        table.add_row(*(str(row[column]) for column in ("target", *OUTCOMES)))
+    Console().print(table)
+    if options.json:
+        options.json.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return int(any(row["crashed"] or (row["changed"] and row["target"] != UNCHECKED) for row in rows))
+
+
+def targets(folder: Path) -> dict[str, Callable[[Path], Any]]:
+    """{name of a folder that is made here: how it is loaded}."""
+    mesh = mesh_lib.make_mesh(config_lib.Mesh())
+    jax.set_mesh(mesh)
+    params, cfg = hf.load(MODEL, mesh, "float32")
+    settings = config_lib.Lora(rank=4)
+    lora = jax.tree.map(lambda x: x + 0.5, lora_lib.init(jax.random.key(0), cfg, settings))
+    shape = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), lora)
+    examples = [Example(str(n), {}, tuple(range(5 + n))) for n in range(4)]
+
+    def read_model(path: Path):
+        weights = base.load(path, mesh, "float32")[0]
+        return weights, load_tokenizer(path).render([{"role": "user", "content": "add 1 2"}])
+
+    def read_checkpoint(path: Path):
+        kept = store.Store(path, keep=2)
+        try:
+            return kept.restore(shape)
+        finally:
+            kept.close()
+
+    def read_references(path: Path):
+        if not references.whole(path, "key"):
+            raise UserError("computed again", file=path)
+        found = references.References(path, examples, cfg.D, jnp.bfloat16)
+        return [np.array(found(role, i)) for role in references.step_lib.REFERENCES for i in range(len(examples))]
+
+    peft.save(folder / "adapter", lora, cfg, settings, "base")
+    hf.save(folder / "merged model", params, cfg, json.loads((MODEL / "config.json").read_text()), MODEL)
+    base.save(folder / "converted model", params, MODEL)
+    shutil.copytree(folder / "merged model", folder / UNCHECKED)
+    (folder / UNCHECKED / hf.MANIFEST).unlink()
+    kept = store.Store(folder / "checkpoints", keep=2)
+    for step in (1, 2):
+        kept.save(step, jax.tree.map(lambda x, step=step: x * 2.0**step, lora), {"data": step})
+    kept.close()
+    write_references(folder / "references", examples, cfg.D)
+    return {
+        "adapter": lambda path: peft.load(path, cfg, mesh)[0].tree,
+        "merged model": read_model,
+        "converted model": read_model,
+        "checkpoints": read_checkpoint,
+        "references": read_references,
+        UNCHECKED: read_model,
+    }
+
+
+def write_references(folder: Path, examples: list[Example], d: int) -> None:
+    """A cache as training writes it, of random states."""
+    folder.mkdir()
+    tokens, rng = sum(len(e.response) for e in examples), np.random.default_rng(0)
+    files = {}
+    for role in references.step_lib.REFERENCES:
+        file = folder / f"{role}.bin"
+        file.write_bytes(rng.standard_normal((tokens, d)).astype(jnp.bfloat16).tobytes())
+        files[file.name] = references.sha256(file)
+    (folder / "manifest.json").write_text(json.dumps({"key": "key", "shape": (tokens, d), "files": files}))
+
+
+def campaign(name: str, folder: Path, load: Callable[[Path], Any], count: int, rng: random.Random) -> dict[str, int]:
+    """How often each outcome came."""
+    counts: Counter[str] = Counter(dict.fromkeys(OUTCOMES, 0))
+    want, work = load(folder), folder.with_name("work")
+    answers = [jax.tree.map(np.asarray, want)]
+    if name == "checkpoints":  # the older step counts as whole, too: the store says that it falls back
+        step, tree, _ = answers[0]
+        answers.append((step - 1, jax.tree.map(lambda x: x / 2, tree), {"data": step - 1}))
+    files = sorted(p.relative_to(folder) for p in folder.rglob("*") if p.is_file())
+    for _ in track(range(count), description=name):
+        shutil.rmtree(work, ignore_errors=True)
+        shutil.copytree(folder, work)
+        file = rng.choice(files)
+        kind = mutate(work / file, rng)
+        try:
+            with contextlib.redirect_stderr(io.StringIO()), contextlib.redirect_stdout(io.StringIO()):
+                got = jax.tree.map(np.asarray, load(work))
+            outcome = "unharmed" if any(same(got, answer) for answer in answers) else "changed"
+        except UserError as error:
+            outcome = "refused" if "\n" not in str(error) else "crashed"
+        except Exception:
+            outcome = "crashed"
+            print(f"{name}: {file}, {kind}:\n{traceback.format_exc()}", file=sys.stderr)
+        if outcome == "changed" and name != UNCHECKED:
+            print(f"{name}: {file}, {kind}: loaded, and is not what was saved", file=sys.stderr)
+        counts[outcome] += 1
+    shutil.rmtree(work)
+    return dict(counts)
+
+
+def same(a: Any, b: Any) -> bool:
+    """Equal trees, bit for bit."""
+    if jax.tree.structure(a) != jax.tree.structure(b):
+        return False
+    return all(
+        np.asarray(x).tobytes() == np.asarray(y).tobytes() for x, y in zip(*map(jax.tree.leaves, (a, b)), strict=True)
+    )
+
+
+def mutate(file: Path, rng: random.Random) -> str:
+    """Damages a file in place and returns how."""
+    data = bytearray(file.read_bytes())
+    kind = rng.choice(("flip", "overwrite", "zero", "take out", "put in", "cut", "empty", "remove"))
+    at = rng.randrange(len(data)) if data else 0
+    # Half of the mutations lie in the first 4 KiB, where headers are.
+    if rng.random() < 0.5:
+        at = min(at, rng.randrange(4096))
+    end = min(len(data), at + rng.choice((1, 4, 64, 4096)))
+    if kind == "flip" and data:
+        data[at] ^= 1 << rng.randrange(8)
+    elif kind == "overwrite":
+        data[at:end] = rng.randbytes(end - at)
+    elif kind == "zero":
+        data[at:end] = bytes(end - at)
+    elif kind == "take out":
+        del data[at:end]
+    elif kind == "put in":
+        data[at:at] = rng.randbytes(end - at)
+    elif kind == "cut":
+        del data[at:]
+    elif kind == "empty":
+        data.clear()
+    if kind == "remove":
+        file.unlink()
+    else:
+        file.write_bytes(data)
+    return f"{kind} at {at}"
+
+
+if __name__ == "__main__":
+    metrics.console.quiet = True
+    logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax says what it could not read
+    sys.exit(main())
