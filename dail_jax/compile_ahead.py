@@ -10,7 +10,6 @@ products of the forward passes and of the gradient by activations, causal attent
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 import math
 import re
 import time
@@ -26,9 +25,9 @@ from jax.sharding import Mesh
 from dail_jax import compiled as compiled_lib
 from dail_jax import config as config_lib
 from dail_jax import mesh as mesh_lib
+from dail_jax.chips import Chip, chip
 from dail_jax.compiled import Count, copies_of, count
 from dail_jax.data.batches import pad
-from dail_jax.errors import UserError
 from dail_jax.model import lora as lora_lib
 from dail_jax.model import transformer, weights
 from dail_jax.model.families import ModelConfig
@@ -36,28 +35,8 @@ from dail_jax.sample import decode, engine, mixture
 from dail_jax.train import objectives, optimizer
 from dail_jax.train import step as step_lib
 
-KNOWN = "cpu, gpu, or a TPU slice such as v5e:4x4, v5p:2x2x4, v6e:4x4"
 KERNEL_EFFICIENCY = 0.5  # of the peak, assumed for attention kernels
 KERNEL_PASSES = {"forward": 2, "backward": 7}  # [T,T,H] products a splash pass makes
-
-
-@dataclass(frozen=True)
-class Chip:
-    """HBM in GB, bfloat16 peak in TFLOP/s, HBM bandwidth in GB/s."""
-
-    hbm: float
-    peak: float
-    bandwidth: float
-
-
-CHIPS = {  # by a part of the device kind
-    "TPU v5 lite": Chip(16, 197, 819),
-    "TPU v5": Chip(95, 459, 2765),
-    "TPU v6 lite": Chip(32, 918, 1640),
-    "H200": Chip(141, 989, 4800),
-    "H100": Chip(80, 989, 3350),
-    "A100": Chip(80, 312, 2039),
-}
 
 
 @dataclass(frozen=True)
@@ -72,6 +51,7 @@ class Program:
     state: decode.State | None = None  # donated: its caches must stay in place
     unread: float = 0.0  # bytes a device of arguments that need not be read
     tokens: int = 0  # of decoding: how many a call draws
+    weights: float = 0.0  # bytes a device of the base model, as training holds it; sampling has its own beside it
 
 
 @dataclass(frozen=True)
@@ -93,32 +73,6 @@ class Row:
     utilisation: float | None = None
     bytes_over_ideal: float | None = None
     cache_copies: int | None = None
-
-
-def devices(topology: str) -> list:
-    """The devices of a topology: local ones for cpu and gpu, else those of a TPU slice; raises UserError."""
-    if topology in ("cpu", "gpu"):
-        try:
-            return jax.devices(topology)
-        except RuntimeError:
-            raise UserError(
-                f"got {topology!r}, but jax finds no such device here; want {KNOWN}", field="topology"
-            ) from None
-    if not re.fullmatch(r"v\d+\w*:[1-9]\d*(x[1-9]\d*)*", topology):
-        raise UserError(f"got {topology!r}, want {KNOWN}", field="topology")
-    if importlib.util.find_spec("libtpu") is None:
-        raise UserError("compiling for a TPU wants libtpu: pip install 'dail_jax[tpu]'", field="topology")
-    from jax.experimental import topologies
-
-    try:
-        return list(topologies.get_topology_desc(platform="tpu", topology_name=topology).devices)
-    except Exception as error:  # whatever the installed libtpu says about names that it does not know
-        raise UserError(f"got {topology!r}, which libtpu refuses ({str(error).splitlines()[0]}); want {KNOWN}",
-                        field="topology") from None  # fmt: skip
-
-
-def chip(device) -> Chip | None:
-    return next((c for kind, c in CHIPS.items() if kind in device.device_kind), None)
 
 
 def compile_all(
@@ -146,7 +100,10 @@ def lower(mesh: Mesh, jitted, *args) -> jax.stages.Lowered:
 def lengths(config: config_lib.Config) -> tuple[int, int]:
     """The longest prompt and response, padded, of which `train.max_tokens` admits a batch."""
     cfg = config.train
-    longest = config.prompts.max_solution_tokens if cfg.objective == "sft" else config.generate.sampling.max_tokens
+    longest = (
+        config.prompts.max_solution_tokens if cfg.objective == "sft"
+        else (cfg.online if cfg.is_online else config.generate).sampling.max_tokens
+    )  # fmt: skip
     response = min(longest, cfg.max_tokens - 1)
     return pad(cfg.max_tokens - response, cfg.bucket), pad(response, cfg.bucket)
 
@@ -173,13 +130,19 @@ def train_programs(config: config_lib.Config, model: ModelConfig, mesh: Mesh) ->
     def count() -> Count:
         return count_step(config, model, mesh, prompt, response, cached)
 
-    out = [Program("loss", "loss", loss), Program(f"train step, {shape}", "train", step, useful, count)]
+    out = [Program("loss", "loss", loss),
+           Program(f"train step, {shape}", "train", step, useful, count, weights=held(params))]  # fmt: skip
     if cached:
         states = step_lib.make_states(mesh)
         tokens = mesh_array(mesh, "bt", (rows, prompt + response), jnp.int32)
         args = (recipe, params, None, tokens, tokens, response)
-        out.insert(0, Program("references", "train", lambda: lower(mesh, states, *args)))
+        out.insert(0, Program("references", "train", lambda: lower(mesh, states, *args), weights=held(params)))
     return out
+
+
+def held(params: weights.Params) -> float:
+    """Bytes a device of abstract weights."""
+    return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(params))
 
 
 def mesh_array(mesh: Mesh, axes: str, shape: tuple[int, ...], dtype) -> jax.ShapeDtypeStruct:
@@ -294,23 +257,28 @@ def unstacked(model: ModelConfig, dtype, mesh: Mesh) -> weights.Params:
 
 
 def sampler_programs(config: config_lib.Config, model: ModelConfig, mesh: Mesh) -> list[Program]:
-    """Prefill and decoding of the rollouts, and of the evaluation where there are benchmarks."""
-    dtype, out = jnp.dtype(config.model.dtype), []
-    params = unstacked(model, dtype, mesh)
+    """Prefill and decoding of the rollouts (of `generate` and of online training) and of the evaluation."""
+    dtype, out, train = jnp.dtype(config.model.dtype), [], config.train
+    params, stacked = unstacked(model, dtype, mesh), held(weights.abstract(model, dtype, mesh))
     embed = params["embed"]  # looked up, not read, unless it is the unembedding too
     table = 0 if model.tied else math.prod(embed.sharding.shard_shape(embed.shape)) * dtype.itemsize
-    jobs = []
-    if config.train.objective in ("dail", "nll"):
-        roles = 1 if config.generate.tau in (0.0, 1.0) else 2
-        jobs.append(("rollouts", config.generate, roles, None))
+    lora = None if train.objective == "none" else lora_lib.abstract(model, train.lora, mesh)
+    jobs = []  # name, settings, samples of a prompt, longest prompt, roles, LoRA, drafts
+    if train.reads_traces:
+        cfg = config.generate
+        roles = 1 if cfg.tau in (0.0, 1.0) or train.objective == "star" else 2
+        jobs.append(("rollouts", cfg, cfg.samples, cfg.max_prompt_tokens, roles, None, cfg.draft))
+    if train.is_online:
+        prompt = train.max_tokens - train.online.sampling.max_tokens
+        jobs.append(("online rollouts", train.online, train.online.group, prompt, 1, lora, 0))
     if config.evaluate.benchmarks:
-        lora = None if config.train.objective == "none" else lora_lib.abstract(model, config.train.lora, mesh)
-        jobs.append(("evaluation", config.evaluate, 1, lora))
-    for name, cfg, roles, lora in jobs:
+        cfg = config.evaluate
+        jobs.append(("evaluation", cfg, cfg.samples, cfg.max_prompt_tokens, 1, lora, cfg.draft))
+    for name, cfg, samples, longest, roles, lora, drafts in jobs:
         knobs = mixture.knobs(cfg.sampling)
         sampler = engine.Sampler(params, model, mesh, (), 0, cfg.slots, cfg.sampling.max_tokens, knobs, roles, lora,
-                                 draft=cfg.draft)  # fmt: skip
-        grid = sampler.grid(cfg.samples, engine.bucket(cfg.max_prompt_tokens))
+                                 draft=drafts)  # fmt: skip
+        grid = sampler.grid(samples, engine.bucket(longest))
         made = lower(mesh, decode.empty, grid, model, dtype).compile()
         shapes = jax.eval_shape(lambda grid=grid: decode.empty(grid, model, dtype))
         state = jax.tree.map(lambda s, where: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=where), shapes,
@@ -323,14 +291,14 @@ def sampler_programs(config: config_lib.Config, model: ModelConfig, mesh: Mesh) 
         def prefill(grid=grid, lora=lora, state=state, prompt=prompt) -> jax.stages.Lowered:
             return lower(mesh, decode.load_prompt, grid, model, params, lora, state, *prompt)
 
-        out.append(Program(f"{label}: prefill {grid.prompt_slots}", "sampler", prefill, state=state))
-        for draft in sorted({0, cfg.draft}):
+        out.append(Program(f"{label}: prefill {grid.prompt_slots}", "sampler", prefill, state=state, weights=stacked))
+        for draft in sorted({0, drafts}):
 
             def step(draft=draft, grid=grid, lora=lora, state=state, rules=rules, knobs=knobs) -> jax.stages.Lowered:
                 return lower(mesh, decode.decode, grid, model, draft, params, lora, state, rules, knobs)
 
             title = f"{label}: decode" + (f", drafting {draft}" if draft else "")
-            out.append(Program(title, "sampler", step, state=state, unread=table, tokens=grid.chunk))
+            out.append(Program(title, "sampler", step, state=state, unread=table, tokens=grid.chunk, weights=stacked))
     return out
 
 
@@ -350,13 +318,14 @@ def measure(program: Program, config: config_lib.Config, mesh: Mesh, known: Chip
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         peak = float(used[1]) * (2**30 if used[2] == "G" else 2**20) / 1e9 if used else None
-        advice = first_change(program.kind, config, mesh, 0, 1)
+        weights = program.weights / 1e9
+        advice = first_change(program.kind, config, mesh, weights, (hbm or 0) - weights)
         return Row(program.name, time.monotonic() - started, peak, hbm, False, f"does not fit: {advice}")
     seconds = time.monotonic() - started
     memory: Any = compiled.memory_analysis()
     arguments, temporaries = memory.argument_size_in_bytes / 1e9, memory.temp_size_in_bytes / 1e9
     fresh = (memory.output_size_in_bytes - memory.alias_size_in_bytes) / 1e9
-    peak = arguments + temporaries + max(fresh, 0)
+    peak = arguments + temporaries + max(fresh, 0) + (program.weights / 1e9 if program.kind == "sampler" else 0)
     fits = None if known is None else peak <= known.hbm
     verdict = {None: "compiles", True: "fits"}.get(fits) or (
         "does not fit: " + first_change(program.kind, config, mesh, arguments, temporaries))  # fmt: skip

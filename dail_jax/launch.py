@@ -98,7 +98,9 @@ def main(argv: list[str] | None = None) -> int:
             import jax
 
             # What is not given is found by JAX: TPU pods, SLURM and Kubernetes say it in their own ways.
+            handler = signal.getsignal(signal.SIGTERM)
             jax.distributed.initialize(args.coordinator, args.processes, args.process_id)
+            signal.signal(signal.SIGTERM, handler)  # which JAX has taken for itself
         from dail_jax import config as config_lib
 
         config = config_lib.load(args.config[0], args.overrides, args.config[1:]) if args.config else None

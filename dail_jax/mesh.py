@@ -96,12 +96,14 @@ def check_rows(mesh: jax.sharding.Mesh, count: int) -> None:
                         field="train.batch_size")  # fmt: skip
 
 
-def local_rows(mesh: jax.sharding.Mesh, count: int) -> slice:
-    """Which of `count` batch rows this process holds; raises UserError if they do not divide."""
+def local_rows(mesh: jax.sharding.Mesh, count: int) -> np.ndarray:
+    """Which of `count` batch rows this process holds, ascending; raises UserError if they do not divide.
+
+    They need not lie side by side: a mesh follows the wires of a TPU slice, not the order of its hosts.
+    """
     check_rows(mesh, count)
     slices = sharding(mesh, "b").addressable_devices_indices_map((count,)).values()
-    bounds = [s[0].indices(count) for s in slices if s is not None]
-    return slice(min(b[0] for b in bounds), max(b[1] for b in bounds))
+    return np.unique(np.concatenate([np.arange(count)[s] for s in slices if s is not None]))
 
 
 def to_devices(batch: dict[str, np.ndarray], mesh, rows: int) -> dict[str, jax.Array]:

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from conftest import mesh_of
 
-from dail_jax import compile_ahead, compiled
+from dail_jax import chips, compile_ahead, compiled
 from dail_jax import config as config_lib
 from dail_jax.errors import UserError
 from dail_jax.model import attention, families
@@ -100,7 +100,7 @@ def test_counted_flops_are_the_arithmetic(config):
 
 
 def test_a_program_that_does_not_fit_says_what_to_change_first(config, monkeypatch):
-    monkeypatch.setitem(compile_ahead.CHIPS, "cpu", compile_ahead.Chip(1e-6, 1, 1))
+    monkeypatch.setitem(chips.CHIPS, "cpu", chips.Chip(1e-6, 1, 1))
     changes = {"mesh.fsdp": 1, "mesh.tensor": 1}
     one = config_lib.with_overrides(config, changes, "test")
     (loss,) = compile_on(one, jax.devices()[:1], quick=True, only="loss").values()
@@ -117,7 +117,7 @@ def test_a_program_that_does_not_fit_says_what_to_change_first(config, monkeypat
 def test_topologies_that_do_not_exist_are_one_line():
     for name in ("v9:2x2", "tpu", "v5e", "v5e:0x0"):
         with pytest.raises(UserError, match=r"v5e:4x4, v5p:2x2x4, v6e:4x4|libtpu"):
-            compile_ahead.devices(name)
+            chips.devices(name)
 
 
 def test_main_memory_traffic_multiplies_loops_and_counts_slices():

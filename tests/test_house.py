@@ -24,9 +24,9 @@ MAY = {
     "microworld": {"data"},
     "stages": {"data", "model", "evaluate", "checkpoint", "sample", "train", "report"},
 }
-MAY["compiled"] = set()
-MAY["compile_ahead"] = MAY["stages"] | {"compiled"}  # beside the stages that it compiles for
-MAY["stages"] = MAY["stages"] | {"compile_ahead"}
+MAY["compiled"] = MAY["chips"] = set()
+MAY["compile_ahead"] = MAY["stages"] | {"compiled", "chips"}  # beside the stages that it compiles for
+MAY["stages"] = MAY["stages"] | {"compile_ahead", "chips"}
 MAY["launch"] = {"stages"}
 
 # The ground floor's own order: a file imports only what stands before it.

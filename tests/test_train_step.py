@@ -182,14 +182,18 @@ def test_plan_is_a_pure_function_and_pads_little(examples):
         assert sorted(seen[seen >= 0]) == list(range(37))
     assert all((plan[i] == again[i]).all() for i in range(15))
     assert not all((plan[i] == plan[5 + i]).all() for i in range(5))
-    assert batches.padding_share(plan, 1) < 0.1
+    for bucket, most in ((1, 0.15), (16, 0.5)):
+        assemble = batches.Assemble(examples, bucket, 1, np.arange(8), ROLES)
+        positions = [assemble.map(plan[i])["student_positions"] for i in range(5)]
+        padding = sum((x < 0).sum() for x in positions) / sum(x.size for x in positions)
+        assert batches.padding_share(plan, assemble) == pytest.approx(padding) and padding < most
 
 
 def test_rows_end_in_one_column_and_a_width_has_one_shape():
     rng = np.random.default_rng(3)
     draw = lambda low, high: tuple(rng.integers(1, 40, rng.integers(low, high)).tolist())  # noqa: E731
     examples = [batches.Example(f"e{i}", {r: draw(3, 90) for r in ROLES}, draw(2, 120)) for i in range(300)]
-    assemble = batches.Assemble(examples, 32, 1, slice(0, 8), ROLES)
+    assemble = batches.Assemble(examples, 32, 1, np.arange(8), ROLES)
     plan, shapes = batches.Plan(examples, 8, 1, 0), {}
     for i in range(len(plan)):
         batch = assemble.map(plan[i])
@@ -205,5 +209,5 @@ def test_rows_end_in_one_column_and_a_width_has_one_shape():
                 assert tokens[at >= 0].tolist() == [*e.prompts[role], *e.response]
                 assert at[-len(e.response) :].tolist() == list(range(len(e.prompts[role]), at[-1] + 1))
     assert len(shapes) <= 7
-    assert batches.padding_share(plan, 32) < 0.2
+    assert batches.padding_share(plan, assemble) < 0.2
     assert dataclasses.replace(objectives.Objective("nll"), gamma=1.0).gamma == 1

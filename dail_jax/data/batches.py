@@ -94,7 +94,7 @@ class Assemble(grain.transforms.Map):
     examples: list[Example]
     bucket: int
     accumulate: int
-    local: slice  # rows of a micro-batch
+    local: np.ndarray  # which rows of a micro-batch
     roles: tuple[str, ...]
     cached: tuple[str, ...] = ()
     references: Callable[[str, int], np.ndarray] | None = None
@@ -139,8 +139,10 @@ class Assemble(grain.transforms.Map):
     def shapes(self, live: np.ndarray) -> tuple[int, dict[str, int]]:
         """T and each role's W: what all examples need whose first role fits the width that these ones need."""
         lengths = self.lengths[self.roles[0]]
-        inside = lengths <= pad(int(lengths[live].max()), self.bucket)
-        t = pad(int(self.lengths["response"][inside].max()), self.bucket)
+        width = pad(int(lengths[live].max()), self.bucket)
+        inside = lengths <= width
+        # One less than the width at most, where the state is that predicts the first token of a response.
+        t = min(pad(int(self.lengths["response"][inside].max()), self.bucket), width - 1)
         return t, {r: pad(max(t + 1, int(self.lengths[r][inside].max())), self.bucket) for r in self.roles}
 
     @functools.cached_property
@@ -158,11 +160,11 @@ def iterator(plan: Plan, assemble: Assemble, workers: int) -> grain.DatasetItera
     return iter(dataset)
 
 
-def padding_share(plan: Plan, bucket: int) -> float:
-    """The share of the student's positions in the first epoch that are padding."""
+def padding_share(plan: Plan, assemble: Assemble) -> float:
+    """The share of the student's positions in the first epoch that are padding, empty rows among them."""
     used = total = 0
     for i in range(plan.per_epoch):
-        lengths = plan.lengths[plan[i][plan[i] >= 0]]
-        used += lengths.sum()
-        total += pad(int(lengths.max()), bucket) * len(lengths)
+        live = plan[i][plan[i] >= 0]
+        used += assemble.lengths["student"][live].sum()
+        total += assemble.shapes(live)[1]["student"] * plan.batch_size
     return 1 - used / total

@@ -9,7 +9,7 @@ from pathlib import Path
 import jax
 from rich.table import Table
 
-from dail_jax import compile_ahead, rundir
+from dail_jax import chips, compile_ahead, rundir
 from dail_jax import config as config_lib
 from dail_jax import mesh as mesh_lib
 from dail_jax.metrics import console, say
@@ -22,7 +22,7 @@ def run(
     if config.model.dtype == "float32":  # as every stage does
         jax.config.update("jax_default_matmul_precision", "highest")
     model = read_config(config.model.path)
-    devices = compile_ahead.devices(topology)
+    devices = chips.devices(topology)
     mesh = mesh_lib.make_mesh(config.mesh, devices)
     shape = " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
     say(f"compile: {config.model.path} for {len(devices)} {devices[0].device_kind} ({topology}), mesh {shape}")
@@ -32,7 +32,8 @@ def run(
         rows.append(row)
     console.print(table(rows))
     kernels = f"{compile_ahead.KERNEL_EFFICIENCY:.0%}"
-    say("GB a device. FLOPs, bytes and time: of one update; of decoding, one token. Time: the compiler's model, plus "
+    say("GB a device; sampling's peak counts the weights as training holds them, too. FLOPs, bytes and time: of one "
+        "update; of decoding, one token. Time: the compiler's model, plus "
         f"attention kernels at {kernels} of the peak. Utilisation: useful FLOPs, by arithmetic, in that time; of "
         "decoding, bytes moved over bytes that must be read.")  # fmt: skip
     if out:

@@ -194,8 +194,10 @@ def fit(session: Session, rows: list[Row], run_dir: RunDir, metrics: Metrics) ->
             if played is not None:
                 examples, figures = played
                 assemble = batches.Assemble(examples, cfg.bucket, cfg.accumulate, local, roles_of(config))
-                for first in range(0, len(examples), cfg.batch_size):
-                    batch = assemble.map(np.arange(first, first + cfg.batch_size))
+                # A group's samples in different updates: one problem alone does not give a direction.
+                order = np.random.default_rng((config.seed, number)).permutation(len(examples))
+                for chosen in order.reshape(per_round, cfg.accumulate, -1):
+                    batch = assemble.map(chosen.ravel())
                     state, out = update(session.params, state, mesh_lib.to_devices(batch, mesh, micro))
                     step += 1
                     values = {k: np.asarray(v).item() for k, v in out.items() if k not in ("bad_rows", "finite")}
@@ -203,7 +205,7 @@ def fit(session: Session, rows: list[Row], run_dir: RunDir, metrics: Metrics) ->
                         step, learning_rate=np.asarray(rate(step - 1)).item(), round=number, **values, **figures
                     )
                     if not bool(out["finite"]):
-                        complain(examples, batch, np.asarray(jax.device_get(out["bad_rows"])), step)
+                        complain(examples, chosen, np.asarray(out["bad_rows"]), step)
                         if int(state.skipped) >= cfg.max_skipped:
                             raise UserError(f"{cfg.max_skipped} updates in a row were not finite: lower the learning "
                                             "rate; the last good checkpoint is kept", field="train")  # fmt: skip

@@ -96,7 +96,6 @@ def decoding_weights(folder: str, dtype: str, mesh: jax.sharding.Mesh) -> weight
     return jax.jit(weights.unstack)(_weights(folder, dtype, mesh))
 
 
-def release() -> None:
-    """Forgets the loaded weights."""
+def release_decoding() -> None:
+    """Forgets the copy of the weights that sampling uses, which training has no use for."""
     decoding_weights.cache_clear()
-    _weights.cache_clear()

@@ -19,7 +19,7 @@ from dail_jax.metrics import Metrics, progress, say
 from dail_jax.model.lora import Lora
 from dail_jax.rundir import Interrupt, Interrupted, RunDir, json_line, sha256, write_atomic
 from dail_jax.stages.generate import check_golds, filters_of, mark_drops, read_traces, traces_path
-from dail_jax.stages.session import Session, open_session
+from dail_jax.stages.session import Session, open_session, release_decoding
 from dail_jax.train import optimizer, references
 from dail_jax.train import step as step_lib
 
@@ -50,6 +50,7 @@ def run(config: config_lib.Config) -> None:
 
                 online.fit(session, rows, run_dir, metrics)
             else:
+                release_decoding()
                 fit(session, examples_of(session, rows), run_dir, metrics)
             metrics.close()
 
@@ -140,7 +141,7 @@ def fit(session: Session, examples: list[Example], run_dir: RunDir, metrics: Met
     run = prepare(session, len(plan), run_dir.path / "checkpoints")
     feed = batches.iterator(plan, assemble, cfg.workers)
     say(f"train: {cfg.objective} on {len(examples)} examples, {len(plan)} updates of {cfg.batch_size}; "
-        f"{batches.padding_share(plan, cfg.bucket):.0%} of trained positions are padding")  # fmt: skip
+        f"{batches.padding_share(plan, assemble):.0%} of trained positions are padding")  # fmt: skip
 
     restored = run.store.restore(abstract_state(session, run))
     if restored is None:
@@ -172,7 +173,7 @@ def fit(session: Session, examples: list[Example], run_dir: RunDir, metrics: Met
                 **values,
             )
             if not bool(out["finite"]):
-                complain(examples, batch, np.asarray(jax.device_get(out["bad_rows"])), number)
+                complain(examples, plan[number - 1].reshape(cfg.accumulate, -1), np.asarray(out["bad_rows"]), number)
                 if int(state.skipped) >= cfg.max_skipped:
                     raise UserError(
                         f"{cfg.max_skipped} updates in a row were not finite: lower the learning rate or gamma; "
@@ -209,11 +210,9 @@ def cache(session: Session, examples, run_dir: RunDir, recipe, digest: str) -> r
     return found
 
 
-def complain(examples: list[Example], batch, bad: np.ndarray, number: int) -> None:
-    """Names the rows of an update that was not finite."""
-    rows = batch["rows"]
-    culprits = rows[bad[:, : rows.shape[1]]] if bad.shape == rows.shape and bad.any() else rows.ravel()
-    names = [examples[i].name for i in culprits if i >= 0]
+def complain(examples: list[Example], rows: np.ndarray, bad: np.ndarray, number: int) -> None:
+    """Names the rows [A, B] of an update that was not finite, or all of them where no row stands out."""
+    names = [examples[i].name for i in (rows[bad] if bad.any() else rows.ravel()) if i >= 0]
     say(f"train: update {number} was not finite and is skipped; rows: {', '.join(names[:8])}")
 
 

@@ -113,7 +113,8 @@ def make_update(recipe: Recipe, tx: optax.GradientTransformation, layout: State)
         summed: Any = objectives.summed(recipe.objective, recipe.chunk, hidden, extras, batch["mask"],
                                         transformer.unembedding(params))  # fmt: skip
         loss, parts = summed
-        bad = ~jnp.isfinite(jnp.where(batch["mask"][..., None], hidden, 0)).all((1, 2))
+        live, states = batch["mask"][..., None], [hidden, *(x for x in extras.values() if x.ndim == 3)]
+        bad = ~jnp.stack([jnp.isfinite(jnp.where(live, x, 0)).all((1, 2)) for x in states]).all(0)
         return loss, (parts, bad)
 
     def update(params: Params, state: State, batch: dict[str, jax.Array]) -> tuple[State, dict[str, jax.Array]]:

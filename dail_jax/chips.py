@@ -1,0 +1,58 @@
+"""Which devices a topology names, and what one of them can do."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+from dataclasses import dataclass
+
+import jax
+
+from dail_jax.errors import UserError
+
+KNOWN = "cpu, gpu, or a TPU slice such as v5e:4x4, v5p:2x2x4, v6e:4x4"
+
+
+@dataclass(frozen=True)
+class Chip:
+    """HBM in GB, bfloat16 peak in TFLOP/s, HBM bandwidth in GB/s."""
+
+    hbm: float
+    peak: float
+    bandwidth: float
+
+
+CHIPS = {  # by a part of the device kind
+    "TPU v5 lite": Chip(16, 197, 819),
+    "TPU v5": Chip(95, 459, 2765),
+    "TPU v6 lite": Chip(32, 918, 1640),
+    "H200": Chip(141, 989, 4800),
+    "H100": Chip(80, 989, 3350),
+    "A100": Chip(80, 312, 2039),
+}
+
+
+def devices(topology: str) -> list:
+    """The devices of a topology: local ones for cpu and gpu, else those of a TPU slice; raises UserError."""
+    if topology in ("cpu", "gpu"):
+        try:
+            return jax.devices(topology)
+        except RuntimeError:
+            raise UserError(
+                f"got {topology!r}, but jax finds no such device here; want {KNOWN}", field="topology"
+            ) from None
+    if not re.fullmatch(r"v\d+\w*:[1-9]\d*(x[1-9]\d*)*", topology):
+        raise UserError(f"got {topology!r}, want {KNOWN}", field="topology")
+    if importlib.util.find_spec("libtpu") is None:
+        raise UserError("compiling for a TPU wants libtpu: pip install 'dail_jax[tpu]'", field="topology")
+    from jax.experimental import topologies
+
+    try:
+        return list(topologies.get_topology_desc(platform="tpu", topology_name=topology).devices)
+    except Exception as error:  # whatever the installed libtpu says about names that it does not know
+        raise UserError(f"got {topology!r}, which libtpu refuses ({str(error).splitlines()[0]}); want {KNOWN}",
+                        field="topology") from None  # fmt: skip
+
+
+def chip(device) -> Chip | None:
+    return next((c for kind, c in CHIPS.items() if kind in device.device_kind), None)
