@@ -171,7 +171,7 @@ def paced(compiling: float, drafted: float, tokens: float, chunks: int) -> tuple
         way = pace.choose()
         took = (drafted if way else 1.0) + (0.0 if way in seen else compiling)
         seen.add(way)
-        pace.note(way, tokens if way else 1.0, took)
+        pace.note(way, tokens if way else 1.0, took, compiled=took > 10)
         seconds += took
     return pace, seconds
 
@@ -182,6 +182,12 @@ def test_drafting_costs_little_where_it_is_slower():
         assert seconds < 1.05 * (20 + chunks)
         assert pace.best == 0 and (pace.calls[4] > 0) == (chunks >= 2000)
     assert engine.Pace(0).choose() == 0
+    pace = engine.Pace(4)  # the plain program is there already: that says nothing of what the other's will cost
+    for chunk in range(1000):
+        if pace.choose():
+            break
+        pace.note(0, 1.0, 1.0, compiled=False)
+    assert pace.spent * pace.SHARE >= pace.UNSEEN or chunk == 999
 
 
 def test_drafting_is_chosen_where_it_is_faster():

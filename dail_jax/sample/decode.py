@@ -74,7 +74,6 @@ class State:
       status: [n] int32, RUNNING, STOPPED or CUT.  live: [n] bool, false once finished or never admitted.
       seen: [n, V] bool, tokens of the response so far (presence penalty).
       tokens, logq, log_student, log_privileged, by_student: [n, S], the response.
-      steps: [] int32, forwards so far that some slot needed.
     """
 
     cache: transformer.Cache
@@ -94,7 +93,6 @@ class State:
     log_student: jax.Array
     log_privileged: jax.Array
     by_student: jax.Array
-    steps: jax.Array
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
@@ -123,7 +121,6 @@ def empty(grid: Grid, cfg: ModelConfig, dtype) -> State:
             log_student=jnp.zeros((n, grid.max_tokens), jnp.float32),
             log_privileged=jnp.zeros((n, grid.max_tokens), jnp.float32),
             by_student=jnp.zeros((n, grid.max_tokens), bool),
-            steps=jnp.zeros((), jnp.int32),
         )
     )
 
@@ -279,7 +276,7 @@ def _step(
         behind = recent.held >= (state.start + rows(state.length))[:, None]
         recent = replace(recent, held=jnp.where(behind, -1, recent.held))
     hidden = jnp.take_along_axis(hidden, rows(last)[:, None, None], axis=1)[:, 0]
-    state = replace(state, hidden=hidden.astype(state.hidden.dtype), steps=state.steps + was_live.any())
+    state = replace(state, hidden=hidden.astype(state.hidden.dtype))
     return _lay_out(state), recent
 
 

@@ -2,7 +2,8 @@
 
 A request is one problem: a prompt for each role and the samples to draw. Finished slots are refilled between
 chunks, so that no slot waits for the longest response. What a sample says depends on (seed, name, sample) and on
-the padded shapes of its program, and these follow from its prompt's length alone: never on its neighbours.
+the padded shapes of its program, which follow from its prompt's length and from the run's settings: never on its
+neighbours.
 """
 
 from __future__ import annotations
@@ -31,10 +32,11 @@ class Pace:
     """Whether to draft: whichever way takes fewer seconds a token, as measured while sampling.
 
     Finding out may cost at most `SHARE` of the time so far, compilation of the second program included: short runs
-    never draft, long ones compare again now and then.
+    never draft, long ones compare again now and then. Where the first program was there already, nobody has seen
+    what compiling takes, and `UNSEEN` seconds are foreseen.
     """
 
-    SHARE = 0.02
+    SHARE, UNSEEN = 0.02, 60.0
 
     def __init__(self, draft: int):
         self.draft, self.best = draft, 0
@@ -44,12 +46,12 @@ class Pace:
     def choose(self) -> int:
         return self.draft - self.best if self.lost <= self.SHARE * self.spent and self.spent else self.best
 
-    def note(self, way: int, tokens: float, seconds: float) -> None:
-        """Learns that a chunk took `seconds` for `tokens` in each slot that was live."""
+    def note(self, way: int, tokens: float, seconds: float, compiled: bool) -> None:
+        """Learns that a chunk took `seconds` for `tokens` in each slot that was live, and whether it `compiled`."""
         self.spent += seconds
         self.calls[way] += 1
-        if self.calls[way] == 1:  # it compiled, as the other way will have to: that is paid for in advance
-            self.lost = seconds
+        if self.calls[way] == 1:  # what this way took to compile, the other will: that is paid for in advance
+            self.lost = seconds if compiled or way else self.UNSEEN
             return
         self.lost += seconds * (way != self.best)
         if tokens:
@@ -157,12 +159,25 @@ class Sampler:
         self.key = jax.random.key_data(jax.random.key(self.seed, impl="threefry2x32"))
 
     def grid(self, samples: int, prompt_slots: int) -> decode.Grid:
-        """The shapes for requests of up to `samples` samples: two prompts a block where several samples share one."""
+        """The shapes for requests of up to `samples` samples.
+
+        A block has a slot for each sample of a prompt, and room for more prompts, whose samples start where others
+        have ended: with lengths as they are, the last sample of a prompt runs when the next ones are half done. Up
+        to 4 prompts, as long as they take less than a quarter of what the slots' own tokens take; where not even 2
+        do, blocks are twice as wide.
+        """
         shards = axis_size(self.mesh, "b")
-        entries = 1 if samples == 1 else 2
-        width = min(entries * samples, max(self.slots // shards, 1))
-        blocks = -(-max(self.slots // width, 1) // shards) * shards
-        return decode.Grid(self.roles, blocks, width, entries, prompt_slots, self.max_tokens, CHUNK, self.draft)
+        share = max(self.slots // shards, 1)
+        if samples == 1:
+            return decode.Grid(self.roles, share * shards, 1, 1, prompt_slots, self.max_tokens, CHUNK, self.draft)
+        for wide in (samples, 2 * samples):
+            blocks = max(share // wide, 1)
+            width = share // blocks
+            entries = min(4, -(-width * self.max_tokens // (4 * prompt_slots)) - 1)
+            if entries >= 2:
+                break
+        return decode.Grid(self.roles, blocks * shards, width, max(entries, 2), prompt_slots, self.max_tokens, CHUNK,
+                           self.draft)  # fmt: skip
 
     def run(self, requests: Iterable[Request]) -> Iterator[Sample]:
         """Yields samples as they finish, bucket by bucket; the order depends on the slots, the samples do not."""
@@ -187,12 +202,13 @@ class Sampler:
             state = self._refill(grid, state, queue, entries, running, counted)
             if not any(running):
                 return
-            way, started = self._way(pace), time.perf_counter()
+            way, programs, started = self._way(pace), decode.decode._cache_size(), time.perf_counter()
             state = decode.decode(grid, self.cfg, way, self.params, self.lora, state, self.rules, self.knobs)
             live, length, status = (np.asarray(x) for x in jax.device_get((state.live, state.length, state.status)))
             busy = np.array([r is not None for r in running])
             fresh = int((length - counted)[busy].sum())
-            pace.note(way, fresh / busy.sum(), time.perf_counter() - started)
+            compiled = decode.decode._cache_size() > programs
+            pace.note(way, fresh / busy.sum(), time.perf_counter() - started, compiled)
             self.usage.live += fresh
             self.usage.chunks += 1
             self.usage.drafted_chunks += way > 0

@@ -81,23 +81,25 @@ def run(config: config_lib.Config) -> None:
         say(f"          wrote {traces_path(config)}")
 
 
-def roll_out(session: Session, rows: list[Row], journal_path: Path, metrics: Metrics) -> dict[str, list[dict]]:
-    """Every problem's traces by problem id, drawing what the journal does not have."""
+def roll_out(
+    session: Session, rows: list[Row], journal_path: Path, metrics: Metrics, name: str = "generate"
+) -> dict[str, list[dict]]:
+    """Every problem's traces by problem id, drawing what the journal does not have; `name` decides the randomness."""
     cfg = session.config.generate
     journal = Journal(journal_path)
     finished = {line["problem_id"]: line["traces"] for line in journal.rows}
-    names = {f"generate/{row.problem_id}": row for row in rows}
+    names = {f"{name}/{row.problem_id}": row for row in rows}
     prompts = {row.problem_id: session.prompts.build(row) for row in rows}
     if cut := sum(p.cut for p in prompts.values()):
         say(f"generate: {cut} solutions were cut at {session.config.prompts.max_solution_tokens} tokens")
     roles = {0.0: ("student",), 1.0: ("privileged",)}.get(cfg.tau, ("student", "privileged"))
     requests, too_long = [], 0
-    for name, row in names.items():
+    for key, row in names.items():
         contexts = tuple(tuple(getattr(prompts[row.problem_id], role)) for role in roles)
         if max(map(len, contexts)) > cfg.max_prompt_tokens:
             too_long += 1
         elif row.problem_id not in finished:
-            requests.append(Request(name, contexts, tuple(range(cfg.samples)), cfg.sampling.max_tokens))
+            requests.append(Request(key, contexts, tuple(range(cfg.samples)), cfg.sampling.max_tokens))
     if too_long:
         say(f"generate: skipped {too_long} problems with prompts above max_prompt_tokens={cfg.max_prompt_tokens}")
     sampler = session.sampler(cfg.sampling, slots=cfg.slots, max_tokens=cfg.sampling.max_tokens, tau=cfg.tau,
@@ -134,7 +136,7 @@ def rationalise(session: Session, rows: list[Row], journal: Path, metrics: Metri
     mark_drops([trace for traces in own.values() for trace in traces], rows, filters_of(session.config))
     failed = [row for row in rows if all(trace["drop"] for trace in own.get(row.problem_id, ()))]
     say(f"generate: the student solves {len(rows) - len(failed)} of {len(rows)} problems, the others with a solution")
-    return {**own, **roll_out(at(1.0), failed, journal.with_name(TOLD), metrics)}
+    return {**own, **roll_out(at(1.0), failed, journal.with_name(TOLD), metrics, "rationalise")}
 
 
 def filters_of(config: config_lib.Config) -> config_lib.Filters:
