@@ -18,11 +18,23 @@ MAX_DEPTH = 40  # of nested brackets
 # Extraction
 # ---------------------------------------------------------------------------------------------------
 
-_BOX_TOKENS = re.compile(r"\\boxed\s*\{|\\.|[{}]", re.DOTALL)
-_STATED = r"(?i:answer)\s*(?:(?i:is)|:|=)[\s:*$]*(?:\\\w+\{)?"
-_STATED_INTEGER = re.compile(_STATED + r"([+-]?\d[\d,]*+)(?!\.\d)")  # possessive: no backtracking over a megabyte
-_STATED_CHOICE = re.compile(_STATED + r"\(?([A-H])\b")
-_LETTER = re.compile(r"\(?([A-Z])\)?(?:[.:,)\s].*)?|\(?([a-z])\)?\.?", re.DOTALL)
+# TeX boxes one token where there is no brace; digits that follow each other are meant as one number.
+_BOX_TOKENS = re.compile(r"\\boxed\s*(?:\{|(\d++|\b[A-Za-z])(?![\w/^]|[.,]\d))|\\.|[{}]", re.DOTALL)
+
+# Statements are read without markup. Item numbers of a list are markup, too.
+_MARKUP = re.compile(
+    r"[*_`#$~{}]|\\(?:text|math)?(?:bf|it|rm|sf|tt)?(?![A-Za-z])[()\[\],;:! ]?|^[ \t*]*\d+[.)]\**[ \t]+(?=\S)", re.M
+)
+_ANSWER = re.compile(r"\b(?:answer|correct (?:option|choice))\b", re.IGNORECASE)
+_STATED = r"[ \t]*(?:(?i:is)\b|[:=]|\n)[\s:]*+"
+_SUM = r"(?:(?:\\[a-z]++|(?![A-Za-z]{2})[^\n.,;:<>!\\])*=\s*+)?"  # "m + n = " before the number, without words
+_AFTER = r"\Z|\n|[.;](?:\s|\Z)|,\s+(?!or\b|and\b)[a-z]{2}"  # what ends a statement
+_HEDGE = r"\W*(?:or|and)\b|(?:\W*\b(?:or|and|[A-H])\b)+\W*\Z"  # more choices after the first
+_STATED_INTEGER = re.compile(rf"{_STATED}{_SUM}([+-]?\d++(?:,\d+)*+)(?=[ \t)]*+(?:{_AFTER}))")
+_STATED_CHOICE = re.compile(rf"{_STATED}(?i:option|choice)?\s*+\(?\s*+([A-H])(?=[ \t]*+(?:{_AFTER}|[).:](?!{_HEDGE})))")
+_LETTER = re.compile(
+    rf"(?i:option|choice)?\s*+\(?\s*+(?:([A-Z])\s*+(?:[).:](?!{_HEDGE}).*)?|([a-z])\s*+\)?\s*+\.?)", re.DOTALL
+)
 
 
 def extract(
@@ -32,23 +44,32 @@ def extract(
 
     The answer part follows the last `</think>` (or other `tag`). Where a text opens its thoughts and never closes
     them there is none: a box among thoughts is not an answer. `forced` is the text that closed the thinking of a
-    cut sample and what was drawn after it; then only this counts. For integers and choices an "answer is 12" or
-    "Answer: (C)" serves where there is no box. A choice comes back as its capital letter.
+    cut sample and what was drawn after it; then only this counts. For integers and choices a statement that ends with
+    it, "the answer is 3 + 9 = 12." or "Answer: (C)", serves where there is no box. A choice comes back as its capital
+    letter.
     """
     _, closed, after = text.rpartition(f"</{tag}>")
     if forced is None and not closed and f"<{tag}>" in text:
         return None
     part = forced if forced is not None else after
     box = last_box(part)
-    if answer_type == "choice":
-        if box is not None:
-            return choice_letter(box)
-        stated = _STATED_CHOICE.findall(part)
-        return stated[-1] if stated else None
-    if box is None and answer_type == "integer":
-        stated = _STATED_INTEGER.findall(part)
-        box = stated[-1].rstrip(",") if stated else None
-    return box.strip() or None if box is not None else None
+    if box is not None:
+        return choice_letter(box) if answer_type == "choice" else box.strip() or None
+    if answer_type == "math" or "\\boxed" in part:  # a box that was never closed: the answer may have gone on
+        return None
+    return _stated(part, _STATED_CHOICE if answer_type == "choice" else _STATED_INTEGER)
+
+
+def _stated(text: str, pattern: re.Pattern[str]) -> str | None:
+    """What the last statement of an answer says; it ends with the number or choice, or is none."""
+    for piece in reversed(_ANSWER.split(_plain(text))[1:]):
+        if match := pattern.match(piece):
+            return match[1]
+    return None
+
+
+def _plain(text: str) -> str:
+    return _MARKUP.sub(" ", text.replace("\u2212", "-").replace("{,}", ","))
 
 
 def last_box(text: str) -> str | None:
@@ -56,7 +77,9 @@ def last_box(text: str) -> str | None:
     stack: list[int | None] = []  # for each open brace: where the box's content starts, None for other braces
     best: tuple[int, int] | None = None
     for token in _BOX_TOKENS.finditer(text):
-        if token[0].startswith("\\boxed"):
+        if token[1]:
+            best = token.span(1)
+        elif token[0].startswith("\\boxed"):
             stack.append(token.end())
         elif token[0] == "{":
             stack.append(None)
@@ -68,7 +91,8 @@ def last_box(text: str) -> str | None:
 
 
 def choice_letter(text: str) -> str | None:
-    match = _LETTER.fullmatch(_unwrap(tidy(text)))
+    """The letter of a box, of which trailing text is the choice's; None where there are several."""
+    match = _LETTER.fullmatch(_plain(tidy(text)).strip())
     return (match[1] or match[2]).upper() if match else None
 
 
