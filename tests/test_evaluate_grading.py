@@ -166,6 +166,7 @@ EQUAL = [  # gold, prediction; those of the first group need no worker
     ("5", "5."), ("5", "5.0"), ("-5", "\u22125"), ("5", "$5$"), ("5", r"\$5"), ("5", r"\text{5}"),
     (r"\frac{1}{2}", r"\dfrac{1}{2}"), ("(1,2)", r"\left( 1, 2 \right)"), (r"3\pi", r"3 \, \pi"),
     ("155 465", "155 465"), ("155 465", "(155, 465)"), ("155 065", "155 65"),
+    (r"\begin{pmatrix}1 & 2\\ 3 & 4\end{pmatrix}", r"\begin{pmatrix}1&2\\[4pt]3&4\end{pmatrix}"),
     (r"\text{Yes}", "yes"), ("even", r"\text{Even}"), (r"\text{All primes}", "all primes"), ("A", r"\mathrm{A}"),
 ]  # fmt: skip
 EQUAL_BY_ALGEBRA = [
@@ -184,6 +185,20 @@ DIFFERENT_BY_ALGEBRA = [
     (r"\frac{1}{2}", r"\frac{1}{3}"), ("(1,2)", "(2,1)"), ("[0,1)", "(0,1)"), ("465", r"465 \text{ and } 466"),
     (r"\frac{1}{3}", "0.33"), ("x+1", "x+2"), (r"\{1,2\}", "1"), ("2^{10}", "1023"), ("1", r"\frac{1}{2}"),
 ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("text", "tidied"),
+    [
+        (r"1 & 2\\ 3 & 4", r"1 & 2\\ 3 & 4"),  # a row break is not a backslash and a blank
+        (r"1\\[4pt]2\\*[-1.5 ex]3", r"1\\2\\3"),
+        (r"1\\(2,3)\\[0,1]\\!4", r"1\\(2,3)\\[0,1]\\!4"),
+        (r"1\\\ 2\\\,3", r"1\\ 2\\ 3"),
+        (r"\(1\ 2\)", "1 2"),
+    ],
+)
+def test_tidy(text, tidied):
+    assert tidy(text) == tidied
 
 
 def test_equality_without_a_process():

@@ -100,8 +100,12 @@ def choice_letter(text: str) -> str | None:
 # Forms that need no algebra
 # ---------------------------------------------------------------------------------------------------
 
-_DROP = re.compile(r"\\(?:left|right|displaystyle|limits)(?![A-Za-z])|\\[!()\[\]]|\\?\$")
-_BLANK = re.compile(r"(?:\\[,;: ]|\\q?quad(?![A-Za-z])|~|\s)+")
+_ROW_BREAK = r"(\\\\)"  # stays: it is not a backslash and a blank
+_DROP = re.compile(
+    _ROW_BREAK + r"(?:\*? ?\[-?[\d.]+ ?[a-z]{2}\])?"
+    r"|\\(?:left|right|displaystyle|limits)(?![A-Za-z])|\\[!()\[\]]|\\?\$"
+)  # fmt: skip
+_BLANK = re.compile(_ROW_BREAK + r"|(?:\\[,;: ]|\\q?quad(?![A-Za-z])|~|\s)+")
 _TEXT = re.compile(r"\\(?:text|textbf|textit|textrm|mathrm|mathbf|mathit|operatorname)\s*\{([^{}]*)\}")
 _INTEGER = re.compile(r"([+-]?)(\d++)(?:\.0++)?")  # possessive, as below: linear in hostile lengths
 _THOUSANDS = re.compile(r"[+-]?\d{1,3}(?:,\d{3})+(?:\.\d+)?")
@@ -126,7 +130,7 @@ def normalise(text: str) -> str:
 def tidy(text: str) -> str:
     """Without what only lays out; runs of blanks are one space."""
     text = text.replace("\u2212", "-").replace("\u2013", "-").replace("{,}", ",")
-    text = _BLANK.sub(" ", _DROP.sub("", text))
+    text = _BLANK.sub(lambda m: m[1] or " ", _DROP.sub(r"\1", text))
     text = re.sub(r"\\[dtc]frac(?![A-Za-z])", r"\\frac", text).strip()
     return text[:-1].rstrip() if text.endswith(".") else text
 
