@@ -100,6 +100,25 @@ def choice_letter(text: str) -> str | None:
 # Forms that need no algebra
 # ---------------------------------------------------------------------------------------------------
 
+_SYMBOLS = str.maketrans({
+    "\u2212": "-", "\u2013": "-", "\u2026": r"\ldots ", "\u2248": r"\approx ", "\u221e": r"\infty ",
+    "\u2205": r"\emptyset ", "\u00b0": r"^\circ ",
+    "\u00bd": r"\frac{1}{2}", "\u00bc": r"\frac{1}{4}", "\u00be": r"\frac{3}{4}",
+})  # fmt: skip
+# Spellings that math-verify does not read, or reads as something else.
+_SPELLINGS = [(re.compile(pattern), instead) for pattern, instead in (
+    (r"\u221a ?(\d++|[A-Za-z])", r"\\sqrt{\1}"),
+    (r"\u221a", r"\\sqrt "),
+    (r"\\[dtc]frac(?![A-Za-z])", r"\\frac"),
+    (r"\\varnothing(?![A-Za-z])", r"\\emptyset"),
+    (r"\\[cl]?dots[bcimo]?(?![A-Za-z])|\.{3,}", r"\\ldots"),
+    (r"\A\\approx(?![A-Za-z]) ?", ""),
+    (r"\A([+-]?\d+(?:\.\d+)?)[eE]([+-]?\d{1,3})\Z", r"\1\\cdot 10^{\2}"),
+    (r"(?<!\d)(\d*+)\.(\d*+)\\(?:overline|bar) ?\{(\d++)\}",  # 0.1\overline{6} = (16 - 1) / 90
+     lambda m: rf"\frac{{{m[1]}{m[2]}{m[3]}-0{m[1]}{m[2]}}}{{{'9' * len(m[3])}{'0' * len(m[2])}}}"),
+)]  # fmt: skip
+_TRIGONOMETRY = re.compile(r"\\(?:sin|cos|tan|cot|sec|csc)(?![A-Za-z])")
+_DEGREES = re.compile(r"(?<![\d.])(\d+(?:\.\d+)?) ?\^ ?(?:\\circ|\{ ?\\circ ?\})")
 _ROW_BREAK = r"(\\\\)"  # stays: it is not a backslash and a blank
 _DROP = re.compile(
     _ROW_BREAK + r"(?:\*? ?\[-?[\d.]+ ?[a-z]{2}\])?"
@@ -113,6 +132,9 @@ _GROUPED = re.compile(r"[+-]?\d{1,3}(?: \d{3})+")
 _ROW = re.compile(r"[+-]?\d+(?: [+-]?\d+)+")
 _LIST = re.compile(r"\(? ?([+-]?\d+(?:(?: ?[,;] ?| )[+-]?\d+)*) ?\)?")
 _WORDS = re.compile(r"[A-Za-z]+(?:(?:, ?| |-)[A-Za-z]+)*")
+_BASED = re.compile(r"\(?([A-F]*\d[\dA-F]*+)\)?(?:_\{?(\d+)\}?)?")
+_POINTS = re.compile(r"([A-Z]{3,}+)")
+_UNIT = re.compile(r"(?!\A)\\(?:text|mathrm|textrm) ?\{ ?([A-Za-z]{1,2}) ?\}(?:\^\{?\d\}?)?\Z")
 _TOWER = re.compile(r"\^[{(]*\d+\^[{(]*\d+\^|\^[{(]*\d{7}|\d{6}[})]*!|!!!")
 
 
@@ -128,10 +150,13 @@ def normalise(text: str) -> str:
 
 
 def tidy(text: str) -> str:
-    """Without what only lays out; runs of blanks are one space."""
-    text = text.replace("\u2212", "-").replace("\u2013", "-").replace("{,}", ",")
-    text = _BLANK.sub(lambda m: m[1] or " ", _DROP.sub(r"\1", text))
-    text = re.sub(r"\\[dtc]frac(?![A-Za-z])", r"\\frac", text).strip()
+    """Without what only lays out, in one spelling of several; runs of blanks are one space."""
+    text = text.translate(_SYMBOLS).replace("{,}", ",")
+    text = _BLANK.sub(lambda m: m[1] or " ", _DROP.sub(r"\1", text)).strip()
+    for pattern, instead in _SPELLINGS:
+        text = pattern.sub(instead, text)
+    if _TRIGONOMETRY.search(text):  # elsewhere 90 degrees are as good as 90
+        text = _DEGREES.sub(r"\\frac{\1\\pi}{180}", text)
     return text[:-1].rstrip() if text.endswith(".") else text
 
 
@@ -148,6 +173,23 @@ def canonical_integer(text: str) -> str | None:
         return None
     digits = match[2].lstrip("0") or "0"
     return "-" + digits if match[1] == "-" and digits != "0" else digits
+
+
+def marks_agree(gold: str, prediction: str) -> bool | None:
+    """For the marks that math-verify skips: dots, a number's base, the order of points in ABC, a unit; None for others.
+
+    Units are abbreviations of one or two letters: longer words have too many spellings to tell two units from one.
+    """
+    if (r"\ldots" in gold) != (r"\ldots" in prediction):
+        return False
+    one, other = _BASED.fullmatch(gold), _BASED.fullmatch(prediction)
+    if one and other and (one[2] or other[2]):
+        return (one[1].lstrip("0"), one[2] or "10") == (other[1].lstrip("0"), other[2] or "10")
+    for pattern in (_POINTS, _UNIT):
+        marks = [sorted(m[1].casefold() for m in pattern.finditer(text)) for text in (gold, prediction)]
+        if all(marks) and marks[0] != marks[1]:
+            return False
+    return None
 
 
 def rows_agree(gold: str, prediction: str) -> bool | None:
