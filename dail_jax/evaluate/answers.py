@@ -28,7 +28,7 @@ _MARKUP = re.compile(
 _ANSWER = re.compile(r"\b(?:answer|correct (?:option|choice))\b", re.IGNORECASE)
 _STATED = r"[ \t]*(?:(?i:is)\b|[:=]|\n)[\s:]*+"
 _SUM = r"(?:(?:\\[a-z]++|(?![A-Za-z]{2})[^\n.,;:<>!\\])*=\s*+)?"  # "m + n = " before the number, without words
-_AFTER = r"\Z|\n|[.;](?:\s|\Z)|,\s+(?!or\b|and\b)[a-z]{2}"  # what ends a statement
+_AFTER = r"\Z|\n|(?:because|since)\b|[.;](?:\s|\Z)|,\s+(?!or\b|and\b)[a-z]{2}"  # what ends a statement
 _HEDGE = r"\W*(?:or|and)\b|(?:\W*\b(?:or|and|[A-H])\b)+\W*\Z"  # more choices after the first
 _STATED_INTEGER = re.compile(rf"{_STATED}{_SUM}([+-]?\d++(?:,\d+)*+)(?=[ \t)]*+(?:{_AFTER}))")
 _STATED_CHOICE = re.compile(rf"{_STATED}(?i:option|choice)?\s*+\(?\s*+([A-H])(?=[ \t]*+(?:{_AFTER}|[).:](?!{_HEDGE})))")
