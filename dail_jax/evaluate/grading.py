@@ -1,8 +1,8 @@
 """Deciding whether an answer equals the gold answer, however hostile it is.
 
-Most comparisons are decided here by a few certain rules (the same string, two integers, rows of integers, words).
-The others go to math-verify in worker processes with limits on memory and CPU time, so that no answer can stop or
-bring down the caller. A verdict is right or wrong with a reason:
+Most comparisons are decided here by a few certain rules (the same string, two integers, marks such as units, rows of
+integers, words). The others go to math-verify in worker processes with limits on memory and CPU time, so that no
+answer can stop or bring down the caller. A verdict is right or wrong with a reason:
 
     equal, different   the comparison was made
     no answer          nothing was extracted
@@ -35,6 +35,7 @@ from dail_jax.evaluate.answers import (
     canonical_integer,
     choice_letter,
     extract,
+    marks_agree,
     normalise,
     refusal,
     rows_agree,
@@ -76,7 +77,7 @@ def quick_verdict(prediction: str | None, gold: str, answer_type: AnswerType = "
         return Verdict(False, reason)
     if canonical_integer(one) and canonical_integer(other):
         return Verdict(False, "different")
-    for rule in (rows_agree, words_agree):
+    for rule in (marks_agree, rows_agree, words_agree):
         agree = rule(tidy(gold), tidy(prediction))
         if agree is not None:
             return _verdict(agree)

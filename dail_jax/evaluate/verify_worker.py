@@ -60,7 +60,9 @@ def compare(math_verify: Any, gold: str, prediction: str | None) -> str:
         parsed = parse(math_verify, prediction)
         if parsed is None:
             return "unparseable"
-        equal = math_verify.verify(parsed_gold, parsed, timeout_seconds=None, raise_on_error=True)
+        equal = math_verify.verify(  # an interval may be answered by an inequality, too
+            parsed_gold, parsed, allow_set_relation_comp=True, timeout_seconds=None, raise_on_error=True
+        )
         return "equal" if equal else "different"
     except MemoryError:
         return "memory"
