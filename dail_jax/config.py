@@ -147,10 +147,12 @@ class Filters(Section):
 
     correct: bool = False  # drop traces whose boxed answer is wrong (needs an answer)
     finished: bool = False  # drop traces that were cut at max_tokens
-    artefacts: tuple[str, ...] = ("reference solution", "provided solution", "given solution", "the hint")
-    max_repetition: Fraction = 1.0  # drop when more than this share of 8-grams are repeats
+    artefacts: tuple[str, ...] = ("reference solution", "provided solution", "given solution", "solution provided",
+                                  "solution above", "the expert", "the hint")  # fmt: skip
+    max_repetition: Fraction = 0.5  # drop when more than this share of 8-grams are repeats
     min_tokens: Count = 1
-    keep: Literal["first", "all"] = "first"  # traces per problem
+    keep: Count | Literal["all"] = 1  # traces a problem
+    choose: Literal["first", "random"] = "first"  # which of them: in order of samples, or by the run's seed
 
 
 class Lora(Section):

@@ -163,11 +163,11 @@ def stop_ids(model_folder: str | Path, tokenizer: Tokenizer) -> tuple[int, ...]:
 
 
 def mention(text: str, phrases: Iterable[str]) -> str | None:
-    """The first of `phrases` that a text has, whatever its case and spacing, at the beginning of a word."""
+    """The first of `phrases` that a text has, whatever its case and spacing, as words (also in the plural)."""
     plain = " ".join(text.casefold().split())
     for phrase in phrases:
         wanted = " ".join(phrase.casefold().split())
-        if wanted and re.search(rf"(?<!\w){re.escape(wanted)}", plain):
+        if wanted and re.search(rf"(?<!\w){re.escape(wanted)}s?(?!\w)", plain):
             return phrase
     return None
 

@@ -19,8 +19,8 @@ def test_reasons():
     assert drop_reason(trace(finish="length"), config.Filters(finished=True)) == "unfinished"
     assert drop_reason(trace(ids=[1, 2]), config.Filters(min_tokens=3)) == "short"
     assert drop_reason(trace("As  THE\nreference solution says"), config.Filters()) == "artefact: reference solution"
-    assert drop_reason(trace(ids=[1, 2] * 50), config.Filters(max_repetition=0.5)) == "repetition"
-    assert drop_reason(trace(ids=[1, 2] * 50), config.Filters()) is None
+    assert drop_reason(trace(ids=[1, 2] * 50), config.Filters()) == "repetition"
+    assert drop_reason(trace(ids=[1, 2] * 50), config.Filters(max_repetition=1.0)) is None
 
 
 def test_correctness_is_asked_last():
@@ -39,9 +39,11 @@ def test_correctness_is_asked_last():
         drop_reason(trace(), cfg, None, grade)
 
 
-def test_artefacts_begin_words():
+def test_artefacts_are_words():
     assert mention("the hints are", ["the hint"]) == "the hint"
-    assert mention("bathe hint", ["the hint"]) is None
+    assert mention("bathe hint", ["the hint"]) is None and mention("the hinterland", ["the hint"]) is None
+    for text in ("As the expert's solution shows", "The expert says", "by the solution above", "the solution provided"):
+        assert mention(text, config.Filters().artefacts), text
     assert mention("anything", []) is None and mention("anything", [" "]) is None
 
 
@@ -52,8 +54,21 @@ def test_repetition_counts_repeated_8_grams():
     assert repetition(list(range(16)) * 2) == pytest.approx(9 / 25)
 
 
-def test_first_kept_trace_of_a_problem_stays():
+def test_so_many_traces_of_a_problem_are_kept():
     traces = [trace(problem="a", drop="wrong"), trace(problem="a"), trace(problem="b"), trace(problem="a")]
-    assert [t["drop"] for t in keep(traces, config.Filters())] == ["wrong", None, None, "duplicate"]
-    assert [t["drop"] for t in keep(traces, config.Filters(keep="all"))] == ["wrong", None, None, None]
+    drops = lambda **cfg: [t["drop"] for t in keep(traces, config.Filters(**cfg), seed=1)]  # noqa: E731
+    assert drops() == ["wrong", None, None, "surplus"]
+    assert drops(keep="all") == drops(keep=2) == ["wrong", None, None, None]
     assert traces[3]["drop"] is None  # the input is left as it was
+
+
+def test_traces_are_chosen_by_the_seed_alone():
+    traces = [{**trace(problem=p), "sample": i} for p in "abcdefgh" for i in range(6)]
+    cfg = config.Filters(keep=2, choose="random")
+
+    def kept(traces, seed):
+        return {(t["problem_id"], t["sample"]) for t in keep(traces, cfg, seed) if t["drop"] is None}
+
+    found = kept(traces, 1)
+    assert len(found) == 16 and found == kept(traces[::-1], 1) and found != kept(traces, 2)
+    assert {sample for _, sample in found} == set(range(6))

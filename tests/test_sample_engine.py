@@ -182,12 +182,11 @@ def test_drafting_costs_little_where_it_is_slower():
         assert seconds < 1.05 * (20 + chunks)
         assert pace.best == 0 and (pace.calls[4] > 0) == (chunks >= 2000)
     assert engine.Pace(0).choose() == 0
-    pace = engine.Pace(4)  # the plain program is there already: that says nothing of what the other's will cost
-    for chunk in range(1000):
-        if pace.choose():
-            break
+    pace = engine.Pace(4)
+    for _ in range(2000):  # the plain program is there already: that says nothing of what the other's will cost
         pace.note(0, 1.0, 1.0, compiled=False)
-    assert pace.spent * pace.SHARE >= pace.UNSEEN or chunk == 999
+        assert (pace.choose() == 0) == (pace.spent * pace.SHARE < pace.UNSEEN)
+    assert pace.choose() == 4
 
 
 def test_drafting_is_chosen_where_it_is_faster():

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import collections
+import hashlib
+from collections.abc import Callable
 from typing import Any
 
 from dail_jax import config
@@ -40,19 +42,24 @@ def drop_reason(
     return None
 
 
-def keep(traces: Iterable[dict[str, Any]], cfg: config.Filters) -> list[dict[str, Any]]:
-    """The traces with `drop` set to `duplicate` where `cfg.keep` is `first` and an earlier trace of the same problem
-    is kept; traces that are dropped already do not count. The order stays."""
-    if cfg.keep == "all":
-        return list(traces)
-    kept: set[str] = set()
-    marked = []
-    for trace in traces:
-        duplicate = trace["drop"] is None and trace["problem_id"] in kept
-        if trace["drop"] is None:
-            kept.add(trace["problem_id"])
-        marked.append({**trace, "drop": "duplicate"} if duplicate else trace)
-    return marked
+def keep(traces: list[dict[str, Any]], cfg: config.Filters, seed: int) -> list[dict[str, Any]]:
+    """The traces with `drop` set to `surplus` where a problem has more than `cfg.keep` that are not dropped already.
+
+    Its first ones are kept, or with `cfg.choose: random` those that `seed` picks. The order stays.
+    """
+
+    def rank(index: int):
+        if cfg.choose == "first":
+            return index
+        return hashlib.sha256(f"{seed}/{traces[index]['problem_id']}/{traces[index]['sample']}".encode()).digest()
+
+    left: dict[str, int] = collections.defaultdict(lambda: len(traces) if cfg.keep == "all" else cfg.keep)
+    out = list(traces)
+    for index in sorted((i for i, trace in enumerate(traces) if trace["drop"] is None), key=rank):
+        left[traces[index]["problem_id"]] -= 1
+        if left[traces[index]["problem_id"]] < 0:
+            out[index] = {**traces[index], "drop": "surplus"}
+    return out
 
 
 def repetition(ids: list[int]) -> float:

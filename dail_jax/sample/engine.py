@@ -98,6 +98,11 @@ def words(name: str, sample: int) -> tuple[int, int, int]:
     return int.from_bytes(digest[:4], "big"), int.from_bytes(digest[4:8], "big"), sample
 
 
+def _programs() -> int:
+    """How many decode programs this process has compiled."""
+    return decode.decode._cache_size()  # pyright: ignore[reportAttributeAccessIssue]
+
+
 @dataclass
 class Usage:
     """What a run did: `live` tokens by `steps` forwards of all slots, `drawn` slot-steps in all."""
@@ -202,13 +207,12 @@ class Sampler:
             state = self._refill(grid, state, queue, entries, running, counted)
             if not any(running):
                 return
-            way, programs, started = self._way(pace), decode.decode._cache_size(), time.perf_counter()
+            way, programs, started = self._way(pace), _programs(), time.perf_counter()
             state = decode.decode(grid, self.cfg, way, self.params, self.lora, state, self.rules, self.knobs)
             live, length, status = (np.asarray(x) for x in jax.device_get((state.live, state.length, state.status)))
             busy = np.array([r is not None for r in running])
             fresh = int((length - counted)[busy].sum())
-            compiled = decode.decode._cache_size() > programs
-            pace.note(way, fresh / busy.sum(), time.perf_counter() - started, compiled)
+            pace.note(way, fresh / busy.sum(), time.perf_counter() - started, compiled=_programs() > programs)
             self.usage.live += fresh
             self.usage.chunks += 1
             self.usage.drafted_chunks += way > 0

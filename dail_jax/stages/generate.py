@@ -1,7 +1,8 @@
 """generate: mixed policy rollouts for every row of the data -> traces.jsonl.
 
 A problem is durable as soon as its last sample is finished. When all are, the journal is put in the order of the
-data, filtered, and becomes traces.jsonl: the same bytes whether or not the run was interrupted.
+data, filtered, and becomes traces.jsonl: the same bytes whether or not the run was interrupted (with
+`generate.draft`, the same texts, and log-probabilities to rounding).
 """
 
 from __future__ import annotations
@@ -72,7 +73,7 @@ def run(config: config_lib.Config) -> None:
             finished = work(session, rows, run_dir.path / JOURNAL, metrics)
             metrics.close()
         traces = [trace for row in rows for trace in finished.get(row.problem_id, [])]
-        counts = mark_drops(traces, rows, filters_of(config))
+        counts = mark_drops(traces, rows, config)
         if jax.process_index() == 0:
             write_atomic(traces_path(config), "".join(map(json_line, traces)))
         share = np.mean([t["acceptance"] for t in traces]) if traces else 0.0
@@ -133,7 +134,7 @@ def rationalise(session: Session, rows: list[Row], journal: Path, metrics: Metri
         return dataclasses.replace(session, config=config)
 
     own = roll_out(at(0.0), rows, journal, metrics)
-    mark_drops([trace for traces in own.values() for trace in traces], rows, filters_of(session.config))
+    mark_drops([trace for traces in own.values() for trace in traces], rows, session.config)
     failed = [row for row in rows if all(trace["drop"] for trace in own.get(row.problem_id, ()))]
     say(f"generate: the student solves {len(rows) - len(failed)} of {len(rows)} problems, the others with a solution")
     return {**own, **roll_out(at(1.0), failed, journal.with_name(TOLD), metrics, "rationalise")}
@@ -173,8 +174,9 @@ def to_row(session: Session, row: Row, prompts, roles: tuple[str, ...], s: Sampl
     }
 
 
-def mark_drops(traces: list[dict], rows: list[Row], cfg: config_lib.Filters) -> dict[str, int]:
+def mark_drops(traces: list[dict], rows: list[Row], config: config_lib.Config) -> dict[str, int]:
     """Sets every trace's `drop` and counts the reasons."""
+    cfg = filters_of(config)
     golds = {row.problem_id: final_answer(row) for row in rows}
 
     def reasons() -> list[str | None]:
@@ -185,7 +187,7 @@ def mark_drops(traces: list[dict], rows: list[Row], cfg: config_lib.Filters) -> 
 
             for trace in traces:
                 trace["drop"] = filters.drop_reason(trace, cfg, golds[trace["problem_id"]], is_correct)
-        return [trace["drop"] for trace in filters.keep(traces, cfg)]
+        return [trace["drop"] for trace in filters.keep(traces, cfg, config.seed)]
 
     for trace, reason in zip(traces, mesh_lib.from_first(reasons), strict=True):
         trace["drop"] = reason

@@ -18,7 +18,7 @@ from dail_jax.errors import UserError
 from dail_jax.metrics import Metrics, progress, say
 from dail_jax.model.lora import Lora
 from dail_jax.rundir import Interrupt, Interrupted, RunDir, json_line, sha256, write_atomic
-from dail_jax.stages.generate import check_golds, filters_of, mark_drops, read_traces, traces_path
+from dail_jax.stages.generate import check_golds, mark_drops, read_traces, traces_path
 from dail_jax.stages.session import Session, open_session, release_decoding
 from dail_jax.train import optimizer, references
 from dail_jax.train import step as step_lib
@@ -77,7 +77,7 @@ def examples_of(session: Session, rows: list[Row]) -> list[Example]:
         unknown = next((t["problem_id"] for t in traces if t["problem_id"] not in built), None)
         if unknown is not None:
             raise UserError(f"got a trace of problem {unknown!r}, which is not in the data", file=traces_path(config))
-        mark_drops(traces, rows, filters_of(config))
+        mark_drops(traces, rows, config)
         alien = next((n for n, t in enumerate(traces, 1) if max(t["response_ids"], default=0) >= session.model.V), None)
         if alien is not None:
             raise UserError(f"got a token id at or above the model's vocabulary of {session.model.V}",
