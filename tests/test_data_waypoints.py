@@ -123,7 +123,7 @@ EQUAL = [
     (r"2\sqrt{8}", r"4\sqrt2"), (r"\frac{1}{\sqrt{2}}", r"\frac{\sqrt 2}{2}"), (r"\sqrt{63^2+84^2}", "105"),
     (r"\frac{\sqrt6+\sqrt2}{4}", r"\frac14\left(\sqrt 2+\sqrt 6\right)"), (r"{40 \choose 2}", "780"), ("5!", "120"),
     (r"75^\circ", r"75^{\circ}"), (r"(\frac{2}{4}, 3)", r"\left(\frac12,3\right)"), (r"2 \times 3", r"2\cdot3"),
-    ("(a+b)^2", "a^2+2ab+b^2"),
+    ("(a+b)^2", "a^2+2ab+b^2"), ("3²", "9"), ("2¹⁰", "2^{10}"), ("10²³", "10^{23}"), ("x⁻²", "x^{-2}"),
 ]  # fmt: skip
 DIFFERENT = [
     (r"\frac{1}{2}", r"\frac{1}{3}"), ("12", "1 2"), ("1,2", "12"), ("x^2", "2x"), ("5", r"5^\circ"), ("a_1", "a_2"),
@@ -136,6 +136,19 @@ def test_exact_comparison():
         assert latex.canonical(a) == latex.canonical(b), (a, b)
     for a, b in DIFFERENT:
         assert latex.canonical(a) != latex.canonical(b), (a, b)
+
+
+@pytest.mark.parametrize("value", ["3²", "2¹⁰", "x⁻²", "10²³", "①", "٣", "½", "5⁴₂", "²", "⁽³"])
+def test_superscripts_and_odd_digits(value):
+    for name in EXTRACTORS:
+        solution = f"We get $x={value}$, so $y = {value} + 1$. The answer is {value}. \\boxed{{{value}}}"
+        for answer in (None, value):
+            waypoints(Row("r", value, solution, answer, 0, value), config.Waypoints(extractor=name))
+
+
+def test_superscripts_have_the_value_that_they_show():
+    assert found("We get $x=2¹⁰$, $y = 10⁵$, $z = 2⁴ = 16$ and w = 5⁻³.") == ["2^{10}", "10^{5}", "16", "5^{-3}"]
+    assert found("so $x = 9$ and $y=8$", answer="3²") == ["8"]
 
 
 def test_prices_are_prose():

@@ -93,7 +93,7 @@ def mathematical(row: Row) -> list[str]:
 
 
 def _prepared(text: str) -> str:
-    text = _LIST_MARK.sub("", FIGURES.sub(" ", latex.unbox(text.translate(latex.SIGNS))))
+    text = _LIST_MARK.sub("", FIGURES.sub(" ", latex.unbox(latex.signs(text))))
     return _THOUSANDS.sub(lambda m: re.sub(r"\{,\}|,\\!|,", _COMMA, m[0]), text)
 
 

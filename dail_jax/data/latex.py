@@ -12,12 +12,20 @@ from collections.abc import Hashable, Iterator
 from fractions import Fraction
 
 # Unicode signs as the LaTeX that the rest of this file knows.
-SIGNS = str.maketrans({
-    "\u2212": "-", "\u2013": "-", "\u00d7": r"\times ", "\u00b7": r"\cdot ", "\u22c5": r"\cdot ", "\u00b2": "^2",
-    "\u00b3": "^3", "\u221a": r"\sqrt ", "\u2248": r"\approx ", "\u2264": r"\le ", "\u2265": r"\ge ", "\u2260": r"\ne ",
+_SIGNS = str.maketrans({
+    "\u2212": "-", "\u2013": "-", "\u00d7": r"\times ", "\u00b7": r"\cdot ", "\u22c5": r"\cdot ", "\u221a": r"\sqrt ",
+    "\u2248": r"\approx ", "\u2264": r"\le ", "\u2265": r"\ge ", "\u2260": r"\ne ",
     "\u2261": r"\equiv ", "\u21d2": r"\implies ", "\u2192": r"\to ", "\u2026": r"\ldots ", "\u03c0": r"\pi ",
     "\u00b0": r"^\circ ", "\u00bd": r"\frac12 ", "\u00bc": r"\frac14 ", "\u00be": r"\frac34 ", "\u00a0": " ",
 })  # fmt: skip
+_RAISED = "\u2070\u00b9\u00b2\u00b3\u2074\u2075\u2076\u2077\u2078\u2079\u207a\u207b\u207d\u207e\u207f"
+_RAISED_RUN, _LEVEL = re.compile(f"[{_RAISED}]+"), str.maketrans(_RAISED, "0123456789+-()n")
+
+
+def signs(text: str) -> str:
+    """The text with LaTeX for Unicode signs; a run of superscripts is one exponent."""
+    return _RAISED_RUN.sub(lambda m: f"^{{{m[0].translate(_LEVEL)}}}", text).translate(_SIGNS)
+
 
 # ---------------------------------------------------------------------------------------------------
 # Boxes and braces
@@ -129,7 +137,7 @@ class _Unknown(Exception):
 
 def tidy(formula: str) -> str:
     """A formula without spacing commands, with `\\frac` for its relatives and `\\binom` for `\\choose`."""
-    text = _SPACING.sub(" ", formula)
+    text = _SPACING.sub(" ", signs(formula))
     text = re.sub(r"\\([dtc]frac|over(?=\s*\d))(?![a-zA-Z])", lambda m: "/" if m[1] == "over" else r"\frac", text)
     text = re.sub(r"\\[dt]binom(?![a-zA-Z])", r"\\binom", text)
     text = re.sub(r"\{\s*(?:\{([^{}]{1,40})\}|([^{}]{1,40}?))\s*\\choose\s*(?:\{([^{}]{1,40})\}|([^{}]{1,40}?))\s*\}",
@@ -297,7 +305,7 @@ class _Parser:
                 total = _multiply(total, _inverse(self.power(depth)))
             else:
                 # `2\frac12` is two and a half for some and one for others; `2 3` is nothing at all
-                if (token == r"\frac" and before.isdigit()) or token.isdigit():
+                if (token == r"\frac" and before.isdecimal()) or token.isdecimal():
                     raise _Unknown
                 total = _multiply(total, self.power(depth))
             before = token
@@ -326,15 +334,15 @@ class _Parser:
 
     def argument(self, depth: int) -> Poly:
         """What TeX takes as an argument: a group, or one character or command."""
-        if self.peek().isdigit():
+        if self.peek().isdecimal():
             return _number(int(self.take()))
         return self.atom(depth)
 
     def atom(self, depth: int) -> Poly:
         token = self.take()
-        if token.isdigit() or token == ".":
+        if token.isdecimal() or token == ".":
             digits = token
-            while self.peek().isdigit() or (self.peek() == "." and "." not in digits):
+            while self.peek().isdecimal() or (self.peek() == "." and "." not in digits):
                 digits += self.take()
             if len(digits) > 400 or digits == ".":
                 raise _Unknown
