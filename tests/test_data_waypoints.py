@@ -124,10 +124,15 @@ EQUAL = [
     (r"\frac{\sqrt6+\sqrt2}{4}", r"\frac14\left(\sqrt 2+\sqrt 6\right)"), (r"{40 \choose 2}", "780"), ("5!", "120"),
     (r"75^\circ", r"75^{\circ}"), (r"(\frac{2}{4}, 3)", r"\left(\frac12,3\right)"), (r"2 \times 3", r"2\cdot3"),
     ("(a+b)^2", "a^2+2ab+b^2"), ("3²", "9"), ("2¹⁰", "2^{10}"), ("10²³", "10^{23}"), ("x⁻²", "x^{-2}"),
+    (".25", "0.25"), (r"\sqrt[3]{8}", "2"), (r"\sqrt[4]{\frac{16}{81}}", r"\frac23"), ("8^{2/3}", "4"),
+    (r"3\,000", "3000"),
+    (r"\frac{1}{\sqrt2+1}", r"\sqrt2-1"), (r"\frac{1}{\sqrt5-\sqrt3}", r"\frac{\sqrt5+\sqrt3}{2}"),
+    (r"\mathbf{42}", "42"), (r"2{ \cdot}3", "6"), ("10,\\!000", "10000"), (" 5.", "5"),
 ]  # fmt: skip
 DIFFERENT = [
     (r"\frac{1}{2}", r"\frac{1}{3}"), ("12", "1 2"), ("1,2", "12"), ("x^2", "2x"), ("5", r"5^\circ"), ("a_1", "a_2"),
     (r"\sqrt{2}", "1.414"), (r"2\frac12", "1"), ("AB", "ABC"), ("30", r"30\%"), (r"\sin 2", "2"), ("(1,2)", "(2,1)"),
+    (".25", "25"), (".6", "6"), (r"\sqrt[3]{9}", "2"), (r"\sqrt[0]{5}", "5"), (r"\frac{1}{x+1}", "x-1"),
 ]  # fmt: skip
 
 
@@ -149,6 +154,50 @@ def test_superscripts_and_odd_digits(value):
 def test_superscripts_have_the_value_that_they_show():
     assert found("We get $x=2¹⁰$, $y = 10⁵$, $z = 2⁴ = 16$ and w = 5⁻³.") == ["2^{10}", "10^{5}", "16", "5^{-3}"]
     assert found("so $x = 9$ and $y=8$", answer="3²") == ["8"]
+
+
+@pytest.mark.parametrize(
+    "solution, want",
+    [
+        (r"$g=9.8\text{ m/s}^2$, $A=12\ \mathrm{cm}^{2}$, $F = 3\text{ kg m s}^{-2}$", ["9.8", "12", "3"]),
+        (r"$3^5\equiv 43\ (\text{mod}\ 100)$", ["43"]),
+        (r"$3^5\equiv 43\ (\mathrm{mod}\ 100)$ and $n \equiv 7 \text{ (mod } 11)$", ["43", "7"]),
+        (r"$3^5\equiv 43\ (\bmod\ 100)$ and $n \equiv 7 (\mod 11)$", ["43", "7"]),
+        (r"$3^5\equiv 43\ (mod\ 100)$ and $n \equiv 7 \pmod{11}$ and $m \equiv 8 \bmod 11$", ["43", "7", "8"]),
+        (r"$3^5\equiv 43\ (\operatorname{mod}\ (p-1))$", ["43"]),
+        (r"$A=[2,3)$ and $B=(0,5]$ and $C = (1,2)$", ["[2,3)", "(0,5]", "(1,2)"]),
+        (r"$x = 5)$ and $(0 \mod n, m \mod n)$ and $y = (3 + 4$ and $z = [\frac{1}{2})$ and $w = 9$", ["9"]),
+        (r"so $x=\mathbf{42}$ and $y = \color{red}{43}$ and $z=\underline{\frac{1}{2}}$", ["42", "43", r"\frac{1}{2}"]),
+        (r"so $x=3\,000$ and $y = 3000$ and $z=30{,}000$", ["3000", "30{,}000"]),
+    ],
+)
+def test_math_units_moduli_brackets_and_styles(solution, want):
+    got = found(solution)
+    assert [latex.canonical(x) for x in got] == [latex.canonical(x) for x in want], got
+
+
+@pytest.mark.parametrize(
+    "solution, answer",
+    [
+        (r"so $x=\mathbf{42}$ and $y=\underline{42}$ and $z=\textcolor{red}{42}$", "42"),
+        (r"so $v=19.8$", r"19.8\text{ m/s}"),
+        (r"so $v=19.8\text{ m/s}^2$ and $w = 19.8\%$", "19.8"),
+        (r"so $x=12$, \boxed{x=12}", None),
+        (r"so $\theta=60^\circ$ and $\alpha = (20 + 40) ^{\circ}$", "60"),
+        (r"so $\theta=60$", r"60^\circ"),
+        (r"so $x=\frac{1}{\sqrt2+1}$", r"\sqrt2-1"),
+        (r"so $x=30+23{ \cdot}4-3$", "119"),
+        ("So $p=.6$", r"\frac{3}{5}"),
+        (r"so $x = 3\,500$ and $y=\sqrt[3]{42875000000}$", "3{,}500"),
+    ],
+)
+def test_the_final_answer_is_known_in_other_clothes(solution, answer):
+    assert found(solution, answer=answer) == []
+
+
+def test_what_only_ends_in_the_final_answer_is_kept():
+    assert found("$x = y+4$, $z = -4$, $w=5^4$, $v = 2^4$, so $u=4$", answer="4") == ["y+4", "-4", "5^4", "2^4"]
+    assert found("So $p=.6$, $q=6$", answer="6") == [".6"]
 
 
 def test_prices_are_prose():

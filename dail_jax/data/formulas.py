@@ -17,16 +17,23 @@ FIGURES = re.compile(
     re.DOTALL,
 )
 _LIST_MARK = re.compile(r"^[ \t]*(?:\(?\d{1,3}[.)]|\(?[a-zA-Z][.)]|\(?[ivx]{1,4}\)|[*-])[ \t]+", re.MULTILINE)
-_THOUSANDS = re.compile(r"(?<![\d,.])\d{1,3}(?:(?:,|\{,\}|,\\!)\d{3})+(?![\d,]*\d)")
+_THOUSANDS = re.compile(r"(?<![\d,.])\d{1,3}(?:(?:,|\{,\}|,\\!|\\,)\d{3})+(?![\d,]*\d)")
 _COMMA = "\ue000"  # stands for the comma inside of 10,000 while commas separate
 
 _CONTINUED = re.compile(r"\\\\(?:\[[^\]]*\])?(?=[&\s]*(?:=|\\equiv|\\approx))")  # a row break inside of a chain
 _ROWS = re.compile(r"\\\\(?:\[[^\]]*\])?|\\(?:newline|cr)(?![a-zA-Z])|\n\s*\n")
-_WORDS = re.compile(r"\\(?:text(?:rm|bf|it|sf)?|mbox|hbox|intertext|mathrm|operatorname|mathit)\s*\{([^{}]*)\}")
+# Words inside of a formula, and the exponent of a unit behind them, as in `\text{ m/s}^2`.
+WORDS = re.compile(
+    r"\\(?:text(?:rm|bf|it|sf)?|mbox|hbox|intertext|mathrm|operatorname|mathit)\s*\{([^{}]*)\}(\s*\^\s*(?:\d|\{-?\d\}))?"
+)
 _CLUTTER = re.compile(
     r"\\(?:tag\*?|label|eqref|ref|color|begin|end)\s*\{[^{}]*\}|\\(?:hline|newline|therefore|because|noindent)(?![a-zA-Z])"
 )
-_MODULUS = re.compile(r"\\(?:pmod|bmod|mod|pod)(?![a-zA-Z])\s*(?:\{[^{}]*\}|\d+)?")
+_MOD = (
+    r"(?:\\(?:pmod|bmod|mod|pod)(?![a-zA-Z])|\\(?:text|mathrm|operatorname)\{[\s(]*mod(?:ulo)?[\s)]*\}"
+    r"|(?<![\\a-zA-Z])mod(?![a-zA-Z]))"
+)
+_MODULUS = re.compile(rf"\(\s*{_MOD}(?:[^()]|\([^()]{{0,40}}\)){{0,40}}\)|{_MOD}\s*(?:\{{[^{{}}]*\}}|\d+)?")
 
 _EDGES = re.compile(r"^[\s?$]+|^\s*\.(?!\d)\s*|[\s.?$]+$")
 
@@ -40,8 +47,17 @@ _BREAK = {
     r"\longleftrightarrow",
 }  # fmt: skip
 _PIECE = re.compile(r"\\[a-zA-Z]+|\\.|.", re.DOTALL)
-_UP = {"(", "[", "{", r"\{", r"\lfloor", r"\lceil", r"\langle"}
-_DOWN = {")", "]", "}", r"\}", r"\rfloor", r"\rceil", r"\rangle"}
+_OPENS = {
+    ")": "(",
+    "]": "[",
+    "}": "{",
+    r"\}": r"\{",
+    r"\rfloor": r"\lfloor",
+    r"\rceil": r"\lceil",
+    r"\rangle": r"\langle",
+}
+_UP, _DOWN = set(_OPENS.values()), set(_OPENS)
+_HALF_OPEN = re.compile(r"\([^()\[\],]+,[^()\[\],]+\]|\[[^()\[\],]+,[^()\[\],]+\)")
 
 _NUMBER = re.compile(rf"[-+]?(?:[\d{_COMMA}]+(?:\.\d+)?|\.\d+)(?:\^\{{?\\circ\}}?|\\%)?")
 _NAME = re.compile(
@@ -94,7 +110,7 @@ def mathematical(row: Row) -> list[str]:
 
 def _prepared(text: str) -> str:
     text = _LIST_MARK.sub("", FIGURES.sub(" ", latex.unbox(latex.signs(text))))
-    return _THOUSANDS.sub(lambda m: re.sub(r"\{,\}|,\\!|,", _COMMA, m[0]), text)
+    return _THOUSANDS.sub(lambda m: re.sub(r"\{,\}|,\\!|\\,|,", _COMMA, m[0]), text)
 
 
 @lru_cache(maxsize=4)
@@ -116,8 +132,8 @@ def _key(text: str) -> Hashable:
 
 def _statements(formula: str) -> list[list[tuple[str, str]]]:
     """A formula's statements, each a chain of (relation, side); the first relation of a chain is empty."""
-    text = _WORDS.sub(lambda m: ";" if len(m[1].strip()) > 1 else m[1], _ROWS.sub(" ; ", _CONTINUED.sub(" ", formula)))
-    text = latex.tidy(_MODULUS.sub(" ; ", _CLUTTER.sub(" ", text)))
+    text = latex.tidy(_CLUTTER.sub(" ", _ROWS.sub(" ; ", _CONTINUED.sub(" ", formula))))
+    text = WORDS.sub(_word, _MODULUS.sub(" ; ", text))
     chains: list[list[tuple[str, str]]] = [[("", "")]]
     depth = 0
     for piece in _PIECE.findall(text):
@@ -129,13 +145,30 @@ def _statements(formula: str) -> list[list[tuple[str, str]]]:
         else:
             relation, side = chains[-1][-1]
             chains[-1][-1] = (relation, side + piece)
-    cleaned = [[(relation, _EDGES.sub("", side)) for relation, side in chain] for chain in chains]
+    cleaned = [[(r, re.sub(r"^\{([^{},]*)\}$", r"\1", _EDGES.sub("", side))) for r, side in chain] for chain in chains]
     return [chain for chain in cleaned if any(side for _, side in chain)]
+
+
+def _word(match: re.Match[str]) -> str:
+    """What stays of a word in a formula: a letter or a number is a part of it, anything else breaks it."""
+    word = match[1].strip()
+    return word + (match[2] or "") if len(match[1]) < 2 or word.isdecimal() else ";"
+
+
+def _balanced(side: str) -> bool:
+    """Whether every bracket has its partner, as in half-open intervals too."""
+    waiting: list[str] = []
+    for piece in _PIECE.findall(side):
+        if piece in _UP:
+            waiting.append(piece)
+        elif piece in _DOWN and (not waiting or waiting.pop() != _OPENS[piece]):
+            return _HALF_OPEN.fullmatch(side) is not None
+    return not waiting and side.count("|") % 2 == 0
 
 
 def _kind(side: str) -> str | None:
     """`number`, `closed` (a value that is more than a number), `symbolic`, or None: nothing to go by."""
-    if not side or len(side) > 70 or side.count("|") % 2 or re.search(r"\\[lc]?dots|\\infty|\.\.\.|\\sum|\\prod", side):
+    if not side or len(side) > 70 or not _balanced(side) or re.search(r"\\[lc]?dots|\\infty|\.\.\.|\\sum|\\prod", side):
         return None
     if _NUMBER.fullmatch(side):
         return "number"
@@ -145,8 +178,7 @@ def _kind(side: str) -> str | None:
     if _NAME.fullmatch(side) or re.match(r"[(\s]*\\(?:times|cdot)(?![a-z])|\\[a-z]+_(?:\d|\{[^{}]*\})\Z", side):
         return None
     letters = re.sub(r"\\[a-zA-Z]+", "", side)
-    balanced = side.count("{") == side.count("}")
-    if poly is None and balanced and re.search(r"\d", side) and not re.search(r"[a-zA-Z=]", letters):
+    if poly is None and re.search(r"\d", side) and not re.search(r"[a-zA-Z=]", letters):
         return "closed" if re.search(r"[\d}\])!]\Z|\\r(?:floor|ceil)\Z|\\circ\Z", side) else None
     if re.fullmatch(r"[A-Z]{2,3}'?\s*\^\s*(?:\d|\{\d\})", side):
         return None  # the square of a segment

@@ -127,7 +127,8 @@ CONSTANTS = {r"\pi", r"\circ", r"\%"}
 _TOKEN = re.compile(r"\\[a-zA-Z]+|\\.|\d|[a-zA-Z]|\S")
 _SPACING = re.compile(
     r"\\(?:left|right|displaystyle|textstyle|limits|nolimits|nonumber|notag|big[lr]?|Big[lr]?|bigg[lr]?|Bigg[lr]?"
-    r"|hspace\{[^{}]*\}|vspace\{[^{}]*\}|phantom\{[^{}]*\})(?![a-zA-Z])|\\[,!;:> ]|~|(?<!\\)&|[_^]?\{\s*\}"
+    r"|hspace\{[^{}]*\}|vspace\{[^{}]*\}|phantom\{[^{}]*\}|(?:text)?color\s*\{[^{}]*\})(?![a-zA-Z])"
+    r"|\\(?:mathbf|mathsf|boldsymbol|bm|underline)(?=\s*\{)|\\[,!;:> ]|~|(?<!\\)&|[_^]?\{\s*\}"
 )
 
 
@@ -139,7 +140,7 @@ def tidy(formula: str) -> str:
     """A formula without spacing commands, with `\\frac` for its relatives and `\\binom` for `\\choose`."""
     text = _SPACING.sub(" ", signs(formula))
     text = re.sub(r"\\([dtc]frac|over(?=\s*\d))(?![a-zA-Z])", lambda m: "/" if m[1] == "over" else r"\frac", text)
-    text = re.sub(r"\\[dt]binom(?![a-zA-Z])", r"\\binom", text)
+    text = re.sub(r"\{\s*(\\cdot|\\times|=)\s*\}", r"\1 ", re.sub(r"\\[dt]binom(?![a-zA-Z])", r"\\binom", text))
     text = re.sub(r"\{\s*(?:\{([^{}]{1,40})\}|([^{}]{1,40}?))\s*\\choose\s*(?:\{([^{}]{1,40})\}|([^{}]{1,40}?))\s*\}",
                   lambda m: rf"\binom{{{m[1] or m[2]}}}{{{m[3] or m[4]}}}", text)  # fmt: skip
     text = re.sub(r"(\\[a-zA-Z]+)\s+(?![a-zA-Z])", r"\1", re.sub(r"\s+", " ", text))
@@ -159,10 +160,11 @@ def canonical(formula: str) -> Hashable:
 
 def polynomial(formula: str) -> Poly | None:
     """The formula as a polynomial, or None where it is none that we know."""
-    text = re.sub(r"(\d),(?=\d{3}(?!\d))", r"\1", tidy(formula.replace("{,}", ",")))
+    text = re.sub(r"(\d),(?=\d{3}(?!\d))", r"\1", tidy(re.sub(r"(?<=\d)(?:\{,\}|,\\!|\\,)(?=\d)", ",", formula)))
     if len(text) > MAX_LENGTH:
         return None
-    parser = _Parser(_TOKEN.findall(re.sub(r"(\d) +(?=[\d.])", r"\1\\ ", text.strip(" .,;:"))))
+    text = re.sub(r"^(?:[\s,;:]|\.(?!\d))+|[\s.,;:]+$", "", text)
+    parser = _Parser(_TOKEN.findall(re.sub(r"(\d) +(?=[\d.])", r"\1\\ ", text)))
     try:
         poly = parser.sum(0)
         return poly if parser.position == len(parser.tokens) and parser.tokens else None
@@ -227,6 +229,10 @@ def _checked(poly: Poly) -> Poly:
 def _inverse(poly: Poly) -> Poly:
     if not poly:
         raise ZeroDivisionError
+    if len(poly) == 2 and not any(names for _, names in poly):  # 1/(a+b) = (a-b)/(a^2-b^2), where roots are left
+        first, (key, value) = poly.items()
+        conjugate = dict([first, (key, -value)])
+        return _multiply(conjugate, _inverse(_multiply(poly, conjugate)))
     if len(poly) > 1:
         raise _Unknown
     ((radicand, names), value) = next(iter(poly.items()))
@@ -234,9 +240,9 @@ def _inverse(poly: Poly) -> Poly:
 
 
 def _power(poly: Poly, exponent: Fraction) -> Poly:
-    if exponent == Fraction(1, 2):
-        return _root(poly)
-    if exponent.denominator != 1 or abs(exponent) > 200:
+    if exponent.denominator != 1:
+        return _power(_root(poly, exponent.denominator), Fraction(exponent.numerator))
+    if abs(exponent) > 200:
         raise _Unknown
     base = poly if exponent >= 0 else _inverse(poly)
     result = _number(1)
@@ -245,8 +251,13 @@ def _power(poly: Poly, exponent: Fraction) -> Poly:
     return result
 
 
-def _root(poly: Poly) -> Poly:
+def _root(poly: Poly, degree: int = 2) -> Poly:
     value = _constant(poly)
+    if degree != 2:
+        roots = [round(n ** (1 / degree)) if 0 <= n <= 10**12 else 0 for n in (value.numerator, value.denominator)]
+        if degree > 40 or not roots[1] or Fraction(roots[0], roots[1]) ** degree != value:
+            raise _Unknown
+        return _number(Fraction(roots[0], roots[1]))
     rest, outside, factor = value.numerator * value.denominator, 1, 2
     if rest < 0 or rest > 10**12:
         raise _Unknown
@@ -359,9 +370,8 @@ class _Parser:
             n = self.small(self.argument(depth + 1), 200)
             return _number(math.comb(n, self.small(self.argument(depth + 1), 200)))
         if token == r"\sqrt":
-            if self.peek() == "[":
-                raise _Unknown
-            return _root(self.argument(depth + 1))
+            degree = self.small(self.atom(depth + 1), 40) if self.peek() == "[" else 2
+            return _power(self.argument(depth + 1), Fraction(1, degree))
         if token == r"\pi":
             return {(1, ((token, 1),)): Fraction(1)}
         if len(token) == 1 and token.isalpha() and token.isascii():
