@@ -107,6 +107,30 @@ def test_text_finds_spans_without_symbols():
     assert all(len(span.split()) <= 14 for span in got) and not any(span == "republic" for span in got)
 
 
+@pytest.mark.parametrize(
+    "solution, answer, want",
+    [
+        (r"Therefore the distance is $a^2 + b^2 = \boxed{026}$.", "26", []),
+        (r"Therefore the distance is \[a^2 + b^2 = 26.\]", "26", []),
+        (r"Thus the sum is $3+4 = 7 \implies 26$. Hence it equals $\boxed{26}$ by symmetry.", "26", []),
+        (r"Thus we have $\frac{(n+1)!}{n!} = 5.5, 6$ and more.", "9",
+         [r"we have $\frac{(n+1)!}{n!} = 5.5, 6$ and more"]),
+        (r"Hence $f(x. y) = \sqrt{2}$; that is all.", "9", [r"$f(x. y) = \sqrt{2}$"]),
+        (r"Thus the area is \begin{align*} K &= 3 \\ &= x, \\ y &= 2. \end{align*}", "9",
+         ["the area is $K = 3 = x, y = 2$"]),
+        (r"Hence it is \frac{1}{2} of \textbf{all the area} (see the figure", "9",
+         [r"it is \frac{1}{2} of all the area"]),
+        (r"Thus the point ($P$ is on it) lies inside) the circle.", "9", ["the point ($P$ is on it) lies inside"]),
+        (r"\begin{itemize}\item $\sqrt{2} \mathrm{frac}$ \end{itemize}", "9", []),
+        ("There were 3 of them in 2019, the army; 45, received 35,000 men and 5.5 km/h or 40% less.", "9",
+         ["35,000 men", "5.5 km/h", "40%"]),
+        ("Thus the speed is 19.8 m/s.", r"19.8\text{ m/s}", []),
+    ],
+)  # fmt: skip
+def test_text_keeps_formulas_whole_and_the_final_answer_out(solution, answer, want):
+    assert found(solution, answer=answer, extractor="text") == want
+
+
 def test_file_limit_and_unknown_names():
     row = Row("r", "?", "s", "9", 0, "one\n\n two \n9\nthree\nfour\nfive")
     assert waypoints(row, config.Waypoints(extractor="file")) == ["one", "two", "three", "four", "five"]

@@ -20,7 +20,7 @@ _LIST_MARK = re.compile(r"^[ \t]*(?:\(?\d{1,3}[.)]|\(?[a-zA-Z][.)]|\(?[ivx]{1,4}
 _THOUSANDS = re.compile(r"(?<![\d,.])\d{1,3}(?:(?:,|\{,\}|,\\!|\\,)\d{3})+(?![\d,]*\d)")
 _COMMA = "\ue000"  # stands for the comma inside of 10,000 while commas separate
 
-_CONTINUED = re.compile(r"\\\\(?:\[[^\]]*\])?(?=[&\s]*(?:=|\\equiv|\\approx))")  # a row break inside of a chain
+CONTINUED = re.compile(r"\\\\(?:\[[^\]]*\])?(?=[&\s]*(?:=|\\equiv|\\approx))")  # a row break inside of a chain
 _ROWS = re.compile(r"\\\\(?:\[[^\]]*\])?|\\(?:newline|cr)(?![a-zA-Z])|\n\s*\n")
 # Words inside of a formula, and the exponent of a unit behind them, as in `\text{ m/s}^2`.
 WORDS = re.compile(
@@ -109,7 +109,7 @@ def mathematical(row: Row) -> list[str]:
 
 
 def _prepared(text: str) -> str:
-    text = _LIST_MARK.sub("", FIGURES.sub(" ", latex.unbox(latex.signs(text))))
+    text = _LIST_MARK.sub("", FIGURES.sub(" ", latex.unbox(latex.signs(text), "=")))
     return _THOUSANDS.sub(lambda m: re.sub(r"\{,\}|,\\!|\\,|,", _COMMA, m[0]), text)
 
 
@@ -132,7 +132,7 @@ def _key(text: str) -> Hashable:
 
 def _statements(formula: str) -> list[list[tuple[str, str]]]:
     """A formula's statements, each a chain of (relation, side); the first relation of a chain is empty."""
-    text = latex.tidy(_CLUTTER.sub(" ", _ROWS.sub(" ; ", _CONTINUED.sub(" ", formula))))
+    text = latex.tidy(_CLUTTER.sub(" ", _ROWS.sub(" ; ", CONTINUED.sub(" ", formula))))
     text = WORDS.sub(_word, _MODULUS.sub(" ; ", text))
     chains: list[list[tuple[str, str]]] = [[("", "")]]
     depth = 0

@@ -66,12 +66,12 @@ def last_boxed(text: str) -> str | None:
     return next((content for _, _, content in reversed(list(boxes(text))) if content), None)
 
 
-def unbox(text: str) -> str:
-    """The text with every outermost box replaced by its content, after an `=` where it stands in the open."""
+def unbox(text: str, mark: str = "") -> str:
+    """The text with every outermost box replaced by its content, after the mark where it stands in the open."""
     parts, end = [], 0
     for start, stop, content in boxes(text):
         inside = text[end:start].rstrip().endswith(("{", "("))
-        parts += [text[end:start], " " if inside else " = ", content, " "]
+        parts += [text[end:start], " " if inside else f" {mark} ", content, " "]
         end = stop
     return "".join([*parts, text[end:]])
 

@@ -43,15 +43,23 @@ def final_answer(row: Row) -> str | None:
     return row.answer.strip() if row.answer else latex.last_boxed(row.solution)
 
 
-_STATES = re.compile(r"=|\\(?:approx|equiv)(?![a-zA-Z])|(?<![\\a-zA-Z])[a-zA-Z]{2,}[\s:]|(?<!\\)\$")
-_UNIT = re.compile(r"\^\s*\{?\s*\\circ\s*\}?|\\[%$]|%|(?<=\d)\s+(?:[a-zA-Z]+/)?[a-zA-Z]{2,}\s*\Z")
+_STATES = re.compile(
+    r"[=<>]|\\(?:approx|equiv|[lg]eq?|implies|(?:Long|long)?[rR]ightarrow|to)(?![a-zA-Z])|(?<![\\a-zA-Z])[a-zA-Z]{2,}[\s:]|(?<!\\)\$"
+)
+_FORMULA = re.compile(r"(?<!\\)\$([^$]*)\$")  # inside of prose
+_UNIT = re.compile(r"\^\s*\{?\s*\\circ\s*\}?|\\[%$]|%|(?<=\d)\s+(?:[a-zA-Z]+/[a-zA-Z]+|[a-zA-Z]{2,})\s*\Z")
 
 
 def _values(text: str) -> set[Hashable]:
-    """Keys of what a text, be it an answer or a waypoint, can be read to state: all of it, or its end behind an equals
-    sign or a word; and that without a unit, for `19.8` gives away `v = 19.8\\text{ m/s}`."""
-    starts = [0, *(match.end() for match in _STATES.finditer(text, max(0, len(text) - 80)))]
-    ends = {text[start:].strip("$ .,;:") if start else text.strip() for start in starts}
+    """Keys of what a text, be it an answer or a waypoint, can be read to state.
+
+    That is all of it, a formula in it, or the end of these behind a relation or a word; and each without its unit, for
+    `19.8` gives away `v = 19.8\\text{ m/s}`.
+    """
+    parts = [text.strip(), *_FORMULA.findall(text)]
+    ends = set(parts)
+    for part in parts:
+        ends |= {part[match.end() :].strip("$ .,;:") for match in _STATES.finditer(part, max(0, len(part) - 80))}
     ends |= {_UNIT.sub(" ", WORDS.sub(_digits, latex.tidy(end))).strip() for end in ends}
     return {latex.canonical(end) for end in ends if end}
 
