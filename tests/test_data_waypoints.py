@@ -201,6 +201,38 @@ def test_math_units_moduli_brackets_and_styles(solution, want):
 
 
 @pytest.mark.parametrize(
+    "solution, want",
+    [
+        ("so x = 3.3\u00d710^{-9}", [r"3.3\times 10^{-9}"]),
+        ("x = 5.7\u00d710^-5, y = 10^-5 and z = 2 * -3", [r"5.7\times 10^{-5}", "10^{-5}", "2 * -3"]),
+        ("x = 6.02 \u00d7 10^23 or 6.03·10²³ of them", [r"6.02 \times 10^{23}", r"6.03\cdot 10^{23}"]),
+        ("on 12/25/2020, as in 1994/95 and 2007/2008, 3/4 came", ["3/4"]),
+        ("It is 3 1/2 miles, or x = 8 3/4", [r"3\frac{1}{2}", r"8\frac{3}{4}"]),
+        ("Das ist = 15,7 cm, und x = √10", ["15,7", r"\sqrt{10}"]),
+    ],
+)
+def test_math_in_plain_writing(solution, want):
+    assert found(solution) == want
+
+
+@pytest.mark.parametrize(
+    "solution, want",
+    [
+        (r"a $30-60-90$ and a $13-14-15$ triangle, $45^\circ-45^\circ-90^\circ$ and $90-45-45$", []),
+        (r"$100-30-20$ remain", ["100-30-20"]),
+        (r"\[f(n)=\begin{cases} n/2 & n \text{ even}\\ 3n+1 & n \text{ odd}\end{cases}\]", ["n/2"]),
+        (r"\[\begin{array}{rcl} f&=&90\\ g&=&91\end{array}\]", ["90", "91"]),
+        (r"\begin{array}{ll} f=90 & g = 91\end{array}", ["90", "91"]),
+        (r"\[\begin{array}{|c|c|} \hline n & f(n)=2 \\ 3&4\end{array}\]", []),
+        (r"\[\begin{array}{ccc} & 1 & 2 \\ \times & 3 & 4 \end{array}\]", []),
+        (r"\begin{align*} x & + y = 12 & x & = 5 \\ z & \equiv 7 \end{align*}", ["12", "5", "7"]),
+    ],
+)
+def test_math_triangles_cases_and_arrays(solution, want):
+    assert found(solution) == want
+
+
+@pytest.mark.parametrize(
     "solution, answer",
     [
         (r"so $x=\mathbf{42}$ and $y=\underline{42}$ and $z=\textcolor{red}{42}$", "42"),
@@ -233,13 +265,20 @@ def test_hostile_texts_end_soon():
     texts = ["9^{9^{9^9}}", "(" * 50_000, "{" * 50_000, r"\boxed{" * 5000, "=" * 50_000, "$a=1$" * 5000, "1+" * 50_000,
              "[asy]" * 9000, r"\[ " * 30_000, "$" + "1+" * 30_000 + "$", "10," * 20_000, r"\text{" * 9000, "1" * 99_999,
              r"\frac{" * 3000, "**a" * 20_000, "the total of " * 3000, "$9^{200}^{200}^{200}$", "$1000000000!$",
-             r"\sqrt{10000000000000000000000000000000001}", "a. " * 20_000]  # fmt: skip
+             r"\sqrt{10000000000000000000000000000000001}", "a. " * 20_000, "²" * 50_000, "1 1/" * 9000, "5,6" * 9000,
+             r"\begin{array}{l}" * 6000,
+             "$" + "a&" * 30_000 + "$", "$" + "(mod " * 9000 + "$", r"\text{(mod " * 9000, "Thus $a$ (" * 5000,
+             "$" + "{" * 30_000 + "$", "**$x$" * 9000, r"\a{" * 20_000, r"\frac{1}{1}" * 9000]  # fmt: skip
     for text in texts:
         for name in ("reference", "math", "text"):
             start = time.monotonic()
             found(text, extractor=name)
             latex.canonical(text)
             assert time.monotonic() - start < 5, (name, text[:20])
+
+
+def test_text_takes_more_formulas_than_it_has_signs_for():
+    assert found("$a$" * 70_000 + "\U000f0005 Thus so it is.", extractor="text") == ["it is"]
 
 
 def test_every_extractor_takes_empty_and_odd_rows():

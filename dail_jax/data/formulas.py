@@ -9,25 +9,27 @@ from functools import lru_cache
 from dail_jax.data import latex
 from dail_jax.data.records import Row
 
-FIGURES = re.compile(
+_FIGURES = re.compile(
     r"\\?\[asy\\?\].*?(?:\\?\[/asy\\?\]|\Z)|<asy>.*?(?:</asy>|\Z)|```.*?(?:```|\Z)|\\includegraphics[^{]*\{[^{}]*\}"
     r"|\\begin\{(?:asy|tikzpicture|center|tabular|array|[bpvV]?matrix)\}.*?"
     r"(?:\\end\{(?:asy|tikzpicture|center|tabular|array|[bpvV]?matrix)\}|\Z)|\[img[^\]]*\].*?(?:\[/img\]|\Z)"
     r"|!\[[^\]]*\]\([^)]*\)|https?://\S+|<[a-zA-Z/][^<>]*>",
     re.DOTALL,
 )
+_EQUATIONS = re.compile(r"\\begin\{array\}\s*(?:\[\w\]\s*)?\{[rlc\s]*\}[^=]*=")  # an array that is no table
 _LIST_MARK = re.compile(r"^[ \t]*(?:\(?\d{1,3}[.)]|\(?[a-zA-Z][.)]|\(?[ivx]{1,4}\)|[*-])[ \t]+", re.MULTILINE)
 _THOUSANDS = re.compile(r"(?<![\d,.])\d{1,3}(?:(?:,|\{,\}|,\\!|\\,)\d{3})+(?![\d,]*\d)")
 _COMMA = "\ue000"  # stands for the comma inside of 10,000 while commas separate
 
 CONTINUED = re.compile(r"\\\\(?:\[[^\]]*\])?(?=[&\s]*(?:=|\\equiv|\\approx))")  # a row break inside of a chain
+_COLUMN = re.compile(r"(?<=[\w})\]!])\s*&[&\s]*(?=[\w({\[]|\\(?:[dt]?frac|sqrt|text|mathrm|mbox|left))")  # no `&=`
 _ROWS = re.compile(r"\\\\(?:\[[^\]]*\])?|\\(?:newline|cr)(?![a-zA-Z])|\n\s*\n")
 # Words inside of a formula, and the exponent of a unit behind them, as in `\text{ m/s}^2`.
 WORDS = re.compile(
     r"\\(?:text(?:rm|bf|it|sf)?|mbox|hbox|intertext|mathrm|operatorname|mathit)\s*\{([^{}]*)\}(\s*\^\s*(?:\d|\{-?\d\}))?"
 )
 _CLUTTER = re.compile(
-    r"\\(?:tag\*?|label|eqref|ref|color|begin|end)\s*\{[^{}]*\}|\\(?:hline|newline|therefore|because|noindent)(?![a-zA-Z])"
+    r"\\begin\s*\{array\}\s*(?:\[\w\]\s*)?\{[^{}]*\}|\\(?:tag\*?|label|eqref|ref|color|begin|end)\s*\{[^{}]*\}|\\(?:hline|newline|therefore|because|noindent)(?![a-zA-Z])"
 )
 _MOD = (
     r"(?:\\(?:pmod|bmod|mod|pod)(?![a-zA-Z])|\\(?:text|mathrm|operatorname)\{[\s(]*mod(?:ulo)?[\s)]*\}"
@@ -82,10 +84,18 @@ _CONDITION = re.compile(
 
 _GROUP = r"\{(?:[^{}\n]|\{[^{}\n]{0,40}\}){1,60}\}"
 _ATOM = (
-    rf"(?:\\?sqrt\s*(?:\([^()\n]{{1,40}}\)|{_GROUP}|\d+)|\\[dt]?frac\s*{_GROUP}\s*{_GROUP}|\\(?:pi|cdot|times)\b"
-    rf"|\d[\d{_COMMA}]*+(?:\.\d++)?%?|[a-zA-Z](?![a-zA-Z])|\([^()\n]{{1,40}}\)|{_GROUP})"
+    rf"(?:\\?sqrt\s*(?:\([^()\n]{{1,40}}\)|{_GROUP}|\d+)|\\[dt]?frac\s*{_GROUP}\s*{_GROUP}|\\pi\b"
+    rf"|\d{{1,3}} \d{{1,2}}/\d{{1,3}}(?![\d/])|\d[\d{_COMMA}]*+(?:\.\d++|,\d++(?![,\d]))?%?"
+    rf"|[a-zA-Z](?![a-zA-Z])|\([^()\n]{{1,40}}\)|{_GROUP})"
 )
-_PROSE_EXPRESSION = re.compile(rf"\s*[-+]?\s*{_ATOM}(?:\s*[-+*/^]\s*{_ATOM}|{_ATOM})*+")
+_PROSE_EXPRESSION = re.compile(
+    rf"\s*[-+]?\s*{_ATOM}(?:\s*(?:[-+]|(?:[*/^]|\\cdot\b|\\times\b)\s*-?)\s*{_ATOM}|{_ATOM})*+"
+)
+_DATE = re.compile(r"\d+/\d+/\d+|(?:1[89]|20)\d\d/\d\d(?:\d\d)?")
+_PLAIN = [(re.compile(pattern), tex) for pattern, tex in (
+    (r"\\?sqrt\s*(?:\(([^()]*)\)|(\d+))", r"\\sqrt{\1\2}"), (r"\^(-\d+|\d{2,})", r"^{\1}"),
+    (r"(\d) (\d+)/(\d+)", r"\1\\frac{\2}{\3}"), (r"%", r"\\%"),
+)]  # fmt: skip
 _GOES_ON = re.compile(r"\s*=\s*[-+]?\s*(?:[\d(\\]|sqrt)")  # a chain that has another value to come
 _PROSE_EVENT = re.compile(rf"\\(?:approx|equiv)(?![a-zA-Z])|(?<![<>!])=+(?!>)|(?<![\w.{{{_COMMA}$/-])(?:\d|sqrt)")
 
@@ -108,8 +118,13 @@ def mathematical(row: Row) -> list[str]:
     return [item.replace(_COMMA, ",") for item in found]
 
 
+def without_figures(text: str) -> str:
+    """The text without drawings, tables, pictures and code."""
+    return _FIGURES.sub(lambda m: m[0] if _EQUATIONS.match(m[0]) else " ", text)
+
+
 def _prepared(text: str) -> str:
-    text = _LIST_MARK.sub("", FIGURES.sub(" ", latex.unbox(latex.signs(text), "=")))
+    text = _LIST_MARK.sub("", without_figures(latex.unbox(latex.signs(text), "=")))
     return _THOUSANDS.sub(lambda m: re.sub(r"\{,\}|,\\!|\\,|,", _COMMA, m[0]), text)
 
 
@@ -132,7 +147,8 @@ def _key(text: str) -> Hashable:
 
 def _statements(formula: str) -> list[list[tuple[str, str]]]:
     """A formula's statements, each a chain of (relation, side); the first relation of a chain is empty."""
-    text = latex.tidy(_CLUTTER.sub(" ", _ROWS.sub(" ; ", CONTINUED.sub(" ", formula))))
+    text = _ROWS.sub(" ; ", CONTINUED.sub(" ", formula))
+    text = latex.tidy(_COLUMN.sub(" ; ", _CLUTTER.sub(" ", text)))
     text = WORDS.sub(_word, _MODULUS.sub(" ; ", text))
     chains: list[list[tuple[str, str]]] = [[("", "")]]
     depth = 0
@@ -206,12 +222,18 @@ def _from_formula(formula: str, before: str, given: frozenset[Hashable]) -> list
                 found.append(first)
         else:
             in_list = False
-            ranging = re.fullmatch(r"(\d+) ?-+ ?(\d+)", first)  # `0-9` means "from 0 to 9"
-            if ranging and int(ranging[1][:9]) < int(ranging[2][:9]):
-                continue
-            if kind == "closed" and _key(first) not in given and not listing:
+            if kind == "closed" and _key(first) not in given and not listing and not _is_named(first):
                 found.append(first)
     return found
+
+
+def _is_named(side: str) -> bool:
+    """Whether `0-9` means "from 0 to 9", or `30-60-90` a triangle: as a difference it comes to nothing positive."""
+    chain = re.sub(r"\^\{?\\circ\}?", "", side)
+    if not re.fullmatch(r"\d+(?: ?-+ ?\d+)+", chain):
+        return False
+    first, *others = map(int, re.findall(r"\d+", chain))
+    return first <= sum(others)
 
 
 def _results(statement: list[tuple[str, str]], conditional: bool, given: frozenset[Hashable]) -> list[str]:
@@ -268,15 +290,17 @@ def _from_prose(text: str, given: frozenset[Hashable]) -> list[str]:
         if match is None:
             continue
         end = match.end()
-        value = match[0].strip().replace("%", r"\%")
+        value = " ".join(match[0].split())
         if _GOES_ON.match(text, end):
             continue
-        value = re.sub(r"\^(\d{2,})", r"^{\1}", re.sub(r"\\?sqrt\s*\(([^()]*)\)", r"\\sqrt{\1}", value))
+        date = _DATE.fullmatch(value) is not None
+        for pattern, tex in _PLAIN:
+            value = pattern.sub(tex, value)
         kind = _kind(value)
         before = text[max(0, event.start() - 60) : event.start()]
         new = _key(value) not in given
         stated = kind == "number" and _RESULT.search(before) and not _CONDITION.search(before)
-        telling = kind == "closed" and re.search(r"[/^]|sqrt|frac", value)
+        telling = kind == "closed" and not date and re.search(r"[/^]|sqrt|frac", value)
         if (relation and kind) or (new and (stated or telling)):
             found.append(value)
     return found

@@ -81,7 +81,7 @@ def unbox(text: str, mark: str = "") -> str:
 # ---------------------------------------------------------------------------------------------------
 
 _OPEN = re.compile(
-    r"\\\$|\$\$|\$|\\\(|\\\[|\\begin\{(equation|align|alignat|gather|multline|eqnarray|flalign|displaymath|math)(\*?)\}"
+    r"\\\$|\$\$|\$|\\\(|\\\[|\\begin\{(equation|align|alignat|gather|multline|eqnarray|flalign|displaymath|math|array)(\*?)\}"
 )
 _TWO_WORDS = re.compile(r"(?<![\\a-zA-Z{])[a-zA-Z]{2,}\s+[a-z]{3,}(?![a-zA-Z}])")
 
@@ -106,8 +106,8 @@ def spans(text: str) -> Iterator[tuple[bool, str]]:
         if match[0] == "$" and (_TWO_WORDS.search(re.sub(r"\\text\w*\{[^{}]*\}", "", inner)) or r"\$" in inner[1:]):
             searched = match.end()
             continue
-        if match[1] == "alignat":
-            inner = re.sub(r"^\{\d+\}", "", inner)
+        if match[1] in ("alignat", "array"):
+            inner = re.sub(r"^\s*\{[^{}]*\}", "", inner)
         yield False, text[position : match.start()]
         yield True, inner
         position = searched = end + len(closer)

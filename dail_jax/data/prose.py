@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 
 from dail_jax.data import latex
-from dail_jax.data.formulas import CONTINUED, FIGURES, WORDS
+from dail_jax.data.formulas import CONTINUED, WORDS, without_figures
 from dail_jax.data.records import Row
 
 _SENTENCE = re.compile(r"[^.!?\n]+(?:[.!?](?=\w)[^.!?\n]+)*")
@@ -29,7 +29,7 @@ _LAYOUT = re.compile(
 _BARE = re.compile(r"\\[a-zA-Z]+(?:\s*\{(?:[^{}]|\{[^{}]*\})*\})*")
 _FIRST, _LAST = 0xF0000, 0xFFFFD  # characters for private use, each of which stands for a formula
 _FORMULA = re.compile("[\U000f0000-\U0010ffff]")
-_LONGEST = 160  # characters of a span
+_LONGEST, _WINDOW = 160, 400  # characters of a span, and of the text that it is cut from
 _STOP = frozenset(
     re.findall(
         r"\w+",
@@ -52,7 +52,7 @@ def salient(row: Row) -> list[str]:
 
     It needs no symbols. Terms that the problem has already are no results; the length of the list follows the text's.
     """
-    solution, formulas = _masked(FIGURES.sub(" ", row.solution))
+    solution, formulas = _masked(without_figures(row.solution))
     solution = re.sub(r"\s*\n\s*", "\n", solution)
     known = set(re.findall(r"\w+", row.problem.casefold()))
     found: list[tuple[int, int, str]] = []  # (start, end, span)
@@ -60,7 +60,7 @@ def salient(row: Row) -> list[str]:
         cues = list(_CUE.finditer(sentence[0]))
         if cues:  # the clause after the last cue that leaves something to say
             for cue in reversed(cues):
-                clause = _closed(_CLAUSE_END.split(sentence[0][cue.end() :])[0])
+                clause = _closed(_CLAUSE_END.split(sentence[0][cue.end() : cue.end() + _WINDOW])[0])
                 if len(_shown(clause, formulas).split()) >= 2:
                     start = sentence.start() + cue.end()
                     found.append((start, start + len(clause), _closed(" ".join(clause.split()[:14]))))

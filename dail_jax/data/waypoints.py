@@ -27,7 +27,7 @@ def waypoints(row: Row, cfg: config.Waypoints) -> list[str]:
     answer = final_answer(row)
     final = _values(answer) if answer else set()
     simplest: dict[Hashable, str] = {}  # in order of first appearance
-    for item in extract(row):
+    for item in dict.fromkeys(extract(row)):
         key = latex.canonical(item)
         if item.strip() and final.isdisjoint(_values(item)) and len(item) < len(simplest.get(key, item + " ")):
             simplest[key] = item
