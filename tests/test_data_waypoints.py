@@ -124,6 +124,7 @@ def test_text_finds_spans_without_symbols():
         (r"\begin{itemize}\item $\sqrt{2} \mathrm{frac}$ \end{itemize}", "9", []),
         ("There were 3 of them in 2019, the army; 45, received 35,000 men and 5.5 km/h or 40% less.", "9",
          ["35,000 men", "5.5 km/h", "40%"]),
+        (r"Thus $m-n = 1000 \equiv 7 \pmod{1000}$.", "7", []),
         ("Thus the speed is 19.8 m/s.", r"19.8\text{ m/s}", []),
     ],
 )  # fmt: skip

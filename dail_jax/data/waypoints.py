@@ -47,7 +47,9 @@ _STATES = re.compile(
     r"[=<>]|\\(?:approx|equiv|[lg]eq?|implies|(?:Long|long)?[rR]ightarrow|to)(?![a-zA-Z])|(?<![\\a-zA-Z])[a-zA-Z]{2,}[\s:]|(?<!\\)\$"
 )
 _FORMULA = re.compile(r"(?<!\\)\$([^$]*)\$")  # inside of prose
-_UNIT = re.compile(r"\^\s*\{?\s*\\circ\s*\}?|\\[%$]|%|(?<=\d)\s+(?:[a-zA-Z]+/[a-zA-Z]+|[a-zA-Z]{2,})\s*\Z")
+_UNIT = re.compile(
+    r"\\pmod\s*\{[^{}]*\}|\^\s*\{?\s*\\circ\s*\}?|\\[%$]|%|(?<=\d)\s+(?:[a-zA-Z]+/[a-zA-Z]+|[a-zA-Z]{2,})\s*\Z"
+)
 
 
 def _values(text: str) -> set[Hashable]:
