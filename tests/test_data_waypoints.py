@@ -107,6 +107,31 @@ def test_text_finds_spans_without_symbols():
     assert all(len(span.split()) <= 14 for span in got) and not any(span == "republic" for span in got)
 
 
+@pytest.mark.parametrize(
+    "solution, answer, want",
+    [
+        (r"Therefore the distance is $a^2 + b^2 = \boxed{026}$.", "26", []),
+        (r"Therefore the distance is \[a^2 + b^2 = 26.\]", "26", []),
+        (r"Thus the sum is $3+4 = 7 \implies 26$. Hence it equals $\boxed{26}$ by symmetry.", "26", []),
+        (r"Thus we have $\frac{(n+1)!}{n!} = 5.5, 6$ and more.", "9",
+         [r"we have $\frac{(n+1)!}{n!} = 5.5, 6$ and more"]),
+        (r"Hence $f(x. y) = \sqrt{2}$; that is all.", "9", [r"$f(x. y) = \sqrt{2}$"]),
+        (r"Thus the area is \begin{align*} K &= 3 \\ &= x, \\ y &= 2. \end{align*}", "9",
+         ["the area is $K = 3 = x, y = 2$"]),
+        (r"Hence it is \frac{1}{2} of \textbf{all the area} (see the figure", "9",
+         [r"it is \frac{1}{2} of all the area"]),
+        (r"Thus the point ($P$ is on it) lies inside) the circle.", "9", ["the point ($P$ is on it) lies inside"]),
+        (r"\begin{itemize}\item $\sqrt{2} \mathrm{frac}$ \end{itemize}", "9", []),
+        ("There were 3 of them in 2019, the army; 45, received 35,000 men and 5.5 km/h or 40% less.", "9",
+         ["35,000 men", "5.5 km/h", "40%"]),
+        (r"Thus $m-n = 1000 \equiv 7 \pmod{1000}$.", "7", []),
+        ("Thus the speed is 19.8 m/s.", r"19.8\text{ m/s}", []),
+    ],
+)  # fmt: skip
+def test_text_keeps_formulas_whole_and_the_final_answer_out(solution, answer, want):
+    assert found(solution, answer=answer, extractor="text") == want
+
+
 def test_file_limit_and_unknown_names():
     row = Row("r", "?", "s", "9", 0, "one\n\n two \n9\nthree\nfour\nfive")
     assert waypoints(row, config.Waypoints(extractor="file")) == ["one", "two", "three", "four", "five"]
@@ -123,11 +148,16 @@ EQUAL = [
     (r"2\sqrt{8}", r"4\sqrt2"), (r"\frac{1}{\sqrt{2}}", r"\frac{\sqrt 2}{2}"), (r"\sqrt{63^2+84^2}", "105"),
     (r"\frac{\sqrt6+\sqrt2}{4}", r"\frac14\left(\sqrt 2+\sqrt 6\right)"), (r"{40 \choose 2}", "780"), ("5!", "120"),
     (r"75^\circ", r"75^{\circ}"), (r"(\frac{2}{4}, 3)", r"\left(\frac12,3\right)"), (r"2 \times 3", r"2\cdot3"),
-    ("(a+b)^2", "a^2+2ab+b^2"),
+    ("(a+b)^2", "a^2+2ab+b^2"), ("3²", "9"), ("2¹⁰", "2^{10}"), ("10²³", "10^{23}"), ("x⁻²", "x^{-2}"),
+    (".25", "0.25"), (r"\sqrt[3]{8}", "2"), (r"\sqrt[4]{\frac{16}{81}}", r"\frac23"), ("8^{2/3}", "4"),
+    (r"3\,000", "3000"),
+    (r"\frac{1}{\sqrt2+1}", r"\sqrt2-1"), (r"\frac{1}{\sqrt5-\sqrt3}", r"\frac{\sqrt5+\sqrt3}{2}"),
+    (r"\mathbf{42}", "42"), (r"2{ \cdot}3", "6"), ("10,\\!000", "10000"), (" 5.", "5"),
 ]  # fmt: skip
 DIFFERENT = [
     (r"\frac{1}{2}", r"\frac{1}{3}"), ("12", "1 2"), ("1,2", "12"), ("x^2", "2x"), ("5", r"5^\circ"), ("a_1", "a_2"),
     (r"\sqrt{2}", "1.414"), (r"2\frac12", "1"), ("AB", "ABC"), ("30", r"30\%"), (r"\sin 2", "2"), ("(1,2)", "(2,1)"),
+    (".25", "25"), (".6", "6"), (r"\sqrt[3]{9}", "2"), (r"\sqrt[0]{5}", "5"), (r"\frac{1}{x+1}", "x-1"),
 ]  # fmt: skip
 
 
@@ -136,6 +166,95 @@ def test_exact_comparison():
         assert latex.canonical(a) == latex.canonical(b), (a, b)
     for a, b in DIFFERENT:
         assert latex.canonical(a) != latex.canonical(b), (a, b)
+
+
+@pytest.mark.parametrize("value", ["3²", "2¹⁰", "x⁻²", "10²³", "①", "٣", "½", "5⁴₂", "²", "⁽³"])
+def test_superscripts_and_odd_digits(value):
+    for name in EXTRACTORS:
+        solution = f"We get $x={value}$, so $y = {value} + 1$. The answer is {value}. \\boxed{{{value}}}"
+        for answer in (None, value):
+            waypoints(Row("r", value, solution, answer, 0, value), config.Waypoints(extractor=name))
+
+
+def test_superscripts_have_the_value_that_they_show():
+    assert found("We get $x=2¹⁰$, $y = 10⁵$, $z = 2⁴ = 16$ and w = 5⁻³.") == ["2^{10}", "10^{5}", "16", "5^{-3}"]
+    assert found("so $x = 9$ and $y=8$", answer="3²") == ["8"]
+
+
+@pytest.mark.parametrize(
+    "solution, want",
+    [
+        (r"$g=9.8\text{ m/s}^2$, $A=12\ \mathrm{cm}^{2}$, $F = 3\text{ kg m s}^{-2}$", ["9.8", "12", "3"]),
+        (r"$3^5\equiv 43\ (\text{mod}\ 100)$", ["43"]),
+        (r"$3^5\equiv 43\ (\mathrm{mod}\ 100)$ and $n \equiv 7 \text{ (mod } 11)$", ["43", "7"]),
+        (r"$3^5\equiv 43\ (\bmod\ 100)$ and $n \equiv 7 (\mod 11)$", ["43", "7"]),
+        (r"$3^5\equiv 43\ (mod\ 100)$ and $n \equiv 7 \pmod{11}$ and $m \equiv 8 \bmod 11$", ["43", "7", "8"]),
+        (r"$3^5\equiv 43\ (\operatorname{mod}\ (p-1))$", ["43"]),
+        (r"$A=[2,3)$ and $B=(0,5]$ and $C = (1,2)$", ["[2,3)", "(0,5]", "(1,2)"]),
+        (r"$x = 5)$ and $(0 \mod n, m \mod n)$ and $y = (3 + 4$ and $z = [\frac{1}{2})$ and $w = 9$", ["9"]),
+        (r"so $x=\mathbf{42}$ and $y = \color{red}{43}$ and $z=\underline{\frac{1}{2}}$", ["42", "43", r"\frac{1}{2}"]),
+        (r"so $x=3\,000$ and $y = 3000$ and $z=30{,}000$", ["3000", "30{,}000"]),
+    ],
+)
+def test_math_units_moduli_brackets_and_styles(solution, want):
+    got = found(solution)
+    assert [latex.canonical(x) for x in got] == [latex.canonical(x) for x in want], got
+
+
+@pytest.mark.parametrize(
+    "solution, want",
+    [
+        ("so x = 3.3\u00d710^{-9}", [r"3.3\times 10^{-9}"]),
+        ("x = 5.7\u00d710^-5, y = 10^-5 and z = 2 * -3", [r"5.7\times 10^{-5}", "10^{-5}", "2 * -3"]),
+        ("x = 6.02 \u00d7 10^23 or 6.03·10²³ of them", [r"6.02 \times 10^{23}", r"6.03\cdot 10^{23}"]),
+        ("on 12/25/2020, as in 1994/95 and 2007/2008, 3/4 came", ["3/4"]),
+        ("It is 3 1/2 miles, or x = 8 3/4", [r"3\frac{1}{2}", r"8\frac{3}{4}"]),
+        ("Das ist = 15,7 cm, und x = √10", ["15,7", r"\sqrt{10}"]),
+    ],
+)
+def test_math_in_plain_writing(solution, want):
+    assert found(solution) == want
+
+
+@pytest.mark.parametrize(
+    "solution, want",
+    [
+        (r"a $30-60-90$ and a $13-14-15$ triangle, $45^\circ-45^\circ-90^\circ$ and $90-45-45$", []),
+        (r"$100-30-20$ remain", ["100-30-20"]),
+        (r"\[f(n)=\begin{cases} n/2 & n \text{ even}\\ 3n+1 & n \text{ odd}\end{cases}\]", ["n/2"]),
+        (r"\[\begin{array}{rcl} f&=&90\\ g&=&91\end{array}\]", ["90", "91"]),
+        (r"\begin{array}{ll} f=90 & g = 91\end{array}", ["90", "91"]),
+        (r"\[\begin{array}{|c|c|} \hline n & f(n)=2 \\ 3&4\end{array}\]", []),
+        (r"\[\begin{array}{ccc} & 1 & 2 \\ \times & 3 & 4 \end{array}\]", []),
+        (r"\begin{align*} x & + y = 12 & x & = 5 \\ z & \equiv 7 \end{align*}", ["12", "5", "7"]),
+    ],
+)
+def test_math_triangles_cases_and_arrays(solution, want):
+    assert found(solution) == want
+
+
+@pytest.mark.parametrize(
+    "solution, answer",
+    [
+        (r"so $x=\mathbf{42}$ and $y=\underline{42}$ and $z=\textcolor{red}{42}$", "42"),
+        (r"so $v=19.8$", r"19.8\text{ m/s}"),
+        (r"so $v=19.8\text{ m/s}^2$ and $w = 19.8\%$", "19.8"),
+        (r"so $x=12$, \boxed{x=12}", None),
+        (r"so $\theta=60^\circ$ and $\alpha = (20 + 40) ^{\circ}$", "60"),
+        (r"so $\theta=60$", r"60^\circ"),
+        (r"so $x=\frac{1}{\sqrt2+1}$", r"\sqrt2-1"),
+        (r"so $x=30+23{ \cdot}4-3$", "119"),
+        ("So $p=.6$", r"\frac{3}{5}"),
+        (r"so $x = 3\,500$ and $y=\sqrt[3]{42875000000}$", "3{,}500"),
+    ],
+)
+def test_the_final_answer_is_known_in_other_clothes(solution, answer):
+    assert found(solution, answer=answer) == []
+
+
+def test_what_only_ends_in_the_final_answer_is_kept():
+    assert found("$x = y+4$, $z = -4$, $w=5^4$, $v = 2^4$, so $u=4$", answer="4") == ["y+4", "-4", "5^4", "2^4"]
+    assert found("So $p=.6$, $q=6$", answer="6") == [".6"]
 
 
 def test_prices_are_prose():
@@ -147,13 +266,20 @@ def test_hostile_texts_end_soon():
     texts = ["9^{9^{9^9}}", "(" * 50_000, "{" * 50_000, r"\boxed{" * 5000, "=" * 50_000, "$a=1$" * 5000, "1+" * 50_000,
              "[asy]" * 9000, r"\[ " * 30_000, "$" + "1+" * 30_000 + "$", "10," * 20_000, r"\text{" * 9000, "1" * 99_999,
              r"\frac{" * 3000, "**a" * 20_000, "the total of " * 3000, "$9^{200}^{200}^{200}$", "$1000000000!$",
-             r"\sqrt{10000000000000000000000000000000001}", "a. " * 20_000]  # fmt: skip
+             r"\sqrt{10000000000000000000000000000000001}", "a. " * 20_000, "²" * 50_000, "1 1/" * 9000, "5,6" * 9000,
+             r"\begin{array}{l}" * 6000,
+             "$" + "a&" * 30_000 + "$", "$" + "(mod " * 9000 + "$", r"\text{(mod " * 9000, "Thus $a$ (" * 5000,
+             "$" + "{" * 30_000 + "$", "**$x$" * 9000, r"\a{" * 20_000, r"\frac{1}{1}" * 9000]  # fmt: skip
     for text in texts:
         for name in ("reference", "math", "text"):
             start = time.monotonic()
             found(text, extractor=name)
             latex.canonical(text)
             assert time.monotonic() - start < 5, (name, text[:20])
+
+
+def test_text_takes_more_formulas_than_it_has_signs_for():
+    assert found("$a$" * 70_000 + "\U000f0005 Thus so it is.", extractor="text") == ["it is"]
 
 
 def test_every_extractor_takes_empty_and_odd_rows():

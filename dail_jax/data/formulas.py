@@ -9,24 +9,33 @@ from functools import lru_cache
 from dail_jax.data import latex
 from dail_jax.data.records import Row
 
-FIGURES = re.compile(
+_FIGURES = re.compile(
     r"\\?\[asy\\?\].*?(?:\\?\[/asy\\?\]|\Z)|<asy>.*?(?:</asy>|\Z)|```.*?(?:```|\Z)|\\includegraphics[^{]*\{[^{}]*\}"
     r"|\\begin\{(?:asy|tikzpicture|center|tabular|array|[bpvV]?matrix)\}.*?"
     r"(?:\\end\{(?:asy|tikzpicture|center|tabular|array|[bpvV]?matrix)\}|\Z)|\[img[^\]]*\].*?(?:\[/img\]|\Z)"
     r"|!\[[^\]]*\]\([^)]*\)|https?://\S+|<[a-zA-Z/][^<>]*>",
     re.DOTALL,
 )
+_EQUATIONS = re.compile(r"\\begin\{array\}\s*(?:\[\w\]\s*)?\{[rlc\s]*\}[^=]*=")  # an array that is no table
 _LIST_MARK = re.compile(r"^[ \t]*(?:\(?\d{1,3}[.)]|\(?[a-zA-Z][.)]|\(?[ivx]{1,4}\)|[*-])[ \t]+", re.MULTILINE)
-_THOUSANDS = re.compile(r"(?<![\d,.])\d{1,3}(?:(?:,|\{,\}|,\\!)\d{3})+(?![\d,]*\d)")
+_THOUSANDS = re.compile(r"(?<![\d,.])\d{1,3}(?:(?:,|\{,\}|,\\!|\\,)\d{3})+(?![\d,]*\d)")
 _COMMA = "\ue000"  # stands for the comma inside of 10,000 while commas separate
 
-_CONTINUED = re.compile(r"\\\\(?:\[[^\]]*\])?(?=[&\s]*(?:=|\\equiv|\\approx))")  # a row break inside of a chain
+CONTINUED = re.compile(r"\\\\(?:\[[^\]]*\])?(?=[&\s]*(?:=|\\equiv|\\approx))")  # a row break inside of a chain
+_COLUMN = re.compile(r"(?<=[\w})\]!])\s*&[&\s]*(?=[\w({\[]|\\(?:[dt]?frac|sqrt|text|mathrm|mbox|left))")  # no `&=`
 _ROWS = re.compile(r"\\\\(?:\[[^\]]*\])?|\\(?:newline|cr)(?![a-zA-Z])|\n\s*\n")
-_WORDS = re.compile(r"\\(?:text(?:rm|bf|it|sf)?|mbox|hbox|intertext|mathrm|operatorname|mathit)\s*\{([^{}]*)\}")
-_CLUTTER = re.compile(
-    r"\\(?:tag\*?|label|eqref|ref|color|begin|end)\s*\{[^{}]*\}|\\(?:hline|newline|therefore|because|noindent)(?![a-zA-Z])"
+# Words inside of a formula, and the exponent of a unit behind them, as in `\text{ m/s}^2`.
+WORDS = re.compile(
+    r"\\(?:text(?:rm|bf|it|sf)?|mbox|hbox|intertext|mathrm|operatorname|mathit)\s*\{([^{}]*)\}(\s*\^\s*(?:\d|\{-?\d\}))?"
 )
-_MODULUS = re.compile(r"\\(?:pmod|bmod|mod|pod)(?![a-zA-Z])\s*(?:\{[^{}]*\}|\d+)?")
+_CLUTTER = re.compile(
+    r"\\begin\s*\{array\}\s*(?:\[\w\]\s*)?\{[^{}]*\}|\\(?:tag\*?|label|eqref|ref|color|begin|end)\s*\{[^{}]*\}|\\(?:hline|newline|therefore|because|noindent)(?![a-zA-Z])"
+)
+_MOD = (
+    r"(?:\\(?:pmod|bmod|mod|pod)(?![a-zA-Z])|\\(?:text|mathrm|operatorname)\{[\s(]*mod(?:ulo)?[\s)]*\}"
+    r"|(?<![\\a-zA-Z])mod(?![a-zA-Z]))"
+)
+_MODULUS = re.compile(rf"\(\s*{_MOD}(?:[^()]|\([^()]{{0,40}}\)){{0,40}}\)|{_MOD}\s*(?:\{{[^{{}}]*\}}|\d+)?")
 
 _EDGES = re.compile(r"^[\s?$]+|^\s*\.(?!\d)\s*|[\s.?$]+$")
 
@@ -40,8 +49,17 @@ _BREAK = {
     r"\longleftrightarrow",
 }  # fmt: skip
 _PIECE = re.compile(r"\\[a-zA-Z]+|\\.|.", re.DOTALL)
-_UP = {"(", "[", "{", r"\{", r"\lfloor", r"\lceil", r"\langle"}
-_DOWN = {")", "]", "}", r"\}", r"\rfloor", r"\rceil", r"\rangle"}
+_OPENS = {
+    ")": "(",
+    "]": "[",
+    "}": "{",
+    r"\}": r"\{",
+    r"\rfloor": r"\lfloor",
+    r"\rceil": r"\lceil",
+    r"\rangle": r"\langle",
+}
+_UP, _DOWN = set(_OPENS.values()), set(_OPENS)
+_HALF_OPEN = re.compile(r"\([^()\[\],]+,[^()\[\],]+\]|\[[^()\[\],]+,[^()\[\],]+\)")
 
 _NUMBER = re.compile(rf"[-+]?(?:[\d{_COMMA}]+(?:\.\d+)?|\.\d+)(?:\^\{{?\\circ\}}?|\\%)?")
 _NAME = re.compile(
@@ -66,10 +84,18 @@ _CONDITION = re.compile(
 
 _GROUP = r"\{(?:[^{}\n]|\{[^{}\n]{0,40}\}){1,60}\}"
 _ATOM = (
-    rf"(?:\\?sqrt\s*(?:\([^()\n]{{1,40}}\)|{_GROUP}|\d+)|\\[dt]?frac\s*{_GROUP}\s*{_GROUP}|\\(?:pi|cdot|times)\b"
-    rf"|\d[\d{_COMMA}]*+(?:\.\d++)?%?|[a-zA-Z](?![a-zA-Z])|\([^()\n]{{1,40}}\)|{_GROUP})"
+    rf"(?:\\?sqrt\s*(?:\([^()\n]{{1,40}}\)|{_GROUP}|\d+)|\\[dt]?frac\s*{_GROUP}\s*{_GROUP}|\\pi\b"
+    rf"|\d{{1,3}} \d{{1,2}}/\d{{1,3}}(?![\d/])|\d[\d{_COMMA}]*+(?:\.\d++|,\d++(?![,\d]))?%?"
+    rf"|[a-zA-Z](?![a-zA-Z])|\([^()\n]{{1,40}}\)|{_GROUP})"
 )
-_PROSE_EXPRESSION = re.compile(rf"\s*[-+]?\s*{_ATOM}(?:\s*[-+*/^]\s*{_ATOM}|{_ATOM})*+")
+_PROSE_EXPRESSION = re.compile(
+    rf"\s*[-+]?\s*{_ATOM}(?:\s*(?:[-+]|(?:[*/^]|\\cdot\b|\\times\b)\s*-?)\s*{_ATOM}|{_ATOM})*+"
+)
+_DATE = re.compile(r"\d+/\d+/\d+|(?:1[89]|20)\d\d/\d\d(?:\d\d)?")
+_PLAIN = [(re.compile(pattern), tex) for pattern, tex in (
+    (r"\\?sqrt\s*(?:\(([^()]*)\)|(\d+))", r"\\sqrt{\1\2}"), (r"\^(-\d+|\d{2,})", r"^{\1}"),
+    (r"(\d) (\d+)/(\d+)", r"\1\\frac{\2}{\3}"), (r"%", r"\\%"),
+)]  # fmt: skip
 _GOES_ON = re.compile(r"\s*=\s*[-+]?\s*(?:[\d(\\]|sqrt)")  # a chain that has another value to come
 _PROSE_EVENT = re.compile(rf"\\(?:approx|equiv)(?![a-zA-Z])|(?<![<>!])=+(?!>)|(?<![\w.{{{_COMMA}$/-])(?:\d|sqrt)")
 
@@ -92,9 +118,14 @@ def mathematical(row: Row) -> list[str]:
     return [item.replace(_COMMA, ",") for item in found]
 
 
+def without_figures(text: str) -> str:
+    """The text without drawings, tables, pictures and code."""
+    return _FIGURES.sub(lambda m: m[0] if _EQUATIONS.match(m[0]) else " ", text)
+
+
 def _prepared(text: str) -> str:
-    text = _LIST_MARK.sub("", FIGURES.sub(" ", latex.unbox(text.translate(latex.SIGNS))))
-    return _THOUSANDS.sub(lambda m: re.sub(r"\{,\}|,\\!|,", _COMMA, m[0]), text)
+    text = _LIST_MARK.sub("", without_figures(latex.unbox(latex.signs(text), "=")))
+    return _THOUSANDS.sub(lambda m: re.sub(r"\{,\}|,\\!|\\,|,", _COMMA, m[0]), text)
 
 
 @lru_cache(maxsize=4)
@@ -116,8 +147,9 @@ def _key(text: str) -> Hashable:
 
 def _statements(formula: str) -> list[list[tuple[str, str]]]:
     """A formula's statements, each a chain of (relation, side); the first relation of a chain is empty."""
-    text = _WORDS.sub(lambda m: ";" if len(m[1].strip()) > 1 else m[1], _ROWS.sub(" ; ", _CONTINUED.sub(" ", formula)))
-    text = latex.tidy(_MODULUS.sub(" ; ", _CLUTTER.sub(" ", text)))
+    text = _ROWS.sub(" ; ", CONTINUED.sub(" ", formula))
+    text = latex.tidy(_COLUMN.sub(" ; ", _CLUTTER.sub(" ", text)))
+    text = WORDS.sub(_word, _MODULUS.sub(" ; ", text))
     chains: list[list[tuple[str, str]]] = [[("", "")]]
     depth = 0
     for piece in _PIECE.findall(text):
@@ -129,13 +161,30 @@ def _statements(formula: str) -> list[list[tuple[str, str]]]:
         else:
             relation, side = chains[-1][-1]
             chains[-1][-1] = (relation, side + piece)
-    cleaned = [[(relation, _EDGES.sub("", side)) for relation, side in chain] for chain in chains]
+    cleaned = [[(r, re.sub(r"^\{([^{},]*)\}$", r"\1", _EDGES.sub("", side))) for r, side in chain] for chain in chains]
     return [chain for chain in cleaned if any(side for _, side in chain)]
+
+
+def _word(match: re.Match[str]) -> str:
+    """What stays of a word in a formula: a letter or a number is a part of it, anything else breaks it."""
+    word = match[1].strip()
+    return word + (match[2] or "") if len(match[1]) < 2 or word.isdecimal() else ";"
+
+
+def _balanced(side: str) -> bool:
+    """Whether every bracket has its partner, as in half-open intervals too."""
+    waiting: list[str] = []
+    for piece in _PIECE.findall(side):
+        if piece in _UP:
+            waiting.append(piece)
+        elif piece in _DOWN and (not waiting or waiting.pop() != _OPENS[piece]):
+            return _HALF_OPEN.fullmatch(side) is not None
+    return not waiting and side.count("|") % 2 == 0
 
 
 def _kind(side: str) -> str | None:
     """`number`, `closed` (a value that is more than a number), `symbolic`, or None: nothing to go by."""
-    if not side or len(side) > 70 or side.count("|") % 2 or re.search(r"\\[lc]?dots|\\infty|\.\.\.|\\sum|\\prod", side):
+    if not side or len(side) > 70 or not _balanced(side) or re.search(r"\\[lc]?dots|\\infty|\.\.\.|\\sum|\\prod", side):
         return None
     if _NUMBER.fullmatch(side):
         return "number"
@@ -145,8 +194,7 @@ def _kind(side: str) -> str | None:
     if _NAME.fullmatch(side) or re.match(r"[(\s]*\\(?:times|cdot)(?![a-z])|\\[a-z]+_(?:\d|\{[^{}]*\})\Z", side):
         return None
     letters = re.sub(r"\\[a-zA-Z]+", "", side)
-    balanced = side.count("{") == side.count("}")
-    if poly is None and balanced and re.search(r"\d", side) and not re.search(r"[a-zA-Z=]", letters):
+    if poly is None and re.search(r"\d", side) and not re.search(r"[a-zA-Z=]", letters):
         return "closed" if re.search(r"[\d}\])!]\Z|\\r(?:floor|ceil)\Z|\\circ\Z", side) else None
     if re.fullmatch(r"[A-Z]{2,3}'?\s*\^\s*(?:\d|\{\d\})", side):
         return None  # the square of a segment
@@ -174,12 +222,18 @@ def _from_formula(formula: str, before: str, given: frozenset[Hashable]) -> list
                 found.append(first)
         else:
             in_list = False
-            ranging = re.fullmatch(r"(\d+) ?-+ ?(\d+)", first)  # `0-9` means "from 0 to 9"
-            if ranging and int(ranging[1][:9]) < int(ranging[2][:9]):
-                continue
-            if kind == "closed" and _key(first) not in given and not listing:
+            if kind == "closed" and _key(first) not in given and not listing and not _is_named(first):
                 found.append(first)
     return found
+
+
+def _is_named(side: str) -> bool:
+    """Whether `0-9` means "from 0 to 9", or `30-60-90` a triangle: as a difference it comes to nothing positive."""
+    chain = re.sub(r"\^\{?\\circ\}?", "", side)
+    if not re.fullmatch(r"\d+(?: ?-+ ?\d+)+", chain):
+        return False
+    first, *others = map(int, re.findall(r"\d+", chain))
+    return first <= sum(others)
 
 
 def _results(statement: list[tuple[str, str]], conditional: bool, given: frozenset[Hashable]) -> list[str]:
@@ -236,15 +290,17 @@ def _from_prose(text: str, given: frozenset[Hashable]) -> list[str]:
         if match is None:
             continue
         end = match.end()
-        value = match[0].strip().replace("%", r"\%")
+        value = " ".join(match[0].split())
         if _GOES_ON.match(text, end):
             continue
-        value = re.sub(r"\^(\d{2,})", r"^{\1}", re.sub(r"\\?sqrt\s*\(([^()]*)\)", r"\\sqrt{\1}", value))
+        date = _DATE.fullmatch(value) is not None
+        for pattern, tex in _PLAIN:
+            value = pattern.sub(tex, value)
         kind = _kind(value)
         before = text[max(0, event.start() - 60) : event.start()]
         new = _key(value) not in given
         stated = kind == "number" and _RESULT.search(before) and not _CONDITION.search(before)
-        telling = kind == "closed" and re.search(r"[/^]|sqrt|frac", value)
+        telling = kind == "closed" and not date and re.search(r"[/^]|sqrt|frac", value)
         if (relation and kind) or (new and (stated or telling)):
             found.append(value)
     return found

@@ -12,12 +12,20 @@ from collections.abc import Hashable, Iterator
 from fractions import Fraction
 
 # Unicode signs as the LaTeX that the rest of this file knows.
-SIGNS = str.maketrans({
-    "\u2212": "-", "\u2013": "-", "\u00d7": r"\times ", "\u00b7": r"\cdot ", "\u22c5": r"\cdot ", "\u00b2": "^2",
-    "\u00b3": "^3", "\u221a": r"\sqrt ", "\u2248": r"\approx ", "\u2264": r"\le ", "\u2265": r"\ge ", "\u2260": r"\ne ",
+_SIGNS = str.maketrans({
+    "\u2212": "-", "\u2013": "-", "\u00d7": r"\times ", "\u00b7": r"\cdot ", "\u22c5": r"\cdot ", "\u221a": r"\sqrt ",
+    "\u2248": r"\approx ", "\u2264": r"\le ", "\u2265": r"\ge ", "\u2260": r"\ne ",
     "\u2261": r"\equiv ", "\u21d2": r"\implies ", "\u2192": r"\to ", "\u2026": r"\ldots ", "\u03c0": r"\pi ",
     "\u00b0": r"^\circ ", "\u00bd": r"\frac12 ", "\u00bc": r"\frac14 ", "\u00be": r"\frac34 ", "\u00a0": " ",
 })  # fmt: skip
+_RAISED = "\u2070\u00b9\u00b2\u00b3\u2074\u2075\u2076\u2077\u2078\u2079\u207a\u207b\u207d\u207e\u207f"
+_RAISED_RUN, _LEVEL = re.compile(f"[{_RAISED}]+"), str.maketrans(_RAISED, "0123456789+-()n")
+
+
+def signs(text: str) -> str:
+    """The text with LaTeX for Unicode signs; a run of superscripts is one exponent."""
+    return _RAISED_RUN.sub(lambda m: f"^{{{m[0].translate(_LEVEL)}}}", text).translate(_SIGNS)
+
 
 # ---------------------------------------------------------------------------------------------------
 # Boxes and braces
@@ -58,12 +66,12 @@ def last_boxed(text: str) -> str | None:
     return next((content for _, _, content in reversed(list(boxes(text))) if content), None)
 
 
-def unbox(text: str) -> str:
-    """The text with every outermost box replaced by its content, after an `=` where it stands in the open."""
+def unbox(text: str, mark: str = "") -> str:
+    """The text with every outermost box replaced by its content, after the mark where it stands in the open."""
     parts, end = [], 0
     for start, stop, content in boxes(text):
         inside = text[end:start].rstrip().endswith(("{", "("))
-        parts += [text[end:start], " " if inside else " = ", content, " "]
+        parts += [text[end:start], " " if inside else f" {mark} ", content, " "]
         end = stop
     return "".join([*parts, text[end:]])
 
@@ -73,7 +81,7 @@ def unbox(text: str) -> str:
 # ---------------------------------------------------------------------------------------------------
 
 _OPEN = re.compile(
-    r"\\\$|\$\$|\$|\\\(|\\\[|\\begin\{(equation|align|alignat|gather|multline|eqnarray|flalign|displaymath|math)(\*?)\}"
+    r"\\\$|\$\$|\$|\\\(|\\\[|\\begin\{(equation|align|alignat|gather|multline|eqnarray|flalign|displaymath|math|array)(\*?)\}"
 )
 _TWO_WORDS = re.compile(r"(?<![\\a-zA-Z{])[a-zA-Z]{2,}\s+[a-z]{3,}(?![a-zA-Z}])")
 
@@ -98,8 +106,8 @@ def spans(text: str) -> Iterator[tuple[bool, str]]:
         if match[0] == "$" and (_TWO_WORDS.search(re.sub(r"\\text\w*\{[^{}]*\}", "", inner)) or r"\$" in inner[1:]):
             searched = match.end()
             continue
-        if match[1] == "alignat":
-            inner = re.sub(r"^\{\d+\}", "", inner)
+        if match[1] in ("alignat", "array"):
+            inner = re.sub(r"^\s*\{[^{}]*\}", "", inner)
         yield False, text[position : match.start()]
         yield True, inner
         position = searched = end + len(closer)
@@ -119,7 +127,8 @@ CONSTANTS = {r"\pi", r"\circ", r"\%"}
 _TOKEN = re.compile(r"\\[a-zA-Z]+|\\.|\d|[a-zA-Z]|\S")
 _SPACING = re.compile(
     r"\\(?:left|right|displaystyle|textstyle|limits|nolimits|nonumber|notag|big[lr]?|Big[lr]?|bigg[lr]?|Bigg[lr]?"
-    r"|hspace\{[^{}]*\}|vspace\{[^{}]*\}|phantom\{[^{}]*\})(?![a-zA-Z])|\\[,!;:> ]|~|(?<!\\)&|[_^]?\{\s*\}"
+    r"|hspace\{[^{}]*\}|vspace\{[^{}]*\}|phantom\{[^{}]*\}|(?:text)?color\s*\{[^{}]*\})(?![a-zA-Z])"
+    r"|\\(?:mathbf|mathsf|boldsymbol|bm|underline)(?=\s*\{)|\\[,!;:> ]|~|(?<!\\)&|[_^]?\{\s*\}"
 )
 
 
@@ -129,9 +138,9 @@ class _Unknown(Exception):
 
 def tidy(formula: str) -> str:
     """A formula without spacing commands, with `\\frac` for its relatives and `\\binom` for `\\choose`."""
-    text = _SPACING.sub(" ", formula)
+    text = _SPACING.sub(" ", signs(formula))
     text = re.sub(r"\\([dtc]frac|over(?=\s*\d))(?![a-zA-Z])", lambda m: "/" if m[1] == "over" else r"\frac", text)
-    text = re.sub(r"\\[dt]binom(?![a-zA-Z])", r"\\binom", text)
+    text = re.sub(r"\{\s*(\\cdot|\\times|=)\s*\}", r"\1 ", re.sub(r"\\[dt]binom(?![a-zA-Z])", r"\\binom", text))
     text = re.sub(r"\{\s*(?:\{([^{}]{1,40})\}|([^{}]{1,40}?))\s*\\choose\s*(?:\{([^{}]{1,40})\}|([^{}]{1,40}?))\s*\}",
                   lambda m: rf"\binom{{{m[1] or m[2]}}}{{{m[3] or m[4]}}}", text)  # fmt: skip
     text = re.sub(r"(\\[a-zA-Z]+)\s+(?![a-zA-Z])", r"\1", re.sub(r"\s+", " ", text))
@@ -151,10 +160,11 @@ def canonical(formula: str) -> Hashable:
 
 def polynomial(formula: str) -> Poly | None:
     """The formula as a polynomial, or None where it is none that we know."""
-    text = re.sub(r"(\d),(?=\d{3}(?!\d))", r"\1", tidy(formula.replace("{,}", ",")))
+    text = re.sub(r"(\d),(?=\d{3}(?!\d))", r"\1", tidy(re.sub(r"(?<=\d)(?:\{,\}|,\\!|\\,)(?=\d)", ",", formula)))
     if len(text) > MAX_LENGTH:
         return None
-    parser = _Parser(_TOKEN.findall(re.sub(r"(\d) +(?=[\d.])", r"\1\\ ", text.strip(" .,;:"))))
+    text = re.sub(r"^(?:[\s,;:]|\.(?!\d))+|[\s.,;:]+$", "", text)
+    parser = _Parser(_TOKEN.findall(re.sub(r"(\d) +(?=[\d.])", r"\1\\ ", text)))
     try:
         poly = parser.sum(0)
         return poly if parser.position == len(parser.tokens) and parser.tokens else None
@@ -219,6 +229,10 @@ def _checked(poly: Poly) -> Poly:
 def _inverse(poly: Poly) -> Poly:
     if not poly:
         raise ZeroDivisionError
+    if len(poly) == 2 and not any(names for _, names in poly):  # 1/(a+b) = (a-b)/(a^2-b^2), where roots are left
+        first, (key, value) = poly.items()
+        conjugate = dict([first, (key, -value)])
+        return _multiply(conjugate, _inverse(_multiply(poly, conjugate)))
     if len(poly) > 1:
         raise _Unknown
     ((radicand, names), value) = next(iter(poly.items()))
@@ -226,9 +240,9 @@ def _inverse(poly: Poly) -> Poly:
 
 
 def _power(poly: Poly, exponent: Fraction) -> Poly:
-    if exponent == Fraction(1, 2):
-        return _root(poly)
-    if exponent.denominator != 1 or abs(exponent) > 200:
+    if exponent.denominator != 1:
+        return _power(_root(poly, exponent.denominator), Fraction(exponent.numerator))
+    if abs(exponent) > 200:
         raise _Unknown
     base = poly if exponent >= 0 else _inverse(poly)
     result = _number(1)
@@ -237,8 +251,13 @@ def _power(poly: Poly, exponent: Fraction) -> Poly:
     return result
 
 
-def _root(poly: Poly) -> Poly:
+def _root(poly: Poly, degree: int = 2) -> Poly:
     value = _constant(poly)
+    if degree != 2:
+        roots = [round(n ** (1 / degree)) if 0 <= n <= 10**12 else 0 for n in (value.numerator, value.denominator)]
+        if degree > 40 or not roots[1] or Fraction(roots[0], roots[1]) ** degree != value:
+            raise _Unknown
+        return _number(Fraction(roots[0], roots[1]))
     rest, outside, factor = value.numerator * value.denominator, 1, 2
     if rest < 0 or rest > 10**12:
         raise _Unknown
@@ -297,7 +316,7 @@ class _Parser:
                 total = _multiply(total, _inverse(self.power(depth)))
             else:
                 # `2\frac12` is two and a half for some and one for others; `2 3` is nothing at all
-                if (token == r"\frac" and before.isdigit()) or token.isdigit():
+                if (token == r"\frac" and before.isdecimal()) or token.isdecimal():
                     raise _Unknown
                 total = _multiply(total, self.power(depth))
             before = token
@@ -326,15 +345,15 @@ class _Parser:
 
     def argument(self, depth: int) -> Poly:
         """What TeX takes as an argument: a group, or one character or command."""
-        if self.peek().isdigit():
+        if self.peek().isdecimal():
             return _number(int(self.take()))
         return self.atom(depth)
 
     def atom(self, depth: int) -> Poly:
         token = self.take()
-        if token.isdigit() or token == ".":
+        if token.isdecimal() or token == ".":
             digits = token
-            while self.peek().isdigit() or (self.peek() == "." and "." not in digits):
+            while self.peek().isdecimal() or (self.peek() == "." and "." not in digits):
                 digits += self.take()
             if len(digits) > 400 or digits == ".":
                 raise _Unknown
@@ -351,9 +370,8 @@ class _Parser:
             n = self.small(self.argument(depth + 1), 200)
             return _number(math.comb(n, self.small(self.argument(depth + 1), 200)))
         if token == r"\sqrt":
-            if self.peek() == "[":
-                raise _Unknown
-            return _root(self.argument(depth + 1))
+            degree = self.small(self.atom(depth + 1), 40) if self.peek() == "[" else 2
+            return _power(self.argument(depth + 1), Fraction(1, degree))
         if token == r"\pi":
             return {(1, ((token, 1),)): Fraction(1)}
         if len(token) == 1 and token.isalpha() and token.isascii():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 
 from dail_jax.data import latex
-from dail_jax.data.formulas import FIGURES
+from dail_jax.data.formulas import CONTINUED, WORDS, without_figures
 from dail_jax.data.records import Row
 
 _SENTENCE = re.compile(r"[^.!?\n]+(?:[.!?](?=\w)[^.!?\n]+)*")
@@ -18,8 +18,18 @@ _CUE = re.compile(
 )
 _CLAUSE_END = re.compile(r"[;:,](?=\s)|\s(?:because|since|although|while|whereas|and so)\s")
 _QUOTED = re.compile(r"[\"\u201c]([^\"\u201c\u201d\n]{3,60})[\"\u201d]|(?<!\*)\*\*?([^*\n]{3,60})\*\*?(?!\*)")
-_MEASURE = re.compile(r"(?<![\w.,])[$\u20ac\u00a3]?\d[\d,]*+(?:\.\d++)?\s?(?:%|[^\W\d_]+(?:/[^\W\d_]+)?)")
+_MEASURE = re.compile(
+    r"(?<![\w.,])[$\u20ac\u00a3]?(?:\d{1,3}(?:,\d{3})++|\d++)(?:\.\d++)?+ ?(?:%|[^\W\d_]+(?:/[^\W\d_]+)?)"
+)
 _PROPER = re.compile(r"(?<!\A)(?<=[a-z,;] )[A-Z][\w-]+(?:\s+(?:of\s+|the\s+|de\s+)?[A-Z][\w-]+)*")
+# TeX outside of formulas: what only lays the text out, what sets words, and values.
+_LAYOUT = re.compile(
+    r"\\(?:begin|end|label|ref|[vh]space|section|subsection|paragraph)\*?\s*\{[^{}]*\}|\\(?:item|noindent|par|\\)(?![a-zA-Z])"
+)
+_BARE = re.compile(r"\\[a-zA-Z]+(?:\s*\{(?:[^{}]|\{[^{}]*\})*\})*")
+_FIRST, _LAST = 0xF0000, 0xFFFFD  # characters for private use, each of which stands for a formula
+_FORMULA = re.compile("[\U000f0000-\U0010ffff]")
+_LONGEST, _WINDOW = 160, 400  # characters of a span, and of the text that it is cut from
 _STOP = frozenset(
     re.findall(
         r"\w+",
@@ -42,23 +52,26 @@ def salient(row: Row) -> list[str]:
 
     It needs no symbols. Terms that the problem has already are no results; the length of the list follows the text's.
     """
-    solution = re.sub(r"\s*\n\s*", "\n", latex.unbox(FIGURES.sub(" ", row.solution)))
+    solution, formulas = _masked(without_figures(row.solution))
+    solution = re.sub(r"\s*\n\s*", "\n", solution)
     known = set(re.findall(r"\w+", row.problem.casefold()))
     found: list[tuple[int, int, str]] = []  # (start, end, span)
     for sentence in _SENTENCE.finditer(solution):
         cues = list(_CUE.finditer(sentence[0]))
         if cues:  # the clause after the last cue that leaves something to say
             for cue in reversed(cues):
-                clause = _CLAUSE_END.split(sentence[0][cue.end() :])[0]
-                if len(words := clause.split()) >= 2:
+                clause = _closed(_CLAUSE_END.split(sentence[0][cue.end() : cue.end() + _WINDOW])[0])
+                if len(_shown(clause, formulas).split()) >= 2:
                     start = sentence.start() + cue.end()
-                    found.append((start, start + len(clause), " ".join(words[:14])))
+                    found.append((start, start + len(clause), _closed(" ".join(clause.split()[:14]))))
                     break
     for pattern in (_QUOTED, _MEASURE, _PROPER):
         for match in pattern.finditer(solution):
             span = next((group for group in match.groups() if group), match[0]).strip()
+            if pattern is _MEASURE and span.split()[-1].casefold() in _STOP:
+                continue  # `3 of` is none
             if not set(re.findall(r"\w+", span.casefold())) <= known:
-                found.append((match.start(), match.end(), " ".join(span.split())))
+                found.append((match.start(), match.end(), _closed(" ".join(span.split()))))
     found += _terms(solution, known)
     kept: list[tuple[int, int, str]] = []
     seen: set[str] = set()
@@ -69,7 +82,44 @@ def salient(row: Row) -> list[str]:
         if not inside and span.casefold() not in seen and not any(span.casefold() in other for other in seen):
             kept.append((start, end, span))
             seen.add(span.casefold())
-    return [span.strip(" ,;:.") for _, _, span in kept]
+    spans = [_shown(span.strip(" ,;:."), formulas) for _, _, span in kept]
+    return [span for span in spans if len(span) <= _LONGEST]
+
+
+def _masked(text: str) -> tuple[str, list[str]]:
+    """The text with one character for each formula, so that nothing can cut it or take words from it; the formulas."""
+    formulas: list[str] = []
+
+    def mask(formula: str) -> str:
+        formulas.append(" ".join(formula.split()))
+        return chr(_FIRST + len(formulas) - 1) if _FIRST + len(formulas) <= _LAST else " "
+
+    parts: list[str] = []
+    for is_formula, piece in latex.spans(latex.unbox(_FORMULA.sub(" ", text))):
+        if is_formula:
+            content = re.sub(r"[\s,;]*\\\\", ", ", CONTINUED.sub(" ", piece))
+            content = re.sub(r"(?<!\\)&", " ", content).strip(" .,;:\n")
+            parts.append(mask(f"${content}$") if content else " ")
+        else:
+            words = WORDS.sub(r"\1", _LAYOUT.sub(" ", piece))
+            parts.append(_BARE.sub(lambda match: mask(match[0]), words))
+    return "".join(parts), formulas
+
+
+def _shown(span: str, formulas: list[str]) -> str:
+    """A span with its formulas back in place."""
+    return _FORMULA.sub(lambda match: formulas[ord(match[0]) - _FIRST], span)
+
+
+def _closed(span: str) -> str:
+    """The span up to the first bracket that has no partner in it."""
+    waiting: list[int] = []
+    for match in re.finditer(r"[()\[\]{}]", span):
+        if match[0] in "([{":
+            waiting.append(match.start())
+        elif not waiting or span[waiting.pop()] + match[0] not in ("()", "[]", "{}"):
+            return span[: match.start()]
+    return span[: waiting[0]] if waiting else span
 
 
 def _terms(solution: str, known: set[str]) -> list[tuple[int, int, str]]:

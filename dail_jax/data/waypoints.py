@@ -11,7 +11,7 @@ from collections.abc import Callable, Hashable
 
 from dail_jax import config
 from dail_jax.data import latex
-from dail_jax.data.formulas import mathematical
+from dail_jax.data.formulas import WORDS, mathematical
 from dail_jax.data.prose import salient
 from dail_jax.data.records import Row
 from dail_jax.errors import UserError
@@ -25,11 +25,11 @@ def waypoints(row: Row, cfg: config.Waypoints) -> list[str]:
         raise UserError(f"got {cfg.extractor!r}, want one of {', '.join(EXTRACTORS)}; did you mean {near[0]!r}?",
                         field="waypoints.extractor")  # fmt: skip
     answer = final_answer(row)
-    final = latex.canonical(answer) if answer else None
+    final = _values(answer) if answer else set()
     simplest: dict[Hashable, str] = {}  # in order of first appearance
-    for item in extract(row):
+    for item in dict.fromkeys(extract(row)):
         key = latex.canonical(item)
-        if item.strip() and key != final and len(item) < len(simplest.get(key, item + " ")):
+        if item.strip() and final.isdisjoint(_values(item)) and len(item) < len(simplest.get(key, item + " ")):
             simplest[key] = item
     found = list(simplest.values())
     if cfg.limit and len(found) > cfg.limit:
@@ -41,6 +41,33 @@ def waypoints(row: Row, cfg: config.Waypoints) -> list[str]:
 def final_answer(row: Row) -> str | None:
     """The row's answer, else what its solution boxes last, else None."""
     return row.answer.strip() if row.answer else latex.last_boxed(row.solution)
+
+
+_STATES = re.compile(
+    r"[=<>]|\\(?:approx|equiv|[lg]eq?|implies|(?:Long|long)?[rR]ightarrow|to)(?![a-zA-Z])|(?<![\\a-zA-Z])[a-zA-Z]{2,}[\s:]|(?<!\\)\$"
+)
+_FORMULA = re.compile(r"(?<!\\)\$([^$]*)\$")  # inside of prose
+_UNIT = re.compile(
+    r"\\pmod\s*\{[^{}]*\}|\^\s*\{?\s*\\circ\s*\}?|\\[%$]|%|(?<=\d)\s+(?:[a-zA-Z]+/[a-zA-Z]+|[a-zA-Z]{2,})\s*\Z"
+)
+
+
+def _values(text: str) -> set[Hashable]:
+    """Keys of what a text, be it an answer or a waypoint, can be read to state.
+
+    That is all of it, a formula in it, or the end of these behind a relation or a word; and each without its unit, for
+    `19.8` gives away `v = 19.8\\text{ m/s}`.
+    """
+    parts = [text.strip(), *_FORMULA.findall(text)]
+    ends = set(parts)
+    for part in parts:
+        ends |= {part[match.end() :].strip("$ .,;:") for match in _STATES.finditer(part, max(0, len(part) - 80))}
+    ends |= {_UNIT.sub(" ", WORDS.sub(_digits, latex.tidy(end))).strip() for end in ends}
+    return {latex.canonical(end) for end in ends if end}
+
+
+def _digits(match: re.Match[str]) -> str:
+    return match[1] if match[1].strip().isdecimal() else " "
 
 
 # ---------------------------------------------------------------------------------------------------
