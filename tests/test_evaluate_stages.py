@@ -222,6 +222,27 @@ def test_grade_again_needs_no_model(world, long_run, capsys):
     assert "no samples: run the stage `evaluate` first" in capsys.readouterr().err
 
 
+def test_gold_answers_that_cannot_be_graded_against(world, long_run, capsys):
+    """They stop an evaluation before anything is sampled; or their rows are skipped, as if they were not there."""
+    root, run = world
+    rows = tiny.lines(root / "sums.jsonl")
+    rows.insert(1, {"problem_id": "odd", "problem": "9^9^9?".rjust(27, "."), "answer": "9^{9^{9^9}}"})
+    path = dump(root / "odd.jsonl", rows)
+    benchmarks = json.loads((root / "long.yaml").read_text())["evaluate"]["benchmarks"]
+    capsys.readouterr()
+    skipping = run("skipping", evaluate__benchmarks=[{"name": "sums", "ungradable": "skip", "rows": {"path": path}},
+                                                     *benchmarks[1:]])  # fmt: skip
+    said = "evaluate: sums: skipped 1 of 3 problems, whose gold answers cannot be graded against: odd\n"
+    assert said in capsys.readouterr().out
+    assert (skipping / "samples.jsonl").read_bytes() == (long_run / "samples.jsonl").read_bytes()
+    refused = ["run_dir=nowhere", "evaluate.benchmarks.0.ungradable=refuse"]
+    assert tiny.run("evaluate", root / "skipping.yaml", *refused) == 2
+    assert f"error: {path}:2:answer: got '9^{{9^{{9^9}}}}', want mathematics" in capsys.readouterr().err
+    dump(root / "odd.jsonl", rows[1:2])
+    assert tiny.run("evaluate", root / "skipping.yaml") == 2  # nothing would be left
+    assert f"error: {path}:1:answer: got" in capsys.readouterr().err
+
+
 ENTRIES = sorted((tiny.ROOT / "configs" / "benchmarks").glob("*.yaml"))
 
 
@@ -232,6 +253,7 @@ def test_entries_of_benchmarks(path, tmp_path, monkeypatch):
     tree = {**tiny.tree(tmp_path / "r"), "evaluate": {"benchmarks": [{"from": str(path.relative_to(tiny.ROOT))}]}}
     (benchmark,) = config_lib.build(tree, "test").evaluate.benchmarks
     assert benchmark.name.lower() == path.stem.removeprefix("microworld_")
+    assert benchmark.ungradable == ("skip" if path.stem == "imo_answerbench" else "refuse")
     if not path.stem.startswith("microworld"):
         columns = benchmark.rows.columns
         row = {columns.problem: "Why?", columns.answer: "42", columns.problem_id: 7}
