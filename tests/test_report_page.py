@@ -331,6 +331,64 @@ def test_faults_are_named(tmp_path):
         page.write({"x": tmp_path / "absent"}, tmp_path / "report.html", "t")
 
 
+def second(line: str):
+    """A change that makes this the second row."""
+    return lambda text: text.replace(text.split("\n")[1], line, 1)
+
+
+@pytest.mark.parametrize(
+    ("file", "change", "message"),
+    [
+        ("samples.jsonl", lambda text: text[: len(text) // 2] + text[len(text) // 2 + 9 :].lstrip("{"), "got damaged"),
+        ("samples.jsonl", second("{}"), ":2:benchmark: missing"),
+        ("samples.jsonl", second('{"a":' * 9000), ":2: got damaged content, want a JSON object"),
+        ("samples.jsonl", lambda text: text.replace('"tokens": ', '"tokens": 1.5, "old": ', 1), ":1:tokens: got 1.5"),
+        ("metrics.jsonl", second('{"step": 2}'), ":2:stage: missing"),
+        ("traces.jsonl", second('{"problem_id": "a", "sample": 0, "logq": ["x"]}'), ":2:logq.0: got 'x', want a valid"),
+        ("results.json", lambda text: text[:900], ": got damaged content, want a JSON object"),
+        ("results.json", lambda text: "[]", ": got damaged content, want a JSON object"),
+        ("results.json", lambda text: '{"accuracy": 0.5}', ":benchmarks: missing"),
+        ("results.json", lambda text: text.replace('"64"', '"short"', 1), ":benchmarks.hard.short: got 'short', want"),
+        ("results.json", lambda text: text.replace('"mean": ', '"mean": NaN, "old": ', 1), "1.mean: got nan, want"),
+        ("results.json", lambda text: text.replace(", 8]", ", 7]", 1), ".64: got impossible counts in per_problem"),
+        ("results.json", lambda text: text.replace('"hard-000"', '"hard-001"', 1), ".64: got 2 in per_problem, want"),
+        ("results.json", lambda text: text.replace('"8": ', '"9": ', 1), ".64: got pass@k for a larger k, want"),
+    ],
+)  # fmt: skip
+def test_damaged_files_are_refused_in_one_line(damaged, file, change, message, capsys):
+    """With the file, its row and the field; by `report`, and by `compare`, which reads the same."""
+    whole = (damaged / file).read_text()
+    (damaged / file).write_text(change(whole))
+    try:
+        assert launch.main(["report", "--config", str(damaged / "config.yaml")]) == 2
+        assert launch.main(["compare", str(damaged), "--out", str(damaged / "comparison")]) == 2
+    finally:
+        (damaged / file).write_text(whole)
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 2 and all(x.startswith(f"error: {damaged / file}:") and message in x for x in lines), lines
+
+
+@pytest.fixture(scope="module")
+def damaged(tmp_path_factory):
+    run = make_run(tmp_path_factory.mktemp("damaged") / "dail", "dail", problems=3)
+    make_traces(run / "traces.jsonl", 4)
+    return run
+
+
+def test_short_fields_of_samples_are_clipped(damaged):
+    """An answer may be as long as a text: the page stays small."""
+    rows = [{**json.loads(line), "answer": "1" * 5000, "gold": "2" * 5000}
+            for line in (damaged / "samples.jsonl").read_text().splitlines()]  # fmt: skip
+    whole = (damaged / "samples.jsonl").read_text()
+    dump(damaged / "samples.jsonl", rows)
+    (run,), _ = collect.read({"dail": damaged})
+    (damaged / "samples.jsonl").write_text(whole)
+    half = collect.MAX_ANSWER // 2
+    assert run.samples[0]["answer"] == f"{'1' * half}\n\n[… 4,600 characters left out …]\n\n{'1' * half}"
+    assert all(len(sample["gold"]) < 2 * half + 60 for sample in run.samples)
+    assert run.samples[0]["text"] == rows[0]["text"] and run.samples[0]["tokens"] == rows[0]["tokens"]
+
+
 def test_traces_without_pieces_or_roles(tmp_path):
     run = tmp_path / "run"
     run.mkdir()

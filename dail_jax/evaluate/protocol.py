@@ -1,6 +1,6 @@
 """From drawn samples to verdicts, from these to results.json, and from results to tables.
 
-What stands in samples.jsonl and results.json is written in docs/results.md; `SCHEMA` is its number.
+What stands in samples.jsonl and results.json is written in docs/results.md.
 """
 
 from __future__ import annotations
@@ -20,7 +20,6 @@ from dail_jax.evaluate import passk
 from dail_jax.evaluate.grading import Grader, extract
 
 Results = dict[str, Any]
-SCHEMA = 1  # of results.json: raised when a key that is there changes its name or meaning
 NOT_GRADED = "not graded"  # the reason of a verdict where a benchmark's answer type is `none`
 DIGITS = 6  # decimals kept in results.json
 

@@ -280,7 +280,7 @@ if (samplesRoot) {
   browser(samplesRoot, data.samples,
     { arm: (s) => data.runs[s.arm], benchmark: (s) => s.benchmark, budget: (s) => s.budget, verdict, reason: (s) => s.reason,
       finish: (s) => s.finish, problem: (s) => s.problem_id },
-    (s) => `${s.problem_id}\n${s.answer}\n${s.text}\n${s.forced_text}`,
+    (s) => `${s.problem_id}\n${s.answer ?? ""}\n${s.text}\n${s.forced_text ?? ""}`,
     (s) => [make("span", { class: sign(s) }, { true: "✓ ", false: "✗ " }[s.correct] ?? ""), `${s.problem_id} · ${s.sample}`,
       make("small", {}, make("i", { class: `dot c${s.arm % 8}` }), `${data.runs[s.arm]}, ${s.benchmark}, ${whole(s.tokens)} tokens`)],
     (s, query) => [

@@ -24,7 +24,7 @@ from dail_jax import mesh as mesh_lib
 from dail_jax.checkpoint import peft
 from dail_jax.data.records import Row, dataset_hash, read_rows
 from dail_jax.errors import UserError
-from dail_jax.evaluate import protocol
+from dail_jax.evaluate import files, protocol
 from dail_jax.evaluate.grading import Grader
 from dail_jax.metrics import Metrics, console, progress, say
 from dail_jax.rundir import Interrupt, Interrupted, Journal, RunDir, json_line, sha256, write_atomic
@@ -71,7 +71,7 @@ def run(config: config_lib.Config) -> None:
                 with jax.set_mesh(session.mesh):
                     samples = draw(session, problems(session, tables), run_dir)
                 finish(config, samples, run_dir.path)
-        results = json.loads((run_dir.path / "results.json").read_text())
+        results = files.read_results(run_dir.path / "results.json")
     if jax.process_index() == 0:
         console.print(protocol.table({results["arm"]: results}))
         say(protocol.one_line(results))
@@ -245,7 +245,7 @@ def finish(config: config_lib.Config, samples: list[dict], folder: Path) -> None
         return
     graded = protocol.grade(samples, config.evaluate.benchmarks, thought_tag(config))
     objective = "adapter" if config.evaluate.adapter else config.train.objective
-    results = {"schema": protocol.SCHEMA, "arm": folder.name, "objective": objective, "seed": config.seed,
+    results = {"schema": files.SCHEMA, "arm": folder.name, "objective": objective, "seed": config.seed,
                **protocol.summarise(graded, config.evaluate, config.seed)}  # fmt: skip
     write_atomic(folder / "samples.jsonl", "".join(map(json_line, graded)))
     write_atomic(folder / "results.json", json.dumps(results, indent=1) + "\n")
