@@ -431,6 +431,13 @@ def test_plots_are_the_same_bytes(runs, tmp_path):
     assert first == again and len(first) == 2
 
 
+def test_lists_hold_options_alone():
+    """As a listbox may; the browser's checks are in benchmarks/browser.py."""
+    script = (Path(page.__file__).parent / "page.js").read_text()
+    items = re.findall(r'make\("li", \{(.*?)\}', script)
+    assert items and all('role: "option"' in item for item in items)
+
+
 def test_page_and_plots_share_their_colours():
     css = (Path(page.__file__).parent / "page.css").read_text()
     light = re.findall(r"\.c\d \{ --c: light-dark\((#\w+),", css)
@@ -471,6 +478,20 @@ def test_diagnosis_of_training_curves(tmp_path):
     found = seen_in({"dail": run})
     assert found["Loss spikes"] == "dail (gamma 0.1): 1 spikes at updates 30, 1 losses not finite, in 100 updates"
     assert found["Excess not falling"].startswith("dail (gamma 0.1): ")
+
+
+def test_few_problems_show_nothing(tmp_path):
+    """On one problem the interval of a difference has no width, whatever it is: neither a colour nor a finding."""
+    runs = {arm: make_run(tmp_path / arm, arm, problems=1) for arm in ("base", "nll")}
+    for arm, right in (("base", 5), ("nll", 2)):
+        rewrite(runs[arm], lambda b, c=right: b["known"]["256"].update(per_problem={"known-000": [c, SAMPLES]}))
+    read, _ = collect.read(runs)
+    d = diagnosis.difference(*read, "known", "256")
+    assert d is not None and d[:4] == (-3 / 8, -3 / 8, -3 / 8, 1)
+    cell = page._results(read)[-1][1][1][2][page._header(read).index("pass@1 against base")]
+    assert cell == {"text": "\u221237.5", "note": "\u221237.5 to \u221237.5, p = 1", "sign": ""}
+    (finding,) = (f for f in diagnosis.find(read, []) if f.title == "Below the untrained model")
+    assert not finding.seen and "-37.5 points [-37.5, -37.5], p = 1" in finding.figures[0]
 
 
 def rewrite(run: Path, change) -> None:

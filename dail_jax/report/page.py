@@ -177,6 +177,6 @@ def _share(found: Mapping[str, float] | None, drawn: bool = False) -> dict[str, 
 def _against(found: Any) -> dict[str, Any]:
     if found is None:
         return {"text": "-"}
-    sign = "better" if found.low > 0 else "worse" if found.high < 0 else ""
+    sign = ("", "better", "worse")[found.sign]
     mean, low, high = (f"{100 * value:+.1f}".replace("-", "\u2212") for value in found[:3])
-    return {"text": mean, "note": f"{low} to {high}", "sign": sign}
+    return {"text": mean, "note": f"{low} to {high}, p = {found.p:.2g}", "sign": sign}
