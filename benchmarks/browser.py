@@ -140,7 +140,7 @@ def check(browser: Browser, page: Path, out: Path) -> list[tuple[str, bool, Any]
 
     if data["samples"]:
         run("document.querySelector('#samples [role=listbox]').focus()")
-        reply = "document.querySelector('#samples .split > :last-child').textContent.slice(0, 60)"
+        reply = "document.querySelector('#samples .split > :last-child').textContent.slice(0, 200)"
         first = run(reply)
         browser.key("ArrowDown")
         expect("the next sample by keyboard", (first, run(reply)), lambda pair: pair[0] != pair[1])
@@ -151,6 +151,13 @@ def check(browser: Browser, page: Path, out: Path) -> list[tuple[str, bool, Any]
                 const shown = [...document.querySelectorAll('#samples [role=option] span')].map(x => x.textContent);
                 return [o.value, new Set(shown).size]; }); })()""")
         expect("a verdict alone after filtering by it", marks, lambda m: all(n == 1 for _, n in m))
+        listed = "document.querySelector('#samples [role=listbox]')"
+        expect("options alone in the list", run(f"[...{listed}.children].every(entry => entry.role === 'option')"))
+        active = f"{listed}.getAttribute('aria-activedescendant')"
+        actives = [run(f"""(() => {{ const s = document.querySelector('#samples input[type=search]');
+            s.value = '{text}'; s.dispatchEvent(new Event('input')); return {active}; }})()""")
+                   for text in ("", "no sample has this")]  # fmt: skip
+        expect("an active option where some match", actives, lambda pair: pair[0] and pair[1] is None)
     if data["traces"]:
         run("document.querySelector('#viewer .split').scrollIntoView()")
         buttons = "[...document.querySelectorAll('#viewer .bar-row button')].filter(b => !b.hidden)"

@@ -270,6 +270,7 @@ class Benchmark(Section):
     rows: Rows
     template: str | None = None  # null = the student's, or with choices the package's own for these
     answer: Literal["math", "integer", "choice", "none"] = "math"
+    ungradable: Literal["refuse", "skip"] = "refuse"  # what to do with rows whose gold answer cannot be read
 
 
 class Evaluate(Section):

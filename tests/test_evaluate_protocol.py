@@ -1,5 +1,6 @@
 """From rows of samples.jsonl to results, tables and lines."""
 
+import io
 import json
 import random
 
@@ -108,23 +109,55 @@ def test_one_line(results):
 def test_tables(results):
     base = protocol.summarise(rows({"a": 0, "b": 0}, "hard", 64), CFG, 0)
     runs = {"base": base, "dail": results}
-    assert protocol.markdown(runs, ks=(1, 4, 32)).splitlines()[:8] == [
-        "| benchmark | method | pass@1 | pass@4 | mean tokens |",
-        "| --- | --- | ---: | ---: | ---: |",
-        "| hard (64) | base | 0.0 [0.0, 0.0] | 0.0 [0.0, 0.0] | 6.5 [6.5, 6.5] |",
-        "| hard (64) | dail | 50.0 [25.0, 75.0] | 100 [100, 100] | 6.5 [6.5, 6.5] |",
-        "| hard (8) | base | - | - | - |",
-        "| hard (8) | dail | 25.0 [0.0, 50.0] | 50.0 [0.0, 100] | 6.5 [6.5, 6.5] |",
-        "| chain | base | - | - | - |",
-        "| chain | dail | 75.0 [75.0, 75.0] | 100 [100, 100] | 6.5 [6.5, 6.5] |",
+    assert protocol.markdown(runs).splitlines()[:8] == [
+        "| benchmark | method | pass@1 | pass@4 | maj@4 | mean tokens |",
+        "| --- | --- | ---: | ---: | ---: | ---: |",
+        "| hard (64) | base | 0.0 [0.0, 0.0] | 0.0 [0.0, 0.0] | 0.0 [0.0, 0.0] | 6.5 [6.5, 6.5] |",
+        "| hard (64) | dail | 50.0 [25.0, 75.0] | 100 [100, 100] | 50.0 [0.0, 100] | 6.5 [6.5, 6.5] |",
+        "| hard (8) | base | - | - | - | - |",
+        "| hard (8) | dail | 25.0 [0.0, 50.0] | 50.0 [0.0, 100] | 50.0 [0.0, 100] | 6.5 [6.5, 6.5] |",
+        "| chain | base | - | - | - | - |",
+        "| chain | dail | 75.0 [75.0, 75.0] | 100 [100, 100] | 100 [100, 100] | 6.5 [6.5, 6.5] |",
     ]
-    tex = protocol.latex({"base_1": base, "dail": results}, ks=(1, 4, 32)).splitlines()
-    assert tex[1:3] == [r"\begin{tabular}{llrrr}", r"\toprule"] and tex[4] == r"\midrule"
-    assert tex[3] == r"benchmark & method & pass@1 & pass@4 & mean tokens \\"
-    assert tex[5] == r"hard (64) & base\_1 & 0.0 [0.0, 0.0] & 0.0 [0.0, 0.0] & 6.5 [6.5, 6.5] \\"
+    tex = protocol.latex({"base_1": base, "dail": results}).splitlines()
+    assert tex[1:3] == [r"\begin{tabular}{llrrrr}", r"\toprule"] and tex[4] == r"\midrule"
+    assert tex[3] == r"benchmark & method & pass@1 & pass@4 & maj@4 & mean tokens \\"
+    assert tex[5] == r"hard (64) & base\_1 & 0.0 [0.0, 0.0] & 0.0 [0.0, 0.0] & 0.0 [0.0, 0.0] & 6.5 [6.5, 6.5] \\"
     assert tex[-2:] == [r"\bottomrule", r"\end{tabular}"] and tex.count(r"\midrule") == 3
-    console = Console(width=80, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
-    console.print(protocol.table(runs, ks=(1, 4, 32)))
-    shown = console.export_text()
-    assert all(len(line) <= 80 for line in shown.splitlines())
-    assert "[25.0, 75.0]" in " ".join(shown.split()) and "pass@32" not in shown
+
+
+def test_columns():
+    """The usual k that there are, and the largest; the majority at the largest."""
+
+    def of(*ks):
+        return {"hard": {"64": {"pass@k": dict.fromkeys(map(str, ks))}}}
+
+    assert protocol.columns([of(1, 2, 4, 8, 16)]) == [("pass", "1"), ("pass", "8"), ("pass", "16"), ("maj", "16")]
+    found = protocol.columns([of(*(1 << i for i in range(8))), of(1, 100)])
+    assert found == [*(("pass", k) for k in ("1", "8", "32", "128")), ("maj", "128")]
+    assert protocol.columns([of(), {}]) == []
+
+
+def test_the_table_fits_into_120_columns():
+    def cell(mean):
+        share, tokens = {"mean": mean, "low": mean - 0.1, "high": mean + 0.1}, {"mean": 1e4, "low": 9999, "high": 12345}
+        shares = {str(1 << i): share for i in range(8)}
+        return {"pass@k": shares, "maj@k": shares, "tokens": tokens}
+
+    budgets = {"8192": cell(0.3), "32768": cell(0.5)}
+    runs = {name: {"benchmarks": {"imo_answerbench": budgets}} for name in ("dail", "objective=dail,gamma=0.1")}
+    console = Console(width=120, record=True, file=io.StringIO())
+    console.print(protocol.table(runs))
+    lines = [line.rstrip() for line in console.export_text().splitlines()]
+    assert all(len(line) <= 120 for line in lines)
+    assert lines[0].split()[2:] == ["pass@1", "pass@8", "pass@32", "pass@128", "maj@128", "mean", "tokens"]
+    assert lines[2].split() == ["imo_answerbench", "dail", *["30.0"] * 5, "10000"]
+    assert lines[3].split("  ")[-6:] == ["[20.0, 40.0]"] * 5 + ["[9999, 12345]"]
+
+
+def test_names_are_escaped(results):
+    """With `compare`, a method is a folder's name."""
+    name = r"a|b\c~d^e_f"
+    assert r"| chain | a\|b\\c~d^e_f | 75.0" in protocol.markdown({name: results})
+    found = protocol.latex({name: results})
+    assert r"chain & a|b\textbackslash{}c\textasciitilde{}d\textasciicircum{}e\_f & 75.0" in found

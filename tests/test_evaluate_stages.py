@@ -13,7 +13,7 @@ from dail_jax import config as config_lib
 from dail_jax.data.prompts import PromptBuilder
 from dail_jax.data.records import read_rows
 from dail_jax.errors import UserError
-from dail_jax.evaluate import protocol
+from dail_jax.evaluate import files, protocol
 from dail_jax.evaluate.grading import Grader
 from dail_jax.stages import evaluate
 from dail_jax.text import load_tokenizer
@@ -179,7 +179,7 @@ def test_the_files_have_the_documented_keys(long_run):
     assert all(row.keys() == keys for row in tiny.lines(long_run / "samples.jsonl"))
     top, cell = documented("results.json")
     results = json.loads((long_run / "results.json").read_text())
-    assert results.keys() == top and results["schema"] == protocol.SCHEMA == 1
+    assert results.keys() == top and results["schema"] == files.SCHEMA == 1
     assert all(found.keys() == cell for budgets in results["benchmarks"].values() for found in budgets.values())
 
 
@@ -217,9 +217,40 @@ def test_grade_again_needs_no_model(world, long_run, capsys):
         c for c, _ in json.loads((run / "results.json").read_text())["benchmarks"]["sums"]["16"]["per_problem"].values()
     )
     assert count == 1 + sum(c for c, _ in before["benchmarks"]["sums"]["16"]["per_problem"].values())
+    whole = (run / "samples.jsonl").read_bytes()
+    for damaged, message in ((whole[:-20], f":{len(rows)}: got a torn last line, want the whole file"),
+                             (whole[:-1], f":{len(rows)}: got a torn last line, want the whole file"),
+                             (whole.replace(b'"gold":', b'"god":', 1), ":1:gold: missing"),
+                             (b"[]\n" + whole, ":1: got damaged content, want a JSON object"),
+                             (b"", ": got an empty file, want samples")):  # fmt: skip
+        (run / "samples.jsonl").write_bytes(damaged)
+        assert tiny.run("grade", world[0] / "again.yaml") == 2
+        assert capsys.readouterr().err.startswith(f"error: {run / 'samples.jsonl'}{message}")
+        assert (run / "samples.jsonl").read_bytes() == damaged  # nothing is written
     (run / "samples.jsonl").unlink()
     assert tiny.run("grade", world[0] / "again.yaml") == 2
     assert "no samples: run the stage `evaluate` first" in capsys.readouterr().err
+
+
+def test_gold_answers_that_cannot_be_graded_against(world, long_run, capsys):
+    """They stop an evaluation before anything is sampled; or their rows are skipped, as if they were not there."""
+    root, run = world
+    rows = tiny.lines(root / "sums.jsonl")
+    rows.insert(1, {"problem_id": "odd", "problem": "9^9^9?".rjust(27, "."), "answer": "9^{9^{9^9}}"})
+    path = dump(root / "odd.jsonl", rows)
+    cfg = json.loads((root / "long.yaml").read_text())["evaluate"]
+    cfg["benchmarks"][0] = {"name": "sums", "ungradable": "skip", "rows": {"path": path}}
+    capsys.readouterr()
+    skipping = run("skipping", evaluate=cfg)
+    said = "evaluate: sums: skipped 1 of 3 problems, whose gold answers cannot be graded against: odd\n"
+    assert said in capsys.readouterr().out
+    assert (skipping / "samples.jsonl").read_bytes() == (long_run / "samples.jsonl").read_bytes()
+    refused = ["run_dir=nowhere", "evaluate.benchmarks.0.ungradable=refuse"]
+    assert tiny.run("evaluate", root / "skipping.yaml", *refused) == 2
+    assert f"error: {path}:2:answer: got '9^{{9^{{9^9}}}}', want mathematics" in capsys.readouterr().err
+    dump(root / "odd.jsonl", rows[1:2])
+    assert tiny.run("evaluate", root / "skipping.yaml") == 2  # nothing would be left
+    assert f"error: {path}:1:answer: got" in capsys.readouterr().err
 
 
 ENTRIES = sorted((tiny.ROOT / "configs" / "benchmarks").glob("*.yaml"))
@@ -232,6 +263,7 @@ def test_entries_of_benchmarks(path, tmp_path, monkeypatch):
     tree = {**tiny.tree(tmp_path / "r"), "evaluate": {"benchmarks": [{"from": str(path.relative_to(tiny.ROOT))}]}}
     (benchmark,) = config_lib.build(tree, "test").evaluate.benchmarks
     assert benchmark.name.lower() == path.stem.removeprefix("microworld_")
+    assert benchmark.ungradable == ("skip" if path.stem == "imo_answerbench" else "refuse")
     if not path.stem.startswith("microworld"):
         columns = benchmark.rows.columns
         row = {columns.problem: "Why?", columns.answer: "42", columns.problem_id: 7}

@@ -331,6 +331,64 @@ def test_faults_are_named(tmp_path):
         page.write({"x": tmp_path / "absent"}, tmp_path / "report.html", "t")
 
 
+def second(line: str):
+    """A change that makes this the second row."""
+    return lambda text: text.replace(text.split("\n")[1], line, 1)
+
+
+@pytest.mark.parametrize(
+    ("file", "change", "message"),
+    [
+        ("samples.jsonl", lambda text: text[: len(text) // 2] + text[len(text) // 2 + 9 :].lstrip("{"), "got damaged"),
+        ("samples.jsonl", second("{}"), ":2:benchmark: missing"),
+        ("samples.jsonl", second('{"a":' * 9000), ":2: got damaged content, want a JSON object"),
+        ("samples.jsonl", lambda text: text.replace('"tokens": ', '"tokens": 1.5, "old": ', 1), ":1:tokens: got 1.5"),
+        ("metrics.jsonl", second('{"step": 2}'), ":2:stage: missing"),
+        ("traces.jsonl", second('{"problem_id": "a", "sample": 0, "logq": ["x"]}'), ":2:logq.0: got 'x', want a valid"),
+        ("results.json", lambda text: text[:900], ": got damaged content, want a JSON object"),
+        ("results.json", lambda text: "[]", ": got damaged content, want a JSON object"),
+        ("results.json", lambda text: '{"accuracy": 0.5}', ":benchmarks: missing"),
+        ("results.json", lambda text: text.replace('"64"', '"short"', 1), ":benchmarks.hard.short: got 'short', want"),
+        ("results.json", lambda text: text.replace('"mean": ', '"mean": NaN, "old": ', 1), "1.mean: got nan, want"),
+        ("results.json", lambda text: text.replace(", 8]", ", 7]", 1), ".64: got impossible counts in per_problem"),
+        ("results.json", lambda text: text.replace('"hard-000"', '"hard-001"', 1), ".64: got 2 in per_problem, want"),
+        ("results.json", lambda text: text.replace('"8": ', '"9": ', 1), ".64: got pass@k for a larger k, want"),
+    ],
+)  # fmt: skip
+def test_damaged_files_are_refused_in_one_line(damaged, file, change, message, capsys):
+    """With the file, its row and the field; by `report`, and by `compare`, which reads the same."""
+    whole = (damaged / file).read_text()
+    (damaged / file).write_text(change(whole))
+    try:
+        assert launch.main(["report", "--config", str(damaged / "config.yaml")]) == 2
+        assert launch.main(["compare", str(damaged), "--out", str(damaged / "comparison")]) == 2
+    finally:
+        (damaged / file).write_text(whole)
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 2 and all(x.startswith(f"error: {damaged / file}:") and message in x for x in lines), lines
+
+
+@pytest.fixture(scope="module")
+def damaged(tmp_path_factory):
+    run = make_run(tmp_path_factory.mktemp("damaged") / "dail", "dail", problems=3)
+    make_traces(run / "traces.jsonl", 4)
+    return run
+
+
+def test_short_fields_of_samples_are_clipped(damaged):
+    """An answer may be as long as a text: the page stays small."""
+    rows = [{**json.loads(line), "answer": "1" * 5000, "gold": "2" * 5000}
+            for line in (damaged / "samples.jsonl").read_text().splitlines()]  # fmt: skip
+    whole = (damaged / "samples.jsonl").read_text()
+    dump(damaged / "samples.jsonl", rows)
+    (run,), _ = collect.read({"dail": damaged})
+    (damaged / "samples.jsonl").write_text(whole)
+    half = collect.MAX_ANSWER // 2
+    assert run.samples[0]["answer"] == f"{'1' * half}\n\n[… 4,600 characters left out …]\n\n{'1' * half}"
+    assert all(len(sample["gold"]) < 2 * half + 60 for sample in run.samples)
+    assert run.samples[0]["text"] == rows[0]["text"] and run.samples[0]["tokens"] == rows[0]["tokens"]
+
+
 def test_traces_without_pieces_or_roles(tmp_path):
     run = tmp_path / "run"
     run.mkdir()
@@ -373,6 +431,13 @@ def test_plots_are_the_same_bytes(runs, tmp_path):
     assert first == again and len(first) == 2
 
 
+def test_lists_hold_options_alone():
+    """As a listbox may; the browser's checks are in benchmarks/browser.py."""
+    script = (Path(page.__file__).parent / "page.js").read_text()
+    items = re.findall(r'make\("li", \{(.*?)\}', script)
+    assert items and all('role: "option"' in item for item in items)
+
+
 def test_page_and_plots_share_their_colours():
     css = (Path(page.__file__).parent / "page.css").read_text()
     light = re.findall(r"\.c\d \{ --c: light-dark\((#\w+),", css)
@@ -413,6 +478,20 @@ def test_diagnosis_of_training_curves(tmp_path):
     found = seen_in({"dail": run})
     assert found["Loss spikes"] == "dail (gamma 0.1): 1 spikes at updates 30, 1 losses not finite, in 100 updates"
     assert found["Excess not falling"].startswith("dail (gamma 0.1): ")
+
+
+def test_few_problems_show_nothing(tmp_path):
+    """On one problem the interval of a difference has no width, whatever it is: neither a colour nor a finding."""
+    runs = {arm: make_run(tmp_path / arm, arm, problems=1) for arm in ("base", "nll")}
+    for arm, right in (("base", 5), ("nll", 2)):
+        rewrite(runs[arm], lambda b, c=right: b["known"]["256"].update(per_problem={"known-000": [c, SAMPLES]}))
+    read, _ = collect.read(runs)
+    d = diagnosis.difference(*read, "known", "256")
+    assert d is not None and d[:4] == (-3 / 8, -3 / 8, -3 / 8, 1)
+    cell = page._results(read)[-1][1][1][2][page._header(read).index("pass@1 against base")]
+    assert cell == {"text": "\u221237.5", "note": "\u221237.5 to \u221237.5, p = 1", "sign": ""}
+    (finding,) = (f for f in diagnosis.find(read, []) if f.title == "Below the untrained model")
+    assert not finding.seen and "-37.5 points [-37.5, -37.5], p = 1" in finding.figures[0]
 
 
 def rewrite(run: Path, change) -> None:

@@ -11,6 +11,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from dail_jax.evaluate.answers import normalise
 
+SIGNIFICANT = 0.05  # a smaller p value
 MAJORITY_DRAWS = 200  # subsets of k samples behind one maj@k
 
 
@@ -32,6 +33,14 @@ class Difference(NamedTuple):
     better: int
     worse: int
     same: int
+
+    @property
+    def sign(self) -> int:
+        """1 where b is better beyond chance, -1 where it is worse, else 0.
+
+        Both the interval and the test must say so: the bootstrap of a few problems that happen to agree has no width.
+        """
+        return (self.low > 0) - (self.high < 0) if self.p < SIGNIFICANT else 0
 
 
 def powers_of_two(n: int) -> list[int]:

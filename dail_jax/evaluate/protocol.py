@@ -1,16 +1,17 @@
 """From drawn samples to verdicts, from these to results.json, and from results to tables.
 
-What stands in samples.jsonl and results.json is written in docs/results.md; `SCHEMA` is its number.
+What stands in samples.jsonl and results.json is written in docs/results.md.
 """
 
 from __future__ import annotations
 
 import re
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from rich import box
 from rich.table import Table
 from rich.text import Text
 
@@ -20,7 +21,6 @@ from dail_jax.evaluate import passk
 from dail_jax.evaluate.grading import Grader, extract
 
 Results = dict[str, Any]
-SCHEMA = 1  # of results.json: raised when a key that is there changes its name or meaning
 NOT_GRADED = "not graded"  # the reason of a verdict where a benchmark's answer type is `none`
 DIGITS = 6  # decimals kept in results.json
 
@@ -154,20 +154,30 @@ def one_line(results: Results) -> str:
 # Tables
 # ---------------------------------------------------------------------------------------------------
 
-CAPTION = "pass@k in percent, with 95% bootstrap intervals over problems"
+CAPTION = "pass@k and maj@k in percent, with 95% bootstrap intervals over problems"
+KS = (1, 8, 32, 128)
 
 
-def grid(results: Mapping[str, Results], ks: Sequence[int] = (1, 8, 32)) -> tuple[list[str], list[list[list[str]]]]:
-    """Column names, and rows in one section for each benchmark and budget; `results` maps a method to its results.
+def columns(benchmarks: Iterable[Mapping[str, Mapping[str, Results]]]) -> list[tuple[str, str]]:
+    """The columns (metric, k) of every table of these results, each name -> budget -> figures.
 
-    Columns for k that no method has are left out, so that few samples give a narrow table.
+    pass@k for the usual k that some have and for the largest, so that few samples give a narrow table; and maj@k for
+    the largest.
     """
+    known = {int(k) for found in benchmarks for budgets in found.values() for cell in budgets.values()
+             for k in cell["pass@k"]}  # fmt: skip
+    ks = [str(k) for k in sorted(known & {*KS, max(known, default=1)})]
+    return [*(("pass", k) for k in ks), *(("maj", k) for k in ks[-1:])]
+
+
+def grid(results: Mapping[str, Results]) -> tuple[list[str], list[list[list[str]]]]:
+    """Column names, and rows in one section for each benchmark and budget; `results` maps a method to its results."""
     places = dict.fromkeys((name, budget) for found in results.values()
                            for name, budgets in found["benchmarks"].items() for budget in budgets)  # fmt: skip
     several = {name for name, _ in places if sum(name == other for other, _ in places) > 1}
     found = {(arm, *place): results[arm]["benchmarks"].get(place[0], {}).get(place[1])
              for arm in results for place in places}  # fmt: skip
-    ks = [k for k in ks if any(cell and str(k) in cell["pass@k"] for cell in found.values())]
+    scores = columns(one["benchmarks"] for one in results.values())
     sections = []
     for name, budget in places:
         label = f"{name} ({budget})" if name in several else name
@@ -175,39 +185,42 @@ def grid(results: Mapping[str, Results], ks: Sequence[int] = (1, 8, 32)) -> tupl
         for arm in results:
             cell = found[arm, name, budget]
             if cell is None:
-                section.append([label, arm, *["-"] * (len(ks) + 1)])
+                section.append([label, arm, *["-"] * (len(scores) + 1)])
                 continue
-            scores = [_percent(cell["pass@k"][str(k)]) if str(k) in cell["pass@k"] else "-" for k in ks]
-            t = cell["tokens"]
-            section.append([label, arm, *scores, f"{t['mean']:.1f} [{t['low']:.1f}, {t['high']:.1f}]"])
+            shares = [cell[f"{metric}@k"].get(k) for metric, k in scores]
+            section.append([label, arm, *(_percent(share) if share else "-" for share in shares),
+                            _interval(cell["tokens"], 1, int(cell["tokens"]["mean"] < 1000))])  # fmt: skip
         sections.append(section)
-    return ["benchmark", "method", *(f"pass@{k}" for k in ks), "mean tokens"], sections
+    return ["benchmark", "method", *(f"{metric}@{k}" for metric, k in scores), "mean tokens"], sections
 
 
-def table(results: Mapping[str, Results], ks: Sequence[int] = (1, 8, 32)) -> Table:
+def table(results: Mapping[str, Results]) -> Table:
     """The comparison of methods for the terminal; `results` maps a method (arm) to its results."""
-    header, sections = grid(results, ks)
-    shown = Table(caption=CAPTION)
+    header, sections = grid(results)
+    # Intervals stand below their means, so that all columns fit into 120 characters; longer names are folded.
+    shown = Table(caption=CAPTION, box=box.SIMPLE, show_edge=False, padding=(0, 1, 0, 0))
     for i, name in enumerate(header):
-        shown.add_column(name, justify="left" if i < 2 else "right", no_wrap=i < 2)
+        shown.add_column(name, justify="left" if i < 2 else "right", overflow="fold")
     for section in sections:
-        for i, row in enumerate(section):
+        for i, (benchmark, method, *scores) in enumerate(section):
             # Text, not str: "[81.0, 85.0]" would be taken for markup.
-            shown.add_row(*(Text("" if column == 0 and i else cell) for column, cell in enumerate(row)),
-                          end_section=i == len(section) - 1)  # fmt: skip
+            cells = ("" if i else benchmark, method, *(score.replace(" [", "\n[") for score in scores))
+            shown.add_row(*map(Text, cells), end_section=i == len(section) - 1)
     return shown
 
 
-def markdown(results: Mapping[str, Results], ks: Sequence[int] = (1, 8, 32)) -> str:
+def markdown(results: Mapping[str, Results]) -> str:
     """The same table in Markdown, ending in a newline."""
-    header, sections = grid(results, ks)
+    header, sections = grid(results)
     rows = [header, ["---", "---", *["---:"] * (len(header) - 2)], *(row for section in sections for row in section)]
-    return "".join(f"| {' | '.join(row)} |\n" for row in rows) + f"\n{CAPTION}\n"
+    # A folder's name, which is a method's with `compare`, may hold what ends a cell.
+    lines = (" | ".join(re.sub(r"([\\|])", r"\\\1", cell) for cell in row) for row in rows)
+    return "".join(f"| {line} |\n" for line in lines) + f"\n{CAPTION}\n"
 
 
-def latex(results: Mapping[str, Results], ks: Sequence[int] = (1, 8, 32)) -> str:
+def latex(results: Mapping[str, Results]) -> str:
     """The same table for a paper; it needs the package booktabs."""
-    header, sections = grid(results, ks)
+    header, sections = grid(results)
     groups = ["".join(f"{' & '.join(map(_tex, row))} \\\\\n" for row in section) for section in [[header], *sections]]
     return (f"% {CAPTION}\n\\begin{{tabular}}{{ll{'r' * (len(header) - 2)}}}\n\\toprule\n"
             + "\\midrule\n".join(groups) + "\\bottomrule\n\\end{tabular}\n")  # fmt: skip
@@ -215,9 +228,14 @@ def latex(results: Mapping[str, Results], ks: Sequence[int] = (1, 8, 32)) -> str
 
 def _tex(text: str) -> str:
     """A cell; a `[` after `\\\\` would be taken for its argument, but no row starts with one."""
-    return re.sub(r"([&%$#_{}])", r"\\\1", text)
+    named = {"\\": r"\textbackslash{}", "^": r"\textasciicircum{}", "~": r"\textasciitilde{}"}
+    return re.sub(r"[&%$#_{}\\^~]", lambda found: named.get(found[0], f"\\{found[0]}"), text)
 
 
 def _percent(found: Mapping[str, float]) -> str:
-    mean, low, high = (f"{100 * found[key]:.1f}".replace("100.0", "100") for key in ("mean", "low", "high"))
+    return _interval(found, 100, 1).replace("100.0", "100")
+
+
+def _interval(found: Mapping[str, float], scale: float, digits: int) -> str:
+    mean, low, high = (f"{scale * found[key]:.{digits}f}" for key in ("mean", "low", "high"))
     return f"{mean} [{low}, {high}]"

@@ -15,18 +15,48 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from pydantic import FiniteFloat
 
 from dail_jax import config as config_lib
 from dail_jax.errors import UserError
+from dail_jax.evaluate import files
 from dail_jax.text import mention
 
 MAX_SAMPLES = 400  # of one run, in the page
 MAX_TRACES = 200  # of one file, in the page
 MAX_TEXT = 8000  # characters of one text; its middle is left out
+MAX_ANSWER = 400  # characters of an answer, or of another short field
 MAX_TOKENS = 1024  # of one trace
 PHRASES = config_lib.Filters().artefacts
 
+Logs = list[float | None] | None
 Rows = dict[str, dict[int, float]]  # metric -> step -> value
+
+
+class Metric(files.Shape):
+    stage: str
+    step: int
+
+
+class Trace(files.Shape):
+    problem_id: str
+    sample: int
+    response_ids: list[int] | None = None
+    text: files.Text | None = None
+    writer: str | None = None
+    acceptance: FiniteFloat | None = None
+    finish: str | None = None
+    drop: files.Text | None = None
+    pieces: list[files.Text] | None = None
+    logq: Logs = None
+    log_student: Logs = None
+    log_privileged: Logs = None
+
+
+class Scores(files.Shape):
+    problem_id: str
+    sample: int
+    log_ratio: list[float | None]
 
 
 @dataclass(frozen=True)
@@ -105,7 +135,7 @@ def setting(tree: Mapping[str, Any], key: str) -> Any:
     return node
 
 
-def lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+def lines(path: Path, shape: type[files.Shape]) -> Iterator[tuple[int, dict[str, Any]]]:
     """(byte offset, row) for each whole line of a JSON-lines file; nothing where there is no file."""
     if not path.is_file():
         return
@@ -114,8 +144,7 @@ def lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         for number, line in enumerate(file, 1):
             if not line.endswith(b"\n"):
                 return  # still being written
-            row = _parse(line, path, number)
-            yield offset, row
+            yield offset, files.parse(line, shape, path, number)
             offset += len(line)
 
 
@@ -129,16 +158,6 @@ def spread(groups: Mapping[Any, Sequence[int]], limit: int) -> list[int]:
     return sorted(chosen)
 
 
-def _parse(text: str | bytes, path: Path, number: int | None = None) -> dict[str, Any]:
-    try:
-        row = json.loads(text)
-    except ValueError:
-        row = None
-    if not isinstance(row, dict):
-        raise UserError("got damaged content, want a JSON object", file=path, row=number)
-    return row
-
-
 def _rows_at(path: Path, offsets: Sequence[int]) -> Iterator[dict[str, Any]]:
     with open(path, "rb") as file:
         for offset in offsets:
@@ -147,46 +166,42 @@ def _rows_at(path: Path, offsets: Sequence[int]) -> Iterator[dict[str, Any]]:
 
 
 def _run(name: str, folder: Path) -> Run:
-    def whole(file: str) -> dict[str, Any]:
-        path = folder / file
-        return _parse(path.read_bytes(), path) if path.is_file() else {}
-
+    manifest, found = folder / "run.json", folder / "results.json"
     path = folder / "config.yaml"
     text = path.read_text("utf-8") if path.is_file() else ""
     metrics: dict[str, Rows] = defaultdict(lambda: defaultdict(dict))
-    for _, row in lines(folder / "metrics.jsonl"):
+    for _, row in lines(folder / "metrics.jsonl", Metric):
         for key, value in row.items():
             if key not in ("stage", "step", "time") and isinstance(value, int | float):
                 metrics[row["stage"]][key][row["step"]] = value  # after a resume, the later one
     lengths, groups = defaultdict(list), defaultdict(list)
-    for offset, row in lines(folder / "samples.jsonl"):
+    for offset, row in lines(folder / "samples.jsonl", files.Sample):
         lengths[row["benchmark"], row["budget"]].append(row["tokens"])
         groups[row["benchmark"], row["budget"], row["correct"]].append(offset)
     chosen = spread(groups, MAX_SAMPLES)
     samples = [_sample(row) for row in _rows_at(folder / "samples.jsonl", chosen)] if chosen else []
-    return Run(name, folder, whole("run.json"), text, config_lib.parse_yaml(text, path) or {}, whole("results.json"),
+    return Run(name, folder, files.parse(manifest.read_bytes(), files.Shape, manifest) if manifest.is_file() else {},
+               text, config_lib.parse_yaml(text, path) or {}, files.read_results(found) if found.is_file() else {},
                {stage: dict(rows) for stage, rows in metrics.items()}, dict(lengths), samples,
                sum(map(len, lengths.values())))  # fmt: skip
 
 
 def _sample(row: dict[str, Any]) -> dict[str, Any]:
-    kept = ("benchmark", "problem_id", "sample", "budget", "tokens", "forced_tokens", "answer", "gold", "correct",
-            "reason", "finish")  # fmt: skip
-    return {**{key: row.get(key) for key in kept}, "text": clip(row.get("text") or ""),
-            "forced_text": clip(row.get("forced_text") or "")}  # fmt: skip
+    limits = dict.fromkeys(files.Sample.model_fields, MAX_ANSWER) | {"text": MAX_TEXT, "forced_text": MAX_TEXT}
+    return {key: clip(row[key], limit) if isinstance(row[key], str) else row[key] for key, limit in limits.items()}
 
 
-def clip(text: str) -> str:
+def clip(text: str, limit: int) -> str:
     """The text, or its two ends."""
-    if len(text) <= MAX_TEXT:
+    if len(text) <= limit:
         return text
-    half = MAX_TEXT // 2
+    half = limit // 2
     return f"{text[:half]}\n\n[… {len(text) - 2 * half:,} characters left out …]\n\n{text[-half:]}"
 
 
 def _traces(path: Path, name: str, owner: int | None, folders: Sequence[Path]) -> Traces:
     found, groups = Traces(name, owner), defaultdict(list)
-    for offset, row in lines(path):
+    for offset, row in lines(path, Trace):
         writer = np.frombuffer((row.get("writer") or "").encode("ascii", "replace"), np.uint8) == ord("s")
         if len(writer) > len(found.by_anyone):
             longer = (0, len(writer) - len(found.by_anyone))
@@ -206,7 +221,7 @@ def _traces(path: Path, name: str, owner: int | None, folders: Sequence[Path]) -
     found.rows = [_trace(row) for row in _rows_at(path, spread(groups, MAX_TRACES))]
     places = {(row["problem_id"], row["sample"]): row for row in found.rows}
     for folder in dict.fromkeys(folders):
-        for _, score in lines(folder / "token_scores.jsonl"):
+        for _, score in lines(folder / "token_scores.jsonl", Scores):
             row = places.get((score["problem_id"], score["sample"]))
             if row is not None and row["push"] is None and len(score["log_ratio"]) == row["tokens"]:
                 row["push"], found.scored = _logs(score["log_ratio"]), True
@@ -217,7 +232,7 @@ def _trace(row: dict[str, Any]) -> dict[str, Any]:
     return {
         **{key: row.get(key) for key in ("problem_id", "sample", "acceptance", "finish", "drop")},
         "tokens": len(row.get("response_ids") or row.get("writer") or ""),
-        "text": clip(row.get("text") or ""),
+        "text": clip(row.get("text") or "", MAX_TEXT),
         "writer": (row.get("writer") or "")[:MAX_TOKENS],
         "ids": (row.get("response_ids") or [])[:MAX_TOKENS],
         "pieces": row["pieces"][:MAX_TOKENS] if row.get("pieces") else None,

@@ -72,7 +72,7 @@ def _paired(*counts: tuple[tuple[str, int, int], ...]) -> passk.Difference | Non
 
 
 def _points(found: passk.Difference) -> str:
-    return f"{100 * found.mean:+.1f} points [{100 * found.low:+.1f}, {100 * found.high:+.1f}]"
+    return f"{100 * found.mean:+.1f} points [{100 * found.low:+.1f}, {100 * found.high:+.1f}], p = {found.p:.2g}"
 
 
 def _artefacts(traces: Sequence[Traces]) -> Iterator[Check]:
@@ -94,7 +94,7 @@ def _memorised(runs: Sequence[Run], first: int) -> Iterator[Check]:
         others = {name: g for name, g in gains.items() if g and name not in trained}
         if run is runs[first] or not trained or not others:
             continue
-        seen = any(g.low > 0 for g in trained.values()) and not any(g.low > 0 for g in others.values())
+        seen = any(g.sign > 0 for g in trained.values()) and not any(g.sign > 0 for g in others.values())
         figures = ", ".join(f"{name} {_points(g)}" for name, g in {**trained, **others}.items())
         detail = f"{run.name} against {runs[first].name}, pass@1: {figures} (trained on {', '.join(trained)})"
         yield seen, "Better on its training problems alone", detail
@@ -111,7 +111,7 @@ def _falling(runs: Sequence[Run], first: int) -> Iterator[Check]:
         if run is runs[first] or not compared:
             continue
         worst = min(compared, key=lambda place: compared[place].mean)
-        lost = [place for place, d in compared.items() if d.high < 0]
+        lost = [place for place, d in compared.items() if d.sign < 0]
         figures = ", ".join(f"{place} {_points(compared[place])}" for place in lost or [worst])
         yield bool(lost), "Below the untrained model", f"{run.name}, pass@1{'' if lost else ', at worst'}: {figures}"
 
@@ -126,7 +126,7 @@ def _long_budgets(runs: Sequence[Run]) -> Iterator[Check]:
             d = paired(*(budgets[b].get("per_problem") for b in (best, order[-1])))
             if len(order) < 2 or d is None:
                 continue
-            seen |= d.high < 0
+            seen |= d.sign < 0
             falls.append(f"{name} best at its longest budget, {int(best):,}" if best == order[-1] else
                          f"{name} {_points(d)} from budget {int(best):,} to {int(order[-1]):,}")  # fmt: skip
         if falls:

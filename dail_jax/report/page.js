@@ -221,9 +221,10 @@ function browser(root, items, filters, textOf, label, show) {
     const query = search.value.toLowerCase();
     found = items.filter((item) => Object.entries(chosen).every(([name, value]) => value === "" || String(filters[name](item)) === value)
       && (!query || textOf(item).toLowerCase().includes(query)));
-    count.textContent = `${whole(found.length)} of ${whole(items.length)}`;
+    const more = found.length > LISTED ? `, the first ${whole(LISTED)} listed: narrow the filters` : "";
+    count.textContent = `${whole(found.length)} of ${whole(items.length)}${more}`;
     list.replaceChildren(...found.slice(0, LISTED).map((item, i) => make("li", { role: "option", id: `${root.parentNode.id}-${i}`, onclick: () => choose(i) }, ...label(item))));
-    if (found.length > LISTED) list.append(make("li", { class: "more" }, `${whole(found.length - LISTED)} more: narrow the filters`));
+    list.removeAttribute("aria-activedescendant");
     if (found.length) choose(0);
     else detail.replaceChildren(make("p", { class: "note" }, "Nothing matches these filters."));
   }
@@ -280,7 +281,7 @@ if (samplesRoot) {
   browser(samplesRoot, data.samples,
     { arm: (s) => data.runs[s.arm], benchmark: (s) => s.benchmark, budget: (s) => s.budget, verdict, reason: (s) => s.reason,
       finish: (s) => s.finish, problem: (s) => s.problem_id },
-    (s) => `${s.problem_id}\n${s.answer}\n${s.text}\n${s.forced_text}`,
+    (s) => `${s.problem_id}\n${s.answer ?? ""}\n${s.text}\n${s.forced_text ?? ""}`,
     (s) => [make("span", { class: sign(s) }, { true: "✓ ", false: "✗ " }[s.correct] ?? ""), `${s.problem_id} · ${s.sample}`,
       make("small", {}, make("i", { class: `dot c${s.arm % 8}` }), `${data.runs[s.arm]}, ${s.benchmark}, ${whole(s.tokens)} tokens`)],
     (s, query) => [

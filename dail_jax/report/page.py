@@ -19,11 +19,11 @@ from typing import Any
 
 import jinja2
 
+from dail_jax.evaluate import protocol
 from dail_jax.report import charts, collect, diagnosis
 from dail_jax.report.collect import Run, Traces
 from dail_jax.rundir import write_atomic
 
-KS = (1, 8, 32, 128)  # columns of the result table, with the largest k of all
 # Rows of the table that says what was run; others follow where runs differ.
 SETTINGS = ("model.path", "data.path", "seed", "train.objective", "train.gamma", "train.kl", "train.epochs",
             "train.batch_size", "train.lora.rank", "train.optimizer.learning_rate", "generate.tau",
@@ -137,34 +137,15 @@ def _duration(stage: Mapping[str, Any] | None) -> str:
 # ---------------------------------------------------------------------------------------------------
 
 
-def _ks(runs: Sequence[Run]) -> list[str]:
-    known = {
-        int(k)
-        for run in runs
-        for budgets in run.benchmarks.values()
-        for cell in budgets.values()
-        for k in cell["pass@k"]
-    }
-    return [str(k) for k in sorted(known & {*KS, max(known, default=1)})]
-
-
 def _header(runs: Sequence[Run]) -> list[str]:
-    ks = _ks(runs)
+    scores = [f"{metric}@{k}" for metric, k in protocol.columns(run.benchmarks for run in runs)]
     against = [f"pass@1 against {runs[diagnosis.baseline(runs)].name}"] if len(runs) > 1 else []
-    return [
-        *(f"pass@{k}" for k in ks),
-        *(f"maj@{k}" for k in ks[-1:]),
-        *against,
-        "mean tokens",
-        "median",
-        "forced",
-        "answered",
-    ]
+    return [*scores, *against, "mean tokens", "median", "forced", "answered"]
 
 
 def _results(runs: Sequence[Run]) -> list[tuple[str, list[tuple[int, str, list[dict[str, Any]]]]]]:
     """(benchmark, budget and problems; its runs as (place, name, cells)); a cell: text, and note, interval, sign."""
-    ks, first, sections = _ks(runs), diagnosis.baseline(runs), []
+    scores, first, sections = protocol.columns(run.benchmarks for run in runs), diagnosis.baseline(runs), []
     for name, budgets in charts.places(runs).items():
         for budget in budgets:
             rows, label = [], name
@@ -175,8 +156,7 @@ def _results(runs: Sequence[Run]) -> list[tuple[str, list[tuple[int, str, list[d
                 label = (
                     f"{name} · budget {int(budget):,} · {found['problems']:,} problems x {found['samples']:,} samples"
                 )
-                cells = [_share(found["pass@k"].get(k), drawn=True) for k in ks]
-                cells += [_share(found.get("maj@k", {}).get(k)) for k in ks[-1:]]
+                cells = [_share(found[f"{metric}@k"].get(k), drawn=metric == "pass") for metric, k in scores]
                 if len(runs) > 1:
                     cells.append(_against(diagnosis.difference(runs[first], run, name, budget) if i != first else None))
                 forms = {"mean_tokens": ",.1f", "median_tokens": ",.0f", "forced": ".1%", "answered": ".1%"}
@@ -197,6 +177,6 @@ def _share(found: Mapping[str, float] | None, drawn: bool = False) -> dict[str, 
 def _against(found: Any) -> dict[str, Any]:
     if found is None:
         return {"text": "-"}
-    sign = "better" if found.low > 0 else "worse" if found.high < 0 else ""
+    sign = ("", "better", "worse")[found.sign]
     mean, low, high = (f"{100 * value:+.1f}".replace("-", "\u2212") for value in found[:3])
-    return {"text": mean, "note": f"{low} to {high}", "sign": sign}
+    return {"text": mean, "note": f"{low} to {high}, p = {found.p:.2g}", "sign": sign}

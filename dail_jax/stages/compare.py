@@ -9,6 +9,7 @@ import jax
 
 from dail_jax import config as config_lib
 from dail_jax.errors import UserError
+from dail_jax.report.collect import setting
 from dail_jax.stages import report
 
 
@@ -28,7 +29,7 @@ def run(config: config_lib.Config | None, runs: list[str], out: str) -> None:
         names = [str(folder) for folder in folders]
     Path(out).mkdir(parents=True, exist_ok=True)
     path = folders[0] / "config.yaml"
-    model = config_lib.read_yaml(path).get("model") or {} if path.exists() else {}
-    tokenizer = model.get("tokenizer") or model.get("path")
+    tree = config_lib.read_yaml(path) if path.exists() else {}
+    tokenizer = setting(tree, "model.tokenizer") or setting(tree, "model.path")
     title = " and ".join(dict.fromkeys(runs))
     report.show(dict(zip(names, folders, strict=True)), Path(out), title, None, Path(tokenizer) if tokenizer else None)

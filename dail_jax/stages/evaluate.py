@@ -20,10 +20,11 @@ from pathlib import Path
 import jax
 
 from dail_jax import config as config_lib
+from dail_jax import mesh as mesh_lib
 from dail_jax.checkpoint import peft
 from dail_jax.data.records import Row, dataset_hash, read_rows
 from dail_jax.errors import UserError
-from dail_jax.evaluate import protocol
+from dail_jax.evaluate import files, protocol
 from dail_jax.evaluate.grading import Grader
 from dail_jax.metrics import Metrics, console, progress, say
 from dail_jax.rundir import Interrupt, Interrupted, Journal, RunDir, json_line, sha256, write_atomic
@@ -57,9 +58,9 @@ def run(config: config_lib.Config) -> None:
         say("evaluate: nothing to do (no evaluate.benchmarks)")
         return
     tables = {b.name: read_rows(b.rows, ("problem", "answer")[: 1 + (b.answer != "none")]) for b in cfg.benchmarks}
-    check_golds(cfg, tables)
+    inputs = {name: dataset_hash(rows) for name, rows in tables.items()}
+    tables = gradable(cfg, tables)
     with RunDir(config) as run_dir:
-        inputs = {name: dataset_hash(rows) for name, rows in tables.items()}
         if cfg.adapter:
             inputs["adapter"] = sha256(peft.weights_file(cfg.adapter))
         with run_dir.stage("evaluate", inputs, scratch=(JOURNAL, FORCED)) as done:
@@ -70,22 +71,43 @@ def run(config: config_lib.Config) -> None:
                 with jax.set_mesh(session.mesh):
                     samples = draw(session, problems(session, tables), run_dir)
                 finish(config, samples, run_dir.path)
-        results = json.loads((run_dir.path / "results.json").read_text())
+        results = files.read_results(run_dir.path / "results.json")
     if jax.process_index() == 0:
         console.print(protocol.table({results["arm"]: results}))
         say(protocol.one_line(results))
 
 
-def check_golds(cfg: config_lib.Evaluate, tables: dict[str, list[Row]]) -> None:
-    """Every gold answer can be graded against; raises UserError before anything is sampled."""
-    with Grader() as grader:
-        for benchmark in cfg.benchmarks:
-            for row in tables[benchmark.name]:
-                if benchmark.answer == "none":
-                    continue
-                if problem := grader.check_gold(question(row)[1], benchmark.answer):
-                    raise UserError(problem, file=benchmark.rows.path, row=row.index + 1,
-                                    field=benchmark.rows.columns.answer)  # fmt: skip
+def gradable(cfg: config_lib.Evaluate, tables: dict[str, list[Row]]) -> dict[str, list[Row]]:
+    """The rows whose gold answer can be graded against; the others are skipped and named, or refused.
+
+    The processes must sample the same problems, so the first decides: a time limit may strike in one alone.
+    """
+
+    def check() -> dict[str, list[str]]:
+        with Grader() as grader:
+            return {b.name: ungradable(b, tables[b.name], grader) for b in cfg.benchmarks}
+
+    kept = dict(tables)
+    for name, ids in mesh_lib.from_first(check).items():
+        if ids:
+            kept[name] = [row for row in tables[name] if row.problem_id not in ids]
+            say(f"evaluate: {name}: skipped {len(ids)} of {len(tables[name])} problems, whose gold answers cannot be "
+                f"graded against: {', '.join(ids)}")  # fmt: skip
+    return kept
+
+
+def ungradable(benchmark: config_lib.Benchmark, rows: list[Row], grader: Grader) -> list[str]:
+    """The problem_ids to skip; raises UserError at the first where none may be, at the last where no row is left."""
+    ids: list[str] = []
+    if benchmark.answer == "none":
+        return ids
+    for row in rows:
+        if problem := grader.check_gold(question(row)[1], benchmark.answer):
+            ids.append(row.problem_id)
+            if benchmark.ungradable == "refuse" or len(ids) == len(rows):
+                raise UserError(problem, file=benchmark.rows.path, row=row.index + 1,
+                                field=benchmark.rows.columns.answer)  # fmt: skip
+    return ids
 
 
 def question(row: Row) -> tuple[str, str]:
@@ -223,7 +245,7 @@ def finish(config: config_lib.Config, samples: list[dict], folder: Path) -> None
         return
     graded = protocol.grade(samples, config.evaluate.benchmarks, thought_tag(config))
     objective = "adapter" if config.evaluate.adapter else config.train.objective
-    results = {"schema": protocol.SCHEMA, "arm": folder.name, "objective": objective, "seed": config.seed,
+    results = {"schema": files.SCHEMA, "arm": folder.name, "objective": objective, "seed": config.seed,
                **protocol.summarise(graded, config.evaluate, config.seed)}  # fmt: skip
     write_atomic(folder / "samples.jsonl", "".join(map(json_line, graded)))
     write_atomic(folder / "results.json", json.dumps(results, indent=1) + "\n")

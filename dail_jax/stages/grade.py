@@ -7,14 +7,13 @@ are those of samples.jsonl.
 from __future__ import annotations
 
 import collections
-import json
 from pathlib import Path
 
 import jax
 
 from dail_jax import config as config_lib
 from dail_jax.errors import UserError
-from dail_jax.evaluate import protocol
+from dail_jax.evaluate import files, protocol
 from dail_jax.metrics import console, say
 from dail_jax.rundir import RunDir
 from dail_jax.stages import evaluate, experiment
@@ -31,12 +30,11 @@ def run(config: config_lib.Config) -> None:
         path = folder / "samples.jsonl"
         if not path.exists():
             raise UserError("no samples: run the stage `evaluate` first", file=path)
-        with RunDir(one), open(path, encoding="utf-8") as file:
-            rows = [json.loads(line) for line in file]
+        with RunDir(one):
+            rows = files.read_samples(path)
             evaluate.finish(one, rows, folder)
-            with open(path, encoding="utf-8") as again:
-                compare(rows, [json.loads(line) for line in again], folder)
-        results[folder.name] = json.loads((folder / "results.json").read_text())
+            compare(rows, files.read_samples(path), folder)
+        results[folder.name] = files.read_results(folder / "results.json")
     console.print(protocol.table(results))
 
 

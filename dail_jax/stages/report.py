@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -11,7 +10,7 @@ import jax
 
 from dail_jax import config as config_lib
 from dail_jax.errors import UserError
-from dail_jax.evaluate import protocol
+from dail_jax.evaluate import files, protocol
 from dail_jax.metrics import console, say
 from dail_jax.report import diagnosis, page, plots
 from dail_jax.rundir import write_atomic
@@ -38,12 +37,8 @@ def show(
 
     `tokenizer` is the folder that gives the trace viewer its tokens' texts, if it is there.
     """
-    results = {name: json.loads((folder / "results.json").read_text())
+    results = {name: files.read_results(folder / "results.json")
                for name, folder in runs.items() if (folder / "results.json").exists()}  # fmt: skip
-    for name, found in results.items():
-        if found.get("schema", 1) > protocol.SCHEMA:
-            raise UserError(f"got schema {found['schema']}, want {protocol.SCHEMA}: it is a newer version's",
-                            file=runs[name] / "results.json")  # fmt: skip
     if results:
         console.print(protocol.table(results))
         paired = protocol.differences(results, 0, diagnosis.RESAMPLES)

@@ -6,7 +6,6 @@ configuration says (`evaluate.samples=32`), in RUN_DIR/select; at several budget
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import jax
@@ -14,6 +13,7 @@ import jax
 from dail_jax import config as config_lib
 from dail_jax.data.records import read_rows
 from dail_jax.errors import UserError
+from dail_jax.evaluate import files
 from dail_jax.metrics import say
 from dail_jax.rundir import json_line, write_atomic
 from dail_jax.stages import evaluate
@@ -32,7 +32,7 @@ def run(config: config_lib.Config) -> None:
     evaluate.run(inner)
     if jax.process_index() != 0:
         return
-    budgets = json.loads((folder / "select" / "results.json").read_text())["benchmarks"][NAME]
+    budgets = files.read_results(folder / "select" / "results.json")["benchmarks"][NAME]
     right = {name: count for name, (count, _) in budgets[max(budgets, key=int)]["per_problem"].items()}
     kept = [row for row in read_rows(config.data, need=("problem", "answer")) if right.get(row.problem_id) == 0]
     fields = ("problem_id", "problem", "solution", "answer", "waypoints")

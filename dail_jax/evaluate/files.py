@@ -1,0 +1,120 @@
+"""Reading of samples.jsonl and results.json, which may be damaged, or another program's: see docs/results.md.
+
+Readers get plain dicts with all the keys that a shape below names, of these types; other keys are left alone.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, InstanceOf, ValidationError, model_validator
+
+from dail_jax.errors import UserError
+from dail_jax.strict_yaml import explain
+
+SCHEMA = 1  # of results.json: raised when a key that is there changes its name or meaning
+
+Natural = Annotated[int, Field(ge=0, lt=1 << 31)]
+Count = Annotated[int, Field(ge=1, lt=1 << 31)]
+Whole = Annotated[str, Field(pattern=r"^[1-9][0-9]{0,8}$")]  # a number as a key
+Text = InstanceOf[str]  # of a model: half surrogate pairs and all
+
+
+class Shape(BaseModel):
+    """Any JSON object."""
+
+    model_config = ConfigDict(strict=True)
+
+
+class Sample(Shape):
+    benchmark: str
+    problem_id: str
+    sample: Natural
+    budget: Count
+    tokens: Natural
+    forced_tokens: Natural
+    text: Text
+    forced_text: Text | None
+    answer: Text | None
+    gold: Text
+    finish: str
+    correct: bool | None
+    reason: str
+
+
+class Interval(Shape):
+    mean: FiniteFloat
+    low: FiniteFloat
+    high: FiniteFloat
+
+
+class Cell(Shape):
+    """One benchmark at one budget."""
+
+    problems: Count
+    samples: Count
+    pass_at_k: dict[Whole, Interval] = Field(alias="pass@k")
+    maj_at_k: dict[Whole, Interval] = Field(alias="maj@k")
+    tokens: Interval
+    mean_tokens: FiniteFloat
+    median_tokens: FiniteFloat
+    forced: FiniteFloat
+    forced_tokens: FiniteFloat
+    answered: FiniteFloat
+    reasons: dict[str, Natural]
+    per_problem: dict[str, Annotated[list[Natural], Field(min_length=2, max_length=2)]]
+
+    @model_validator(mode="after")
+    def _possible(self):
+        if any(int(k) > self.samples for k in self.pass_at_k):
+            raise ValueError(f"got pass@k for a larger k, want it up to the {self.samples} samples")
+        if any(right > n or n != self.samples for right, n in self.per_problem.values()):
+            raise ValueError(f"got impossible counts in per_problem, want [right samples, {self.samples}]")
+        if len(self.per_problem) != (self.problems if self.pass_at_k else 0):
+            raise ValueError(f"got {len(self.per_problem)} in per_problem, want one for each problem with pass@k")
+        return self
+
+
+class Results(Shape):
+    arm: str = ""
+    objective: str = ""
+    benchmarks: dict[str, dict[Whole, Cell]]
+
+
+def parse(text: str | bytes, shape: type[Shape], file: Path, row: int | None = None) -> dict[str, Any]:
+    """A JSON object of some shape; raises UserError that names the field at fault."""
+    try:
+        tree = json.loads(text)
+    except (ValueError, RecursionError):
+        tree = None
+    if not isinstance(tree, dict):
+        raise UserError("got damaged content, want a JSON object", file=file, row=row)
+    try:
+        shape.model_validate(tree)
+    except ValidationError as error:
+        fault = explain(error, file, shape)
+        raise UserError(fault.message, file=file, row=row, field=fault.field) from None
+    return tree
+
+
+def read_samples(path: Path) -> list[dict[str, Any]]:
+    """All rows. A torn last line is refused, too: without its sample, every figure would be another one."""
+    with open(path, "rb") as file:
+        rows = []
+        for number, line in enumerate(file, 1):
+            if not line.endswith(b"\n"):
+                raise UserError("got a torn last line, want the whole file: evaluate again", file=path, row=number)
+            rows.append(parse(line, Sample, path, number))
+    if not rows:
+        raise UserError("got an empty file, want samples: evaluate again", file=path)
+    return rows
+
+
+def read_results(path: Path) -> dict[str, Any]:
+    tree = parse(path.read_bytes(), Shape, path)
+    schema = tree.get("schema", SCHEMA)
+    if schema != SCHEMA:
+        raise UserError(f"got schema {schema!r:.40}, want {SCHEMA}: it is another version's", file=path)
+    return parse(path.read_bytes(), Results, path)
