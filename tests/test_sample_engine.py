@@ -183,7 +183,7 @@ def test_drafting_costs_little_where_it_is_slower():
         assert pace.best == 0 and (pace.calls[4] > 0) == (chunks >= 2000)
     assert engine.Pace(0).choose() == 0
     pace = engine.Pace(4)
-    for _ in range(2000):  # the plain program is there already: that says nothing of what the other's will cost
+    for _ in range(4000):  # the plain program is there already: that says nothing of what the other's will cost
         pace.note(0, 1.0, 1.0, compiled=False)
         assert (pace.choose() == 0) == (pace.spent * pace.SHARE < pace.UNSEEN)
     assert pace.choose() == 4
