@@ -75,13 +75,50 @@ def test_two_processes_train_as_one(tmp_path, pipeline, programs):
     assert max(np.abs(ours[k] - theirs[k]).max() for k in ours) < 1e-4
 
 
+INTERLEAVED = """
+import os, signal, sys, time
+signal.signal(signal.SIGTERM, lambda *_: os._exit(7))
+from dail_jax import launch
+assert launch.main(["env", "--coordinator", sys.argv[1], "--processes", "2", "--process-id", sys.argv[2]]) == 0
+import jax, numpy as np
+from dail_jax import mesh as mesh_lib
+devices = np.array(jax.devices())[[0, 2, 1, 3]].reshape(1, 4, 1)  # two of each process, as a TPU slice may order them
+mesh = jax.sharding.Mesh(devices, mesh_lib.AXES, axis_types=(jax.sharding.AxisType.Auto,) * 3)
+local, rows = mesh_lib.local_rows(mesh, 8), np.arange(8)[None] * 10
+x = mesh_lib.to_devices({"x": rows[:, local]}, mesh, 8)["x"]
+print(local.tolist(), all((np.asarray(s.data) == rows[s.index]).all() for s in x.addressable_shards), flush=True)
+mesh_lib.barrier("both are here")
+os.kill(os.getpid(), signal.SIGTERM)
+time.sleep(5)
+"""
+
+
+def test_hosts_whose_rows_are_not_side_by_side(tmp_path, programs):
+    """Each process feeds the rows of its own devices, wherever the mesh has put them; and SIGTERM still ends it."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        at = f"127.0.0.1:{free.getsockname()[1]}"
+    env = {**tiny.environment(programs), "XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
+    processes = [subprocess.Popen([sys.executable, "-c", INTERLEAVED, at, str(i)], env=env, cwd=tiny.ROOT, text=True,
+                                  stdout=subprocess.PIPE, stderr=subprocess.PIPE) for i in range(2)]  # fmt: skip
+    with ended(processes):
+        found = [tiny.finish(process) for process in processes]
+    assert [status for status, _, _ in found] == [7, 7], found
+    for (_, out, _), line in zip(found, ("[0, 1, 4, 5] True", "[2, 3, 6, 7] True"), strict=True):
+        assert line in out.splitlines()
+
+
 def test_errors_of_one_are_errors_of_all(tmp_path, programs):
     """What only the first process can see ends both, in one line each."""
     path = tiny.write(tmp_path / "run", data__path=str(tiny.ASSETS / "train.jsonl"))
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "run.json").write_text("{")
     statuses, _, err = finish(start("generate", path, programs))
-    assert statuses[0] == 2 and f"error: {tmp_path}/run/run.json: got a damaged file, want JSON\n" in err
+    assert (
+        statuses[0] == 2
+        and statuses[1] != 0
+        and f"error: {tmp_path}/run/run.json: got a damaged file, want JSON\n" in err
+    )
 
 
 def test_two_processes_generate_the_same_traces(tmp_path, pipeline, programs):

@@ -164,6 +164,20 @@ def test_drafting_changes_no_token(params, one_device, kind):
         assert drafted.usage.occupancy > 1.2 * plain.usage.occupancy
 
 
+def test_a_stop_token_inside_a_draft_ends_the_text(params, one_device):
+    """Prompts are full of stop tokens, so drafts are, too; and what was drawn before weighs on what follows."""
+    pattern = (6, 7, 8, STOP, 7, 6, 8, 8, STOP, 6, 6, 7, 7, STOP) * 3
+    ask = [engine.Request(f"p{i}", (pattern, pattern), tuple(range(24)), 24) for i in range(2)]
+    kw = {"never": tuple(i for i in range(CFG.V) if i not in (6, 7, 8, STOP)), "temperature": 3.0,
+          "presence_penalty": 0.5}  # fmt: skip
+    with jax.set_mesh(one_device):
+        plain, drafted = sampler(params, one_device, **kw), sampler(params, one_device, draft=3, **kw)
+        want, got = collect(plain, ask), collect(drafted, ask)
+    same(got, want, exact=False)
+    assert drafted.usage.occupancy > plain.usage.occupancy and sum(x.finish == "stop" for x in want.values()) > 20
+    assert all(STOP not in x.tokens[:-1] for x in got.values())
+
+
 def paced(compiling: float, drafted: float, tokens: float, chunks: int) -> tuple[engine.Pace, float]:
     """A pace after `chunks` chunks of 1 s and 1 token, or with drafts `drafted` s and `tokens` tokens; the seconds."""
     pace, seconds, seen = engine.Pace(4), 0.0, set()

@@ -4,6 +4,7 @@ import random
 import shutil
 import signal
 
+import numpy as np
 import pytest
 import tiny
 
@@ -201,3 +202,16 @@ def test_errors_are_one_line_and_status_2(tmp_path, programs):
     path = tiny.write(tmp_path / "run")
     status, out, err = tiny.finish(tiny.start("train", path, programs, "train.gama=0.2"))
     assert (status, out, err) == (2, "", f"error: {path}:train.gama: unknown key; did you mean 'gamma'?\n")
+
+
+def test_training_that_is_not_finite_stops_and_saves_nothing(tmp_path, pipeline, capsys):
+    settings = {"train__optimizer__learning_rate": 1e38, "train__save_every": 1, "train__max_skipped": 3}
+    path = tiny.write(tmp_path / "run", traces=str(pipeline / "traces.jsonl"), **settings)
+    assert tiny.run("train", path) == 2
+    out, err = capsys.readouterr()
+    assert "error: train: 3 updates in a row were not finite" in err
+    finite = [bool(np.isfinite(loss) and np.isfinite(norm)) for _, loss, norm in tiny.losses(tmp_path / "run")]
+    assert finite[-3:] == [False] * 3 and sum(finite) == len(finite) - 3
+    assert out.count("was not finite and is skipped; rows: ") == 3
+    saved = sorted(int(p.stem) for p in (tmp_path / "run" / "checkpoints" / "manifests").glob("*.json"))
+    assert max(saved) == sum(finite)

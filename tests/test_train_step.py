@@ -14,6 +14,7 @@ from dail_jax.data import batches
 from dail_jax.errors import UserError
 from dail_jax.model import families, transformer, weights
 from dail_jax.model import lora as lora_lib
+from dail_jax.stages.train import complain
 from dail_jax.train import objectives, optimizer, references, step
 
 CFG = families.ModelConfig("qwen3", V=40, D=16, L=2, N=8, K=8, H=4, F=24, rope=families.Rope(10_000.0), norm_eps=1e-6,
@@ -148,6 +149,24 @@ def test_an_update_that_is_not_finite_changes_nothing(params, examples):
     assert after[1].skipped == 1 and after[1].step == 4
     same = jax.tree.map(np.array_equal, (before[1].lora, before[1].opt_state), (after[1].lora, after[1].opt_state))
     assert all(jax.tree.leaves(same))
+
+
+def test_the_rows_that_are_not_finite_are_named(params, examples, capsys):
+    """A state of one example is spoilt, here a reference's: its row stands out, and no other."""
+
+    def spoilt(role, index):
+        states = np.ones((len(examples[index].response), CFG.D), np.float32)
+        return states * np.nan if (role, index) == ("negative", 5) else states
+
+    cfg = settings()
+    losses, state = train(params, examples, cfg, mesh_of(data=2), steps=5, cached=spoilt)
+    plan = batches.Plan(examples, cfg.batch_size, cfg.epochs, 0)
+    (number,) = [i for i in range(5) if 5 in plan[i]]
+    assert [bool(out["finite"]) for out in losses] == [i != number for i in range(5)] and state.step == 5
+    rows = plan[number].reshape(cfg.accumulate, -1)
+    assert rows[losses[number]["bad_rows"]].tolist() == [5]
+    complain(examples, rows, losses[number]["bad_rows"], number)
+    assert "rows: e5\n" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("objective", ["nll", "sft"])
