@@ -11,7 +11,7 @@ import transformers
 
 from dail_jax.checkpoint import hf
 from dail_jax.errors import UserError
-from dail_jax.model import families, transformer, weights
+from dail_jax.model import attention, families, transformer, weights
 
 SIZES = dict(vocab_size=62, hidden_size=24, intermediate_size=40, num_hidden_layers=3, num_attention_heads=6,
              num_key_value_heads=2, max_position_embeddings=256, rms_norm_eps=1e-5)  # fmt: skip
@@ -165,3 +165,20 @@ def test_count_matches(pair):
     model, _, cfg = pair
     assert weights.count(cfg) == sum(p.numel() for p in model.parameters())
     assert dataclasses.replace(cfg, L=1).L == 1
+
+
+def test_long_texts_attend_in_turns(monkeypatch):
+    """Values and gradients are those of one einsum over all."""
+    q, k, v, g = (jax.random.normal(jax.random.key(i), (2, 21, n, 8)) for i, n in enumerate((4, 2, 2, 4)))
+    positions = jnp.stack([jnp.arange(21), jnp.maximum(jnp.arange(21) - 4, -1)])
+
+    def run():
+        return jax.vjp(
+            lambda *x: jnp.where((positions >= 0)[..., None, None], attention.attend(*x, positions), 0), q, k, v
+        )
+
+    whole, back = run()
+    monkeypatch.setattr(attention, "QUERIES", 8)
+    turns, back_turns = run()
+    for got, want in ((turns, whole), *zip(back_turns(g), back(g), strict=True)):
+        np.testing.assert_allclose(got, want, atol=2e-6)

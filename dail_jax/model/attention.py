@@ -9,6 +9,7 @@ from jax.sharding import PartitionSpec
 from dail_jax import mesh as mesh_lib
 
 NEGATIVE = -1e30  # finite, so that a row that sees nothing gives zeros and not NaN
+QUERIES = 2048  # of an einsum at a time
 LANES, MAX_BLOCK = 128, 512  # of the splash kernel's tiles, in tokens
 BLOCKS = ("block_q", "block_kv", "block_q_dkv", "block_kv_dkv", "block_q_dq", "block_kv_dq")
 
@@ -26,7 +27,20 @@ def attend(q: jax.Array, k: jax.Array, v: jax.Array, positions: jax.Array) -> ja
     if target == "gpu" and q.dtype in (jnp.bfloat16, jnp.float16):
         mask = visible(positions, positions)[:, None]
         return jax.nn.dot_product_attention(q, k, v, mask=mask, implementation="cudnn")
-    return attend_cached(q, [(_by_row(k), _by_row(v), visible(positions, positions), 1)])
+
+    @jax.checkpoint
+    def some(turn):
+        queries, at = turn
+        return attend_cached(queries, [(_by_row(k), _by_row(v), visible(at, positions), 1)])
+
+    b, t = positions.shape
+    if t <= QUERIES:
+        return attend_cached(q, [(_by_row(k), _by_row(v), visible(positions, positions), 1)])
+    more = -t % QUERIES  # long texts in turns: [T,T] logits of 16,384 tokens are gigabytes a head
+    at = jnp.pad(positions, ((0, 0), (0, more)), constant_values=-1).reshape(b, -1, QUERIES)
+    queries = jnp.pad(q, ((0, 0), (0, more), (0, 0), (0, 0))).reshape(b, -1, QUERIES, *q.shape[2:])
+    out = jax.lax.map(some, (queries.swapaxes(0, 1), at.swapaxes(0, 1)))
+    return out.swapaxes(0, 1).reshape(b, -1, *q.shape[2:])[:, :t]
 
 
 def splash(q: jax.Array, k: jax.Array, v: jax.Array, positions: jax.Array, interpret: bool = False) -> jax.Array:
