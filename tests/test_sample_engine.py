@@ -210,6 +210,20 @@ def test_drafting_is_chosen_where_it_is_faster():
     assert seconds < 0.65 * tokens
 
 
+def test_slots_go_on_while_the_longest_samples_run(params, one_device):
+    """Lengths of each sample's own, most far below the longest: prompts wait in every block, so slots do not."""
+    stop = tuple(range(0, CFG.V, 10))
+    knobs = mixture.knobs(config_lib.Sampling(temperature=3.0))
+    s = engine.Sampler(params, CFG, one_device, stop, seed=1, slots=16, max_tokens=96, knobs=knobs)
+    ask = [engine.Request(f"p{i}", ((7, 8, 9, 11 + i % 9),), tuple(range(8)), 96) for i in range(40)]
+    with jax.set_mesh(one_device):
+        lengths = [len(x.tokens) for x in collect(s, ask).values()]
+    assert s.usage.prefills == len(ask) and np.quantile(lengths, 0.9) < 0.5 * max(lengths)
+    assert s.usage.occupancy > 0.7  # a chunk's last steps after a stop are what is lost, and the end of the queue
+    assert [s.grid(n, c).entries for n, c in ((1, 32), (8, 32), (8, 256), (64, 32))] == [1, 4, 2, 2]
+    assert s.grid(8, 32).slots == s.grid(6, 32).slots == s.grid(5, 32).slots + 1 == 16
+
+
 def test_one_role_draws_from_its_own_softmax(params, one_device):
     with jax.set_mesh(one_device):
         out = collect(sampler(params, one_device, roles=1, top_p=1.0, temperature=1.0, presence_penalty=0.0, never=()),

@@ -167,9 +167,8 @@ class Sampler:
         """The shapes for requests of up to `samples` samples.
 
         A block has a slot for each sample of a prompt, and room for more prompts, whose samples start where others
-        have ended: with lengths as they are, the last sample of a prompt runs when the next ones are half done. Up
-        to 4 prompts, as long as they take less than a quarter of what the slots' own tokens take; where not even 2
-        do, blocks are twice as wide.
+        have ended: while the longest sample of a prompt runs, there is work for each slot thrice over. Less where
+        prompts would take a quarter of what the slots' own tokens take; where not even 2 fit, blocks are twice as wide.
         """
         shards = axis_size(self.mesh, "b")
         share = max(self.slots // shards, 1)
@@ -178,7 +177,7 @@ class Sampler:
         for wide in (samples, 2 * samples):
             blocks = max(share // wide, 1)
             width = share // blocks
-            entries = min(4, -(-width * self.max_tokens // (4 * prompt_slots)) - 1)
+            entries = min(1 - (-3 * width // samples), -(-width * self.max_tokens // (4 * prompt_slots)) - 1)
             if entries >= 2:
                 break
         return decode.Grid(self.roles, blocks * shards, width, max(entries, 2), prompt_slots, self.max_tokens, CHUNK,

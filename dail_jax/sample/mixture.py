@@ -2,7 +2,8 @@
 
 The student proposes, the privileged student keeps a proposal v when p_T(v) >= tau, and writes the token itself
 after n refusals. With S and T their distributions after temperature and truncation, A = {v : p_T(v) >= tau}
-measured on the full softmax of the privileged student (temperature 1, nothing truncated), and a = S(A):
+measured on the full softmax of the privileged student (temperature 1, nothing truncated, presence penalty and tokens
+that are never drawn as in S and T), and a = S(A):
 
     q(v) = (1 - (1-a)^n) * S(v) [v in A] / a  +  (1-a)^n * T(v)          (q = T where a = 0)
 

@@ -53,7 +53,8 @@ def summed(
 
     hidden [B,T,D] are the student's final states where response tokens are predicted; mask [B,T] bool; unembed
     [V,D]. extras: `targets` [B,T] int32 for nll; `privileged` and `negative` [B,T,D] hidden states for dail;
-    for grpo `targets`, their `logq` and `advantage` [B,T] float32, and `base` [B,T,D] hidden states.
+    for grpo `targets`, their `logq` and `advantage` [B,T] float32, and `base` [B,T,D] hidden states. All losses are
+    means over the batch's tokens; so is grpo's, where arXiv 2402.03300 takes each sample's mean first.
     """
     return _over_chunks(objective, chunk, hidden, extras, mask, unembed)[0]
 
