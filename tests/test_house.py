@@ -93,7 +93,7 @@ def test_names_and_sizes():
         count = len(path.read_text().splitlines())
         assert count <= 400, f"{path.relative_to(LIBRARY)} has {count} lines"
     total = sum(code(f).count("\n") for f in FILES if room(f) != "microworld")
-    assert total < 7500, f"{total} lines of code"
+    assert total < 7700, f"{total} lines of code"
 
 
 def code(path: Path) -> str:
