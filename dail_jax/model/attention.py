@@ -28,18 +28,17 @@ def attend(q: jax.Array, k: jax.Array, v: jax.Array, positions: jax.Array) -> ja
         mask = visible(positions, positions)[:, None]
         return jax.nn.dot_product_attention(q, k, v, mask=mask, implementation="cudnn")
 
-    @jax.checkpoint
-    def some(turn):
+    def some(turn: tuple[jax.Array, jax.Array]) -> jax.Array:
         queries, at = turn
         return attend_cached(queries, [(_by_row(k), _by_row(v), visible(at, positions), 1)])
 
     b, t = positions.shape
     if t <= QUERIES:
-        return attend_cached(q, [(_by_row(k), _by_row(v), visible(positions, positions), 1)])
+        return some((q, positions))
     more = -t % QUERIES  # long texts in turns: [T,T] logits of 16,384 tokens are gigabytes a head
     at = jnp.pad(positions, ((0, 0), (0, more)), constant_values=-1).reshape(b, -1, QUERIES)
     queries = jnp.pad(q, ((0, 0), (0, more), (0, 0), (0, 0))).reshape(b, -1, QUERIES, *q.shape[2:])
-    out = jax.lax.map(some, (queries.swapaxes(0, 1), at.swapaxes(0, 1)))
+    out = jax.lax.map(jax.checkpoint(some), (queries.swapaxes(0, 1), at.swapaxes(0, 1)))
     return out.swapaxes(0, 1).reshape(b, -1, *q.shape[2:])[:, :t]
 
 

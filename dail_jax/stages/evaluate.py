@@ -62,7 +62,7 @@ def run(config: config_lib.Config) -> None:
     tables = gradable(cfg, tables)
     with RunDir(config) as run_dir:
         if cfg.adapter:
-            inputs["adapter"] = sha256(peft.weights_file(cfg.adapter))
+            inputs["evaluate.adapter"] = sha256(peft.weights_file(cfg.adapter))
         with run_dir.stage("evaluate", inputs, scratch=(JOURNAL, FORCED)) as done:
             if done():
                 say(f"evaluate: already done, see {run_dir.path / 'results.json'}")
