@@ -30,11 +30,17 @@ class Browser:
         self.profile = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
         (theirs_in, self.send), (self.receive, theirs_out) = os.pipe(), os.pipe()
         # The browser reads commands from 3 and writes answers to 4.
-        command = (f"exec 3<&{theirs_in} 4>&{theirs_out}; exec '{self.executable}' --headless=new --no-sandbox "
-                   f"--disable-gpu --hide-scrollbars --remote-debugging-pipe --user-data-dir='{self.profile.name}' "
-                   "about:blank")  # fmt: skip
-        self.process = subprocess.Popen(["bash", "-c", command], pass_fds=(theirs_in, theirs_out),
-                                        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)  # fmt: skip
+        command = (
+            f"exec 3<&{theirs_in} 4>&{theirs_out}; exec '{self.executable}' --headless=new --no-sandbox "
+            f"--disable-gpu --hide-scrollbars --remote-debugging-pipe --user-data-dir='{self.profile.name}' "
+            "about:blank"
+        )
+        self.process = subprocess.Popen(
+            ["bash", "-c", command],
+            pass_fds=(theirs_in, theirs_out),
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
         os.close(theirs_in)
         os.close(theirs_out)
         self.buffer, self.session = b"", None
@@ -154,9 +160,11 @@ def check(browser: Browser, page: Path, out: Path) -> list[tuple[str, bool, Any]
         listed = "document.querySelector('#samples [role=listbox]')"
         expect("options alone in the list", run(f"[...{listed}.children].every(entry => entry.role === 'option')"))
         active = f"{listed}.getAttribute('aria-activedescendant')"
-        actives = [run(f"""(() => {{ const s = document.querySelector('#samples input[type=search]');
+        actives = [
+            run(f"""(() => {{ const s = document.querySelector('#samples input[type=search]');
             s.value = '{text}'; s.dispatchEvent(new Event('input')); return {active}; }})()""")
-                   for text in ("", "no sample has this")]  # fmt: skip
+            for text in ("", "no sample has this")
+        ]
         expect("an active option where some match", actives, lambda pair: pair[0] and pair[1] is None)
     if data["traces"]:
         run("document.querySelector('#viewer .split').scrollIntoView()")

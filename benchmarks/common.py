@@ -24,9 +24,18 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 from rich.console import Console
 from rich.table import Table
 
-SHAPE = dict(vocab_size=32000, hidden_size=512, intermediate_size=1536, num_hidden_layers=8, num_attention_heads=8,
-             num_key_value_heads=4, head_dim=64, max_position_embeddings=4096, rope_theta=10000.0,
-             tie_word_embeddings=True)  # fmt: skip
+SHAPE = dict(
+    vocab_size=32000,
+    hidden_size=512,
+    intermediate_size=1536,
+    num_hidden_layers=8,
+    num_attention_heads=8,
+    num_key_value_heads=4,
+    head_dim=64,
+    max_position_embeddings=4096,
+    rope_theta=10000.0,
+    tie_word_embeddings=True,
+)
 
 
 def arguments(description: str, **more: object) -> argparse.Namespace:
@@ -72,8 +81,15 @@ def row(name: str, ours: list[float], peer: list[float], unit: str, work: float)
     """`work` / seconds on both sides; the ratio is ours over peer's rate, median and quartiles over pairs."""
     ratios = sorted(p / o for o, p in zip(ours, peer, strict=True))
     low, _, high = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else (ratios[0],) * 3
-    return {"name": name, "ours": work / statistics.median(ours), "peer": work / statistics.median(peer), "unit": unit,
-            "ratio": statistics.median(ratios), "low": low, "high": high}  # fmt: skip
+    return {
+        "name": name,
+        "ours": work / statistics.median(ours),
+        "peer": work / statistics.median(peer),
+        "unit": unit,
+        "ratio": statistics.median(ratios),
+        "low": low,
+        "high": high,
+    }
 
 
 def show(title: str, rows: list[dict], out: Path | None) -> None:

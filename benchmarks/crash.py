@@ -101,15 +101,22 @@ def campaign(stage: str, folder: Path, kills: int, terms: int, rng: random.Rando
         finished(stage, run, folder)
         problems += differences(stage, run, whole, folder)
         counts["finished runs"] += 1
-    return {"stage": stage, "kills": counts["SIGKILL"], "terms": counts["SIGTERM"], "too_early": counts["too early"],
-            "finished_runs": counts["finished runs"], "failures": len(problems)}  # fmt: skip
+    return {
+        "stage": stage,
+        "kills": counts["SIGKILL"],
+        "terms": counts["SIGTERM"],
+        "too_early": counts["too early"],
+        "finished_runs": counts["finished runs"],
+        "failures": len(problems),
+    }
 
 
 def config(stage: str, run: Path, folder: Path) -> Path:
     traces = {"traces": str(folder / "generate-whole" / "traces.jsonl")} if stage == "train" else {}
     objective = {"train__objective": "none"} if stage == "evaluate" else {}
-    return tiny.write(run, generate__slots=4, evaluate__slots=2, train__epochs=4, train__save_every=SAVE_EVERY,
-                      **objective, **traces)  # fmt: skip
+    return tiny.write(
+        run, generate__slots=4, evaluate__slots=2, train__epochs=4, train__save_every=SAVE_EVERY, **objective, **traces
+    )
 
 
 def finished(stage: str, run: Path, folder: Path) -> float:

@@ -102,8 +102,10 @@ def reference(completion: str, gold: str) -> bool:
 def real(path: Path) -> list[tuple[str, str, bool, str]]:
     rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     own = [(row["solution"], str(row["answer"]), True, f"{row['problem_id']}, own answer") for row in rows]
-    other = [(a["solution"], str(b["answer"]), a["answer"] == b["answer"], f"{a['problem_id']}, the next row's answer")
-             for a, b in itertools.pairwise(rows)]  # fmt: skip
+    other = [
+        (a["solution"], str(b["answer"]), a["answer"] == b["answer"], f"{a['problem_id']}, the next row's answer")
+        for a, b in itertools.pairwise(rows)
+    ]
     return own + other
 
 
@@ -132,11 +134,15 @@ def main() -> None:
             winner = "ours" if verdict.correct == truth else "reference"
             wins[winner] += 1
             taken = BOX.findall(text)
-            print(f"{winner:9} is right: gold {gold!r}, ours {answer!r} -> {verdict.correct} ({verdict.reason}), "
-                  f"reference {taken[-1] if taken else None!r} -> {theirs}; {words}")  # fmt: skip
-        print(f"\n{name}: {len(items)} answers in {seconds:.1f} s; {sum(wins.values())} disagreements; right is "
-              f"ours in {wins['ours']}, the reference in {wins['reference']}; wrong verdicts: ours {wrong['ours']}, "
-              f"reference {wrong['reference']}\n")  # fmt: skip
+            print(
+                f"{winner:9} is right: gold {gold!r}, ours {answer!r} -> {verdict.correct} ({verdict.reason}), "
+                f"reference {taken[-1] if taken else None!r} -> {theirs}; {words}"
+            )
+        print(
+            f"\n{name}: {len(items)} answers in {seconds:.1f} s; {sum(wins.values())} disagreements; right is "
+            f"ours in {wins['ours']}, the reference in {wins['reference']}; wrong verdicts: ours {wrong['ours']}, "
+            f"reference {wrong['reference']}\n"
+        )
 
 
 if __name__ == "__main__":

@@ -83,8 +83,17 @@ def two_model_loop(model, prompts, tau: float):
 
 
 def generate(model, prompts):
-    return model.generate(prompts, do_sample=True, top_k=0, top_p=1.0, temperature=1.0, max_new_tokens=NEW,
-                          min_new_tokens=NEW, pad_token_id=0, eos_token_id=None)  # fmt: skip
+    return model.generate(
+        prompts,
+        do_sample=True,
+        top_k=0,
+        top_p=1.0,
+        temperature=1.0,
+        max_new_tokens=NEW,
+        min_new_tokens=NEW,
+        pad_token_id=0,
+        eos_token_id=None,
+    )
 
 
 def occupancy(sampler, runs: int) -> list[dict]:
@@ -121,12 +130,25 @@ def occupancy(sampler, runs: int) -> list[dict]:
     print(f"lengths: mean {np.mean(lengths):.0f}; 10%, 50%, 90%, 100%: {quantiles}", flush=True)
     ratios = sorted(w / i for w, i in zip(walls, ideals, strict=True))
     return [
-        {"name": "live share of decoded slots, long tail", "ours": share, "peer": 1.0, "unit": "share", "ratio": share,
-         "low": share, "high": share},
-        {"name": "wall time / (tokens x time a token), long tail", "ours": statistics.median(walls),
-         "peer": statistics.median(ideals), "unit": "s", "ratio": statistics.median(ratios), "low": ratios[0],
-         "high": ratios[-1]},
-    ]  # fmt: skip
+        {
+            "name": "live share of decoded slots, long tail",
+            "ours": share,
+            "peer": 1.0,
+            "unit": "share",
+            "ratio": share,
+            "low": share,
+            "high": share,
+        },
+        {
+            "name": "wall time / (tokens x time a token), long tail",
+            "ours": statistics.median(walls),
+            "peer": statistics.median(ideals),
+            "unit": "s",
+            "ratio": statistics.median(ratios),
+            "low": ratios[0],
+            "high": ratios[-1],
+        },
+    ]
 
 
 def cache_memory(params, cfg, mesh) -> dict:
@@ -148,8 +170,15 @@ def cache_memory(params, cfg, mesh) -> dict:
     shared = argument_bytes(grid) * 32 / grid.slots
     repeated = argument_bytes(decode.Grid(1, 32, 1, 1, 1024, 256, grid.chunk))
     share = shared / repeated
-    return {"name": "shared / repeated prompt cache, n=32, 1024+256", "ours": shared / 2**20, "peer": repeated / 2**20,
-            "unit": "MiB", "ratio": share, "low": share, "high": share}  # fmt: skip
+    return {
+        "name": "shared / repeated prompt cache, n=32, 1024+256",
+        "ours": shared / 2**20,
+        "peer": repeated / 2**20,
+        "unit": "MiB",
+        "ratio": share,
+        "low": share,
+        "high": share,
+    }
 
 
 if __name__ == "__main__":

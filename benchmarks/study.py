@@ -34,27 +34,56 @@ CONFIGS = {"methods": "microworld_methods", "ablations": "microworld_study"}
 COLD = {"nll": "methods", "dail": "methods", "nll_100": "ablations"}  # arms evaluated at lower temperatures, too
 TEMPERATURES = ("0.5", "0")
 PARTS = (*CONFIGS, "temperature")
-METHODS = {"base": "untrained", "sft": "SFT on experts", "nll": "NLL on traces", "star": "STaR", "grpo": "GRPO",
-           "nurl": "NuRL hints", "onpolicy": "on-policy self-distillation", "dail": "DAIL"}  # fmt: skip
+METHODS = {
+    "base": "untrained",
+    "sft": "SFT on experts",
+    "nll": "NLL on traces",
+    "star": "STaR",
+    "grpo": "GRPO",
+    "nurl": "NuRL hints",
+    "onpolicy": "on-policy self-distillation",
+    "dail": "DAIL",
+}
 ABLATIONS = {
     "gamma": {"dail, gamma 0": "gamma_0", "0.1": "dail", "0.3": "gamma_0.3", "0.6": "gamma_0.6"},
     "KL": {"reverse, gamma 0": "gamma_0", "forward, gamma 0": "forward"},
     "length": {"6 epochs": "dail", "12 epochs": "long"},
-    "rollouts": {"mixed, tau 0.5": "tau_0.5", "mixed, tau 0.8": "dail", "direct, tau 1": "tau_1",
-                 "mixed, gamma 0": "gamma_0", "direct, gamma 0": "tau_1_gamma_0", "mixed, NLL": "nll",
-                 "direct, NLL": "tau_1_nll"},
-    "solutions, DAIL": {"25": "dail_25", "50": "dail_50", "100": "dail_100", "200": "dail_200", "400": "dail_400",
-                        "800": "dail"},
+    "rollouts": {
+        "mixed, tau 0.5": "tau_0.5",
+        "mixed, tau 0.8": "dail",
+        "direct, tau 1": "tau_1",
+        "mixed, gamma 0": "gamma_0",
+        "direct, gamma 0": "tau_1_gamma_0",
+        "mixed, NLL": "nll",
+        "direct, NLL": "tau_1_nll",
+    },
+    "solutions, DAIL": {
+        "25": "dail_25",
+        "50": "dail_50",
+        "100": "dail_100",
+        "200": "dail_200",
+        "400": "dail_400",
+        "800": "dail",
+    },
     "solutions, NLL": {"25": "nll_25", "100": "nll_100", "400": "nll_400", "800": "nll"},
-    "temperature": {f"{label}, {t}": arm if t == "1" else f"{arm}_t{t}"
-                    for arm, label in {"dail": "DAIL", "nll": "NLL", "nll_100": "NLL, 100 solutions"}.items()
-                    for t in ("1", *TEMPERATURES)},
-}  # fmt: skip
+    "temperature": {
+        f"{label}, {t}": arm if t == "1" else f"{arm}_t{t}"
+        for arm, label in {"dail": "DAIL", "nll": "NLL", "nll_100": "NLL, 100 solutions"}.items()
+        for t in ("1", *TEMPERATURES)
+    },
+}
 COLUMNS = {
-    "hard@1": "hard pass@1", "hard@8": "pass@8", "hard@32": "pass@32", "unlearned": "operators unlearned, of 8",
-    "shortcuts": "shortcut steps", "tokens": "tokens", "known@1": "known pass@1", "chain@1": "chain pass@1",
-    "trained@1": "training set pass@1", "trained@32": "pass@32",
-}  # fmt: skip
+    "hard@1": "hard pass@1",
+    "hard@8": "pass@8",
+    "hard@32": "pass@32",
+    "unlearned": "operators unlearned, of 8",
+    "shortcuts": "shortcut steps",
+    "tokens": "tokens",
+    "known@1": "known pass@1",
+    "chain@1": "chain pass@1",
+    "trained@1": "training set pass@1",
+    "trained@32": "pass@32",
+}
 PLAIN = ("unlearned", "tokens")  # the other columns are shares
 
 
@@ -213,8 +242,18 @@ def plot(measured: dict[str, dict[str, list[float]]], docs: Path) -> None:
                     points = [(x, *interval(measured[arm][column])) for x, arm in arms.items() if arm in measured]
                     if points:
                         x, y, half = zip(*points, strict=True)
-                        ax.errorbar(x, y, half, label=f"{method}, {label}", color=colour, linestyle=dash, marker="o",
-                                    markersize=3.5, capsize=2, linewidth=1.3)  # fmt: skip
+                        ax.errorbar(
+                            x,
+                            y,
+                            half,
+                            label=f"{method}, {label}",
+                            color=colour,
+                            linestyle=dash,
+                            marker="o",
+                            markersize=3.5,
+                            capsize=2,
+                            linewidth=1.3,
+                        )
             if title == "expert solutions":
                 ax.set_xscale("log", base=2)
                 ax.set_xticks((25, 50, 100, 200, 400, 800), ("25", "50", "100", "200", "400", "800"))

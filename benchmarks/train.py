@@ -114,8 +114,15 @@ def loss_memory(recipe, params) -> dict:
         return compiled.memory_analysis().temp_size_in_bytes / 1e6
 
     ours, peer = megabytes(chunked), megabytes(naive)
-    return dict(name="loss temporaries, 4 x 1,024 tokens", ours=ours, peer=peer, unit="MB", ratio=peer / ours,
-                low=peer / ours, high=peer / ours)  # fmt: skip
+    return dict(
+        name="loss temporaries, 4 x 1,024 tokens",
+        ours=ours,
+        peer=peer,
+        unit="MB",
+        ratio=peer / ours,
+        low=peer / ours,
+        high=peer / ours,
+    )
 
 
 class Peer:

@@ -147,8 +147,15 @@ class Filters(Section):
 
     correct: bool = False  # drop traces whose boxed answer is wrong (needs an answer)
     finished: bool = False  # drop traces that were cut at max_tokens
-    artefacts: tuple[str, ...] = ("reference solution", "provided solution", "given solution", "solution provided",
-                                  "solution above", "the expert", "the hint")  # fmt: skip
+    artefacts: tuple[str, ...] = (
+        "reference solution",
+        "provided solution",
+        "given solution",
+        "solution provided",
+        "solution above",
+        "the expert",
+        "the hint",
+    )
     max_repetition: Fraction = 0.5  # drop when more than this share of 8-grams are repeats
     min_tokens: Count = 1
     keep: Count | Literal["all"] = 1  # traces a problem
@@ -161,8 +168,14 @@ class Lora(Section):
     rank: Count = 32
     alpha: Positive = 32.0
     targets: tuple[Literal["q", "k", "v", "o", "gate", "up", "down"], ...] = (
-        "q", "k", "v", "o", "gate", "up", "down",
-    )  # fmt: skip
+        "q",
+        "k",
+        "v",
+        "o",
+        "gate",
+        "up",
+        "down",
+    )
 
     @model_validator(mode="after")
     def _some(self):

@@ -39,8 +39,12 @@ def parser() -> argparse.ArgumentParser:
     stages = top.add_subparsers(dest="stage", required=True, metavar="STAGE")
     for name, words in STAGES.items():
         sub = stages.add_parser(name, help=words, description=words)
-        sub.add_argument("--config", required=name not in ("env", "compare"), action="append",
-                         help="a YAML file, see configs/; more are laid over it")  # fmt: skip
+        sub.add_argument(
+            "--config",
+            required=name not in ("env", "compare"),
+            action="append",
+            help="a YAML file, see configs/; more are laid over it",
+        )
         sub.add_argument("--trace", action="store_true", help="show a traceback with errors")
         sub.add_argument(
             "--distributed", action="store_true", help="several processes, found by JAX itself (TPU, SLURM)"
@@ -86,11 +90,15 @@ def main(argv: list[str] | None = None) -> int:
     os.environ.setdefault("HF_HUB_OFFLINE", "1")  # models and tokenizers are folders
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     if args.stage == "compile" and args.topology != "gpu":  # no device is looked for, and libtpu's lock is not taken
-        os.environ.update(JAX_PLATFORMS="cpu", TPU_SKIP_MDS_QUERY="1", ALLOW_MULTIPLE_LIBTPU_LOAD="1",
-                          TPU_WORKER_HOSTNAMES="localhost")  # fmt: skip
+        os.environ.update(
+            JAX_PLATFORMS="cpu",
+            TPU_SKIP_MDS_QUERY="1",
+            ALLOW_MULTIPLE_LIBTPU_LOAD="1",
+            TPU_WORKER_HOSTNAMES="localhost",
+        )
 
     from dail_jax.errors import UserError
-    from dail_jax.metrics import say
+    from dail_jax.metrics import log
     from dail_jax.rundir import Interrupted
 
     try:
@@ -115,7 +123,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return _leave(several, 2)
     except Interrupted as stopped:
-        say(str(stopped))
+        log(str(stopped))
         return 0
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

@@ -84,16 +84,19 @@ def constrain(x: jax.Array, axes: str) -> jax.Array:
 
 def fitting(mesh: jax.sharding.AbstractMesh, axes: str, shape: tuple[int, ...]) -> PartitionSpec:
     """`spec(axes)`, with the axes that do not divide left whole."""
-    return PartitionSpec(*(RULES.get(a) if size % axis_size(mesh, a) == 0 else None
-                           for a, size in zip(axes, shape, strict=True)))  # fmt: skip
+    return PartitionSpec(
+        *(RULES.get(a) if size % axis_size(mesh, a) == 0 else None for a, size in zip(axes, shape, strict=True))
+    )
 
 
 def check_rows(mesh: jax.sharding.Mesh, count: int) -> None:
     """Raises UserError if `count` batch rows do not divide among the devices."""
     parts = axis_size(mesh, "b")
     if count % parts:
-        raise UserError(f"got {count} rows a step, want a multiple of the {parts} devices along data and fsdp",
-                        field="train.batch_size")  # fmt: skip
+        raise UserError(
+            f"got {count} rows a step, want a multiple of the {parts} devices along data and fsdp",
+            field="train.batch_size",
+        )
 
 
 def local_rows(mesh: jax.sharding.Mesh, count: int) -> np.ndarray:

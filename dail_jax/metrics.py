@@ -21,7 +21,7 @@ from dail_jax.errors import UserError
 console = Console(highlight=False, width=None if sys.stdout.isatty() else 120)
 
 
-def say(text: str) -> None:
+def log(text: str) -> None:
     """A line for the person who is watching; from the first process only."""
     if jax.process_index() == 0:
         console.print(text, soft_wrap=True, markup=False)
@@ -107,7 +107,13 @@ def progress(label: str, total: int, unit: str, done: int = 0) -> Iterator[Bar]:
     if jax.process_index() != 0 or not sys.stdout.isatty():
         yield Bar(None, label, total, unit, done)
         return
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
-               TimeRemainingColumn(), TextColumn("{task.fields[note]}"))  # fmt: skip
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[note]}"),
+    )
     with Progress(*columns, console=console) as shown:
         yield Bar(shown, label, total, unit, done)

@@ -27,10 +27,22 @@ import jax
 from dail_jax import config as config_lib
 from dail_jax import mesh as mesh_lib
 from dail_jax.errors import UserError
-from dail_jax.metrics import say
+from dail_jax.metrics import log
 
-PACKAGES = ("jax", "jaxlib", "libtpu", "flax", "optax", "orbax-checkpoint", "grain", "transformers", "tokenizers",
-            "safetensors", "math-verify", "numpy")  # fmt: skip
+PACKAGES = (
+    "jax",
+    "jaxlib",
+    "libtpu",
+    "flax",
+    "optax",
+    "orbax-checkpoint",
+    "grain",
+    "transformers",
+    "tokenizers",
+    "safetensors",
+    "math-verify",
+    "numpy",
+)
 
 # The sections that decide what a stage writes. `mesh` is not among them: other devices give the same traces,
 # and losses that agree to rounding.
@@ -96,7 +108,7 @@ class Journal:
         sync_folder(self.path.parent)
         if size != len(data):
             self.file.truncate(size)
-            say(f"{self.path}: dropped a torn last line; its work is done again")
+            log(f"{self.path}: dropped a torn last line; its work is done again")
         return len(self.rows)
 
     def _parse(self, data: bytes) -> list[dict]:
@@ -105,8 +117,9 @@ class Journal:
             try:
                 rows.append(json.loads(line))
             except ValueError:
-                raise UserError("got a damaged line, want JSON: delete the file to make it anew",
-                                file=self.path, row=number) from None  # fmt: skip
+                raise UserError(
+                    "got a damaged line, want JSON: delete the file to make it anew", file=self.path, row=number
+                ) from None
         return rows
 
     def append(self, *rows: dict) -> None:
@@ -128,8 +141,12 @@ def provenance() -> dict[str, Any]:
             versions[name] = importlib.metadata.version(name)
     try:
         here = Path(__file__).parent
-        revision = subprocess.run(["git", "-C", here, "describe", "--always", "--dirty", "--abbrev=12"],
-                                  capture_output=True, text=True, timeout=10).stdout.strip()  # fmt: skip
+        revision = subprocess.run(
+            ["git", "-C", here, "describe", "--always", "--dirty", "--abbrev=12"],
+            capture_output=True,
+            text=True,
+            timeout=10,
+        ).stdout.strip()
     except (OSError, subprocess.TimeoutExpired):
         revision = ""
     return {
@@ -223,15 +240,18 @@ class RunDir:
         if record is not None:
             changes = _differences({k: record[k] for k in wanted}, wanted)
             if changes:
-                raise UserError(f"stage {name!r} was started with another configuration: {'; '.join(changes[:5])}. "
-                                "Use another run_dir, or delete this one", file=self.path)  # fmt: skip
+                raise UserError(
+                    f"stage {name!r} was started with another configuration: {'; '.join(changes[:5])}. "
+                    "Use another run_dir, or delete this one",
+                    file=self.path,
+                )
             if "finished" in record:
                 return True
         now = provenance()
         place = {key: now[key] for key in ("platform", "device_kind", "devices", "xla_flags")}
         if record is not None and record.get("place") != place:
             changes = "; ".join(_differences(record.get("place"), place))
-            say(f"{name}: resumed elsewhere ({changes}): results agree to rounding, not bit for bit")
+            log(f"{name}: resumed elsewhere ({changes}): results agree to rounding, not bit for bit")
         manifest["stages"][name] = {**wanted, "place": place, "started": _now()}
         manifest.update(seed=self.config.seed, **now)
         self._save(manifest)

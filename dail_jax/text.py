@@ -49,8 +49,9 @@ class Tokenizer:
         """
         template = self.template
         if template is None:
-            raise UserError("got no chat template, want one in tokenizer_config.json or chat_template.jinja",
-                            file=self.folder)  # fmt: skip
+            raise UserError(
+                "got no chat template, want one in tokenizer_config.json or chat_template.jinja", file=self.folder
+            )
         try:
             text = self.hf.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True, **FIXED)
         except (jinja2.TemplateError, ArithmeticError, LookupError, TypeError, ValueError, RecursionError) as error:
@@ -85,8 +86,12 @@ class Tokenizer:
         return int(next((i for i in (self.hf.pad_token_id, self.hf.eos_token_id) if i is not None), 0))
 
     def _broken(self, line: int | None, problem: str) -> UserError:
-        return UserError(f"got a chat template that fails: {problem}", file=self.folder,
-                         row=f"line {line}" if line else None, field="chat_template")  # fmt: skip
+        return UserError(
+            f"got a chat template that fails: {problem}",
+            file=self.folder,
+            row=f"line {line}" if line else None,
+            field="chat_template",
+        )
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:
@@ -265,8 +270,9 @@ def _try_template(template: str, settings: str) -> tuple[int | None, str | None]
     """(line, problem) of a first run under limits, (None, None) where it went well. Once a template."""
     task = json.dumps({"template": template, "settings": {**json.loads(settings), **FIXED}})
     try:
-        done = subprocess.run([sys.executable, "-I", "-c", _TRIAL], input=task, capture_output=True, text=True,
-                              timeout=120)  # fmt: skip
+        done = subprocess.run(
+            [sys.executable, "-I", "-c", _TRIAL], input=task, capture_output=True, text=True, timeout=120
+        )
         line, problem = json.loads(done.stdout)
     except subprocess.TimeoutExpired:
         return None, "it did not end within 2 minutes"

@@ -63,10 +63,18 @@ def test_peft_loads_the_adapter_with_equal_logits(model, lora, one_device, tmp_p
     assert close(expected(loaded, tokens, positions), want, positions >= 0) < 1e-4
 
 
-@pytest.mark.parametrize(("field", "value", "words"), [
-    ("r", 4, "shape"), ("target_modules", ["q_proj"], "superfluous"), ("target_modules", ["qkv"], "qkv"),
-    ("use_dora", True, "use_dora"), ("peft_type", "IA3", "LoRA"), ("bias", "all", "all"), ("r", 0, "positive"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("field", "value", "words"),
+    [
+        ("r", 4, "shape"),
+        ("target_modules", ["q_proj"], "superfluous"),
+        ("target_modules", ["qkv"], "qkv"),
+        ("use_dora", True, "use_dora"),
+        ("peft_type", "IA3", "LoRA"),
+        ("bias", "all", "all"),
+        ("r", 0, "positive"),
+    ],
+)
 def test_adapters_that_do_not_fit_are_refused(model, lora, one_device, tmp_path, field, value, words):
     peft.save(tmp_path / "a", lora, model[3], LORA, "base")
     file = tmp_path / "a" / "adapter_config.json"
@@ -141,9 +149,14 @@ DAMAGE = {
     "lfs": (lambda p: p.write_text("version https://git-lfs.github.com/spec/v1\noid 1"), "not downloaded"),
     "page": (lambda p: p.write_text("<!doctype html>"), "not downloaded"),
     "pickle": (lambda p: p.rename(p.with_name("pytorch_model.bin")), "pickle"),
-    "index": (lambda p: p.rename(p.with_name("x.safetensors")) and p.with_name(hf.INDEX).write_text(
-        json.dumps({"weight_map": {"model.norm.weight": "../x.safetensors"}})), "plain name"),
-}  # fmt: skip
+    "index": (
+        lambda p: (
+            p.rename(p.with_name("x.safetensors"))
+            and p.with_name(hf.INDEX).write_text(json.dumps({"weight_map": {"model.norm.weight": "../x.safetensors"}}))
+        ),
+        "plain name",
+    ),
+}
 
 
 @pytest.mark.parametrize("kind", DAMAGE)

@@ -72,8 +72,10 @@ def test_select_keeps_what_is_never_solved(tmp_path, one, capsys):
 
 def test_combinations_are_named_by_what_differs():
     got = experiment.combinations(["train.gamma=0,0.1", "generate.tau=0.8"])
-    assert got == {"gamma=0,tau=0.8": {"train.gamma": 0, "generate.tau": 0.8},
-                   "gamma=0.1,tau=0.8": {"train.gamma": 0.1, "generate.tau": 0.8}}  # fmt: skip
+    assert got == {
+        "gamma=0,tau=0.8": {"train.gamma": 0, "generate.tau": 0.8},
+        "gamma=0.1,tau=0.8": {"train.gamma": 0.1, "generate.tau": 0.8},
+    }
     assert list(experiment.combinations(["train.kl=reverse,forward"])) == ["kl=reverse", "kl=forward"]
     same = experiment.combinations(["generate.samples=1", "evaluate.samples=2"])  # one last part for two keys
     assert list(same) == ["generate.samples=1,evaluate.samples=2"]
@@ -86,8 +88,9 @@ def test_combinations_are_named_by_what_differs():
 
 
 def test_sweep_runs_and_tabulates_every_value(tmp_path, one, pipeline, capsys):
-    path = tiny.write(tmp_path / "r", traces=str(pipeline / "traces.jsonl"), train__epochs=1, evaluate__samples=2,
-                      arms={"other": {}})  # fmt: skip
+    path = tiny.write(
+        tmp_path / "r", traces=str(pipeline / "traces.jsonl"), train__epochs=1, evaluate__samples=2, arms={"other": {}}
+    )
     assert tiny.run("sweep", path, "--over", "train.gamma=0,0.3") == 0
     folders = [tmp_path / "r" / f"gamma={value}" for value in (0, 0.3)]
     assert [config_lib.load(f / "config.yaml").train.gamma for f in folders] == [0, 0.3]
@@ -100,8 +103,13 @@ def test_sweep_runs_and_tabulates_every_value(tmp_path, one, pipeline, capsys):
 
 
 def test_arms_share_traces_where_they_are_made_alike(tmp_path):
-    arms = {"nll": {"train.objective": "nll"}, "tau": {"generate.tau": 1}, "star": {"train.objective": "star"},
-            "grpo": {"train.objective": "grpo"}, "nurl": {"train.objective": "nurl"}}  # fmt: skip
+    arms = {
+        "nll": {"train.objective": "nll"},
+        "tau": {"generate.tau": 1},
+        "star": {"train.objective": "star"},
+        "grpo": {"train.objective": "grpo"},
+        "nurl": {"train.objective": "nurl"},
+    }
     config = config_lib.load(tiny.write(tmp_path / "r", arms=arms))
     shared = str(tmp_path / "r" / "traces.jsonl")
     got = {name: experiment.arm(config, name).traces for name in arms}

@@ -31,12 +31,10 @@ BAD = {
     "train: {gama: 0.2}": "c.yaml:train.gama: unknown key; did you mean 'gamma'?",
     "train: {lora: {rnk: 3}}": "c.yaml:train.lora.rnk: unknown key; did you mean 'rank'?",
     "gamm: 1": "c.yaml:gamm: unknown key; did you mean 'train.gamma'?",
-    "evaluate: {benchmarks: [{name: a, rows: {pth: x}}]}":
-        "c.yaml:evaluate.benchmarks.0.rows.pth: unknown key; did you mean 'path'?",
+    "evaluate: {benchmarks: [{name: a, rows: {pth: x}}]}": "c.yaml:evaluate.benchmarks.0.rows.pth: unknown key; did you mean 'path'?",
     # duplicates
     "seed: 1\nseed: 2": 'c.yaml:4: not valid YAML: found duplicate key "seed" with value "2" (original value: "1")',
-    "train: {gamma: 0.1, gamma: 0.2}":
-        'c.yaml:3: not valid YAML: found duplicate key "gamma" with value "0.2" (original value: "0.1")',
+    "train: {gamma: 0.1, gamma: 0.2}": 'c.yaml:3: not valid YAML: found duplicate key "gamma" with value "0.2" (original value: "0.1")',
     # numbers that make no sense
     "train: {gamma: .nan}": "c.yaml:train.gamma: got nan, want a finite number",
     "train: {gamma: nan}": "c.yaml:train.gamma: got 'nan', want a finite number",
@@ -49,16 +47,13 @@ BAD = {
     "generate: {tau: 1.5}": "c.yaml:generate.tau: got 1.5, want less than or equal to 1",
     "seed: true": "c.yaml:seed: got True, want a number",
     "seed: -1": "c.yaml:seed: got -1, want greater than or equal to 0",
-    "train: {objective: dial}":
-        "c.yaml:train.objective: got 'dial', want 'dail', 'nll', 'sft', 'star', 'grpo', 'nurl', 'onpolicy' or "
-        "'none'",
+    "train: {objective: dial}": "c.yaml:train.objective: got 'dial', want 'dail', 'nll', 'sft', 'star', 'grpo', 'nurl', 'onpolicy' or "
+    "'none'",
     "prompts: {opening: 3}": "c.yaml:prompts.opening: got 3, want a valid string",
     # keys that do not go together
     "train: {gamma: 1}": "c.yaml:train: gamma must be below 1: the objective is unbounded otherwise",
-    "train: {objective: grpo, online: {problems: 3, group: 4}}":
-        "c.yaml:train: online.problems * online.group must be a multiple of batch_size",
-    "train: {objective: nurl, online: {sampling: {top_p: 0.9}}}":
-        "c.yaml:train: nurl wants plain online.sampling: temperature 1 and no truncation",
+    "train: {objective: grpo, online: {problems: 3, group: 4}}": "c.yaml:train: online.problems * online.group must be a multiple of batch_size",
+    "train: {objective: nurl, online: {sampling: {top_p: 0.9}}}": "c.yaml:train: nurl wants plain online.sampling: temperature 1 and no truncation",
     "train: {batch_size: 10, accumulate: 4}": "c.yaml:train: batch_size must be a multiple of accumulate",
     "evaluate: {samples: 4, ks: [1, 8]}": "c.yaml:evaluate: ks must not exceed samples (4)",
     "evaluate: {budgets: [9999]}": "c.yaml:evaluate: budgets must not exceed sampling.max_tokens (4096)",
@@ -70,15 +65,14 @@ BAD = {
     "1: 2": "c.yaml:1: got 1, want strings",
     "arms: {'a/b': {}}": "c.yaml:arms.a/b: got 'a/b', want pattern '^[A-Za-z0-9_.,=-]+$'",
     # YAML that nobody needs
-    "seed: !!python/object/apply:os.system ['true']":
-        "c.yaml:3: got the YAML tag tag:yaml.org,2002:python/object/apply:os.system, want plain values",
+    "seed: !!python/object/apply:os.system ['true']": "c.yaml:3: got the YAML tag tag:yaml.org,2002:python/object/apply:os.system, want plain values",
     "seed: !!int '3'": "c.yaml:3: got the YAML tag tag:yaml.org,2002:int, want plain values",
     "arms: &a {b: *a}": "c.yaml:3: got a YAML alias, want plain values",
     "train:\n\tepochs: 1": "c.yaml:4: not valid YAML: found character '\\t' that cannot start any token",
     "seed: [1": "c.yaml:4: not valid YAML: expected ',' or ']', but got '<stream end>'",
     "---\nb: 1": "c.yaml:3: not valid YAML: but found another document",
     "seed: \0": "c.yaml: not valid YAML: unacceptable character #x0000: special characters are not allowed",
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("text", BAD)
@@ -86,14 +80,17 @@ def test_bad_keys_and_values(tmp_path, text):
     assert complaint(tmp_path, f"{BASE}{text}\n") == BAD[text]
 
 
-@pytest.mark.parametrize(("text", "want"), {
-    "": "c.yaml: got an empty file, want a mapping of keys",
-    "# nothing\n": "c.yaml: got an empty file, want a mapping of keys",
-    "- a\n- b\n": "c.yaml: got a list, want a mapping of keys",
-    "words\n": "c.yaml: got a str, want a mapping of keys",
-    "run_dir: r\n": "c.yaml:model: missing, and it has no default",
-    "run_dir: r\nmodel: {pth: m}\n": "c.yaml:model.pth: unknown key; did you mean 'path'?",
-}.items())  # fmt: skip
+@pytest.mark.parametrize(
+    ("text", "want"),
+    {
+        "": "c.yaml: got an empty file, want a mapping of keys",
+        "# nothing\n": "c.yaml: got an empty file, want a mapping of keys",
+        "- a\n- b\n": "c.yaml: got a list, want a mapping of keys",
+        "words\n": "c.yaml: got a str, want a mapping of keys",
+        "run_dir: r\n": "c.yaml:model: missing, and it has no default",
+        "run_dir: r\nmodel: {pth: m}\n": "c.yaml:model.pth: unknown key; did you mean 'path'?",
+    }.items(),
+)
 def test_files_that_are_no_configuration(tmp_path, text, want):
     assert complaint(tmp_path, text) == want
 
@@ -123,8 +120,15 @@ def test_numbers_are_numbers(tmp_path):
 
 
 def test_overrides(tmp_path):
-    got = load(tmp_path, BASE, "train.optimizer.learning_rate=1e-5", "model.path=a=b", "train.lora.targets=[q, v]",
-               "evaluate.benchmarks=[{name: x, rows: {path: y}}]", "evaluate.benchmarks.0.rows.limit=3")  # fmt: skip
+    got = load(
+        tmp_path,
+        BASE,
+        "train.optimizer.learning_rate=1e-5",
+        "model.path=a=b",
+        "train.lora.targets=[q, v]",
+        "evaluate.benchmarks=[{name: x, rows: {path: y}}]",
+        "evaluate.benchmarks.0.rows.limit=3",
+    )
     assert got.train.optimizer.learning_rate == 1e-5 and got.model.path == "a=b"
     assert got.train.lora.targets == ("q", "v")
     assert got.evaluate.benchmarks[0].rows.limit == 3

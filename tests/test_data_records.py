@@ -24,8 +24,9 @@ GOOD = [
 
 
 def write(path, *lines):
-    data = b"".join((line if isinstance(line, bytes) else json.dumps(line, ensure_ascii=False).encode()) + b"\n"
-                    for line in lines)  # fmt: skip
+    data = b"".join(
+        (line if isinstance(line, bytes) else json.dumps(line, ensure_ascii=False).encode()) + b"\n" for line in lines
+    )
     path.write_bytes(data)
     return config.Rows(path=str(path))
 
@@ -123,8 +124,14 @@ def table(path, **columns):
 
 def test_parquet_equals_json_lines(tmp_path):
     texts = [f"problem {i} \u2028 é" for i in range(50)]
-    cfg = table(tmp_path / "r.parquet", problem_id=[str(i) for i in range(50)], problem=texts, solution=texts,
-                answer=[None, *range(1, 50)], when=pa.array([0] * 50, pa.timestamp("s")))  # fmt: skip
+    cfg = table(
+        tmp_path / "r.parquet",
+        problem_id=[str(i) for i in range(50)],
+        problem=texts,
+        solution=texts,
+        answer=[None, *range(1, 50)],
+        when=pa.array([0] * 50, pa.timestamp("s")),
+    )
     lines = [{"problem_id": str(i), "problem": t, "solution": t, "answer": i or None} for i, t in enumerate(texts)]
     assert dataset_hash(read_rows(cfg)) == dataset_hash(read_rows(write(tmp_path / "r.jsonl", *lines)))
     assert len(read_rows(cfg.model_copy(update={"limit": 20}))) == 20
@@ -150,8 +157,11 @@ def test_exploding_parquet(tmp_path):
 
 
 def test_damaged_parquet(tmp_path):
-    pq.write_table(pa.table({"problem": [f"p{i}" * 50 for i in range(99)], "solution": ["s"] * 99}),
-                   tmp_path / "r.parquet", write_page_checksum=True)  # fmt: skip
+    pq.write_table(
+        pa.table({"problem": [f"p{i}" * 50 for i in range(99)], "solution": ["s"] * 99}),
+        tmp_path / "r.parquet",
+        write_page_checksum=True,
+    )
     whole = (tmp_path / "r.parquet").read_bytes()
     cfg = config.Rows(path=str(tmp_path / "d.parquet"))
     rng = random.Random(0)

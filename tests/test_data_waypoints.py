@@ -113,21 +113,33 @@ def test_text_finds_spans_without_symbols():
         (r"Therefore the distance is $a^2 + b^2 = \boxed{026}$.", "26", []),
         (r"Therefore the distance is \[a^2 + b^2 = 26.\]", "26", []),
         (r"Thus the sum is $3+4 = 7 \implies 26$. Hence it equals $\boxed{26}$ by symmetry.", "26", []),
-        (r"Thus we have $\frac{(n+1)!}{n!} = 5.5, 6$ and more.", "9",
-         [r"we have $\frac{(n+1)!}{n!} = 5.5, 6$ and more"]),
+        (
+            r"Thus we have $\frac{(n+1)!}{n!} = 5.5, 6$ and more.",
+            "9",
+            [r"we have $\frac{(n+1)!}{n!} = 5.5, 6$ and more"],
+        ),
         (r"Hence $f(x. y) = \sqrt{2}$; that is all.", "9", [r"$f(x. y) = \sqrt{2}$"]),
-        (r"Thus the area is \begin{align*} K &= 3 \\ &= x, \\ y &= 2. \end{align*}", "9",
-         ["the area is $K = 3 = x, y = 2$"]),
-        (r"Hence it is \frac{1}{2} of \textbf{all the area} (see the figure", "9",
-         [r"it is \frac{1}{2} of all the area"]),
+        (
+            r"Thus the area is \begin{align*} K &= 3 \\ &= x, \\ y &= 2. \end{align*}",
+            "9",
+            ["the area is $K = 3 = x, y = 2$"],
+        ),
+        (
+            r"Hence it is \frac{1}{2} of \textbf{all the area} (see the figure",
+            "9",
+            [r"it is \frac{1}{2} of all the area"],
+        ),
         (r"Thus the point ($P$ is on it) lies inside) the circle.", "9", ["the point ($P$ is on it) lies inside"]),
         (r"\begin{itemize}\item $\sqrt{2} \mathrm{frac}$ \end{itemize}", "9", []),
-        ("There were 3 of them in 2019, the army; 45, received 35,000 men and 5.5 km/h or 40% less.", "9",
-         ["35,000 men", "5.5 km/h", "40%"]),
+        (
+            "There were 3 of them in 2019, the army; 45, received 35,000 men and 5.5 km/h or 40% less.",
+            "9",
+            ["35,000 men", "5.5 km/h", "40%"],
+        ),
         (r"Thus $m-n = 1000 \equiv 7 \pmod{1000}$.", "7", []),
         ("Thus the speed is 19.8 m/s.", r"19.8\text{ m/s}", []),
     ],
-)  # fmt: skip
+)
 def test_text_keeps_formulas_whole_and_the_final_answer_out(solution, answer, want):
     assert found(solution, answer=answer, extractor="text") == want
 
@@ -144,21 +156,56 @@ def test_file_limit_and_unknown_names():
 
 
 EQUAL = [
-    (r"\frac{1}{2}", "0.5"), (r"\dfrac12", r"\frac{2}{4}"), ("007", "7"), ("10,000", "10{,}000"), ("2x+1", "1+2x"),
-    (r"2\sqrt{8}", r"4\sqrt2"), (r"\frac{1}{\sqrt{2}}", r"\frac{\sqrt 2}{2}"), (r"\sqrt{63^2+84^2}", "105"),
-    (r"\frac{\sqrt6+\sqrt2}{4}", r"\frac14\left(\sqrt 2+\sqrt 6\right)"), (r"{40 \choose 2}", "780"), ("5!", "120"),
-    (r"75^\circ", r"75^{\circ}"), (r"(\frac{2}{4}, 3)", r"\left(\frac12,3\right)"), (r"2 \times 3", r"2\cdot3"),
-    ("(a+b)^2", "a^2+2ab+b^2"), ("3²", "9"), ("2¹⁰", "2^{10}"), ("10²³", "10^{23}"), ("x⁻²", "x^{-2}"),
-    (".25", "0.25"), (r"\sqrt[3]{8}", "2"), (r"\sqrt[4]{\frac{16}{81}}", r"\frac23"), ("8^{2/3}", "4"),
+    (r"\frac{1}{2}", "0.5"),
+    (r"\dfrac12", r"\frac{2}{4}"),
+    ("007", "7"),
+    ("10,000", "10{,}000"),
+    ("2x+1", "1+2x"),
+    (r"2\sqrt{8}", r"4\sqrt2"),
+    (r"\frac{1}{\sqrt{2}}", r"\frac{\sqrt 2}{2}"),
+    (r"\sqrt{63^2+84^2}", "105"),
+    (r"\frac{\sqrt6+\sqrt2}{4}", r"\frac14\left(\sqrt 2+\sqrt 6\right)"),
+    (r"{40 \choose 2}", "780"),
+    ("5!", "120"),
+    (r"75^\circ", r"75^{\circ}"),
+    (r"(\frac{2}{4}, 3)", r"\left(\frac12,3\right)"),
+    (r"2 \times 3", r"2\cdot3"),
+    ("(a+b)^2", "a^2+2ab+b^2"),
+    ("3²", "9"),
+    ("2¹⁰", "2^{10}"),
+    ("10²³", "10^{23}"),
+    ("x⁻²", "x^{-2}"),
+    (".25", "0.25"),
+    (r"\sqrt[3]{8}", "2"),
+    (r"\sqrt[4]{\frac{16}{81}}", r"\frac23"),
+    ("8^{2/3}", "4"),
     (r"3\,000", "3000"),
-    (r"\frac{1}{\sqrt2+1}", r"\sqrt2-1"), (r"\frac{1}{\sqrt5-\sqrt3}", r"\frac{\sqrt5+\sqrt3}{2}"),
-    (r"\mathbf{42}", "42"), (r"2{ \cdot}3", "6"), ("10,\\!000", "10000"), (" 5.", "5"),
-]  # fmt: skip
+    (r"\frac{1}{\sqrt2+1}", r"\sqrt2-1"),
+    (r"\frac{1}{\sqrt5-\sqrt3}", r"\frac{\sqrt5+\sqrt3}{2}"),
+    (r"\mathbf{42}", "42"),
+    (r"2{ \cdot}3", "6"),
+    ("10,\\!000", "10000"),
+    (" 5.", "5"),
+]
 DIFFERENT = [
-    (r"\frac{1}{2}", r"\frac{1}{3}"), ("12", "1 2"), ("1,2", "12"), ("x^2", "2x"), ("5", r"5^\circ"), ("a_1", "a_2"),
-    (r"\sqrt{2}", "1.414"), (r"2\frac12", "1"), ("AB", "ABC"), ("30", r"30\%"), (r"\sin 2", "2"), ("(1,2)", "(2,1)"),
-    (".25", "25"), (".6", "6"), (r"\sqrt[3]{9}", "2"), (r"\sqrt[0]{5}", "5"), (r"\frac{1}{x+1}", "x-1"),
-]  # fmt: skip
+    (r"\frac{1}{2}", r"\frac{1}{3}"),
+    ("12", "1 2"),
+    ("1,2", "12"),
+    ("x^2", "2x"),
+    ("5", r"5^\circ"),
+    ("a_1", "a_2"),
+    (r"\sqrt{2}", "1.414"),
+    (r"2\frac12", "1"),
+    ("AB", "ABC"),
+    ("30", r"30\%"),
+    (r"\sin 2", "2"),
+    ("(1,2)", "(2,1)"),
+    (".25", "25"),
+    (".6", "6"),
+    (r"\sqrt[3]{9}", "2"),
+    (r"\sqrt[0]{5}", "5"),
+    (r"\frac{1}{x+1}", "x-1"),
+]
 
 
 def test_exact_comparison():
@@ -263,13 +310,40 @@ def test_prices_are_prose():
 
 
 def test_hostile_texts_end_soon():
-    texts = ["9^{9^{9^9}}", "(" * 50_000, "{" * 50_000, r"\boxed{" * 5000, "=" * 50_000, "$a=1$" * 5000, "1+" * 50_000,
-             "[asy]" * 9000, r"\[ " * 30_000, "$" + "1+" * 30_000 + "$", "10," * 20_000, r"\text{" * 9000, "1" * 99_999,
-             r"\frac{" * 3000, "**a" * 20_000, "the total of " * 3000, "$9^{200}^{200}^{200}$", "$1000000000!$",
-             r"\sqrt{10000000000000000000000000000000001}", "a. " * 20_000, "²" * 50_000, "1 1/" * 9000, "5,6" * 9000,
-             r"\begin{array}{l}" * 6000,
-             "$" + "a&" * 30_000 + "$", "$" + "(mod " * 9000 + "$", r"\text{(mod " * 9000, "Thus $a$ (" * 5000,
-             "$" + "{" * 30_000 + "$", "**$x$" * 9000, r"\a{" * 20_000, r"\frac{1}{1}" * 9000]  # fmt: skip
+    texts = [
+        "9^{9^{9^9}}",
+        "(" * 50_000,
+        "{" * 50_000,
+        r"\boxed{" * 5000,
+        "=" * 50_000,
+        "$a=1$" * 5000,
+        "1+" * 50_000,
+        "[asy]" * 9000,
+        r"\[ " * 30_000,
+        "$" + "1+" * 30_000 + "$",
+        "10," * 20_000,
+        r"\text{" * 9000,
+        "1" * 99_999,
+        r"\frac{" * 3000,
+        "**a" * 20_000,
+        "the total of " * 3000,
+        "$9^{200}^{200}^{200}$",
+        "$1000000000!$",
+        r"\sqrt{10000000000000000000000000000000001}",
+        "a. " * 20_000,
+        "²" * 50_000,
+        "1 1/" * 9000,
+        "5,6" * 9000,
+        r"\begin{array}{l}" * 6000,
+        "$" + "a&" * 30_000 + "$",
+        "$" + "(mod " * 9000 + "$",
+        r"\text{(mod " * 9000,
+        "Thus $a$ (" * 5000,
+        "$" + "{" * 30_000 + "$",
+        "**$x$" * 9000,
+        r"\a{" * 20_000,
+        r"\frac{1}{1}" * 9000,
+    ]
     for text in texts:
         for name in ("reference", "math", "text"):
             start = time.monotonic()

@@ -150,11 +150,16 @@ def test_extract_from_a_forced_answer():
 def test_extract_is_linear():
     """A megabyte each; a quadratic scan would take minutes."""
     started = time.process_time()
-    hostile = (r"\boxed{" * 150_000, "{" * 10**6, "answer is " + "7" * 10**6 + ".5", "answer:" + " " * 10**6 + "x",
-               "answer:\\" + "a" * 10**6, *(rf"\boxed{{{s}x}}" for s in ("0" * 10**6, "1 " * 500_000, "1," * 500_000)),
-               *(rf"\boxed{{{s * 200_000}}}" for s in (" ~", "a ", "- ", "\\,", "(1", "$", "\\text", "\\\\", "A.")),
-               *("answer" + s * 100_000 for s in (" ", "\n", "is ", " answer is ", ": 1=", ": \\a", ": A, ", "A. or "))
-               )  # fmt: skip
+    hostile = (
+        r"\boxed{" * 150_000,
+        "{" * 10**6,
+        "answer is " + "7" * 10**6 + ".5",
+        "answer:" + " " * 10**6 + "x",
+        "answer:\\" + "a" * 10**6,
+        *(rf"\boxed{{{s}x}}" for s in ("0" * 10**6, "1 " * 500_000, "1," * 500_000)),
+        *(rf"\boxed{{{s * 200_000}}}" for s in (" ~", "a ", "- ", "\\,", "(1", "$", "\\text", "\\\\", "A.")),
+        *("answer" + s * 100_000 for s in (" ", "\n", "is ", " answer is ", ": 1=", ": \\a", ": A, ", "A. or ")),
+    )
     for text in hostile:
         for kind in ("math", "integer", "choice"):
             answer = extract(text, kind)
@@ -164,37 +169,102 @@ def test_extract_is_linear():
 
 
 EQUAL = [  # gold, prediction; those of the first group need no worker
-    ("465", " 465 "), ("7", "007"), ("0", "-0"), ("10,000", "10000"), ("10000", r"10{,}000"), ("10000", "10 000"),
-    ("5", "5."), ("5", "5.0"), ("-5", "\u22125"), ("5", "$5$"), ("5", r"\$5"), ("5", r"\text{5}"),
-    (r"\frac{1}{2}", r"\dfrac{1}{2}"), ("(1,2)", r"\left( 1, 2 \right)"), (r"3\pi", r"3 \, \pi"),
-    ("155 465", "155 465"), ("155 465", "(155, 465)"), ("155 065", "155 65"),
+    ("465", " 465 "),
+    ("7", "007"),
+    ("0", "-0"),
+    ("10,000", "10000"),
+    ("10000", r"10{,}000"),
+    ("10000", "10 000"),
+    ("5", "5."),
+    ("5", "5.0"),
+    ("-5", "\u22125"),
+    ("5", "$5$"),
+    ("5", r"\$5"),
+    ("5", r"\text{5}"),
+    (r"\frac{1}{2}", r"\dfrac{1}{2}"),
+    ("(1,2)", r"\left( 1, 2 \right)"),
+    (r"3\pi", r"3 \, \pi"),
+    ("155 465", "155 465"),
+    ("155 465", "(155, 465)"),
+    ("155 065", "155 65"),
     (r"\begin{pmatrix}1 & 2\\ 3 & 4\end{pmatrix}", r"\begin{pmatrix}1&2\\[4pt]3&4\end{pmatrix}"),
-    ("1/\u221e", r"1/\infty"), (r"\sqrt{10}", "\u221a10"), (r"\frac{1}{2}", "\u00bd"), ("42", r"\approx 42"),
-    ("42", "\u224842"), (r"\emptyset", r"\varnothing"), (r"1,\ldots,9", r"1, \dots, 9"), (r"1,\ldots,9", "1,...,9"),
-    ("101_2", r"(101)_{2}"), ("101", "101_{10}"),
-    (r"\text{Yes}", "yes"), ("even", r"\text{Even}"), (r"\text{All primes}", "all primes"), ("A", r"\mathrm{A}"),
-]  # fmt: skip
+    ("1/\u221e", r"1/\infty"),
+    (r"\sqrt{10}", "\u221a10"),
+    (r"\frac{1}{2}", "\u00bd"),
+    ("42", r"\approx 42"),
+    ("42", "\u224842"),
+    (r"\emptyset", r"\varnothing"),
+    (r"1,\ldots,9", r"1, \dots, 9"),
+    (r"1,\ldots,9", "1,...,9"),
+    ("101_2", r"(101)_{2}"),
+    ("101", "101_{10}"),
+    (r"\text{Yes}", "yes"),
+    ("even", r"\text{Even}"),
+    (r"\text{All primes}", "all primes"),
+    ("A", r"\mathrm{A}"),
+]
 EQUAL_BY_ALGEBRA = [
-    ("1/2", "0.5"), (r"\frac12", r"\frac{1}{2}"), (r"\sqrt{8}", r"2\sqrt2"), ("x^2+2x+1", "(x+1)^2"),
+    ("1/2", "0.5"),
+    (r"\frac12", r"\frac{1}{2}"),
+    (r"\sqrt{8}", r"2\sqrt2"),
+    ("x^2+2x+1", "(x+1)^2"),
     ("204", "x = 204"),
-    (r"\frac{\sqrt{3}}{2}", r"\frac{3}{2\sqrt 3}"), (r"\binom{10}{3}", "120"), (r"90^\circ", "90"), ("1,2,3", "3,2,1"),
-    (r"x \in \{1,2\}", "1,2"), ("f(x)=2x+1", "2x+1"), ("5", r"5 \text{ apples}"), ("1+2i", "2i+1"),
+    (r"\frac{\sqrt{3}}{2}", r"\frac{3}{2\sqrt 3}"),
+    (r"\binom{10}{3}", "120"),
+    (r"90^\circ", "90"),
+    ("1,2,3", "3,2,1"),
+    (r"x \in \{1,2\}", "1,2"),
+    ("f(x)=2x+1", "2x+1"),
+    ("5", r"5 \text{ apples}"),
+    ("1+2i", "2i+1"),
     ("465", r"\boxed{465}"),
-    ("60", "60\u00b0"), ("2000", "2e3"), ("-1500", "-1.5E+3"), (r"\frac{1}{3}", r"0.\overline{3}"),
-    (r"-\frac{61}{30}", r"-2.0\overline{3}"), (r"\cos 60^\circ", r"\frac12"), (r"\cos 70^{\circ}", r"\sin(20^\circ)"),
-    (r"(2,\infty)", "x>2"), ("(0,1)", "0<x<1"), (r"(-\infty, 5]", r"x\le 5"), ("x>2", r"(2,\infty)"),
-    (r"5 \text{ cm}", r"5\,\mathrm{cm}"), (r"5 \text{ m}", r"5 \text{ meters}"), (r"5 \text{ cm}", "5"), ("AB", "BA"),
-    (r"\begin{pmatrix}1&2\\3&4\end{pmatrix}", r"\begin{bmatrix}1&2\\3&4\end{bmatrix}"), (r"\frac{1}{3}", "0.333333"),
-]  # fmt: skip
+    ("60", "60\u00b0"),
+    ("2000", "2e3"),
+    ("-1500", "-1.5E+3"),
+    (r"\frac{1}{3}", r"0.\overline{3}"),
+    (r"-\frac{61}{30}", r"-2.0\overline{3}"),
+    (r"\cos 60^\circ", r"\frac12"),
+    (r"\cos 70^{\circ}", r"\sin(20^\circ)"),
+    (r"(2,\infty)", "x>2"),
+    ("(0,1)", "0<x<1"),
+    (r"(-\infty, 5]", r"x\le 5"),
+    ("x>2", r"(2,\infty)"),
+    (r"5 \text{ cm}", r"5\,\mathrm{cm}"),
+    (r"5 \text{ m}", r"5 \text{ meters}"),
+    (r"5 \text{ cm}", "5"),
+    ("AB", "BA"),
+    (r"\begin{pmatrix}1&2\\3&4\end{pmatrix}", r"\begin{bmatrix}1&2\\3&4\end{bmatrix}"),
+    (r"\frac{1}{3}", "0.333333"),
+]
 DIFFERENT = [
-    ("465", "456"), ("465", "-465"), ("465", "4 65"), ("155 465", "465 155"), ("155 465", "620"), ("155 465", "155465"),
-    ("155 465", r"\frac{1240}{2}"), ("yes", "no"), ("even", "veen"), ("9" * 900, "9" * 901), ("10000", "10 0 0 0"),
-]  # fmt: skip
+    ("465", "456"),
+    ("465", "-465"),
+    ("465", "4 65"),
+    ("155 465", "465 155"),
+    ("155 465", "620"),
+    ("155 465", "155465"),
+    ("155 465", r"\frac{1240}{2}"),
+    ("yes", "no"),
+    ("even", "veen"),
+    ("9" * 900, "9" * 901),
+    ("10000", "10 0 0 0"),
+]
 DIFFERENT_BY_ALGEBRA = [
-    (r"\frac{1}{2}", r"\frac{1}{3}"), ("(1,2)", "(2,1)"), ("[0,1)", "(0,1)"), ("465", r"465 \text{ and } 466"),
-    (r"\frac{1}{3}", "0.33"), ("x+1", "x+2"), (r"\{1,2\}", "1"), ("2^{10}", "1023"), ("1", r"\frac{1}{2}"),
-    ("(1,2)", "1<x<3"), ("(0,1)", r"0<x\le 1"), ("5", "x>5"), (r"\cos 60^\circ", r"\cos 60"), ("2e3", "2"),
-]  # fmt: skip
+    (r"\frac{1}{2}", r"\frac{1}{3}"),
+    ("(1,2)", "(2,1)"),
+    ("[0,1)", "(0,1)"),
+    ("465", r"465 \text{ and } 466"),
+    (r"\frac{1}{3}", "0.33"),
+    ("x+1", "x+2"),
+    (r"\{1,2\}", "1"),
+    ("2^{10}", "1023"),
+    ("1", r"\frac{1}{2}"),
+    ("(1,2)", "1<x<3"),
+    ("(0,1)", r"0<x\le 1"),
+    ("5", "x>5"),
+    (r"\cos 60^\circ", r"\cos 60"),
+    ("2e3", "2"),
+]
 
 
 @pytest.mark.parametrize(
@@ -280,8 +350,18 @@ def test_check_gold(grader):
         ("C", "choice"),
         ("(c)", "choice"),
     ]
-    bad = [("", "math"), (r"\frac{1}{", "math"), ("x=", "math"), (r"\text{}", "math"), ("{" * 99, "math"),
-           ("x" * 2001, "math"), ("2^3", "integer"), ("", "integer"), ("Dog", "choice"), ("", "choice")]  # fmt: skip
+    bad = [
+        ("", "math"),
+        (r"\frac{1}{", "math"),
+        ("x=", "math"),
+        (r"\text{}", "math"),
+        ("{" * 99, "math"),
+        ("x" * 2001, "math"),
+        ("2^3", "integer"),
+        ("", "integer"),
+        ("Dog", "choice"),
+        ("", "choice"),
+    ]
     assert [grader.check_gold(*item) for item in good] == [None] * len(good)
     for item in bad:
         assert (grader.check_gold(*item) or "").startswith("got "), item
@@ -312,8 +392,11 @@ def test_hostile_answers_are_refused_at_a_look(grader):
 def test_a_frozen_worker_is_killed_and_the_next_answer_is_right():
     """Past the first look, with eight workers whatever the cores: the kernel counts each one's CPU seconds."""
     freezing = ["(10^{10})!", "10^{10^{10}}", r"\binom{10^9}{10^8}", r"\sum_{k=1}^{10^9} \frac{1}{k}", "(x+1)^{5000}"]
-    items = [(prediction, gold, "math") for i, answer in enumerate(freezing)
-             for prediction, gold in ((answer, "x^2"), (f"x+{i}", f"{i}+x"), (f"x+{i}", "x-1"))]  # fmt: skip
+    items = [
+        (prediction, gold, "math")
+        for i, answer in enumerate(freezing)
+        for prediction, gold in ((answer, "x^2"), (f"x+{i}", f"{i}+x"), (f"x+{i}", "x-1"))
+    ]
     with Grader(workers=8, limits=Limits(cpu_seconds=1)) as grader:
         started = time.monotonic()
         verdicts = grader.grade_many(items)

@@ -44,8 +44,12 @@ def test_pass_at_k_refuses(n, c, k, message):
 
 def test_powers_of_two():
     assert [passk.powers_of_two(n) for n in (1, 2, 7, 8, 128)] == [
-        [1], [1, 2], [1, 2, 4], [1, 2, 4, 8], [1, 2, 4, 8, 16, 32, 64, 128],
-    ]  # fmt: skip
+        [1],
+        [1, 2],
+        [1, 2, 4],
+        [1, 2, 4, 8],
+        [1, 2, 4, 8, 16, 32, 64, 128],
+    ]
 
 
 def test_bootstrap():

@@ -14,21 +14,35 @@ from dail_jax.evaluate import protocol
 CFG = config.Evaluate.model_validate(
     {
         "benchmarks": [{"name": "hard", "rows": {"path": "h"}}, {"name": "chain", "rows": {"path": "c"}}],
-        "samples": 4, "budgets": [8, 64], "bootstrap": 200, "sampling": {"max_tokens": 64},
+        "samples": 4,
+        "budgets": [8, 64],
+        "bootstrap": 200,
+        "sampling": {"max_tokens": 64},
     }
-)  # fmt: skip
+)
 
 
 def rows(right: dict[str, int], benchmark: str, budget: int) -> list[dict]:
     """Four samples a problem, the first `right[problem]` of them right; 8 means forced, sample i has 5 + i tokens."""
     return [
-        {"benchmark": benchmark, "problem_id": problem, "sample": i, "budget": budget, "tokens": 5 + i,
-         "forced_tokens": 3 if budget == 8 and i == 3 else 0, "text": "", "forced_text": "",
-         "answer": "1" if i < 3 else None, "gold": "1", "correct": i < c,
-         "reason": "equal" if i < c else "different" if i < 3 else "no answer",
-         "finish": "forced" if budget == 8 and i == 3 else "stop"}
-        for problem, c in right.items() for i in range(4)
-    ]  # fmt: skip
+        {
+            "benchmark": benchmark,
+            "problem_id": problem,
+            "sample": i,
+            "budget": budget,
+            "tokens": 5 + i,
+            "forced_tokens": 3 if budget == 8 and i == 3 else 0,
+            "text": "",
+            "forced_text": "",
+            "answer": "1" if i < 3 else None,
+            "gold": "1",
+            "correct": i < c,
+            "reason": "equal" if i < c else "different" if i < 3 else "no answer",
+            "finish": "forced" if budget == 8 and i == 3 else "stop",
+        }
+        for problem, c in right.items()
+        for i in range(4)
+    ]
 
 
 @pytest.fixture
@@ -89,8 +103,10 @@ def test_differences_are_paired(results):
 
 
 def test_grading_again_is_by_texts_alone():
-    samples = [{**row, "text": f"\\boxed{{{row['sample']}}}", "forced_text": None, "answer": "old", "correct": None}
-               for row in rows({"a": 1}, "hard", 64)]  # fmt: skip
+    samples = [
+        {**row, "text": f"\\boxed{{{row['sample']}}}", "forced_text": None, "answer": "old", "correct": None}
+        for row in rows({"a": 1}, "hard", 64)
+    ]
     graded = protocol.grade(samples, CFG.benchmarks, "think")
     assert [(r["answer"], r["correct"]) for r in graded] == [("0", False), ("1", True), ("2", False), ("3", False)]
     with pytest.raises(UserError, match=r"samples.jsonl: got samples of 'odd', want one of hard, chain"):

@@ -33,9 +33,18 @@ def world(tmp_path_factory, programs):
     # (prompts are padded to a common length: each length class is a program to compile)
     root = tmp_path_factory.mktemp("evaluate")
     torch.manual_seed(3)
-    cfg = transformers.Qwen3Config(vocab_size=260, hidden_size=24, intermediate_size=40, num_hidden_layers=1,
-                                   num_attention_heads=3, num_key_value_heads=1, head_dim=8, eos_token_id=None,
-                                   max_position_embeddings=256, tie_word_embeddings=False)  # fmt: skip
+    cfg = transformers.Qwen3Config(
+        vocab_size=260,
+        hidden_size=24,
+        intermediate_size=40,
+        num_hidden_layers=1,
+        num_attention_heads=3,
+        num_key_value_heads=1,
+        head_dim=8,
+        eos_token_id=None,
+        max_position_embeddings=256,
+        tie_word_embeddings=False,
+    )
     transformers.Qwen3ForCausalLM(cfg).save_pretrained(root / "model")
     byte_tokenizer(root / "model")
     (root / "t.txt").write_text("{{problem}}\n{{choices}}")
@@ -54,13 +63,20 @@ def world(tmp_path_factory, programs):
         "model": {"path": str(root / "model"), "dtype": "float32"},
         "prompts": {"student": str(root / "plain.txt"), "opening": "<think>\n"},
         "train": {"objective": "none"},
-        "evaluate": {"samples": SAMPLES, "slots": 64, "bootstrap": 20, "budgets": list(BUDGETS),
-                     "force": {"text": "</think>\\boxed{", "max_tokens": 3},
-                     "sampling": {"temperature": 0.6, "top_p": 0.95, "presence_penalty": 1.5, "max_tokens": 16},
-                     "benchmarks": [{"name": "sums", "rows": {"path": sums}},
-                                    {"name": "proofs", "answer": "none", "rows": {"path": proofs}},
-                                    {"from": str(root / "quiz.yaml"), "rows": {"path": quiz}}]},
-    }  # fmt: skip
+        "evaluate": {
+            "samples": SAMPLES,
+            "slots": 64,
+            "bootstrap": 20,
+            "budgets": list(BUDGETS),
+            "force": {"text": "</think>\\boxed{", "max_tokens": 3},
+            "sampling": {"temperature": 0.6, "top_p": 0.95, "presence_penalty": 1.5, "max_tokens": 16},
+            "benchmarks": [
+                {"name": "sums", "rows": {"path": sums}},
+                {"name": "proofs", "answer": "none", "rows": {"path": proofs}},
+                {"from": str(root / "quiz.yaml"), "rows": {"path": quiz}},
+            ],
+        },
+    }
 
     def run(name, **changes):
         path = root / f"{name}.yaml"
@@ -186,8 +202,9 @@ def test_the_files_have_the_documented_keys(long_run):
 def test_grade_again_needs_no_model(world, long_run, capsys):
     run = world[0] / "again"
     run.mkdir()
-    cfg = config_lib.with_overrides(config_lib.load(long_run / "config.yaml"),
-                                    {"run_dir": str(run), "model.path": "nowhere"}, "test")  # fmt: skip
+    cfg = config_lib.with_overrides(
+        config_lib.load(long_run / "config.yaml"), {"run_dir": str(run), "model.path": "nowhere"}, "test"
+    )
     (world[0] / "again.yaml").write_text(config_lib.dump(cfg))
     rows = tiny.lines(long_run / "samples.jsonl")
     dump(run / "samples.jsonl", rows)
@@ -218,11 +235,13 @@ def test_grade_again_needs_no_model(world, long_run, capsys):
     )
     assert count == 1 + sum(c for c, _ in before["benchmarks"]["sums"]["16"]["per_problem"].values())
     whole = (run / "samples.jsonl").read_bytes()
-    for damaged, message in ((whole[:-20], f":{len(rows)}: got a torn last line, want the whole file"),
-                             (whole[:-1], f":{len(rows)}: got a torn last line, want the whole file"),
-                             (whole.replace(b'"gold":', b'"god":', 1), ":1:gold: missing"),
-                             (b"[]\n" + whole, ":1: got damaged content, want a JSON object"),
-                             (b"", ": got an empty file, want samples")):  # fmt: skip
+    for damaged, message in (
+        (whole[:-20], f":{len(rows)}: got a torn last line, want the whole file"),
+        (whole[:-1], f":{len(rows)}: got a torn last line, want the whole file"),
+        (whole.replace(b'"gold":', b'"god":', 1), ":1:gold: missing"),
+        (b"[]\n" + whole, ":1: got damaged content, want a JSON object"),
+        (b"", ": got an empty file, want samples"),
+    ):
         (run / "samples.jsonl").write_bytes(damaged)
         assert tiny.run("grade", world[0] / "again.yaml") == 2
         assert capsys.readouterr().err.startswith(f"error: {run / 'samples.jsonl'}{message}")

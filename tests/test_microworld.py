@@ -279,8 +279,9 @@ def test_data_sets(sets):
         kind, operator, _ = row["problem_id"].split("-")
         name, steps = parse_problem(row["problem"])
         assert (name == operator) if kind != "chain" else (f"{len(steps)}steps" == operator)
-        problem = world.Problem(name, steps or (world.HARD | world.KNOWN)[name],
-                                *(int(v) for v in re.findall(r"=(\d{3})", row["problem"])))  # fmt: skip
+        problem = world.Problem(
+            name, steps or (world.HARD | world.KNOWN)[name], *(int(v) for v in re.findall(r"=(\d{3})", row["problem"]))
+        )
         assert verify.judge(world.trace(problem), row["problem"], row["solution"]).sound
         assert row["solution"].endswith(f"; \\boxed{{{row['answer']}}}")
 

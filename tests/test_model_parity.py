@@ -13,10 +13,24 @@ from dail_jax.checkpoint import hf
 from dail_jax.errors import UserError
 from dail_jax.model import attention, families, transformer, weights
 
-SIZES = dict(vocab_size=62, hidden_size=24, intermediate_size=40, num_hidden_layers=3, num_attention_heads=6,
-             num_key_value_heads=2, max_position_embeddings=256, rms_norm_eps=1e-5)  # fmt: skip
-LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-          "original_max_position_embeddings": 32, "rope_theta": 500.0}  # fmt: skip
+SIZES = dict(
+    vocab_size=62,
+    hidden_size=24,
+    intermediate_size=40,
+    num_hidden_layers=3,
+    num_attention_heads=6,
+    num_key_value_heads=2,
+    max_position_embeddings=256,
+    rms_norm_eps=1e-5,
+)
+LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+    "rope_theta": 500.0,
+}
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32, "rope_theta": 10000.0}
 CASES = {
     "qwen2": ("Qwen2", dict(tie_word_embeddings=True)),
@@ -98,8 +112,12 @@ def test_prefill_and_decode_equal_the_full_forward(pair):
     flat = lambda x: x.swapaxes(0, 1).reshape(1, cfg.K, 22, cfg.H)  # noqa: E731
     owner = np.where(pad_positions >= 0, np.arange(2)[:, None], -1).reshape(1, 22)
     rows = np.array([0, 1, 1, 0], np.int32)
-    cache = cache.replace(prompt_k=tuple(map(flat, ks)), prompt_v=tuple(map(flat, vs)),
-                          prompt_owner=jnp.asarray(owner), row_prompt=jnp.asarray(rows))  # fmt: skip
+    cache = cache.replace(
+        prompt_k=tuple(map(flat, ks)),
+        prompt_v=tuple(map(flat, vs)),
+        prompt_owner=jnp.asarray(owner),
+        row_prompt=jnp.asarray(rows),
+    )
     theirs = expected(model, both, np.tile(positions, (2, 1)))
     ours = transformer.unembed(params, hidden)[:, -1]
     assert np.abs(ours - theirs[:, prompt - 1]).max() / np.abs(theirs).max() < 1e-4

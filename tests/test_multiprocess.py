@@ -17,8 +17,10 @@ def start(stage, path, programs, *more):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         at = f"127.0.0.1:{free.getsockname()[1]}"
-    return [tiny.start(stage, path, programs, "--coordinator", at, "--processes", "2", "--process-id", str(i), *more)
-            for i in range(2)]  # fmt: skip
+    return [
+        tiny.start(stage, path, programs, "--coordinator", at, "--processes", "2", "--process-id", str(i), *more)
+        for i in range(2)
+    ]
 
 
 @contextlib.contextmanager
@@ -64,8 +66,13 @@ def test_two_processes_train_as_one(tmp_path, pipeline, programs):
     np.testing.assert_allclose(got, want, rtol=1e-5)
 
     env = {**tiny.environment(programs), "PYTHON": sys.executable, "LOGS": str(tmp_path)}  # as people start it
-    done = subprocess.run([tiny.ROOT / "launch" / "local.sh", "2", "export", "--config", path], env=env, text=True,
-                          capture_output=True, timeout=300)  # fmt: skip
+    done = subprocess.run(
+        [tiny.ROOT / "launch" / "local.sh", "2", "export", "--config", path],
+        env=env,
+        text=True,
+        capture_output=True,
+        timeout=300,
+    )
     assert done.returncode == 0 and "export: wrote" in done.stdout, done
     assert (tmp_path / "process-1.log").exists() and "Traceback" not in (tmp_path / "process-1.log").read_text()
     from safetensors.numpy import load_file
@@ -99,8 +106,17 @@ def test_hosts_whose_rows_are_not_side_by_side(tmp_path, programs):
         free.bind(("127.0.0.1", 0))
         at = f"127.0.0.1:{free.getsockname()[1]}"
     env = {**tiny.environment(programs), "XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
-    processes = [subprocess.Popen([sys.executable, "-c", INTERLEAVED, at, str(i)], env=env, cwd=tiny.ROOT, text=True,
-                                  stdout=subprocess.PIPE, stderr=subprocess.PIPE) for i in range(2)]  # fmt: skip
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", INTERLEAVED, at, str(i)],
+            env=env,
+            cwd=tiny.ROOT,
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+        )
+        for i in range(2)
+    ]
     with ended(processes):
         found = [tiny.finish(process) for process in processes]
     assert [status for status, _, _ in found] == [7, 7], found

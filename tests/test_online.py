@@ -20,9 +20,15 @@ from dail_jax.train import objectives
 B, T, D, V = 3, 7, 12, 48
 HINT = str(tiny.ASSETS / "templates" / "hint.txt")
 # 2 rounds of 4 x 4 samples, 2 updates each
-SMALL = {"train__batch_size": 8, "train__epochs": 1, "train__bucket": 96, "train__save_every": 1, "prompts__hint": HINT,
-         "train__online": {"problems": 4, "group": 4, "slots": 16, "hint": "waypoints", "sampling": {"max_tokens": 96}},
-         "evaluate__samples": 2}  # fmt: skip
+SMALL = {
+    "train__batch_size": 8,
+    "train__epochs": 1,
+    "train__bucket": 96,
+    "train__save_every": 1,
+    "prompts__hint": HINT,
+    "train__online": {"problems": 4, "group": 4, "slots": 16, "hint": "waypoints", "sampling": {"max_tokens": 96}},
+    "evaluate__samples": 2,
+}
 
 
 @pytest.fixture(scope="module")
@@ -53,8 +59,12 @@ def data():
     hidden, unembed = draw(B, T, D), draw(V, D)
     targets = jnp.asarray(rng.integers(0, V, (B, T)), jnp.int32)
     now = jnp.take_along_axis(jax.nn.log_softmax(hidden @ unembed.T), targets[..., None], -1)[..., 0]
-    extras = {"targets": targets, "logq": now + 0.3 * draw(B, T), "advantage": draw(B, 1).repeat(T, 1),
-              "base": hidden + 0.5 * draw(B, T, D)}  # fmt: skip
+    extras = {
+        "targets": targets,
+        "logq": now + 0.3 * draw(B, T),
+        "advantage": draw(B, 1).repeat(T, 1),
+        "base": hidden + 0.5 * draw(B, T, D),
+    }
     return hidden, extras, jnp.asarray(rng.random((B, T)) < 0.7), unembed
 
 
@@ -162,8 +172,12 @@ def test_grpo_learns_what_is_rewarded(tmp_path, one, monkeypatch):
         return np.array([[float(len(s.tokens) < 72) for s in group] for group in groups])
 
     monkeypatch.setattr(online, "grade", brief)
-    changes = {"train__batch_size": 32, "train__epochs": 4, "train__bucket": 96,
-               "train__online": {"problems": 8, "group": 8, "slots": 64, "sampling": {"max_tokens": 96}}}  # fmt: skip
+    changes = {
+        "train__batch_size": 32,
+        "train__epochs": 4,
+        "train__bucket": 96,
+        "train__online": {"problems": 8, "group": 8, "slots": 64, "sampling": {"max_tokens": 96}},
+    }
     hard = {"path": str(tiny.ASSETS / "hard.jsonl"), "limit": 16}
     path = tiny.write(tmp_path / "r", train__objective="grpo", data=hard, **changes)
     assert tiny.run("train", path, "train.optimizer.learning_rate=1e-2") == 0
@@ -181,8 +195,13 @@ def test_nurl_draws_failed_groups_again_with_a_hint(tmp_path, one, rows):
 
 
 def test_hints_from_traces_are_how_they_begin(tmp_path, one, pipeline):
-    path = tiny.write(tmp_path / "r", train__objective="nurl", traces=str(pipeline / "traces.jsonl"), data__limit=3,
-                      train__online={"problems": 4, "group": 4, "hint_tokens": 10})  # fmt: skip
+    path = tiny.write(
+        tmp_path / "r",
+        train__objective="nurl",
+        traces=str(pipeline / "traces.jsonl"),
+        data__limit=3,
+        train__online={"problems": 4, "group": 4, "hint_tokens": 10},
+    )
     config = config_lib.load(path)
     assert config.train.reads_traces
     tokenizer = load_tokenizer(tiny.ASSETS / "model")

@@ -31,11 +31,19 @@ def dump(path: Path, rows: list) -> None:
 
 
 def config_of(folder: Path, arm: str) -> config_lib.Config:
-    tree = {"run_dir": str(folder), "model": {"path": "models/tiny"}, "data": {"path": "train.jsonl"},
-            "train": {"objective": {"base": "none"}.get(arm, arm)},
-            "evaluate": {"samples": SAMPLES, "budgets": list(BUDGETS), "sampling": {"max_tokens": 256},
-                         "bootstrap": 200, "benchmarks": [{"name": name, "rows": {"path": f"{name}.jsonl"}}
-                                                          for name in ("hard", "known")]}}  # fmt: skip
+    tree = {
+        "run_dir": str(folder),
+        "model": {"path": "models/tiny"},
+        "data": {"path": "train.jsonl"},
+        "train": {"objective": {"base": "none"}.get(arm, arm)},
+        "evaluate": {
+            "samples": SAMPLES,
+            "budgets": list(BUDGETS),
+            "sampling": {"max_tokens": 256},
+            "bootstrap": 200,
+            "benchmarks": [{"name": name, "rows": {"path": f"{name}.jsonl"}} for name in ("hard", "known")],
+        },
+    }
     return config_lib.build(tree, "test")
 
 
@@ -53,21 +61,40 @@ def make_run(folder: Path, arm: str, problems: int = PROBLEMS, steps: int = 60) 
                 for budget in BUDGETS:
                     cut = drawn > budget
                     right = bool(luck < skill * (0.4 if cut else 1.0))
-                    samples.append({
-                        "benchmark": benchmark, "problem_id": f"{benchmark}-{i:03}", "sample": j, "budget": budget,
-                        "tokens": min(drawn, budget), "forced_tokens": 4 * cut,
-                        "text": f"add 241 310 : 10=01 41=05 23=05 > 551 ; rev 551 > 155 ; \\boxed{{{j}}}" if j
-                        else HOSTILE,
-                        "forced_text": "465}" if cut else "", "answer": str(465 if right else j), "gold": "465",
-                        "correct": right,
-                        "reason": "equal" if right else "other value", "finish": "forced" if cut else "stop",
-                    })  # fmt: skip
+                    samples.append(
+                        {
+                            "benchmark": benchmark,
+                            "problem_id": f"{benchmark}-{i:03}",
+                            "sample": j,
+                            "budget": budget,
+                            "tokens": min(drawn, budget),
+                            "forced_tokens": 4 * cut,
+                            "text": f"add 241 310 : 10=01 41=05 23=05 > 551 ; rev 551 > 155 ; \\boxed{{{j}}}"
+                            if j
+                            else HOSTILE,
+                            "forced_text": "465}" if cut else "",
+                            "answer": str(465 if right else j),
+                            "gold": "465",
+                            "correct": right,
+                            "reason": "equal" if right else "other value",
+                            "finish": "forced" if cut else "stop",
+                        }
+                    )
     dump(folder / "samples.jsonl", samples)
     results = {**protocol.summarise(samples, cfg.evaluate, 0), "arm": arm, "objective": cfg.train.objective}
     (folder / "results.json").write_text(json.dumps(results))
-    (folder / "run.json").write_text(json.dumps({
-        "seed": 3407, "versions": {"jax": "0.10.0"}, "devices": 8, "device_kind": "TPU v5e", "platform": "tpu",
-        "stages": {"train": {"started": "2026-01-01T10:00:00Z", "finished": "2026-01-01T10:02:03Z"}}}))  # fmt: skip
+    (folder / "run.json").write_text(
+        json.dumps(
+            {
+                "seed": 3407,
+                "versions": {"jax": "0.10.0"},
+                "devices": 8,
+                "device_kind": "TPU v5e",
+                "platform": "tpu",
+                "stages": {"train": {"started": "2026-01-01T10:00:00Z", "finished": "2026-01-01T10:02:03Z"}},
+            }
+        )
+    )
     if arm != "base":
         rows = []
         for step in range(1, steps + 1):
@@ -96,26 +123,69 @@ def make_run(folder: Path, arm: str, problems: int = PROBLEMS, steps: int = 60) 
 
 def make_traces(path: Path, count: int = 40) -> Path:
     rng, rows = np.random.default_rng(7), []
-    pieces = ["add ", "2", "4", "1", " ", "3", "1", "0", " : ", "1", "0", "=", "0", "1", " > ", "5", "5", "1", " ; ",
-              "rev ", "5", "5", "1", " > ", "1", "5", "5", "\n", "</script>",
-              "\\boxed{", "4", "6", "5", "}"]  # fmt: skip
+    pieces = [
+        "add ",
+        "2",
+        "4",
+        "1",
+        " ",
+        "3",
+        "1",
+        "0",
+        " : ",
+        "1",
+        "0",
+        "=",
+        "0",
+        "1",
+        " > ",
+        "5",
+        "5",
+        "1",
+        " ; ",
+        "rev ",
+        "5",
+        "5",
+        "1",
+        " > ",
+        "1",
+        "5",
+        "5",
+        "\n",
+        "</script>",
+        "\\boxed{",
+        "4",
+        "6",
+        "5",
+        "}",
+    ]
     for i in range(count):
         text = (pieces * 2)[: len(pieces) + i % 20]
         by_student = rng.random(len(text)) < 0.75 + 0.2 * np.arange(len(text)) / len(text)
         student = np.where(by_student, -rng.exponential(0.1, len(text)), -rng.exponential(4, len(text)))
-        rows.append({"problem_id": f"p{i:03}", "row": i, "sample": 0, "response_ids": list(range(len(text))),
-                     "text": "".join(text) + " given solution" * (i == 3),
-                     "logq": [-0.01] * len(text), "log_student": student.round(5).tolist(),
-                     "log_privileged": [None, *(-rng.exponential(0.1, len(text) - 1)).round(5).tolist()],
-                     "writer": "".join("s" if s else "p" for s in by_student),
-                     "acceptance": round(float(by_student.mean()), 4),
-                     "finish": "length" if i % 10 == 9 else "stop",
-                     "drop": "artefact: the hint" if i % 8 == 0 else "repetition: 0.9" if i % 13 == 1 else None,
-                     "pieces": text})  # fmt: skip
+        rows.append(
+            {
+                "problem_id": f"p{i:03}",
+                "row": i,
+                "sample": 0,
+                "response_ids": list(range(len(text))),
+                "text": "".join(text) + " given solution" * (i == 3),
+                "logq": [-0.01] * len(text),
+                "log_student": student.round(5).tolist(),
+                "log_privileged": [None, *(-rng.exponential(0.1, len(text) - 1)).round(5).tolist()],
+                "writer": "".join("s" if s else "p" for s in by_student),
+                "acceptance": round(float(by_student.mean()), 4),
+                "finish": "length" if i % 10 == 9 else "stop",
+                "drop": "artefact: the hint" if i % 8 == 0 else "repetition: 0.9" if i % 13 == 1 else None,
+                "pieces": text,
+            }
+        )
     path.parent.mkdir(parents=True, exist_ok=True)
     dump(path, rows)
-    scores = [{"problem_id": r["problem_id"], "sample": 0, "log_ratio": rng.normal(0.3, 1.2, len(r["pieces"])).tolist()}
-              for r in rows]  # fmt: skip
+    scores = [
+        {"problem_id": r["problem_id"], "sample": 0, "log_ratio": rng.normal(0.3, 1.2, len(r["pieces"])).tolist()}
+        for r in rows
+    ]
     dump(path.parent / "token_scores.jsonl", scores)
     return path
 
@@ -297,17 +367,26 @@ def test_comparison_of_runs_that_lie_anywhere(tmp_path, capsys, monkeypatch):
     for i, place in enumerate(("one", "two")):
         run = make_run(tmp_path / place / "dail", "dail")
         make_traces(run / "traces.jsonl")
-        (run / "token_scores.jsonl").write_text("".join(
-            json.dumps({"problem_id": f"p{j:03}", "sample": 0, "log_ratio": [float(i)] * len(row["pieces"])}) + "\n"
-            for j, row in enumerate(map(json.loads, (run / "traces.jsonl").read_text().splitlines()))))  # fmt: skip
+        (run / "token_scores.jsonl").write_text(
+            "".join(
+                json.dumps({"problem_id": f"p{j:03}", "sample": 0, "log_ratio": [float(i)] * len(row["pieces"])}) + "\n"
+                for j, row in enumerate(map(json.loads, (run / "traces.jsonl").read_text().splitlines()))
+            )
+        )
     make_run(tmp_path / "base", "base")
     monkeypatch.setattr(plots, "write", lambda *_: [])  # slow, and tested below
     out = tmp_path / "comparison"
     runs = [str(tmp_path / name) for name in ("base", "one", "two/dail")]
     assert launch.main(["compare", *runs, "--out", str(out)]) == 0
     shown = " ".join(capsys.readouterr().out.split())
-    d = protocol.compare(*(json.loads((tmp_path / name / "results.json").read_text()) for name in ("base", "one/dail")),
-                         "hard", "256", 1, 0, diagnosis.RESAMPLES)  # fmt: skip
+    d = protocol.compare(
+        *(json.loads((tmp_path / name / "results.json").read_text()) for name in ("base", "one/dail")),
+        "hard",
+        "256",
+        1,
+        0,
+        diagnosis.RESAMPLES,
+    )
     assert f"hard (256): {tmp_path}/one/dail against {tmp_path}/base: pass@1 {100 * d.mean:+.1f} points" in shown
     assert {f.name for f in out.iterdir()} == {"report.html", "results.md", "results.tex"}
     data = Page((out / "report.html").read_text("utf-8")).data()
@@ -354,7 +433,7 @@ def second(line: str):
         ("results.json", lambda text: text.replace('"hard-000"', '"hard-001"', 1), ".64: got 2 in per_problem, want"),
         ("results.json", lambda text: text.replace('"8": ', '"9": ', 1), ".64: got pass@k for a larger k, want"),
     ],
-)  # fmt: skip
+)
 def test_damaged_files_are_refused_in_one_line(damaged, file, change, message, capsys):
     """With the file, its row and the field; by `report`, and by `compare`, which reads the same."""
     whole = (damaged / file).read_text()
@@ -377,8 +456,10 @@ def damaged(tmp_path_factory):
 
 def test_short_fields_of_samples_are_clipped(damaged):
     """An answer may be as long as a text: the page stays small."""
-    rows = [{**json.loads(line), "answer": "1" * 5000, "gold": "2" * 5000}
-            for line in (damaged / "samples.jsonl").read_text().splitlines()]  # fmt: skip
+    rows = [
+        {**json.loads(line), "answer": "1" * 5000, "gold": "2" * 5000}
+        for line in (damaged / "samples.jsonl").read_text().splitlines()
+    ]
     whole = (damaged / "samples.jsonl").read_text()
     dump(damaged / "samples.jsonl", rows)
     (run,), _ = collect.read({"dail": damaged})
@@ -392,10 +473,24 @@ def test_short_fields_of_samples_are_clipped(damaged):
 def test_traces_without_pieces_or_roles(tmp_path):
     run = tmp_path / "run"
     run.mkdir()
-    dump(run / "traces.jsonl", [{"problem_id": "a", "sample": 0, "response_ids": [1, 2], "text": HOSTILE,
-                                 "logq": [-0.5, float("-inf")], "log_student": None,
-                                 "log_privileged": [-0.5, None], "writer": "pp", "acceptance": 0.0,
-                                 "finish": "stop", "drop": None}])  # fmt: skip
+    dump(
+        run / "traces.jsonl",
+        [
+            {
+                "problem_id": "a",
+                "sample": 0,
+                "response_ids": [1, 2],
+                "text": HOSTILE,
+                "logq": [-0.5, float("-inf")],
+                "log_student": None,
+                "log_privileged": [-0.5, None],
+                "writer": "pp",
+                "acceptance": 0.0,
+                "finish": "stop",
+                "drop": None,
+            }
+        ],
+    )
     data = Page(page.write({"run": run}, tmp_path / "report.html", "t").read_text("utf-8")).data()
     (trace,) = data["traces"]
     assert (
@@ -473,8 +568,13 @@ def test_diagnosis_of_training_curves(tmp_path):
     assert not seen_in({"dail": run}).keys() & {"Loss spikes", "Excess not falling"}
     noise = 1 + np.random.default_rng(0).normal(size=(100, 2)) / 10
     noise[30, 0], noise[40, 0] = 50.0, float("nan")
-    dump(run / "metrics.jsonl", [{"stage": "train", "step": i, "time": 0, "loss": loss, "excess": excess}
-                                 for i, (loss, excess) in enumerate(noise.tolist())])  # fmt: skip
+    dump(
+        run / "metrics.jsonl",
+        [
+            {"stage": "train", "step": i, "time": 0, "loss": loss, "excess": excess}
+            for i, (loss, excess) in enumerate(noise.tolist())
+        ],
+    )
     found = seen_in({"dail": run})
     assert found["Loss spikes"] == "dail (gamma 0.1): 1 spikes at updates 30, 1 losses not finite, in 100 updates"
     assert found["Excess not falling"].startswith("dail (gamma 0.1): ")

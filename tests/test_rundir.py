@@ -31,8 +31,9 @@ with rundir.RunDir(config.build({"run_dir": sys.argv[1], "model": {"path": "m"}}
 
 def test_lock_names_the_other_process(tmp_path):
     env = {**os.environ, "JAX_PLATFORMS": "cpu"}
-    other = subprocess.Popen([sys.executable, "-c", HOLD, str(tmp_path)], env=env, text=True,
-                             stdin=subprocess.PIPE, stdout=subprocess.PIPE)  # fmt: skip
+    other = subprocess.Popen(
+        [sys.executable, "-c", HOLD, str(tmp_path)], env=env, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    )
     assert other.stdout is not None and other.stdout.readline() == "held\n"
     with pytest.raises(UserError) as error, rundir.RunDir(config(tmp_path)):
         pass
@@ -69,8 +70,9 @@ def test_stages_end_once_and_changes_are_refused(tmp_path):
         "Use another run_dir, or delete this one"
     )
     assert rundir._differences({"a": [1, 2, {"b": "x" * 99}]}, {"a": [1, 3]}) == [
-        "a.1: 2 -> 3", "a.2: {'b': '" + "x" * 50 + "... -> None"
-    ]  # fmt: skip
+        "a.1: 2 -> 3",
+        "a.2: {'b': '" + "x" * 50 + "... -> None",
+    ]
     # What a stage does not read may change; so may the devices.
     later = config(tmp_path, train__epochs=9, mesh__fsdp=2)
     with rundir.RunDir(later) as run, run.stage("generate", {"data": "aaa"}) as done:

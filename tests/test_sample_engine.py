@@ -14,8 +14,22 @@ from dail_jax import config as config_lib
 from dail_jax.model import families, transformer, weights
 from dail_jax.sample import decode, engine, mixture
 
-CFG = families.ModelConfig("qwen3", V=30, D=16, L=2, N=4, K=2, H=6, F=20, rope=families.Rope(10_000.0), norm_eps=1e-6,
-                           tied=True, qk_norm=True, qkv_bias=False, max_positions=512)  # fmt: skip
+CFG = families.ModelConfig(
+    "qwen3",
+    V=30,
+    D=16,
+    L=2,
+    N=4,
+    K=2,
+    H=6,
+    F=20,
+    rope=families.Rope(10_000.0),
+    norm_eps=1e-6,
+    tied=True,
+    qk_norm=True,
+    qkv_bias=False,
+    max_positions=512,
+)
 STOP = 3
 
 
@@ -45,10 +59,14 @@ def sampler(params, mesh, roles=2, slots=8, seed=7, tau=0.3, proposals=2, never=
 def requests(count=5, samples=3, roles=2, limit=24):
     rng = np.random.default_rng(0)
     return [
-        engine.Request(f"p{i}", tuple(tuple(rng.integers(6, 30, 4 + 9 * i + r).tolist()) for r in range(roles)),
-                       tuple(range(samples)), limit - i)
+        engine.Request(
+            f"p{i}",
+            tuple(tuple(rng.integers(6, 30, 4 + 9 * i + r).tolist()) for r in range(roles)),
+            tuple(range(samples)),
+            limit - i,
+        )
         for i in range(count)
-    ]  # fmt: skip
+    ]
 
 
 def collect(s, reqs):
@@ -168,8 +186,11 @@ def test_a_stop_token_inside_a_draft_ends_the_text(params, one_device):
     """Prompts are full of stop tokens, so drafts are, too; and what was drawn before weighs on what follows."""
     pattern = (6, 7, 8, STOP, 7, 6, 8, 8, STOP, 6, 6, 7, 7, STOP) * 3
     ask = [engine.Request(f"p{i}", (pattern, pattern), tuple(range(24)), 24) for i in range(2)]
-    kw = {"never": tuple(i for i in range(CFG.V) if i not in (6, 7, 8, STOP)), "temperature": 3.0,
-          "presence_penalty": 0.5}  # fmt: skip
+    kw = {
+        "never": tuple(i for i in range(CFG.V) if i not in (6, 7, 8, STOP)),
+        "temperature": 3.0,
+        "presence_penalty": 0.5,
+    }
     with jax.set_mesh(one_device):
         plain, drafted = sampler(params, one_device, **kw), sampler(params, one_device, draft=3, **kw)
         want, got = collect(plain, ask), collect(drafted, ask)
@@ -226,8 +247,10 @@ def test_slots_go_on_while_the_longest_samples_run(params, one_device):
 
 def test_one_role_draws_from_its_own_softmax(params, one_device):
     with jax.set_mesh(one_device):
-        out = collect(sampler(params, one_device, roles=1, top_p=1.0, temperature=1.0, presence_penalty=0.0, never=()),
-                      requests(2, 4, roles=1))  # fmt: skip
+        out = collect(
+            sampler(params, one_device, roles=1, top_p=1.0, temperature=1.0, presence_penalty=0.0, never=()),
+            requests(2, 4, roles=1),
+        )
     for request in requests(2, 4, roles=1):
         for sample in range(4):
             x = out[request.name, sample]

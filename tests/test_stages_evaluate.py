@@ -16,10 +16,11 @@ def one(programs):
 
 
 THINKING = {
-    "train__objective": "none", "prompts__opening": "<think>\n",
+    "train__objective": "none",
+    "prompts__opening": "<think>\n",
     "evaluate__benchmarks": [{"name": "hard", "rows": {"path": str(tiny.ASSETS / "hard.jsonl"), "limit": 3}}],
     "evaluate__force": {"text": "\n</think>\n\\boxed{", "max_tokens": 6},
-}  # fmt: skip
+}
 
 
 def test_forced_answers_at_budgets(tmp_path, programs):
@@ -74,8 +75,12 @@ def test_the_exported_adapter_answers_alike_in_transformers(tmp_path, pipeline, 
         prompt = torch.tensor([tokenizer.render([{"role": "user", "content": problems[s["problem_id"]]}])])
         with torch.no_grad():
             out = model.generate(
-                input_ids=prompt, attention_mask=torch.ones_like(prompt), do_sample=False, max_new_tokens=96,
-                eos_token_id=tokenizer.eos_id, pad_token_id=tokenizer.pad_id,
-            )  # fmt: skip
+                input_ids=prompt,
+                attention_mask=torch.ones_like(prompt),
+                do_sample=False,
+                max_new_tokens=96,
+                eos_token_id=tokenizer.eos_id,
+                pad_token_id=tokenizer.pad_id,
+            )
         theirs = out[0, prompt.shape[1] :].tolist()
         assert tokenizer.decode(theirs) == s["text"] and len(theirs) == s["tokens"]

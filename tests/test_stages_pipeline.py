@@ -22,8 +22,18 @@ def one(programs):
 
 def test_the_run_directory_has_everything(pipeline):
     names = {p.name for p in pipeline.iterdir()}
-    assert {"config.yaml", "run.json", "traces.jsonl", "metrics.jsonl", "checkpoints", "adapter", "samples.jsonl",
-            "results.json", "report.html", "plots"} <= names  # fmt: skip
+    assert {
+        "config.yaml",
+        "run.json",
+        "traces.jsonl",
+        "metrics.jsonl",
+        "checkpoints",
+        "adapter",
+        "samples.jsonl",
+        "results.json",
+        "report.html",
+        "plots",
+    } <= names
     assert not [name for name in names if ".partial" in name or name.endswith(".tmp")]
     manifest = json.loads((pipeline / "run.json").read_text())
     assert all("finished" in manifest["stages"][s] for s in ("generate", "train", "evaluate", "export"))
@@ -42,8 +52,14 @@ def test_traces(pipeline):
     tokenizer = load_tokenizer(tiny.ASSETS / "model")
     for t in traces:
         assert list(t) == ["problem_id", "row", "sample", "prompt_hash", "prompt_tokens", "response_ids", "text"] + [
-            "logq", "log_student", "log_privileged", "writer", "acceptance", "finish", "drop",
-        ]  # fmt: skip
+            "logq",
+            "log_student",
+            "log_privileged",
+            "writer",
+            "acceptance",
+            "finish",
+            "drop",
+        ]
         n = len(t["response_ids"])
         assert 0 < n <= 96 and all(len(t[k]) == n for k in ("logq", "log_student", "log_privileged", "writer"))
         assert max(t["logq"]) <= 0 and max(t["log_student"]) <= 0 and max(t["log_privileged"]) <= 0
@@ -82,8 +98,21 @@ def test_evaluation(pipeline):
     samples = tiny.lines(pipeline / "samples.jsonl")
     assert len(samples) == 2 * 3 * 4
     for s in samples:
-        assert list(s) == ["benchmark", "problem_id", "sample", "budget", "tokens", "forced_tokens", "text",
-                           "forced_text", "answer", "gold", "finish", "correct", "reason"]  # fmt: skip
+        assert list(s) == [
+            "benchmark",
+            "problem_id",
+            "sample",
+            "budget",
+            "tokens",
+            "forced_tokens",
+            "text",
+            "forced_text",
+            "answer",
+            "gold",
+            "finish",
+            "correct",
+            "reason",
+        ]
         assert s["budget"] == 96 and s["tokens"] <= 96 and s["forced_tokens"] == 0 and s["forced_text"] is None
         assert s["correct"] == (s["answer"] is not None and s["answer"].zfill(3) == s["gold"].zfill(3))
         assert s["finish"] in ("stop", "length") and (s["answer"] is None) == (s["reason"] == "no answer")

@@ -28,8 +28,12 @@ def byte_tokenizer(folder, template: str | None = CHAT, eos: str | None = "<|end
     core = Fast(models.BPE(vocab={c: i for i, c in enumerate(letters)}, merges=[]))
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     core.decoder = decoders.ByteLevel()
-    fast = PreTrainedTokenizerFast(tokenizer_object=core, eos_token=eos, chat_template=template,
-                                   additional_special_tokens=["<|start|>", "<think>", "</think>"])  # fmt: skip
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=core,
+        eos_token=eos,
+        chat_template=template,
+        additional_special_tokens=["<|start|>", "<think>", "</think>"],
+    )
     fast.save_pretrained(str(folder))
     return folder
 
@@ -87,9 +91,15 @@ def test_a_template_that_prints_the_date_prints_the_same_tomorrow(tmp_path):
 def test_sentencepiece(tmp_path, named):
     text = [f"The answer is {i}, since {i} + {i} = {2 * i}." for i in range(200)]
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(text), model_prefix=str(tmp_path / "tokenizer"), vocab_size=320, model_type="bpe",
-        byte_fallback=True, normalization_rule_name="identity", remove_extra_whitespaces=False, minloglevel=2,
-    )  # fmt: skip
+        sentence_iterator=iter(text),
+        model_prefix=str(tmp_path / "tokenizer"),
+        vocab_size=320,
+        model_type="bpe",
+        byte_fallback=True,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        minloglevel=2,
+    )
     (tmp_path / "chat_template.jinja").write_text(CHAT)
     if named:
         settings = {"tokenizer_class": "LlamaTokenizer", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
@@ -121,13 +131,15 @@ def test_stop_ids(tmp_path, tokenizer):
     [
         ("a\nb\n{% if %}", r"line 3:chat_template: .*TemplateSyntaxError"),
         ("{{ 1 }}\n{{ messages[0].a.b }}", r"line 2:chat_template: .*UndefinedError"),
-        ("{% for i in range(9999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
-         r"did not end within 5 seconds"),
+        (
+            "{% for i in range(9999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
+            r"did not end within 5 seconds",
+        ),
         ("{{ 'x' * 10**10 }}", r"out of memory"),
         ("{{ 'xxxxxxxxxx' * 10**6 }}", r"megabyte"),
         ("{{ messages.__class__.__mro__[1].__subclasses__() }}", r"SecurityError"),
     ],
-)  # fmt: skip
+)
 def test_bad_templates_are_found_before_use(tmp_path, template, complaint):
     start = time.monotonic()
     with pytest.raises(UserError, match=complaint):

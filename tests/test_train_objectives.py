@@ -73,8 +73,9 @@ def test_excess_is_the_distance_to_the_optimum(data):
 
 def test_equal_references_and_student_give_zero(data):
     hidden, _, mask, unembed, _ = data
-    loss, parts = objectives.summed(objectives.Objective("dail", 0.1), 8, hidden,
-                                    {"privileged": hidden, "negative": hidden}, mask, unembed)  # fmt: skip
+    loss, parts = objectives.summed(
+        objectives.Objective("dail", 0.1), 8, hidden, {"privileged": hidden, "negative": hidden}, mask, unembed
+    )
     assert abs(loss) < 1e-5
     assert all(abs(parts[k]) < 1e-4 for k in ("kl_privileged", "kl_negative", "excess"))
 

@@ -17,8 +17,22 @@ from dail_jax.model import lora as lora_lib
 from dail_jax.stages.train import complain
 from dail_jax.train import objectives, optimizer, references, step
 
-CFG = families.ModelConfig("qwen3", V=40, D=16, L=2, N=8, K=8, H=4, F=24, rope=families.Rope(10_000.0), norm_eps=1e-6,
-                           tied=True, qk_norm=True, qkv_bias=False, max_positions=512)  # fmt: skip
+CFG = families.ModelConfig(
+    "qwen3",
+    V=40,
+    D=16,
+    L=2,
+    N=8,
+    K=8,
+    H=4,
+    F=24,
+    rope=families.Rope(10_000.0),
+    norm_eps=1e-6,
+    tied=True,
+    qk_norm=True,
+    qkv_bias=False,
+    max_positions=512,
+)
 ROLES = ("student", "privileged", "negative")
 
 
@@ -61,8 +75,15 @@ def train(params, examples, cfg, mesh, steps=20, cached=None, spoil=None):
         plan = batches.Plan(examples, cfg.batch_size, cfg.epochs, 0)
         rows = cfg.batch_size // cfg.accumulate
         roles = ("student",) if cached or cfg.objective != "dail" else ROLES
-        assemble = batches.Assemble(examples, cfg.bucket, cfg.accumulate, mesh_lib.local_rows(mesh, rows), roles,
-                                    step.REFERENCES if cached else (), cached)  # fmt: skip
+        assemble = batches.Assemble(
+            examples,
+            cfg.bucket,
+            cfg.accumulate,
+            mesh_lib.local_rows(mesh, rows),
+            roles,
+            step.REFERENCES if cached else (),
+            cached,
+        )
         tx = optimizer.adamw(cfg.optimizer, len(plan))
         layout = step.shardings(CFG, cfg, tx, mesh)
         state = step.init(jax.random.key(1), CFG, cfg, tx, mesh)

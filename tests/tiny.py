@@ -28,20 +28,35 @@ def tree(run_dir, **changes) -> dict:
     """12 rows, two traces each, 6 updates, 2 x 3 problems with 4 samples. Keys of `changes` have __ for a dot."""
     templates = {role: str(ASSETS / "templates" / f"{role}.txt") for role in ("student", "privileged", "negative")}
     out = {
-        "run_dir": str(run_dir), "seed": 5,
+        "run_dir": str(run_dir),
+        "seed": 5,
         "model": {"path": str(ASSETS / "model"), "dtype": "float32"},
         "data": {"path": str(ASSETS / "train.jsonl"), "limit": 12},
         "prompts": templates,
         "generate": {"tau": 0.8, "samples": 2, "slots": 8, "sampling": {"temperature": 1.0, "max_tokens": 96}},
         "filters": {"correct": True, "artefacts": [], "keep": "all"},
-        "train": {"objective": "dail", "epochs": 2, "batch_size": 8, "bucket": 96, "chunk": 4096, "remat": "none",
-                  "save_every": 2, "max_tokens": 192, "lora": {"rank": 4, "alpha": 4},
-                  "optimizer": {"learning_rate": 3e-3, "warmup_steps": 1}},
-        "evaluate": {"samples": 4, "slots": 8, "bootstrap": 50,
-                     "sampling": {"temperature": 1.0, "top_p": 1.0, "presence_penalty": 0.0, "max_tokens": 96},
-                     "benchmarks": [{"name": n, "rows": {"path": str(ASSETS / f"{n}.jsonl"), "limit": 3}}
-                                    for n in ("hard", "chain")]},
-    }  # fmt: skip
+        "train": {
+            "objective": "dail",
+            "epochs": 2,
+            "batch_size": 8,
+            "bucket": 96,
+            "chunk": 4096,
+            "remat": "none",
+            "save_every": 2,
+            "max_tokens": 192,
+            "lora": {"rank": 4, "alpha": 4},
+            "optimizer": {"learning_rate": 3e-3, "warmup_steps": 1},
+        },
+        "evaluate": {
+            "samples": 4,
+            "slots": 8,
+            "bootstrap": 50,
+            "sampling": {"temperature": 1.0, "top_p": 1.0, "presence_penalty": 0.0, "max_tokens": 96},
+            "benchmarks": [
+                {"name": n, "rows": {"path": str(ASSETS / f"{n}.jsonl"), "limit": 3}} for n in ("hard", "chain")
+            ],
+        },
+    }
     for key, value in changes.items():
         config_lib.assign(out, key.replace("__", "."), value)
     return out
@@ -57,8 +72,11 @@ def write(run_dir, **changes) -> Path:
 @contextlib.contextmanager
 def alone(programs: Path):
     """One device of this process, and programs kept in a folder: they are compiled once for all tests."""
-    settings = {"jax_compilation_cache_dir": str(programs), "jax_persistent_cache_min_compile_time_secs": 0,
-                "jax_persistent_cache_min_entry_size_bytes": -1}  # fmt: skip
+    settings = {
+        "jax_compilation_cache_dir": str(programs),
+        "jax_persistent_cache_min_compile_time_secs": 0,
+        "jax_persistent_cache_min_entry_size_bytes": -1,
+    }
     before = {name: getattr(jax.config, name) for name in settings}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(mesh_lib, "make_mesh", functools.partial(mesh_lib.make_mesh, devices=jax.devices()[:1]))
@@ -79,17 +97,22 @@ def run(stage: str, path: Path, *overrides: str) -> int:
 def environment(programs: Path) -> dict[str, str]:
     """Of a process with one device."""
     return {
-        **os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=1",
-        "JAX_DEFAULT_MATMUL_PRECISION": "highest", "JAX_COMPILATION_CACHE_DIR": str(programs),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0", "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
-    }  # fmt: skip
+        **os.environ,
+        "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=1",
+        "JAX_DEFAULT_MATMUL_PRECISION": "highest",
+        "JAX_COMPILATION_CACHE_DIR": str(programs),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+    }
 
 
 def start(stage: str, path: Path, programs: Path, *more: str) -> subprocess.Popen:
     """A stage in a process of its own."""
     command = [sys.executable, "-m", "dail_jax.launch", stage, "--config", str(path), *more]
-    return subprocess.Popen(command, env=environment(programs), cwd=ROOT, text=True,
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE)  # fmt: skip
+    return subprocess.Popen(
+        command, env=environment(programs), cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
 
 
 def finish(process: subprocess.Popen) -> tuple[int, str, str]:

@@ -64,8 +64,13 @@ def load(folder: str | Path, mesh: jax.sharding.Mesh, dtype: str) -> tuple[weigh
         return weights.tree(cfg, leaf), cfg
 
 
-def save(folder: str | Path, params: weights.Params, cfg: ModelConfig, config_json: dict[str, Any],
-         tokenizer: str | Path | None = None) -> None:  # fmt: skip
+def save(
+    folder: str | Path,
+    params: weights.Params,
+    cfg: ModelConfig,
+    config_json: dict[str, Any],
+    tokenizer: str | Path | None = None,
+) -> None:
     """Writes a folder that transformers and vLLM load; raises UserError if it exists. Process 0 writes."""
     with new_folder(folder) as temporary:
         first = mesh_lib.is_first()
@@ -197,8 +202,11 @@ class Tensors:
         if not path.exists():
             pickles = [p.name for p in self.folder.glob("*.bin")] + [p.name for p in self.folder.glob("*.pt")]
             if pickles:
-                raise UserError(f"only pickle weights ({pickles[0]}): convert them with transformers' "
-                                "save_pretrained(safe_serialization=True)", file=self.folder)  # fmt: skip
+                raise UserError(
+                    f"only pickle weights ({pickles[0]}): convert them with transformers' "
+                    "save_pretrained(safe_serialization=True)",
+                    file=self.folder,
+                )
             raise UserError("no safetensors weights here", file=self.folder)
         try:
             listed = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
@@ -256,14 +264,13 @@ def _is_cache_link(path: Path, root: Path) -> bool:
 
 def _check_names(source: Tensors, cfg: ModelConfig) -> None:
     """Every declared tensor is there, and nothing else."""
-    want = {
-        w.hf.format(l=i) for w in weights.declare(cfg).values() for i in (range(cfg.L) if w.layered else (0,))
-    }  # fmt: skip
+    want = {w.hf.format(l=i) for w in weights.declare(cfg).values() for i in (range(cfg.L) if w.layered else (0,))}
     missing = sorted(want - source.where.keys())
     extra = sorted(
-        name for name in source.where.keys() - want
+        name
+        for name in source.where.keys() - want
         if not name.endswith("rotary_emb.inv_freq") and not (cfg.tied and name == "lm_head.weight")
-    )  # fmt: skip
+    )
     for problem, names in (("missing", missing), ("superfluous", extra)):
         if names:
             more = f" and {len(names) - 3} more" if len(names) > 3 else ""

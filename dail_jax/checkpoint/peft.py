@@ -72,11 +72,14 @@ def load(folder: str | Path, cfg: ModelConfig, mesh: jax.sharding.Mesh) -> tuple
     lora_config = config_lib.Lora(rank=rank, alpha=description["lora_alpha"], targets=tuple(targets))  # pyright: ignore
     with Tensors(folder, WEIGHTS) as source:
         wanted = {key(table[n], i, s): (n, i, s) for n in targets for i in range(cfg.L) for s in "ab"}
-        for problem, names in (("missing", wanted.keys() - source.where.keys()),
-                               ("superfluous", source.where.keys() - wanted.keys())):  # fmt: skip
+        for problem, names in (
+            ("missing", wanted.keys() - source.where.keys()),
+            ("superfluous", source.where.keys() - wanted.keys()),
+        ):
             if names:
-                raise UserError(f"{problem} tensors: {', '.join(sorted(names)[:3])} ({len(names)} in all)",
-                                file=folder / WEIGHTS)  # fmt: skip
+                raise UserError(
+                    f"{problem} tensors: {', '.join(sorted(names)[:3])} ({len(names)} in all)", file=folder / WEIGHTS
+                )
         tree: dict[str, dict[str, Any]] = {n: {"a": [], "b": []} for n in targets}
         for tensor, (name, _, side) in wanted.items():
             weight = table[name]

@@ -15,7 +15,7 @@ import orbax.checkpoint as ocp
 
 from dail_jax import mesh as mesh_lib
 from dail_jax.errors import UserError
-from dail_jax.metrics import say
+from dail_jax.metrics import log
 from dail_jax.rundir import sha256, write_atomic
 
 TRASH = "trash"
@@ -76,7 +76,7 @@ class Store:
         for step in reversed(steps):
             damaged = self.damaged(step)
             if damaged:
-                say(f"checkpoint {step} is damaged ({damaged}); falling back to the one before")
+                log(f"checkpoint {step} is damaged ({damaged}); falling back to the one before")
                 continue
             args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract), progress=ocp.args.JsonRestore())
             out = self.manager.restore(step, args=args)

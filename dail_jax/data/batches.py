@@ -103,8 +103,11 @@ class Assemble(grain.transforms.Map):
         chosen = np.asarray(element)
         t, widths = self.shapes(chosen[chosen >= 0])
         rows = chosen.reshape(self.accumulate, -1)[:, self.local]
-        out = {"rows": rows.astype(np.int32), "mask": np.zeros((*rows.shape, t), bool),
-               "targets": np.zeros((*rows.shape, t), np.int32)}  # fmt: skip
+        out = {
+            "rows": rows.astype(np.int32),
+            "mask": np.zeros((*rows.shape, t), bool),
+            "targets": np.zeros((*rows.shape, t), np.int32),
+        }
         if self.examples[0].logq:
             out |= {name: np.zeros((*rows.shape, t), np.float32) for name in ("logq", "advantage")}
         for at in np.ndindex(rows.shape):

@@ -35,8 +35,10 @@ def drop_reason(
         return "repetition"
     if cfg.correct:
         if gold is None or is_correct is None:
-            raise UserError(f"got no answer for problem {trace['problem_id']!r}, want one to grade its traces",
-                            field="filters.correct")  # fmt: skip
+            raise UserError(
+                f"got no answer for problem {trace['problem_id']!r}, want one to grade its traces",
+                field="filters.correct",
+            )
         if not is_correct(trace["text"], gold):
             return "wrong"
     return None

@@ -42,12 +42,42 @@ _EDGES = re.compile(r"^[\s?$]+|^\s*\.(?!\d)\s*|[\s.?$]+$")
 _EQUAL = {"=", r"\equiv", r"\approx", r"\simeq", r"\doteq", r"\longequal"}
 _BOUND = {"<", ">", r"\lt", r"\gt", r"\le", r"\leq", r"\leqslant", r"\ge", r"\geq", r"\geqslant"}
 _BREAK = {
-    ",", ";", ":", r"\to", r"\implies", r"\Rightarrow", r"\Longrightarrow", r"\iff", r"\Leftrightarrow",
-    r"\rightarrow", r"\longrightarrow", r"\quad", r"\qquad", r"\ne", r"\neq", r"\in", r"\mid", r"\nmid",
-    r"\parallel", r"\perp", r"\sim", r"\cong", r"\land", r"\lor", r"\wedge", r"\vee", r"\subset",
-    r"\Longleftrightarrow", r"\mapsto", r"\propto", r"\subseteq", r"\colon", r"\leadsto", r"\Leftarrow",
+    ",",
+    ";",
+    ":",
+    r"\to",
+    r"\implies",
+    r"\Rightarrow",
+    r"\Longrightarrow",
+    r"\iff",
+    r"\Leftrightarrow",
+    r"\rightarrow",
+    r"\longrightarrow",
+    r"\quad",
+    r"\qquad",
+    r"\ne",
+    r"\neq",
+    r"\in",
+    r"\mid",
+    r"\nmid",
+    r"\parallel",
+    r"\perp",
+    r"\sim",
+    r"\cong",
+    r"\land",
+    r"\lor",
+    r"\wedge",
+    r"\vee",
+    r"\subset",
+    r"\Longleftrightarrow",
+    r"\mapsto",
+    r"\propto",
+    r"\subseteq",
+    r"\colon",
+    r"\leadsto",
+    r"\Leftarrow",
     r"\longleftrightarrow",
-}  # fmt: skip
+}
 _PIECE = re.compile(r"\\[a-zA-Z]+|\\.|.", re.DOTALL)
 _OPENS = {
     ")": "(",
@@ -92,10 +122,15 @@ _PROSE_EXPRESSION = re.compile(
     rf"\s*[-+]?\s*{_ATOM}(?:\s*(?:[-+]|(?:[*/^]|\\cdot\b|\\times\b)\s*-?)\s*{_ATOM}|{_ATOM})*+"
 )
 _DATE = re.compile(r"\d+/\d+/\d+|(?:1[89]|20)\d\d/\d\d(?:\d\d)?")
-_PLAIN = [(re.compile(pattern), tex) for pattern, tex in (
-    (r"\\?sqrt\s*(?:\(([^()]*)\)|(\d+))", r"\\sqrt{\1\2}"), (r"\^(-\d+|\d{2,})", r"^{\1}"),
-    (r"(\d) (\d+)/(\d+)", r"\1\\frac{\2}{\3}"), (r"%", r"\\%"),
-)]  # fmt: skip
+_PLAIN = [
+    (re.compile(pattern), tex)
+    for pattern, tex in (
+        (r"\\?sqrt\s*(?:\(([^()]*)\)|(\d+))", r"\\sqrt{\1\2}"),
+        (r"\^(-\d+|\d{2,})", r"^{\1}"),
+        (r"(\d) (\d+)/(\d+)", r"\1\\frac{\2}{\3}"),
+        (r"%", r"\\%"),
+    )
+]
 _GOES_ON = re.compile(r"\s*=\s*[-+]?\s*(?:[\d(\\]|sqrt)")  # a chain that has another value to come
 _PROSE_EVENT = re.compile(rf"\\(?:approx|equiv)(?![a-zA-Z])|(?<![<>!])=+(?!>)|(?<![\w.{{{_COMMA}$/-])(?:\d|sqrt)")
 

@@ -12,12 +12,30 @@ from collections.abc import Hashable, Iterator
 from fractions import Fraction
 
 # Unicode signs as the LaTeX that the rest of this file knows.
-_SIGNS = str.maketrans({
-    "\u2212": "-", "\u2013": "-", "\u00d7": r"\times ", "\u00b7": r"\cdot ", "\u22c5": r"\cdot ", "\u221a": r"\sqrt ",
-    "\u2248": r"\approx ", "\u2264": r"\le ", "\u2265": r"\ge ", "\u2260": r"\ne ",
-    "\u2261": r"\equiv ", "\u21d2": r"\implies ", "\u2192": r"\to ", "\u2026": r"\ldots ", "\u03c0": r"\pi ",
-    "\u00b0": r"^\circ ", "\u00bd": r"\frac12 ", "\u00bc": r"\frac14 ", "\u00be": r"\frac34 ", "\u00a0": " ",
-})  # fmt: skip
+_SIGNS = str.maketrans(
+    {
+        "\u2212": "-",
+        "\u2013": "-",
+        "\u00d7": r"\times ",
+        "\u00b7": r"\cdot ",
+        "\u22c5": r"\cdot ",
+        "\u221a": r"\sqrt ",
+        "\u2248": r"\approx ",
+        "\u2264": r"\le ",
+        "\u2265": r"\ge ",
+        "\u2260": r"\ne ",
+        "\u2261": r"\equiv ",
+        "\u21d2": r"\implies ",
+        "\u2192": r"\to ",
+        "\u2026": r"\ldots ",
+        "\u03c0": r"\pi ",
+        "\u00b0": r"^\circ ",
+        "\u00bd": r"\frac12 ",
+        "\u00bc": r"\frac14 ",
+        "\u00be": r"\frac34 ",
+        "\u00a0": " ",
+    }
+)
 _RAISED = "\u2070\u00b9\u00b2\u00b3\u2074\u2075\u2076\u2077\u2078\u2079\u207a\u207b\u207d\u207e\u207f"
 _RAISED_RUN, _LEVEL = re.compile(f"[{_RAISED}]+"), str.maketrans(_RAISED, "0123456789+-()n")
 
@@ -141,8 +159,11 @@ def tidy(formula: str) -> str:
     text = _SPACING.sub(" ", signs(formula))
     text = re.sub(r"\\([dtc]frac|over(?=\s*\d))(?![a-zA-Z])", lambda m: "/" if m[1] == "over" else r"\frac", text)
     text = re.sub(r"\{\s*(\\cdot|\\times|=)\s*\}", r"\1 ", re.sub(r"\\[dt]binom(?![a-zA-Z])", r"\\binom", text))
-    text = re.sub(r"\{\s*(?:\{([^{}]{1,40})\}|([^{}]{1,40}?))\s*\\choose\s*(?:\{([^{}]{1,40})\}|([^{}]{1,40}?))\s*\}",
-                  lambda m: rf"\binom{{{m[1] or m[2]}}}{{{m[3] or m[4]}}}", text)  # fmt: skip
+    text = re.sub(
+        r"\{\s*(?:\{([^{}]{1,40})\}|([^{}]{1,40}?))\s*\\choose\s*(?:\{([^{}]{1,40})\}|([^{}]{1,40}?))\s*\}",
+        lambda m: rf"\binom{{{m[1] or m[2]}}}{{{m[3] or m[4]}}}",
+        text,
+    )
     text = re.sub(r"(\\[a-zA-Z]+)\s+(?![a-zA-Z])", r"\1", re.sub(r"\s+", " ", text))
     return text.strip()
 
@@ -220,8 +241,9 @@ def _multiply(a: Poly, b: Poly) -> Poly:
 
 def _checked(poly: Poly) -> Poly:
     poly = {key: value for key, value in poly.items() if value}
-    if len(poly) > MAX_TERMS or any(v.numerator.bit_length() + v.denominator.bit_length() > MAX_BITS
-                                    for v in poly.values()):  # fmt: skip
+    if len(poly) > MAX_TERMS or any(
+        v.numerator.bit_length() + v.denominator.bit_length() > MAX_BITS for v in poly.values()
+    ):
         raise _Unknown
     return poly
 

@@ -46,8 +46,12 @@ def read_rows(cfg: config.Rows, need: Sequence[str] = ("problem", "solution")) -
     for number, raw in _raw_rows(cfg):
         row = _row(raw, cfg, need, number, len(rows))
         if row.problem_id in seen:
-            raise UserError(f"got {row.problem_id[:80]!r} again, first seen in row {seen[row.problem_id]}, "
-                            "want each once", file=cfg.path, row=number, field=cfg.columns.problem_id)  # fmt: skip
+            raise UserError(
+                f"got {row.problem_id[:80]!r} again, first seen in row {seen[row.problem_id]}, want each once",
+                file=cfg.path,
+                row=number,
+                field=cfg.columns.problem_id,
+            )
         seen[row.problem_id] = number
         rows.append(row)
         if cfg.limit is not None and len(rows) >= cfg.limit:
@@ -126,8 +130,12 @@ def _choices(raw: dict[str, Any], cfg: config.Rows, number: int) -> tuple[str, .
         letter = answer.strip()
         right = texts.index(letter) if letter in texts else ord(letter) - ord("A") if len(letter) == 1 else None
     if right is None or not 0 <= right < len(texts):
-        raise UserError(f"got {answer!r:.80}, want a choice's text, letter or index from 0", file=cfg.path, row=number,
-                        field=cfg.columns.answer)  # fmt: skip
+        raise UserError(
+            f"got {answer!r:.80}, want a choice's text, letter or index from 0",
+            file=cfg.path,
+            row=number,
+            field=cfg.columns.answer,
+        )
     return (texts[right], *texts[:right], *texts[right + 1 :])
 
 
@@ -146,15 +154,23 @@ def _text(value: Any, number_allowed: bool, path: str, row: int, column: str) ->
         value.encode("utf-8")
     except UnicodeEncodeError as error:
         code = ord(value[error.start])
-        raise UserError(f"got half of a surrogate pair (U+{code:04X}), want Unicode text", file=path, row=row,
-                        field=column) from None  # fmt: skip
+        raise UserError(
+            f"got half of a surrogate pair (U+{code:04X}), want Unicode text", file=path, row=row, field=column
+        ) from None
     return value
 
 
 def _kind(value: Any) -> str:
     """What a JSON value is, in words."""
-    names = {type(None): "null", bool: "a truth value", int: "a number", float: "a number", str: "text",
-             list: "a list", dict: "an object"}  # fmt: skip
+    names = {
+        type(None): "null",
+        bool: "a truth value",
+        int: "a number",
+        float: "a number",
+        str: "text",
+        list: "a list",
+        dict: "an object",
+    }
     return names.get(type(value), type(value).__name__)
 
 
@@ -221,8 +237,9 @@ def _decode(line: bytes, path: str, number: int) -> Any:
     except UnicodeDecodeError as error:
         raise UserError(f"got a byte that is not UTF-8 at position {error.start}", file=path, row=number) from None
     except json.JSONDecodeError as error:
-        raise UserError(f"got a line that is not JSON: {error.msg} at character {error.pos + 1}", file=path,
-                        row=number) from None  # fmt: skip
+        raise UserError(
+            f"got a line that is not JSON: {error.msg} at character {error.pos + 1}", file=path, row=number
+        ) from None
     except RecursionError:
         raise UserError("got a line nested too deeply, want an object with columns", file=path, row=number) from None
 

@@ -22,8 +22,10 @@ def waypoints(row: Row, cfg: config.Waypoints) -> list[str]:
     extract = EXTRACTORS.get(cfg.extractor)
     if extract is None:
         near = difflib.get_close_matches(cfg.extractor, EXTRACTORS, 1, 0.0)
-        raise UserError(f"got {cfg.extractor!r}, want one of {', '.join(EXTRACTORS)}; did you mean {near[0]!r}?",
-                        field="waypoints.extractor")  # fmt: skip
+        raise UserError(
+            f"got {cfg.extractor!r}, want one of {', '.join(EXTRACTORS)}; did you mean {near[0]!r}?",
+            field="waypoints.extractor",
+        )
     answer = final_answer(row)
     final = _values(answer) if answer else set()
     simplest: dict[Hashable, str] = {}  # in order of first appearance
@@ -93,8 +95,11 @@ def reference(row: Row) -> list[str]:
 def given(row: Row) -> list[str]:
     """The row's own waypoints, one a line; raises UserError where it has none."""
     if row.waypoints is None:
-        raise UserError("got no waypoints, want one a line, as the extractor 'file' reads them", row=row.problem_id,
-                        field="waypoints")  # fmt: skip
+        raise UserError(
+            "got no waypoints, want one a line, as the extractor 'file' reads them",
+            row=row.problem_id,
+            field="waypoints",
+        )
     return [line.strip() for line in row.waypoints.splitlines() if line.strip()]
 
 

@@ -100,30 +100,44 @@ def choice_letter(text: str) -> str | None:
 # Forms that need no algebra
 # ---------------------------------------------------------------------------------------------------
 
-_SYMBOLS = str.maketrans({
-    "\u2212": "-", "\u2013": "-", "\u2026": r"\ldots ", "\u2248": r"\approx ", "\u221e": r"\infty ",
-    "\u2205": r"\emptyset ", "\u00b0": r"^\circ ",
-    "\u00bd": r"\frac{1}{2}", "\u00bc": r"\frac{1}{4}", "\u00be": r"\frac{3}{4}",
-})  # fmt: skip
+_SYMBOLS = str.maketrans(
+    {
+        "\u2212": "-",
+        "\u2013": "-",
+        "\u2026": r"\ldots ",
+        "\u2248": r"\approx ",
+        "\u221e": r"\infty ",
+        "\u2205": r"\emptyset ",
+        "\u00b0": r"^\circ ",
+        "\u00bd": r"\frac{1}{2}",
+        "\u00bc": r"\frac{1}{4}",
+        "\u00be": r"\frac{3}{4}",
+    }
+)
 # Spellings that math-verify does not read, or reads as something else.
-_SPELLINGS = [(re.compile(pattern), instead) for pattern, instead in (
-    (r"\u221a ?(\d++|[A-Za-z])", r"\\sqrt{\1}"),
-    (r"\u221a", r"\\sqrt "),
-    (r"\\[dtc]frac(?![A-Za-z])", r"\\frac"),
-    (r"\\varnothing(?![A-Za-z])", r"\\emptyset"),
-    (r"\\[cl]?dots[bcimo]?(?![A-Za-z])|\.{3,}", r"\\ldots"),
-    (r"\A\\approx(?![A-Za-z]) ?", ""),
-    (r"\A([+-]?\d+(?:\.\d+)?)[eE]([+-]?\d{1,3})\Z", r"\1\\cdot 10^{\2}"),
-    (r"(?<!\d)(\d*+)\.(\d*+)\\(?:overline|bar) ?\{(\d++)\}",  # 0.1\overline{6} = (16 - 1) / 90
-     lambda m: rf"\frac{{{m[1]}{m[2]}{m[3]}-0{m[1]}{m[2]}}}{{{'9' * len(m[3])}{'0' * len(m[2])}}}"),
-)]  # fmt: skip
+_SPELLINGS = [
+    (re.compile(pattern), instead)
+    for pattern, instead in (
+        (r"\u221a ?(\d++|[A-Za-z])", r"\\sqrt{\1}"),
+        (r"\u221a", r"\\sqrt "),
+        (r"\\[dtc]frac(?![A-Za-z])", r"\\frac"),
+        (r"\\varnothing(?![A-Za-z])", r"\\emptyset"),
+        (r"\\[cl]?dots[bcimo]?(?![A-Za-z])|\.{3,}", r"\\ldots"),
+        (r"\A\\approx(?![A-Za-z]) ?", ""),
+        (r"\A([+-]?\d+(?:\.\d+)?)[eE]([+-]?\d{1,3})\Z", r"\1\\cdot 10^{\2}"),
+        (
+            r"(?<!\d)(\d*+)\.(\d*+)\\(?:overline|bar) ?\{(\d++)\}",  # 0.1\overline{6} = (16 - 1) / 90
+            lambda m: rf"\frac{{{m[1]}{m[2]}{m[3]}-0{m[1]}{m[2]}}}{{{'9' * len(m[3])}{'0' * len(m[2])}}}",
+        ),
+    )
+]
 _TRIGONOMETRY = re.compile(r"\\(?:sin|cos|tan|cot|sec|csc)(?![A-Za-z])")
 _DEGREES = re.compile(r"(?<![\d.])(\d+(?:\.\d+)?) ?\^ ?(?:\\circ|\{ ?\\circ ?\})")
 _ROW_BREAK = r"(\\\\)"  # stays: it is not a backslash and a blank
 _DROP = re.compile(
     _ROW_BREAK + r"(?:\*? ?\[-?[\d.]+ ?[a-z]{2}\])?"
     r"|\\(?:left|right|displaystyle|limits)(?![A-Za-z])|\\[!()\[\]]|\\?\$"
-)  # fmt: skip
+)
 _BLANK = re.compile(_ROW_BREAK + r"|(?:\\[,;: ]|\\q?quad(?![A-Za-z])|~|\s)+")
 _TEXT = re.compile(r"\\(?:text|textbf|textit|textrm|mathrm|mathbf|mathit|operatorname)\s*\{([^{}]*)\}")
 _INTEGER = re.compile(r"([+-]?)(\d++)(?:\.0++)?")  # possessive, as below: linear in hostile lengths

@@ -126,12 +126,21 @@ class _Worker:
         if self.closed:
             raise RuntimeError("the grader was closed")
         # A path, not a module: nothing of the package (JAX) is imported. A fixed hash seed: sympy orders sets by it.
-        command = [sys.executable, "-P", str(Path(__file__).with_name("verify_worker.py")),
-                   str(self.limits.memory_mib), str(self.limits.cpu_seconds)]  # fmt: skip
+        command = [
+            sys.executable,
+            "-P",
+            str(Path(__file__).with_name("verify_worker.py")),
+            str(self.limits.memory_mib),
+            str(self.limits.cpu_seconds),
+        ]
         self.process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
-            env={**os.environ, "PYTHONHASHSEED": "0"}, start_new_session=True,
-        )  # fmt: skip
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            env={**os.environ, "PYTHONHASHSEED": "0"},
+            start_new_session=True,
+        )
         self.served = 0
         if (reply := self._read(self.process, self.limits.start_seconds)) != "ready":
             self.stop()

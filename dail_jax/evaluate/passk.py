@@ -118,8 +118,10 @@ def maj_at_k(answers: Sequence[str | None], correct: Sequence[bool], ks: Sequenc
     them. No answer has no vote. k = 1 and k = n are exact, others the mean over `MAJORITY_DRAWS` random subsets.
     """
     n = len(answers)
-    names = [0 if right else None if answer is None else normalise(answer)
-             for answer, right in zip(answers, correct, strict=True)]  # fmt: skip
+    names = [
+        0 if right else None if answer is None else normalise(answer)
+        for answer, right in zip(answers, correct, strict=True)
+    ]
     groups = {name: i for i, name in enumerate(dict.fromkeys([0, *(name for name in names if name is not None)]))}
     votes = np.zeros((n, len(groups)), np.int32)  # sample x group; group 0 is the right one
     for sample, name in enumerate(names):

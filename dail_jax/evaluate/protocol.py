@@ -78,8 +78,13 @@ def _one(problems: Mapping[str, Mapping[int, Mapping[str, Any]]], cfg: config_li
     right = np.array([sum(bool(row["correct"]) for row in drawn) for drawn in table])
     tokens = np.array([[row["tokens"] for row in drawn] for drawn in table])
     forced = [row["forced_tokens"] for row in rows if row["finish"] == "forced"]
-    votes = np.array([passk.maj_at_k([r["answer"] for r in drawn], [bool(r["correct"]) for r in drawn], ks, seed)
-                      for drawn in table if ks])  # fmt: skip
+    votes = np.array(
+        [
+            passk.maj_at_k([r["answer"] for r in drawn], [bool(r["correct"]) for r in drawn], ks, seed)
+            for drawn in table
+            if ks
+        ]
+    )
 
     def interval(values: np.ndarray) -> dict[str, float]:
         found = passk.bootstrap(values, seed, cfg.bootstrap)
@@ -164,19 +169,29 @@ def columns(benchmarks: Iterable[Mapping[str, Mapping[str, Results]]]) -> list[t
     pass@k for the usual k that some have and for the largest, so that few samples give a narrow table; and maj@k for
     the largest.
     """
-    known = {int(k) for found in benchmarks for budgets in found.values() for cell in budgets.values()
-             for k in cell["pass@k"]}  # fmt: skip
+    known = {
+        int(k)
+        for found in benchmarks
+        for budgets in found.values()
+        for cell in budgets.values()
+        for k in cell["pass@k"]
+    }
     ks = [str(k) for k in sorted(known & {*KS, max(known, default=1)})]
     return [*(("pass", k) for k in ks), *(("maj", k) for k in ks[-1:])]
 
 
 def grid(results: Mapping[str, Results]) -> tuple[list[str], list[list[list[str]]]]:
     """Column names, and rows in one section for each benchmark and budget; `results` maps a method to its results."""
-    places = dict.fromkeys((name, budget) for found in results.values()
-                           for name, budgets in found["benchmarks"].items() for budget in budgets)  # fmt: skip
+    places = dict.fromkeys(
+        (name, budget)
+        for found in results.values()
+        for name, budgets in found["benchmarks"].items()
+        for budget in budgets
+    )
     several = {name for name, _ in places if sum(name == other for other, _ in places) > 1}
-    found = {(arm, *place): results[arm]["benchmarks"].get(place[0], {}).get(place[1])
-             for arm in results for place in places}  # fmt: skip
+    found = {
+        (arm, *place): results[arm]["benchmarks"].get(place[0], {}).get(place[1]) for arm in results for place in places
+    }
     scores = columns(one["benchmarks"] for one in results.values())
     sections = []
     for name, budget in places:
@@ -188,8 +203,14 @@ def grid(results: Mapping[str, Results]) -> tuple[list[str], list[list[list[str]
                 section.append([label, arm, *["-"] * (len(scores) + 1)])
                 continue
             shares = [cell[f"{metric}@k"].get(k) for metric, k in scores]
-            section.append([label, arm, *(_percent(share) if share else "-" for share in shares),
-                            _interval(cell["tokens"], 1, int(cell["tokens"]["mean"] < 1000))])  # fmt: skip
+            section.append(
+                [
+                    label,
+                    arm,
+                    *(_percent(share) if share else "-" for share in shares),
+                    _interval(cell["tokens"], 1, int(cell["tokens"]["mean"] < 1000)),
+                ]
+            )
         sections.append(section)
     return ["benchmark", "method", *(f"{metric}@{k}" for metric, k in scores), "mean tokens"], sections
 
@@ -222,8 +243,11 @@ def latex(results: Mapping[str, Results]) -> str:
     """The same table for a paper; it needs the package booktabs."""
     header, sections = grid(results)
     groups = ["".join(f"{' & '.join(map(_tex, row))} \\\\\n" for row in section) for section in [[header], *sections]]
-    return (f"% {CAPTION}\n\\begin{{tabular}}{{ll{'r' * (len(header) - 2)}}}\n\\toprule\n"
-            + "\\midrule\n".join(groups) + "\\bottomrule\n\\end{tabular}\n")  # fmt: skip
+    return (
+        f"% {CAPTION}\n\\begin{{tabular}}{{ll{'r' * (len(header) - 2)}}}\n\\toprule\n"
+        + "\\midrule\n".join(groups)
+        + "\\bottomrule\n\\end{tabular}\n"
+    )
 
 
 def _tex(text: str) -> str:

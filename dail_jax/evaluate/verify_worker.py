@@ -75,8 +75,9 @@ def parse(math_verify: Any, text: str) -> Any:
     # Only what is in the box counts: the looser patterns would pick one fraction out of a sentence.
     latex = math_verify.LatexExtractionConfig(try_extract_without_anchor=False, boxed_match_priority=0)
     try:
-        found = math_verify.parse(f"\\boxed{{{text}}}", [latex], extraction_mode="first_match",
-                                  parsing_timeout=None, raise_on_error=True)  # fmt: skip
+        found = math_verify.parse(
+            f"\\boxed{{{text}}}", [latex], extraction_mode="first_match", parsing_timeout=None, raise_on_error=True
+        )
     except MemoryError:
         raise
     except Exception:

@@ -83,8 +83,12 @@ def check(path: Path, data: list[Path]) -> dict[str, verify.Tally]:
         for number, row in _rows(path, ("problem_id", "text")):
             problem = problems.get(row["problem_id"])
             if problem is None:
-                raise UserError(f"got {row['problem_id']!r}, want a problem of the data sets (--data)", file=path,
-                                row=number, field="problem_id")  # fmt: skip
+                raise UserError(
+                    f"got {row['problem_id']!r}, want a problem of the data sets (--data)",
+                    file=path,
+                    row=number,
+                    field="problem_id",
+                )
             try:
                 yield row["problem_id"], verify.judge(row["text"], problem["problem"], problem["solution"])
             except ValueError as error:
@@ -139,8 +143,13 @@ def main(arguments: list[str] | None = None) -> None:
     new.add_argument("--out", type=Path, default=ASSETS, help="the folder (default: the package's own)")
     new = commands.add_parser("check", help="judge the traces in a file, operator by operator")
     new.add_argument("file", type=Path, help="traces.jsonl or samples.jsonl")
-    new.add_argument("--data", type=Path, nargs="+", default=[ASSETS / f"{name}.jsonl" for name in world.SIZES],
-                     help="the data sets that the problems come from (default: the package's own)")  # fmt: skip
+    new.add_argument(
+        "--data",
+        type=Path,
+        nargs="+",
+        default=[ASSETS / f"{name}.jsonl" for name in world.SIZES],
+        help="the data sets that the problems come from (default: the package's own)",
+    )
     options = parser.parse_args(arguments)
     match options.command:
         case "corpus":

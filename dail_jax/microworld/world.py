@@ -297,12 +297,14 @@ def datasets(seed: int) -> dict[str, list[dict[str, str]]]:
                 while problem.text in seen:
                     problem = draw_problem(rng, kind, operators[i % len(operators)])
                 seen.add(problem.text)
-                rows.append({
-                    "problem_id": f"{kind}-{problem.name or f'{len(problem.method)}steps'}-{numbers.get(kind, 0):04d}",
-                    "problem": problem.text,
-                    "solution": expert(problem, draw_shown(rng, problem)),
-                    "answer": answer(problem),
-                })  # fmt: skip
+                rows.append(
+                    {
+                        "problem_id": f"{kind}-{problem.name or f'{len(problem.method)}steps'}-{numbers.get(kind, 0):04d}",
+                        "problem": problem.text,
+                        "solution": expert(problem, draw_shown(rng, problem)),
+                        "answer": answer(problem),
+                    }
+                )
                 numbers[kind] = numbers.get(kind, 0) + 1
         out[name] = [rows[i] for i in rng.permutation(len(rows))]
     return out

@@ -71,8 +71,9 @@ def splash(q: jax.Array, k: jax.Array, v: jax.Array, positions: jax.Array, inter
     if q.shape[0] % mesh_lib.axis_size(mesh, "b"):  # the few rows of a prefill
         rows = None
     by_head, by_row = PartitionSpec(rows, None, heads, None), PartitionSpec(rows, None)
-    return jax.shard_map(local, in_specs=(by_head, by_head, by_head, by_row), out_specs=by_head,
-                         check_vma=False)(q, k, v, segments)  # fmt: skip
+    return jax.shard_map(local, in_specs=(by_head, by_head, by_head, by_row), out_specs=by_head, check_vma=False)(
+        q, k, v, segments
+    )
 
 
 def attend_cached(q: jax.Array, parts: list[tuple[jax.Array, jax.Array, jax.Array, int]]) -> jax.Array:

@@ -87,8 +87,15 @@ class ModelConfig:
 
 
 # The largest sizes that are taken for real; anything above is a damaged or hostile file.
-LIMITS = {"vocab_size": 2**21, "hidden_size": 2**16, "num_hidden_layers": 1024, "num_attention_heads": 1024,
-          "num_key_value_heads": 1024, "head_dim": 4096, "intermediate_size": 2**20}  # fmt: skip
+LIMITS = {
+    "vocab_size": 2**21,
+    "hidden_size": 2**16,
+    "num_hidden_layers": 1024,
+    "num_attention_heads": 1024,
+    "num_key_value_heads": 1024,
+    "head_dim": 4096,
+    "intermediate_size": 2**20,
+}
 
 
 class Reader:
@@ -130,8 +137,11 @@ def _rope(reader: Reader) -> Rope:
     if float(scaling.get("partial_rotary_factor", tree.get("partial_rotary_factor") or 1)) != 1:
         raise UserError("partial rotary embedding is not supported", file=reader.file, field="partial_rotary_factor")
     if kind not in ("default", "linear", "llama3", "yarn"):
-        raise UserError(f"rope type {kind!r} is not supported; want default, linear, llama3 or yarn",
-                        file=reader.file, field="rope_scaling")  # fmt: skip
+        raise UserError(
+            f"rope type {kind!r} is not supported; want default, linear, llama3 or yarn",
+            file=reader.file,
+            field="rope_scaling",
+        )
     if kind == "default":
         return Rope(theta)
     if scaling.get("mscale") or scaling.get("mscale_all_dim"):

@@ -57,8 +57,9 @@ def shardings(cfg: ModelConfig, lora: config_lib.Lora, mesh: jax.sharding.Mesh) 
 def abstract(cfg: ModelConfig, lora: config_lib.Lora, mesh: jax.sharding.Mesh) -> Lora:
     """Shapes and shardings without data."""
     shapes = jax.eval_shape(lambda: init(jax.random.key(0), cfg, lora))
-    return jax.tree.map(lambda s, where: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=where), shapes,
-                        shardings(cfg, lora, mesh))  # fmt: skip
+    return jax.tree.map(
+        lambda s, where: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=where), shapes, shardings(cfg, lora, mesh)
+    )
 
 
 def merge(params: dict, lora: Lora, cfg: ModelConfig) -> dict:

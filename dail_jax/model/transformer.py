@@ -151,11 +151,14 @@ def forward(
 
             def attend(q, k, v, i=i):
                 ks[i], vs[i] = _store(ks[i], k, slot), _store(vs[i], v, slot)
-                return attention.attend_cached(q, [
-                    (cache.k[i], cache.v[i], own, 1),
-                    (ks[i], vs[i], new, 1),
-                    (cache.prompt_k[i], cache.prompt_v[i], prompt, cache.entries),
-                ])  # fmt: skip
+                return attention.attend_cached(
+                    q,
+                    [
+                        (cache.k[i], cache.v[i], own, 1),
+                        (ks[i], vs[i], new, 1),
+                        (cache.prompt_k[i], cache.prompt_v[i], prompt, cache.entries),
+                    ],
+                )
 
             x = _block(x, weights, lora and (lora.layer(i), lora.scale), angles, cfg, attend)
         return _norm(x, params["norm"], cfg), Recent(tuple(ks), tuple(vs), held)

@@ -137,8 +137,11 @@ def shardings(cfg: ModelConfig, mesh: jax.sharding.Mesh) -> Params:
         for letter in weight.axes:
             parts = mesh_lib.axis_size(mesh, letter)
             if cfg.size(letter) % parts:
-                raise UserError(f"axis {letter!r} of weight {name!r} has size {cfg.size(letter)}, "
-                                f"want a multiple of the {parts} devices it is sharded over", field="mesh")  # fmt: skip
+                raise UserError(
+                    f"axis {letter!r} of weight {name!r} has size {cfg.size(letter)}, "
+                    f"want a multiple of the {parts} devices it is sharded over",
+                    field="mesh",
+                )
         return mesh_lib.sharding(mesh, ("l" if weight.layered else "") + weight.axes)
 
     return tree(cfg, leaf)

@@ -140,8 +140,17 @@ def _against_tokens(runs: Sequence[Run]) -> Iterable[Chart]:
                     own = {b: cells[i, b] for b in budgets if k in cells.get((i, b), {}).get("pass@k", {})}
                     points = [_interval(int(b) if x == "budget" else c[x], c["pass@k"][k]) for b, c in own.items()]
                     series.append(Series(run.name, i, points))
-                yield from _chart("budget", f"pass@{k} against {label}", name, "marked", label, f"pass@{k}", series,
-                                  log_x=x == "budget", percent=True)  # fmt: skip
+                yield from _chart(
+                    "budget",
+                    f"pass@{k} against {label}",
+                    name,
+                    "marked",
+                    label,
+                    f"pass@{k}",
+                    series,
+                    log_x=x == "budget",
+                    percent=True,
+                )
 
 
 def _lengths(runs: Sequence[Run]) -> Iterable[Chart]:
@@ -180,8 +189,16 @@ def _traces(traces: Sequence[Traces]) -> Iterable[Chart]:
                 (start + size / 2, float(p), *(float((middle + s * half) / (1 + z * z / n)) for s in (-1, 1)))
             )
         accepted.append(Series(*name, points))
-    yield from _chart("traces", "", "Tokens that the student wrote, by position", "line", "position in the trace",
-                      "share of tokens", accepted, percent=True)  # fmt: skip
+    yield from _chart(
+        "traces",
+        "",
+        "Tokens that the student wrote, by position",
+        "line",
+        "position in the trace",
+        "share of tokens",
+        accepted,
+        percent=True,
+    )
     for title, x, field, span in (
         ("Length of a trace", "tokens", "lengths", None),
         ("Share of a trace that the student wrote", "acceptance", "acceptance", (0.0, 1.0)),

@@ -180,10 +180,18 @@ def _run(name: str, folder: Path) -> Run:
         groups[row["benchmark"], row["budget"], row["correct"]].append(offset)
     chosen = spread(groups, MAX_SAMPLES)
     samples = [_sample(row) for row in _rows_at(folder / "samples.jsonl", chosen)] if chosen else []
-    return Run(name, folder, files.parse(manifest.read_bytes(), files.Shape, manifest) if manifest.is_file() else {},
-               text, config_lib.parse_yaml(text, path) or {}, files.read_results(found) if found.is_file() else {},
-               {stage: dict(rows) for stage, rows in metrics.items()}, dict(lengths), samples,
-               sum(map(len, lengths.values())))  # fmt: skip
+    return Run(
+        name,
+        folder,
+        files.parse(manifest.read_bytes(), files.Shape, manifest) if manifest.is_file() else {},
+        text,
+        config_lib.parse_yaml(text, path) or {},
+        files.read_results(found) if found.is_file() else {},
+        {stage: dict(rows) for stage, rows in metrics.items()},
+        dict(lengths),
+        samples,
+        sum(map(len, lengths.values())),
+    )
 
 
 def _sample(row: dict[str, Any]) -> dict[str, Any]:

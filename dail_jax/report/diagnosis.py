@@ -43,10 +43,19 @@ MEANINGS = {
 def find(runs: Sequence[Run], traces: Sequence[Traces]) -> list[Finding]:
     """All checks for which there are figures, those that saw something first."""
     first = baseline(runs)
-    checks: list[Check] = [*_artefacts(traces), *_memorised(runs, first), *_falling(runs, first),
-                           *_long_budgets(runs), *_losses(runs)]  # fmt: skip
-    return [Finding(seen, title, meaning, figures) for seen in (True, False) for title, meaning in MEANINGS.items()
-            if (figures := tuple(text for *key, text in checks if key == [seen, title]))]  # fmt: skip
+    checks: list[Check] = [
+        *_artefacts(traces),
+        *_memorised(runs, first),
+        *_falling(runs, first),
+        *_long_budgets(runs),
+        *_losses(runs),
+    ]
+    return [
+        Finding(seen, title, meaning, figures)
+        for seen in (True, False)
+        for title, meaning in MEANINGS.items()
+        if (figures := tuple(text for *key, text in checks if key == [seen, title]))
+    ]
 
 
 def baseline(runs: Sequence[Run]) -> int:
@@ -79,9 +88,11 @@ def _artefacts(traces: Sequence[Traces]) -> Iterator[Check]:
     for t in traces:
         if t.total:
             share = t.mentions / t.total
-            yield (share > ARTEFACTS, "Traces that mention the reference",
-                   f"{t.name}: {t.mentions:,} of {t.total:,} traces ({share:.1%}), "
-                   f"{t.drops['artefact']:,} dropped for it")  # fmt: skip
+            yield (
+                share > ARTEFACTS,
+                "Traces that mention the reference",
+                f"{t.name}: {t.mentions:,} of {t.total:,} traces ({share:.1%}), {t.drops['artefact']:,} dropped for it",
+            )
 
 
 def _memorised(runs: Sequence[Run], first: int) -> Iterator[Check]:
@@ -105,8 +116,11 @@ def _falling(runs: Sequence[Run], first: int) -> Iterator[Check]:
     if runs[first].objective != "none":
         return
     for run in runs:
-        found = {f"{name} (budget {int(budget):,})": difference(runs[first], run, name, budget)
-                 for name, budgets in places(runs).items() for budget in budgets}  # fmt: skip
+        found = {
+            f"{name} (budget {int(budget):,})": difference(runs[first], run, name, budget)
+            for name, budgets in places(runs).items()
+            for budget in budgets
+        }
         compared = {place: d for place, d in found.items() if d}
         if run is runs[first] or not compared:
             continue
@@ -127,8 +141,11 @@ def _long_budgets(runs: Sequence[Run]) -> Iterator[Check]:
             if len(order) < 2 or d is None:
                 continue
             seen |= d.sign < 0
-            falls.append(f"{name} best at its longest budget, {int(best):,}" if best == order[-1] else
-                         f"{name} {_points(d)} from budget {int(best):,} to {int(order[-1]):,}")  # fmt: skip
+            falls.append(
+                f"{name} best at its longest budget, {int(best):,}"
+                if best == order[-1]
+                else f"{name} {_points(d)} from budget {int(best):,} to {int(order[-1]):,}"
+            )
         if falls:
             yield seen, "Accuracy falling at long budgets", f"{run.name}, pass@1: {', '.join(falls)}"
 

@@ -25,14 +25,32 @@ from dail_jax.report.collect import Run, Traces
 from dail_jax.rundir import write_atomic
 
 # Rows of the table that says what was run; others follow where runs differ.
-SETTINGS = ("model.path", "data.path", "seed", "train.objective", "train.gamma", "train.kl", "train.epochs",
-            "train.batch_size", "train.lora.rank", "train.optimizer.learning_rate", "generate.tau",
-            "generate.sampling.temperature", "evaluate.samples", "evaluate.sampling.temperature")  # fmt: skip
+SETTINGS = (
+    "model.path",
+    "data.path",
+    "seed",
+    "train.objective",
+    "train.gamma",
+    "train.kl",
+    "train.epochs",
+    "train.batch_size",
+    "train.lora.rank",
+    "train.optimizer.learning_rate",
+    "generate.tau",
+    "generate.sampling.temperature",
+    "evaluate.samples",
+    "evaluate.sampling.temperature",
+)
 SECTIONS = {"pass": "pass@k", "budget": "Accuracy and tokens", "lengths": "Token lengths", "training": "Training"}
 
 
-def write(runs: Mapping[str, Path], out: Path, title: str, traces: Path | None = None,
-          decode: Callable[[list[int]], list[str]] | None = None) -> Path:  # fmt: skip
+def write(
+    runs: Mapping[str, Path],
+    out: Path,
+    title: str,
+    traces: Path | None = None,
+    decode: Callable[[list[int]], list[str]] | None = None,
+) -> Path:
     """Writes the page for run directories by name (arm), and returns its path; any file of a run may be missing.
 
     `traces` is the traces.jsonl (or its folder) that the arms share; without it each run's own is shown. `decode`
@@ -60,14 +78,29 @@ def render(runs: Sequence[Run], traces: Sequence[Traces], title: str) -> str:
         "traces": [{"file": t.name, **row} for t in traces for row in t.rows],
     }
     present, settings = {chart.section for chart in found}, _settings(runs)
-    return jinja2.Environment(autoescape=True, trim_blocks=True).from_string(html).render(
-        title=title, css=css, js=js, css_hash=_hash(css), js_hash=_hash(js), data=_json(data), runs=runs, traces=traces,
-        settings=settings, summary=_summary(settings), header=_header(runs), results=_results(runs),
-        findings=diagnosis.find(runs, traces),
-        sections={key: name for key, name in SECTIONS.items() if key in present},
-        samples=(len(data["samples"]), sum(run.total for run in runs)),
-        shown=(len(data["traces"]), sum(t.total for t in traces)), limits=collect,
-    )  # fmt: skip
+    return (
+        jinja2.Environment(autoescape=True, trim_blocks=True)
+        .from_string(html)
+        .render(
+            title=title,
+            css=css,
+            js=js,
+            css_hash=_hash(css),
+            js_hash=_hash(js),
+            data=_json(data),
+            runs=runs,
+            traces=traces,
+            settings=settings,
+            summary=_summary(settings),
+            header=_header(runs),
+            results=_results(runs),
+            findings=diagnosis.find(runs, traces),
+            sections={key: name for key, name in SECTIONS.items() if key in present},
+            samples=(len(data["samples"]), sum(run.total for run in runs)),
+            shown=(len(data["traces"]), sum(t.total for t in traces)),
+            limits=collect,
+        )
+    )
 
 
 def _hash(text: str) -> str:
@@ -89,8 +122,11 @@ def _settings(runs: Sequence[Run]) -> list[tuple[str, list[str], bool]]:
     """(name, value of each run, whether they differ) of what identifies runs."""
     flat = [_flatten(run.config) for run in runs]
     keys = dict.fromkeys(key for tree in flat for key in tree)
-    differing = [key for key in keys if key != "run_dir" and not key.startswith("arms.")
-                 and len({tree.get(key, "") for tree in flat}) > 1]  # fmt: skip
+    differing = [
+        key
+        for key in keys
+        if key != "run_dir" and not key.startswith("arms.") and len({tree.get(key, "") for tree in flat}) > 1
+    ]
     rows = [
         (key, [tree.get(key, "") for tree in flat]) for key in dict.fromkeys([*SETTINGS, *differing]) if key in keys
     ]
@@ -108,8 +144,12 @@ def _settings(runs: Sequence[Run]) -> list[tuple[str, list[str], bool]]:
 def _summary(settings: Sequence[tuple[str, list[str], bool]]) -> str:
     """The line under the title: what all runs have in common."""
     known = {key: values[0] for key, values, differ in settings if not differ}
-    parts = [known.get("model.path"), known.get("data.path"), f"seed {known['seed']}" if "seed" in known else None,
-             " x ".join(known[key] for key in ("devices", "device kind") if key in known)]  # fmt: skip
+    parts = [
+        known.get("model.path"),
+        known.get("data.path"),
+        f"seed {known['seed']}" if "seed" in known else None,
+        " x ".join(known[key] for key in ("devices", "device kind") if key in known),
+    ]
     return " · ".join(part for part in parts if part)
 
 

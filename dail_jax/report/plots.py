@@ -15,15 +15,30 @@ from matplotlib.ticker import FuncFormatter, NullLocator, PercentFormatter
 
 from dail_jax.report import charts, collect
 
-FILES = {"pass": "pass_at_k", "budget": "accuracy_by_tokens", "lengths": "token_lengths", "training": "training",
-         "traces": "traces", "tau": "tau"}  # fmt: skip
+FILES = {
+    "pass": "pass_at_k",
+    "budget": "accuracy_by_tokens",
+    "lengths": "token_lengths",
+    "training": "training",
+    "traces": "traces",
+    "tau": "tau",
+}
 # The colours of page.css in its light scheme; the dashes tell curves apart in grey.
 COLOURS = ("#2463c4", "#d1620a", "#16806a", "#a3388f", "#8a6d00", "#5b6472", "#c22f3d", "#3f8fb8")
 DASHES = ("-", "--", "-.", ":")
 COLUMNS = 3
-STYLE: Any = {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True,
-         "grid.color": "#e4e6ea", "axes.edgecolor": "#8b929e", "axes.titlesize": 10, "legend.frameon": False,
-         "svg.hashsalt": "dail_jax", "axes.axisbelow": True}  # fmt: skip
+STYLE: Any = {
+    "font.size": 9,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.color": "#e4e6ea",
+    "axes.edgecolor": "#8b929e",
+    "axes.titlesize": 10,
+    "legend.frameon": False,
+    "svg.hashsalt": "dail_jax",
+    "axes.axisbelow": True,
+}
 
 
 def write(runs: Mapping[str, Path], folder: Path, traces: Path | None = None) -> list[Path]:

@@ -208,9 +208,15 @@ def admit(
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=5)
 def decode(
-    grid: Grid, cfg: ModelConfig, draft: int, params: Params, lora: Lora | None, state: State, rules: Rules,
+    grid: Grid,
+    cfg: ModelConfig,
+    draft: int,
+    params: Params,
+    lora: Lora | None,
+    state: State,
+    rules: Rules,
     knobs: mixture.Knobs,
-) -> State:  # fmt: skip
+) -> State:
     """`chunk` steps of every live slot: a token each, and with `draft` > 0 (at most the grid's) up to 1 + draft."""
 
     def step(carry, slot):
@@ -261,8 +267,9 @@ def _step(
     index = rows(jnp.minimum(start, grid.max_tokens - 1))
     position = (state.start + index)[:, None] + jnp.arange(1 + draft)
     position = jnp.where(rows(state.live)[:, None], position, -1)
-    hidden, grown = transformer.forward(params, rows(fed), position, cfg, lora=lora, cache=state.cache,
-                                        recent=recent, slot=at)  # fmt: skip
+    hidden, grown = transformer.forward(
+        params, rows(fed), position, cfg, lora=lora, cache=state.cache, recent=recent, slot=at
+    )
     assert grown is not None
     recent = grown
 

@@ -180,8 +180,9 @@ class Sampler:
             entries = min(1 - (-3 * width // samples), -(-width * self.max_tokens // (4 * prompt_slots)) - 1)
             if entries >= 2:
                 break
-        return decode.Grid(self.roles, blocks * shards, width, max(entries, 2), prompt_slots, self.max_tokens, CHUNK,
-                           self.draft)  # fmt: skip
+        return decode.Grid(
+            self.roles, blocks * shards, width, max(entries, 2), prompt_slots, self.max_tokens, CHUNK, self.draft
+        )
 
     def run(self, requests: Iterable[Request]) -> Iterator[Sample]:
         """Yields samples as they finish, bucket by bucket; the order depends on the slots, the samples do not."""
@@ -269,5 +270,5 @@ class Sampler:
                 self.usage.prefills += 1
                 return index, decode.load_prompt(
                     grid, self.cfg, self.params, self.lora, state, tokens, lengths, block, index
-                )  # fmt: skip
+                )
         return None, state

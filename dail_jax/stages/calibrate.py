@@ -20,7 +20,7 @@ from dail_jax.data.waypoints import final_answer
 from dail_jax.errors import UserError
 from dail_jax.evaluate.grading import Grader, extract
 from dail_jax.evaluate.passk import bootstrap
-from dail_jax.metrics import console, say
+from dail_jax.metrics import console, log
 from dail_jax.report import plots
 from dail_jax.report.charts import Chart, Series
 from dail_jax.rundir import write_atomic
@@ -38,7 +38,7 @@ def run(config: config_lib.Config, tau: str) -> None:
     rows = read_rows(config.data)
     found = {}
     for name, changes in arms.items():
-        say(f"\n== {name} ==")
+        log(f"\n== {name} ==")
         own = config_lib.with_overrides(experiment.arm(parent, name), {"traces": None}, name)
         generate.run(own)
         if jax.process_index() == 0:
@@ -71,8 +71,10 @@ def write(found: dict[float, dict], folder: Path) -> None:
     """The table in the terminal and as Markdown, the figures as JSON, the plot."""
     header = ["tau", "traces", *(f"{name} %" for name in SHARES), "tokens"]
     percent = lambda x: "-" if x is None else f"{100 * x['mean']:.1f} [{100 * x['low']:.1f}, {100 * x['high']:.1f}]"  # noqa: E731
-    cells = [[str(tau), str(x["traces"]), *(percent(x.get(name)) for name in SHARES), f"{x['tokens']:.1f}"]
-             for tau, x in found.items()]  # fmt: skip
+    cells = [
+        [str(tau), str(x["traces"]), *(percent(x.get(name)) for name in SHARES), f"{x['tokens']:.1f}"]
+        for tau, x in found.items()
+    ]
     table = Table(*header)
     for row in cells:
         table.add_row(*(cell.replace("[", r"\[") for cell in row))
@@ -80,8 +82,11 @@ def write(found: dict[float, dict], folder: Path) -> None:
     text = "".join(f"| {' | '.join(row)} |\n" for row in (header, ["---:"] * len(header), *cells))
     write_atomic(folder / "calibration.md", text + "\nShares of traces, with 95% bootstrap intervals over problems\n")
     write_atomic(folder / "calibration.json", json.dumps(found, indent=1) + "\n")
-    series = [Series(name, i, [(tau, *(x[name][k] for k in ("mean", "low", "high"))) for tau, x in found.items()])
-              for i, name in enumerate(SHARES) if all(name in x for x in found.values())]  # fmt: skip
+    series = [
+        Series(name, i, [(tau, *(x[name][k] for k in ("mean", "low", "high"))) for tau, x in found.items()])
+        for i, name in enumerate(SHARES)
+        if all(name in x for x in found.values())
+    ]
     chart = Chart("tau", "", "Traces by tau", "marked", "tau", "share of traces", series, percent=True)
     made = plots.draw([chart], folder / "plots")
-    say(f"calibrate: wrote {folder / 'calibration.md'} and {made[0]}")
+    log(f"calibrate: wrote {folder / 'calibration.md'} and {made[0]}")

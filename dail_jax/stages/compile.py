@@ -9,10 +9,11 @@ from pathlib import Path
 import jax
 from rich.table import Table
 
-from dail_jax import chips, compile_ahead, rundir
 from dail_jax import config as config_lib
 from dail_jax import mesh as mesh_lib
-from dail_jax.metrics import console, say
+from dail_jax import rundir
+from dail_jax.ahead import chips, programs
+from dail_jax.metrics import console, log
 from dail_jax.model.families import read_config
 
 
@@ -25,24 +26,26 @@ def run(
     devices = chips.devices(topology)
     mesh = mesh_lib.make_mesh(config.mesh, devices)
     shape = " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
-    say(f"compile: {config.model.path} for {len(devices)} {devices[0].device_kind} ({topology}), mesh {shape}")
+    log(f"compile: {config.model.path} for {len(devices)} {devices[0].device_kind} ({topology}), mesh {shape}")
     rows = []
-    for row in compile_ahead.compile_all(config, model, mesh, quick, only):
-        say(f"  {row.program}: {row.compile_seconds:.0f} s, {row.verdict}")
+    for row in programs.compile_all(config, model, mesh, quick, only):
+        log(f"  {row.program}: {row.compile_seconds:.0f} s, {row.verdict}")
         rows.append(row)
     console.print(table(rows))
-    kernels = f"{compile_ahead.KERNEL_EFFICIENCY:.0%}"
-    say("GB a device; sampling's peak counts the weights as training holds them, too. FLOPs, bytes and time: of one "
+    kernels = f"{programs.KERNEL_EFFICIENCY:.0%}"
+    log(
+        "GB a device; sampling's peak counts the weights as training holds them, too. FLOPs, bytes and time: of one "
         "update; of decoding, one token. Time: the compiler's model, plus "
         f"attention kernels at {kernels} of the peak. Utilisation: useful FLOPs, by arithmetic, in that time; of "
-        "decoding, bytes moved over bytes that must be read.")  # fmt: skip
+        "decoding, bytes moved over bytes that must be read."
+    )
     if out:
         common = {"topology": topology, "model": config.model.path, "mesh": dict(mesh.shape)}
         lines = [json.dumps({**common, **dataclasses.asdict(row)}) + "\n" for row in rows]
         rundir.write_atomic(Path(out), "".join(lines))
 
 
-def table(rows: list[compile_ahead.Row]) -> Table:
+def table(rows: list[programs.Row]) -> Table:
     heads = (
         "program",
         "compile",
@@ -62,8 +65,16 @@ def table(rows: list[compile_ahead.Row]) -> Table:
         if row.cache_copies is not None:
             used += f"{', ' if used else ''}{row.cache_copies} cache copies"
         memory = f"{number(row.peak_gb, '.2f')} / {number(row.hbm_gb, '.0f') or '?'}"
-        shown.add_row(row.program, f"{row.compile_seconds:.0f} s", number(row.arguments_gb, ".2f"),
-                      number(row.temporaries_gb, ".3f"), memory,
-                      number(row.flops and row.flops / 1e12, ".3g"), number(row.bytes and row.bytes / 1e9, ".3g"),
-                      number(row.seconds and row.seconds * 1e3, ".3g", " ms"), used, row.verdict)  # fmt: skip
+        shown.add_row(
+            row.program,
+            f"{row.compile_seconds:.0f} s",
+            number(row.arguments_gb, ".2f"),
+            number(row.temporaries_gb, ".3f"),
+            memory,
+            number(row.flops and row.flops / 1e12, ".3g"),
+            number(row.bytes and row.bytes / 1e9, ".3g"),
+            number(row.seconds and row.seconds * 1e3, ".3g", " ms"),
+            used,
+            row.verdict,
+        )
     return shown

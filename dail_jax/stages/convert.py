@@ -10,7 +10,7 @@ from dail_jax import config as config_lib
 from dail_jax import mesh as mesh_lib
 from dail_jax.checkpoint import base, hf
 from dail_jax.errors import UserError
-from dail_jax.metrics import say
+from dail_jax.metrics import log
 from dail_jax.model import weights
 from dail_jax.rundir import RunDir
 from dail_jax.text import load_tokenizer
@@ -20,7 +20,7 @@ def run(config: config_lib.Config) -> None:
     source, target = Path(config.model.path), Path(config.run_dir) / "model"
     mesh = mesh_lib.make_mesh(config.mesh)
     if mesh_lib.from_first(target.exists):
-        say(f"convert: already done, see {target}")
+        log(f"convert: already done, see {target}")
         return
     if (source / base.PARAMS).is_dir():
         raise UserError("is a converted folder already", file=source)
@@ -28,5 +28,5 @@ def run(config: config_lib.Config) -> None:
     with RunDir(config), jax.set_mesh(mesh):  # the lock: others sweep half written folders away
         params, cfg = hf.load(source, mesh, config.model.dtype)
         base.save(target, params, source)
-    say(f"convert: {weights.count(cfg):,} weights of {cfg.family} in {config.model.dtype}, wrote {target}")
-    say(f"         use it with model.path={target}")
+    log(f"convert: {weights.count(cfg):,} weights of {cfg.family} in {config.model.dtype}, wrote {target}")
+    log(f"         use it with model.path={target}")

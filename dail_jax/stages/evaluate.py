@@ -26,7 +26,7 @@ from dail_jax.data.records import Row, dataset_hash, read_rows
 from dail_jax.errors import UserError
 from dail_jax.evaluate import files, protocol
 from dail_jax.evaluate.grading import Grader
-from dail_jax.metrics import Metrics, console, progress, say
+from dail_jax.metrics import Metrics, console, log, progress
 from dail_jax.rundir import Interrupt, Interrupted, Journal, RunDir, json_line, sha256, write_atomic
 from dail_jax.sample.engine import Request, Sampler
 from dail_jax.stages.generate import report_usage
@@ -55,7 +55,7 @@ class Problem:
 def run(config: config_lib.Config) -> None:
     cfg = config.evaluate
     if not cfg.benchmarks:
-        say("evaluate: nothing to do (no evaluate.benchmarks)")
+        log("evaluate: nothing to do (no evaluate.benchmarks)")
         return
     tables = {b.name: read_rows(b.rows, ("problem", "answer")[: 1 + (b.answer != "none")]) for b in cfg.benchmarks}
     inputs = {name: dataset_hash(rows) for name, rows in tables.items()}
@@ -65,7 +65,7 @@ def run(config: config_lib.Config) -> None:
             inputs["evaluate.adapter"] = sha256(peft.weights_file(cfg.adapter))
         with run_dir.stage("evaluate", inputs, scratch=(JOURNAL, FORCED)) as done:
             if done():
-                say(f"evaluate: already done, see {run_dir.path / 'results.json'}")
+                log(f"evaluate: already done, see {run_dir.path / 'results.json'}")
             else:
                 session = open_session(config)
                 with jax.set_mesh(session.mesh):
@@ -74,7 +74,7 @@ def run(config: config_lib.Config) -> None:
         results = files.read_results(run_dir.path / "results.json")
     if jax.process_index() == 0:
         console.print(protocol.table({results["arm"]: results}))
-        say(protocol.one_line(results))
+        log(protocol.one_line(results))
 
 
 def gradable(cfg: config_lib.Evaluate, tables: dict[str, list[Row]]) -> dict[str, list[Row]]:
@@ -91,8 +91,10 @@ def gradable(cfg: config_lib.Evaluate, tables: dict[str, list[Row]]) -> dict[str
     for name, ids in mesh_lib.from_first(check).items():
         if ids:
             kept[name] = [row for row in tables[name] if row.problem_id not in ids]
-            say(f"evaluate: {name}: skipped {len(ids)} of {len(tables[name])} problems, whose gold answers cannot be "
-                f"graded against: {', '.join(ids)}")  # fmt: skip
+            log(
+                f"evaluate: {name}: skipped {len(ids)} of {len(tables[name])} problems, whose gold answers cannot be "
+                f"graded against: {', '.join(ids)}"
+            )
     return kept
 
 
@@ -105,8 +107,9 @@ def ungradable(benchmark: config_lib.Benchmark, rows: list[Row], grader: Grader)
         if problem := grader.check_gold(question(row)[1], benchmark.answer):
             ids.append(row.problem_id)
             if benchmark.ungradable == "refuse" or len(ids) == len(rows):
-                raise UserError(problem, file=benchmark.rows.path, row=row.index + 1,
-                                field=benchmark.rows.columns.answer)  # fmt: skip
+                raise UserError(
+                    problem, file=benchmark.rows.path, row=row.index + 1, field=benchmark.rows.columns.answer
+                )
     return ids
 
 
@@ -141,7 +144,7 @@ def problems(session: Session, tables: dict[str, list[Row]]) -> list[Problem]:
                 opened = opening.search(session.tokenizer.decode(prompt[-16:], keep_special=True))
                 out.append(Problem(benchmark, row, gold, prompt, opened[0] if opened else ""))
     if too_long:
-        say(f"evaluate: skipped {too_long} problems with prompts above max_prompt_tokens={cfg.max_prompt_tokens}")
+        log(f"evaluate: skipped {too_long} problems with prompts above max_prompt_tokens={cfg.max_prompt_tokens}")
     if not out:
         raise UserError("every prompt is above max_prompt_tokens", field="evaluate.max_prompt_tokens")
     return out
@@ -164,8 +167,11 @@ def draw(session: Session, todo: list[Problem], run_dir: RunDir) -> list[dict]:
         text = tuple(session.tokenizer.encode(cfg.force.text))
         requests = [
             Request(forced_name(p, s, budget), ((*p.prompt, *s["ids"][:budget], *text),), (0,), cfg.force.max_tokens)
-            for p in todo for s in drawn[p.key] for budget in budgets(cfg) if must_force(session, p, s, budget)
-        ]  # fmt: skip
+            for p in todo
+            for s in drawn[p.key]
+            for budget in budgets(cfg)
+            if must_force(session, p, s, budget)
+        ]
         if requests:
             sampler = session.sampler(cfg.sampling, slots=cfg.slots, max_tokens=cfg.force.max_tokens, lora=lora)
             forced = collect(sampler, requests, run_dir.path / FORCED, "forcing answers", 1)
@@ -245,8 +251,13 @@ def finish(config: config_lib.Config, samples: list[dict], folder: Path) -> None
         return
     graded = protocol.grade(samples, config.evaluate.benchmarks, thought_tag(config))
     objective = "adapter" if config.evaluate.adapter else config.train.objective
-    results = {"schema": files.SCHEMA, "arm": folder.name, "objective": objective, "seed": config.seed,
-               **protocol.summarise(graded, config.evaluate, config.seed)}  # fmt: skip
+    results = {
+        "schema": files.SCHEMA,
+        "arm": folder.name,
+        "objective": objective,
+        "seed": config.seed,
+        **protocol.summarise(graded, config.evaluate, config.seed),
+    }
     write_atomic(folder / "samples.jsonl", "".join(map(json_line, graded)))
     write_atomic(folder / "results.json", json.dumps(results, indent=1) + "\n")
-    say(f"wrote {folder / 'samples.jsonl'} and {folder / 'results.json'}")
+    log(f"wrote {folder / 'samples.jsonl'} and {folder / 'results.json'}")

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from dail_jax import config as config_lib
 from dail_jax.errors import UserError
-from dail_jax.metrics import say
+from dail_jax.metrics import log
 from dail_jax.stages import evaluate, export, generate, report, train
 
 
@@ -20,12 +20,12 @@ def run(config: config_lib.Config) -> None:
         generate.run(config)
     for name, one in arms.items():
         if name:
-            say(f"\n== {name} ==")
+            log(f"\n== {name} ==")
             if one.train.reads_traces and not one.traces:
                 generate.run(one)
         for stage in (train, evaluate, export):
             stage.run(one)
-    say("")
+    log("")
     report.run(config)
 
 

@@ -23,7 +23,7 @@ from dail_jax.data.records import Row, dataset_hash, read_rows
 from dail_jax.data.waypoints import final_answer
 from dail_jax.errors import UserError
 from dail_jax.evaluate.grading import Grader, extract
-from dail_jax.metrics import Metrics, progress, say
+from dail_jax.metrics import Metrics, log, progress
 from dail_jax.rundir import Interrupt, Interrupted, Journal, RunDir, json_line, write_atomic
 from dail_jax.sample.engine import Request, Sample, Sampler
 from dail_jax.stages.session import Session, open_session
@@ -56,7 +56,7 @@ def run(config: config_lib.Config) -> None:
     if config.data is None:
         raise UserError("missing: generation wants rows", field="data")
     if config.traces is not None:
-        say(f"generate: using {traces_path(config)}")
+        log(f"generate: using {traces_path(config)}")
         return
     rows = read_rows(config.data)
     check_golds(config, rows)
@@ -64,7 +64,7 @@ def run(config: config_lib.Config) -> None:
     inputs = {"data": dataset_hash(rows), **({"passes": "star"} if star else {})}
     with RunDir(config) as run_dir, run_dir.stage("generate", inputs, scratch=(JOURNAL, TOLD)) as done:
         if done():
-            say(f"generate: already done, see {traces_path(config)}")
+            log(f"generate: already done, see {traces_path(config)}")
             return
         session = open_session(config)
         with jax.set_mesh(session.mesh):
@@ -77,9 +77,11 @@ def run(config: config_lib.Config) -> None:
         if jax.process_index() == 0:
             write_atomic(traces_path(config), "".join(map(json_line, traces)))
         share = np.mean([t["acceptance"] for t in traces]) if traces else 0.0
-        say(f"generate: {len(traces)} traces of {len(finished)} problems, {share:.1%} of tokens the student's; "
-            + (", ".join(f"{n} {reason}" for reason, n in counts.items()) or "none dropped"))  # fmt: skip
-        say(f"          wrote {traces_path(config)}")
+        log(
+            f"generate: {len(traces)} traces of {len(finished)} problems, {share:.1%} of tokens the student's; "
+            + (", ".join(f"{n} {reason}" for reason, n in counts.items()) or "none dropped")
+        )
+        log(f"          wrote {traces_path(config)}")
 
 
 def roll_out(
@@ -92,7 +94,7 @@ def roll_out(
     names = {f"{name}/{row.problem_id}": row for row in rows}
     prompts = {row.problem_id: session.prompts.build(row) for row in rows}
     if cut := sum(p.cut for p in prompts.values()):
-        say(f"generate: {cut} solutions were cut at {session.config.prompts.max_solution_tokens} tokens")
+        log(f"generate: {cut} solutions were cut at {session.config.prompts.max_solution_tokens} tokens")
     roles = {0.0: ("student",), 1.0: ("privileged",)}.get(cfg.tau, ("student", "privileged"))
     requests, too_long = [], 0
     for key, row in names.items():
@@ -102,9 +104,16 @@ def roll_out(
         elif row.problem_id not in finished:
             requests.append(Request(key, contexts, tuple(range(cfg.samples)), cfg.sampling.max_tokens))
     if too_long:
-        say(f"generate: skipped {too_long} problems with prompts above max_prompt_tokens={cfg.max_prompt_tokens}")
-    sampler = session.sampler(cfg.sampling, slots=cfg.slots, max_tokens=cfg.sampling.max_tokens, tau=cfg.tau,
-                              proposals=cfg.proposals, roles=len(roles), draft=cfg.draft)  # fmt: skip
+        log(f"generate: skipped {too_long} problems with prompts above max_prompt_tokens={cfg.max_prompt_tokens}")
+    sampler = session.sampler(
+        cfg.sampling,
+        slots=cfg.slots,
+        max_tokens=cfg.sampling.max_tokens,
+        tau=cfg.tau,
+        proposals=cfg.proposals,
+        roles=len(roles),
+        draft=cfg.draft,
+    )
     parts: dict[str, list[Sample]] = collections.defaultdict(list)
     total = len(requests) + len(finished)
     with progress("generating", total, "problems", len(finished)) as bar, Interrupt() as interrupt:
@@ -113,8 +122,10 @@ def roll_out(
             if len(parts[sample.name]) < cfg.samples:
                 continue
             row = names[sample.name]
-            traces = [to_row(session, row, prompts[row.problem_id], roles, s)
-                      for s in sorted(parts.pop(sample.name), key=lambda s: s.sample)]  # fmt: skip
+            traces = [
+                to_row(session, row, prompts[row.problem_id], roles, s)
+                for s in sorted(parts.pop(sample.name), key=lambda s: s.sample)
+            ]
             finished[row.problem_id] = traces
             journal.append({"problem_id": row.problem_id, "traces": traces})
             bar.advance()
@@ -136,7 +147,7 @@ def rationalise(session: Session, rows: list[Row], journal: Path, metrics: Metri
     own = roll_out(at(0.0), rows, journal, metrics)
     mark_drops([trace for traces in own.values() for trace in traces], rows, session.config)
     failed = [row for row in rows if all(trace["drop"] for trace in own.get(row.problem_id, ()))]
-    say(f"generate: the student solves {len(rows) - len(failed)} of {len(rows)} problems, the others with a solution")
+    log(f"generate: the student solves {len(rows) - len(failed)} of {len(rows)} problems, the others with a solution")
     return {**own, **roll_out(at(1.0), failed, journal.with_name(TOLD), metrics, "rationalise")}
 
 
@@ -148,8 +159,14 @@ def filters_of(config: config_lib.Config) -> config_lib.Filters:
 def report_usage(sampler: Sampler, metrics: Metrics) -> None:
     usage = sampler.usage
     if usage.chunks:
-        metrics.write(0, tokens=usage.live, occupancy=usage.occupancy, steps=usage.steps, prefills=usage.prefills,
-                      drafted=usage.drafted_chunks / usage.chunks)  # fmt: skip
+        metrics.write(
+            0,
+            tokens=usage.live,
+            occupancy=usage.occupancy,
+            steps=usage.steps,
+            prefills=usage.prefills,
+            drafted=usage.drafted_chunks / usage.chunks,
+        )
 
 
 def to_row(session: Session, row: Row, prompts, roles: tuple[str, ...], s: Sample) -> dict:

@@ -14,7 +14,7 @@ import jax
 from dail_jax import config as config_lib
 from dail_jax.errors import UserError
 from dail_jax.evaluate import files, protocol
-from dail_jax.metrics import console, say
+from dail_jax.metrics import console, log
 from dail_jax.rundir import RunDir
 from dail_jax.stages import evaluate, experiment
 
@@ -41,10 +41,12 @@ def run(config: config_lib.Config) -> None:
 def compare(before: list[dict], after: list[dict], folder: Path) -> None:
     """Says which verdicts changed: how many of each kind, and the first of them."""
     changed = [(a, b) for a, b in zip(before, after, strict=True) if a["correct"] != b["correct"]]
-    say(f"grade: {folder}: {len(changed)} of {len(after)} verdicts changed")
+    log(f"grade: {folder}: {len(changed)} of {len(after)} verdicts changed")
     kinds = collections.Counter((a["correct"], b["correct"]) for a, b in changed)
     for (old, new), count in kinds.most_common():
-        say(f"  {count} from correct={old} to correct={new}")
+        log(f"  {count} from correct={old} to correct={new}")
     for a, b in changed[:SHOWN]:
-        say(f"  {b['benchmark']} {b['problem_id']} sample {b['sample']} budget {b['budget']}: gold {b['gold'][:60]!r}, "
-            f"answer {a['answer']!r:.80} {a['reason']} -> {b['answer']!r:.80} {b['reason']}")  # fmt: skip
+        log(
+            f"  {b['benchmark']} {b['problem_id']} sample {b['sample']} budget {b['budget']}: gold {b['gold'][:60]!r}, "
+            f"answer {a['answer']!r:.80} {a['reason']} -> {b['answer']!r:.80} {b['reason']}"
+        )

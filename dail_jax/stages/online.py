@@ -21,7 +21,7 @@ from dail_jax.data.records import Row
 from dail_jax.data.waypoints import final_answer
 from dail_jax.errors import UserError
 from dail_jax.evaluate.grading import AnswerType, Grader, extract
-from dail_jax.metrics import Metrics, progress, say
+from dail_jax.metrics import Metrics, log, progress
 from dail_jax.rundir import Interrupt, Interrupted, RunDir
 from dail_jax.sample.engine import Request, Sample, Sampler
 from dail_jax.stages.generate import read_traces
@@ -60,7 +60,7 @@ def tasks_of(session: Session, rows: list[Row]) -> list[Task]:
         tasks.append(Task(row.problem_id, prompts, final_answer(row) or ""))
     fitting = [task for task in tasks if max(map(len, task.prompts.values())) <= room]
     if len(fitting) < len(tasks):
-        say(f"train: dropped {len(tasks) - len(fitting)} problems: prompt and response above train.max_tokens")
+        log(f"train: dropped {len(tasks) - len(fitting)} problems: prompt and response above train.max_tokens")
     if not fitting:
         raise UserError("nothing to train on: every problem was dropped", field="train.max_tokens")
     return fitting
@@ -98,8 +98,9 @@ def play(
     """A round's examples, group by group, and its figures; None when it was interrupted."""
     cfg, online = session.config.train, session.config.train.online
     chosen = [tasks[i] for i in places(len(tasks), online.problems, number, session.config.seed)]
-    drawn = draw(sampler, {f"online/{number}/{i}": t.prompts["student"] for i, t in enumerate(chosen)}, online.group,
-                 interrupt)  # fmt: skip
+    drawn = draw(
+        sampler, {f"online/{number}/{i}": t.prompts["student"] for i, t in enumerate(chosen)}, online.group, interrupt
+    )
     if drawn is None:
         return None
     groups, roles = list(drawn.values()), ["student"] * len(chosen)
@@ -110,8 +111,9 @@ def play(
         figures |= {"reward": float(rewards.mean()), "solved": float(rewards.any(1).mean())}
         lost = [i for i, t in enumerate(chosen) if "hint" in t.prompts and not rewards[i].any()]
         if cfg.objective == "nurl":
-            again = draw(sampler, {f"online/{number}/{i}/hint": chosen[i].prompts["hint"] for i in lost}, online.group,
-                         interrupt)  # fmt: skip
+            again = draw(
+                sampler, {f"online/{number}/{i}/hint": chosen[i].prompts["hint"] for i in lost}, online.group, interrupt
+            )
             if again is None:
                 return None
             for i, group in zip(lost, again.values(), strict=True):
@@ -174,14 +176,16 @@ def fit(session: Session, rows: list[Row], run_dir: RunDir, metrics: Metrics) ->
     steps, micro = rounds * per_round, cfg.batch_size // cfg.accumulate
     local = mesh_lib.local_rows(mesh, micro)
     run = prepare(session, steps, run_dir.path / "checkpoints")
-    say(f"train: {cfg.objective} on {len(tasks)} problems; {rounds} rounds of {online.problems} x {online.group} "
-        f"samples and {per_round} updates")  # fmt: skip
+    log(
+        f"train: {cfg.objective} on {len(tasks)} problems; {rounds} rounds of {online.problems} x {online.group} "
+        f"samples and {per_round} updates"
+    )
     restored = run.store.restore(abstract_state(session, run))
     if restored is None:
         step, state = 0, step_lib.init(jax.random.key(config.seed), session.model, cfg, run.tx, mesh)
     else:
         step, state, _ = restored
-        say(f"train: resuming at update {step}")
+        log(f"train: resuming at update {step}")
     metrics.rewind(step)
     saved = step
     sampler = session.sampler(online.sampling, slots=online.slots, max_tokens=online.sampling.max_tokens)
@@ -207,8 +211,11 @@ def fit(session: Session, rows: list[Row], run_dir: RunDir, metrics: Metrics) ->
                     if not bool(out["finite"]):
                         complain(examples, chosen, np.asarray(out["bad_rows"]), step)
                         if int(state.skipped) >= cfg.max_skipped:
-                            raise UserError(f"{cfg.max_skipped} updates in a row were not finite: lower the learning "
-                                            "rate; the last good checkpoint is kept", field="train")  # fmt: skip
+                            raise UserError(
+                                f"{cfg.max_skipped} updates in a row were not finite: lower the learning "
+                                "rate; the last good checkpoint is kept",
+                                field="train",
+                            )
                     bar.advance(note=" ".join(f"{k} {v:.3g}" for k, v in figures.items()))
             stop = played is None or (interrupt.wanted and step < steps)
             if step > saved and (stop or step == steps or step - saved >= cfg.save_every):
@@ -217,4 +224,4 @@ def fit(session: Session, rows: list[Row], run_dir: RunDir, metrics: Metrics) ->
             if stop:
                 raise Interrupted(f"train: stopped and saved at update {step} of {steps}; call again to go on")
     run.store.close()
-    say(f"train: {steps} updates done; wrote {run_dir.path / 'checkpoints'}")
+    log(f"train: {steps} updates done; wrote {run_dir.path / 'checkpoints'}")

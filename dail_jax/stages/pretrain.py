@@ -19,7 +19,7 @@ from dail_jax import config as config_lib
 from dail_jax import mesh as mesh_lib
 from dail_jax.checkpoint import hf
 from dail_jax.errors import UserError
-from dail_jax.metrics import Metrics, progress, say
+from dail_jax.metrics import Metrics, log, progress
 from dail_jax.model import families, transformer, weights
 from dail_jax.rundir import RunDir, sha256
 from dail_jax.text import load_tokenizer
@@ -36,7 +36,7 @@ def run(config: config_lib.Config) -> None:
     mesh = mesh_lib.make_mesh(config.mesh)
     with RunDir(config) as run_dir, run_dir.stage("pretrain", {"rows": sha256(cfg.rows)}) as done, jax.set_mesh(mesh):
         if done():
-            say(f"pretrain: already done, see {config.model.path}")
+            log(f"pretrain: already done, see {config.model.path}")
             return
         if Path(config.model.path).exists():
             raise UserError("already exists: choose another folder or delete this one", file=config.model.path)
@@ -45,13 +45,13 @@ def run(config: config_lib.Config) -> None:
         params = jax.jit(weights.init, static_argnums=1, out_shardings=weights.shardings(model, mesh))(
             jax.random.key(config.seed), model
         )
-        say(f"pretrain: {weights.count(model):,} weights, {len(examples):,} rows, {cfg.steps} steps")
+        log(f"pretrain: {weights.count(model):,} weights, {len(examples):,} rows, {cfg.steps} steps")
         params = train(params, model, cfg, examples, config.seed, metrics)
         cast = jax.tree.map(lambda w: w.astype(config.model.dtype), params)
         tree = {**cfg.architecture, "dtype": config.model.dtype}
         hf.save(config.model.path, cast, model, tree, config.model.tokenizer)
         metrics.close()
-        say(f"pretrain: wrote {config.model.path}")
+        log(f"pretrain: wrote {config.model.path}")
 
 
 def read(cfg: config_lib.Pretrain, tokenizer_path: str, model: families.ModelConfig) -> list[tuple[np.ndarray, int]]:

@@ -11,7 +11,7 @@ import jax
 from dail_jax import config as config_lib
 from dail_jax.errors import UserError
 from dail_jax.evaluate import files, protocol
-from dail_jax.metrics import console, say
+from dail_jax.metrics import console, log
 from dail_jax.report import diagnosis, page, plots
 from dail_jax.rundir import write_atomic
 from dail_jax.stages.generate import traces_path
@@ -37,19 +37,22 @@ def show(
 
     `tokenizer` is the folder that gives the trace viewer its tokens' texts, if it is there.
     """
-    results = {name: files.read_results(folder / "results.json")
-               for name, folder in runs.items() if (folder / "results.json").exists()}  # fmt: skip
+    results = {
+        name: files.read_results(folder / "results.json")
+        for name, folder in runs.items()
+        if (folder / "results.json").exists()
+    }
     if results:
         console.print(protocol.table(results))
         paired = protocol.differences(results, 0, diagnosis.RESAMPLES)
         for line in paired:
-            say(line)
+            log(line)
         write_atomic(out / "results.md", protocol.markdown(results) + "".join(f"\n- {line}" for line in paired) + "\n")
         write_atomic(out / "results.tex", protocol.latex(results))
     decode = functools.partial(pieces, load_tokenizer(tokenizer)) if tokenizer and tokenizer.is_dir() else None
     written = page.write(runs, out / "report.html", title, traces, decode)
     made = plots.write(runs, out / "plots", traces)
-    say(f"report: wrote {written}, {out / 'results.tex'} and {len(made)} plots in {out / 'plots'}")
+    log(f"report: wrote {written}, {out / 'results.tex'} and {len(made)} plots in {out / 'plots'}")
 
 
 def pieces(tokenizer: Tokenizer, ids: Sequence[int]) -> list[str]:

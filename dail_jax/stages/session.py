@@ -78,8 +78,10 @@ def open_session(config: config_lib.Config) -> Session:
     model = read_config(folder)
     tokenizer = load_tokenizer(config.model.tokenizer or folder)
     if tokenizer.size > model.V:
-        raise UserError(f"got token ids up to {tokenizer.size - 1}, want below the model's {model.V} embedding rows",
-                        file=config.model.tokenizer or folder)  # fmt: skip
+        raise UserError(
+            f"got token ids up to {tokenizer.size - 1}, want below the model's {model.V} embedding rows",
+            file=config.model.tokenizer or folder,
+        )
     prompts = PromptBuilder(tokenizer, config.prompts, config.waypoints)
     params = _weights(folder, config.model.dtype, mesh)
     return Session(config, mesh, params, model, tokenizer, prompts, stop_ids(folder, tokenizer))

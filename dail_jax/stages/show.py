@@ -13,7 +13,7 @@ from dail_jax.data import waypoints as waypoints_lib
 from dail_jax.data.prompts import PromptBuilder
 from dail_jax.data.records import Row, read_rows
 from dail_jax.errors import UserError
-from dail_jax.metrics import console, say
+from dail_jax.metrics import console, log
 from dail_jax.text import load_tokenizer
 
 FIRST = 3  # rows shown where none are named
@@ -32,8 +32,10 @@ def waypoints(config: config_lib.Config, row: Sequence[str] = ()) -> None:
         console.print(table)
     counts = [len(waypoints_lib.waypoints(one, config.waypoints)) for one in rows]
     no_answer = sum(waypoints_lib.final_answer(one) is None for one in rows)
-    say(f"waypoints: {len(rows)} rows, {sum(counts) / len(rows):.1f} each (from {min(counts)} to {max(counts)}), "
-        f"{counts.count(0)} rows without any, {no_answer} without a final answer")  # fmt: skip
+    log(
+        f"waypoints: {len(rows)} rows, {sum(counts) / len(rows):.1f} each (from {min(counts)} to {max(counts)}), "
+        f"{counts.count(0)} rows without any, {no_answer} without a final answer"
+    )
 
 
 def prompts(config: config_lib.Config, row: Sequence[str] = ()) -> None:
@@ -43,7 +45,7 @@ def prompts(config: config_lib.Config, row: Sequence[str] = ()) -> None:
     for one in _chosen(config, _rows(config), row):
         built = builder.build(one)
         cut = f", solution cut at {config.prompts.max_solution_tokens} tokens" if built.cut else ""
-        say(f"row {one.index + 1}: {one.problem_id}{cut}")
+        log(f"row {one.index + 1}: {one.problem_id}{cut}")
         for role in ("student", "privileged", "negative", "expert"):
             ids = getattr(built, role)
             shown = tokenizer.decode(ids, keep_special=True)
@@ -61,6 +63,9 @@ def _chosen(config: config_lib.Config, rows: list[Row], names: Sequence[str]) ->
     known = {**{str(one.index + 1): one for one in rows}, **{one.problem_id: one for one in rows}}
     unknown = next((name for name in names if name not in known), None)
     if unknown is not None:
-        raise UserError(f"got {unknown!r}, want a problem_id or a number from 1 to {len(rows)}",
-                        file=config.data and config.data.path, field="--row")  # fmt: skip
+        raise UserError(
+            f"got {unknown!r}, want a problem_id or a number from 1 to {len(rows)}",
+            file=config.data and config.data.path,
+            field="--row",
+        )
     return [known[name] for name in names] or rows[:FIRST]

@@ -15,7 +15,7 @@ from dail_jax.data import batches
 from dail_jax.data.batches import Example
 from dail_jax.data.records import Row, dataset_hash, read_rows
 from dail_jax.errors import UserError
-from dail_jax.metrics import Metrics, progress, say
+from dail_jax.metrics import Metrics, log, progress
 from dail_jax.model.lora import Lora
 from dail_jax.rundir import Interrupt, Interrupted, RunDir, json_line, sha256, write_atomic
 from dail_jax.stages.generate import check_golds, mark_drops, read_traces, traces_path
@@ -27,7 +27,7 @@ from dail_jax.train import step as step_lib
 def run(config: config_lib.Config) -> None:
     cfg = config.train
     if cfg.objective == "none":
-        say("train: nothing to train (train.objective: none)")
+        log("train: nothing to train (train.objective: none)")
         return
     if config.data is None:
         raise UserError("missing: training wants rows", field="data")
@@ -40,7 +40,7 @@ def run(config: config_lib.Config) -> None:
         inputs["traces"] = sha256(traces_path(config))
     with RunDir(config) as run_dir, run_dir.stage("train", inputs) as done:
         if done():
-            say(f"train: already done, see {run_dir.path / 'checkpoints'}")
+            log(f"train: already done, see {run_dir.path / 'checkpoints'}")
             return
         session = open_session(config)
         with jax.set_mesh(session.mesh):
@@ -80,13 +80,20 @@ def examples_of(session: Session, rows: list[Row]) -> list[Example]:
         mark_drops(traces, rows, config)
         alien = next((n for n, t in enumerate(traces, 1) if max(t["response_ids"], default=0) >= session.model.V), None)
         if alien is not None:
-            raise UserError(f"got a token id at or above the model's vocabulary of {session.model.V}",
-                            file=traces_path(config), row=alien, field="response_ids")  # fmt: skip
-        examples = [example(f"{t['problem_id']}/{t['sample']}", t["problem_id"], t["response_ids"])
-                    for t in traces if t["drop"] is None]  # fmt: skip
+            raise UserError(
+                f"got a token id at or above the model's vocabulary of {session.model.V}",
+                file=traces_path(config),
+                row=alien,
+                field="response_ids",
+            )
+        examples = [
+            example(f"{t['problem_id']}/{t['sample']}", t["problem_id"], t["response_ids"])
+            for t in traces
+            if t["drop"] is None
+        ]
     fitting = [e for e in examples if max(map(len, e.prompts.values())) + len(e.response) <= limit]
     if len(fitting) < len(examples):
-        say(f"train: dropped {len(examples) - len(fitting)} examples above train.max_tokens={limit}")
+        log(f"train: dropped {len(examples) - len(fitting)} examples above train.max_tokens={limit}")
     if not fitting:
         raise UserError("nothing to train on: every example was dropped", file=traces_path(config))
     return fitting
@@ -129,8 +136,13 @@ def fit(session: Session, examples: list[Example], run_dir: RunDir, metrics: Met
     plan = batches.Plan(examples, cfg.batch_size, cfg.epochs, config.seed)
     local = mesh_lib.local_rows(mesh, cfg.batch_size // cfg.accumulate)
     recipe = step_lib.recipe(session.model, cfg)
-    identity = {"examples": batches.digest(examples), "batch_size": cfg.batch_size, "workers": cfg.workers,
-                "seed": config.seed, "steps": len(plan)}  # fmt: skip
+    identity = {
+        "examples": batches.digest(examples),
+        "batch_size": cfg.batch_size,
+        "workers": cfg.workers,
+        "seed": config.seed,
+        "steps": len(plan),
+    }
     assemble = batches.Assemble(examples, cfg.bucket, cfg.accumulate, local, roles_of(config))
     if cfg.objective == "dail" and cfg.cache_references:
         cached = cache(session, examples, run_dir, recipe, identity["examples"])
@@ -140,8 +152,10 @@ def fit(session: Session, examples: list[Example], run_dir: RunDir, metrics: Met
             )
     run = prepare(session, len(plan), run_dir.path / "checkpoints")
     feed = batches.iterator(plan, assemble, cfg.workers)
-    say(f"train: {cfg.objective} on {len(examples)} examples, {len(plan)} updates of {cfg.batch_size}; "
-        f"{batches.padding_share(plan, assemble):.0%} of trained positions are padding")  # fmt: skip
+    log(
+        f"train: {cfg.objective} on {len(examples)} examples, {len(plan)} updates of {cfg.batch_size}; "
+        f"{batches.padding_share(plan, assemble):.0%} of trained positions are padding"
+    )
 
     restored = run.store.restore(abstract_state(session, run))
     if restored is None:
@@ -154,7 +168,7 @@ def fit(session: Session, examples: list[Example], run_dir: RunDir, metrics: Met
                 f"this run was started with other {', '.join(changed)}: use another run_dir", file=run_dir.path
             )
         feed.set_state(saved["data"])
-        say(f"train: resuming at update {start}")
+        log(f"train: resuming at update {start}")
     metrics.rewind(start)  # rows after the checkpoint, or before the first: they come again
 
     update = step_lib.make_update(recipe, run.tx, run.layout)
@@ -187,7 +201,7 @@ def fit(session: Session, examples: list[Example], run_dir: RunDir, metrics: Met
             if stop and not last:
                 raise Interrupted(f"train: stopped and saved at update {number} of {len(plan)}; call again to go on")
     run.store.close()
-    say(f"train: {len(plan)} updates done; wrote {run_dir.path / 'checkpoints'}")
+    log(f"train: {len(plan)} updates done; wrote {run_dir.path / 'checkpoints'}")
 
 
 def cache(session: Session, examples, run_dir: RunDir, recipe, digest: str) -> references.References | None:
@@ -196,24 +210,37 @@ def cache(session: Session, examples, run_dir: RunDir, recipe, digest: str) -> r
     need = references.size(examples, session.model.D, session.params["norm"].dtype)
     if need > cfg.references_gib * 2**30:
         size = f"{need / 2**30:.1f} GiB"
-        say(f"train: references would take {size}, above train.references_gib; computing them in every step")
+        log(f"train: references would take {size}, above train.references_gib; computing them in every step")
         return None
     key = f"{session.config.model.path} {session.config.model.dtype} {digest}"
-    found = references.compute(run_dir.path / "references", key, recipe, session.params, session.mesh, examples,
-                               cfg.batch_size // cfg.accumulate, cfg.bucket)  # fmt: skip
+    found = references.compute(
+        run_dir.path / "references",
+        key,
+        recipe,
+        session.params,
+        session.mesh,
+        examples,
+        cfg.batch_size // cfg.accumulate,
+        cfg.bucket,
+    )
     scores = run_dir.path / "token_scores.jsonl"  # for the report's trace viewer
     if jax.process_count() == 1 and not scores.exists():
         ratios = references.log_ratios(found, session.params, examples, cfg.chunk)
         names = [e.name.rpartition("/") for e in examples]
-        write_atomic(scores, "".join(json_line({"problem_id": problem, "sample": int(sample), "log_ratio": ratio})
-                                     for (problem, _, sample), ratio in zip(names, ratios, strict=True)))  # fmt: skip
+        write_atomic(
+            scores,
+            "".join(
+                json_line({"problem_id": problem, "sample": int(sample), "log_ratio": ratio})
+                for (problem, _, sample), ratio in zip(names, ratios, strict=True)
+            ),
+        )
     return found
 
 
 def complain(examples: list[Example], rows: np.ndarray, bad: np.ndarray, number: int) -> None:
     """Names the rows [A, B] of an update that was not finite, or all of them where no row stands out."""
     names = [examples[i].name for i in (rows[bad] if bad.any() else rows.ravel()) if i >= 0]
-    say(f"train: update {number} was not finite and is skipped; rows: {', '.join(names[:8])}")
+    log(f"train: update {number} was not finite and is skipped; rows: {', '.join(names[:8])}")
 
 
 def trained_lora(session: Session, run_dir: RunDir) -> Lora | None:

@@ -91,8 +91,12 @@ def _over_chunks(objective, chunk, hidden, extras, mask, unembed):
         states, more, live = inputs
         loss, parts, by_logits = token_loss(objective, logits(states), more, logits)
         live = live[..., None]
-        gradient = jnp.einsum("btv,vd->btd", jnp.where(live, by_logits, 0).astype(unembed.dtype), unembed,
-                              preferred_element_type=jnp.float32)  # fmt: skip
+        gradient = jnp.einsum(
+            "btv,vd->btd",
+            jnp.where(live, by_logits, 0).astype(unembed.dtype),
+            unembed,
+            preferred_element_type=jnp.float32,
+        )
         parts = {"loss": loss, **parts}
         return {k: sums[k] + jnp.where(live[..., 0], parts[k], 0).sum() for k in sums}, gradient.astype(hidden.dtype)
 

@@ -64,9 +64,15 @@ def whole(folder: Path, key: str) -> bool:
 
 
 def compute(
-    folder: Path, key: str, recipe: step_lib.Recipe, params: Params, mesh: jax.sharding.Mesh,
-    examples: list[batches.Example], rows: int, bucket: int,
-) -> References:  # fmt: skip
+    folder: Path,
+    key: str,
+    recipe: step_lib.Recipe,
+    params: Params,
+    mesh: jax.sharding.Mesh,
+    examples: list[batches.Example],
+    rows: int,
+    bucket: int,
+) -> References:
     """Fills the cache, `rows` examples at a time in order of length; an existing one for `key` is reused."""
     dtype = params["norm"].dtype
     references = References(folder, examples, recipe.model.D, dtype)

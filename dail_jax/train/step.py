@@ -62,8 +62,12 @@ def response_states(
 
 def make_states(mesh: jax.sharding.Mesh):
     """`response_states` jitted, rows laid out over the mesh."""
-    return jax.jit(response_states, static_argnums=(0, 5), out_shardings=mesh_lib.sharding(mesh, "b"),
-                   compiler_options=mesh_lib.compiler_options(mesh))  # fmt: skip
+    return jax.jit(
+        response_states,
+        static_argnums=(0, 5),
+        out_shardings=mesh_lib.sharding(mesh, "b"),
+        compiler_options=mesh_lib.compiler_options(mesh),
+    )
 
 
 def init(key: jax.Array, model: ModelConfig, cfg: config_lib.Train, tx: optax.GradientTransformation, mesh) -> State:
@@ -110,8 +114,9 @@ def make_update(recipe: Recipe, tx: optax.GradientTransformation, layout: State)
                         recipe, params, None, batch[f"{role}_tokens"], batch[f"{role}_positions"], length
                     )
                 extras[role] = jax.lax.stop_gradient(states).astype(hidden.dtype)
-        summed: Any = objectives.summed(recipe.objective, recipe.chunk, hidden, extras, batch["mask"],
-                                        transformer.unembedding(params))  # fmt: skip
+        summed: Any = objectives.summed(
+            recipe.objective, recipe.chunk, hidden, extras, batch["mask"], transformer.unembedding(params)
+        )
         loss, parts = summed
         live, states = batch["mask"][..., None], [hidden, *(x for x in extras.values() if x.ndim == 3)]
         bad = ~jnp.stack([jnp.isfinite(jnp.where(live, x, 0)).all((1, 2)) for x in states]).all(0)

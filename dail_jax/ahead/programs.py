@@ -22,11 +22,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from dail_jax import compiled as compiled_lib
 from dail_jax import config as config_lib
 from dail_jax import mesh as mesh_lib
-from dail_jax.chips import Chip, chip
-from dail_jax.compiled import Count, copies_of, count
+from dail_jax.ahead import compiled as compiled_lib
+from dail_jax.ahead.chips import Chip, chip
+from dail_jax.ahead.compiled import Count, copies_of, count
 from dail_jax.data.batches import pad
 from dail_jax.model import lora as lora_lib
 from dail_jax.model import transformer, weights
@@ -101,9 +101,10 @@ def lengths(config: config_lib.Config) -> tuple[int, int]:
     """The longest prompt and response, padded, of which `train.max_tokens` admits a batch."""
     cfg = config.train
     longest = (
-        config.prompts.max_solution_tokens if cfg.objective == "sft"
+        config.prompts.max_solution_tokens
+        if cfg.objective == "sft"
         else (cfg.online if cfg.is_online else config.generate).sampling.max_tokens
-    )  # fmt: skip
+    )
     response = min(longest, cfg.max_tokens - 1)
     return pad(cfg.max_tokens - response, cfg.bucket), pad(response, cfg.bucket)
 
@@ -130,8 +131,10 @@ def train_programs(config: config_lib.Config, model: ModelConfig, mesh: Mesh) ->
     def count() -> Count:
         return count_step(config, model, mesh, prompt, response, cached)
 
-    out = [Program("loss", "loss", loss),
-           Program(f"train step, {shape}", "train", step, useful, count, weights=held(params))]  # fmt: skip
+    out = [
+        Program("loss", "loss", loss),
+        Program(f"train step, {shape}", "train", step, useful, count, weights=held(params)),
+    ]
     if cached:
         states = step_lib.make_states(mesh)
         tokens = mesh_array(mesh, "bt", (rows, prompt + response), jnp.int32)
@@ -165,8 +168,9 @@ def lower_loss(recipe: step_lib.Recipe, dtype, mesh: Mesh, rows: int, response: 
     }.get(recipe.objective.kind, {"targets": tokens})
 
     def run(hidden, extras, mask, unembed):
-        return jax.value_and_grad(lambda h: objectives.summed(recipe.objective, recipe.chunk, h, extras, mask, unembed),
-                                  has_aux=True)(hidden)  # fmt: skip
+        return jax.value_and_grad(
+            lambda h: objectives.summed(recipe.objective, recipe.chunk, h, extras, mask, unembed), has_aux=True
+        )(hidden)
 
     mask = mesh_array(mesh, "bt", (rows, response), jnp.bool_)
     unembed = transformer.unembedding(weights.abstract(model, dtype, mesh))
@@ -175,8 +179,9 @@ def lower_loss(recipe: step_lib.Recipe, dtype, mesh: Mesh, rows: int, response: 
     return lower(mesh, jax.jit(run, out_shardings=out, compiler_options=options), states, extras, mask, unembed)
 
 
-def lower_step(config, model: ModelConfig, mesh: Mesh, params, micro: int, prompt: int, response: int,
-               cached: bool) -> jax.stages.Lowered:  # fmt: skip
+def lower_step(
+    config, model: ModelConfig, mesh: Mesh, params, micro: int, prompt: int, response: int, cached: bool
+) -> jax.stages.Lowered:
     """The update that `train` runs, on `micro` micro-batches of the longest rows."""
     cfg = config.train
     tx = optimizer.adamw(cfg.optimizer, 1000)
@@ -212,8 +217,11 @@ def useful_flops(model: ModelConfig, cfg: config_lib.Train, prompt: int, respons
     tokens, references = prompt + response, frozen(kind, cached)
     roles = 1 + frozen(kind, False)
     base = sum(math.prod(w.shape(model)) for w in table.values() if w.inputs)
-    adapter = sum(cfg.lora.rank * (math.prod(s[: w.inputs]) + math.prod(s[w.inputs :]))
-                  for w in (table[name] for name in cfg.lora.targets) for s in [w.shape(model)])  # fmt: skip
+    adapter = sum(
+        cfg.lora.rank * (math.prod(s[: w.inputs]) + math.prod(s[w.inputs :]))
+        for w in (table[name] for name in cfg.lora.targets)
+        for s in [w.shape(model)]
+    )
     attention = model.N * model.H * tokens  # two products of T * T/2 a token: multiply-adds
     layer = base * (2 + references) + adapter * 3 + attention * (3 + references)
     return 2 * (model.L * tokens * layer + response * model.V * model.D * (roles + 1))
@@ -276,16 +284,22 @@ def sampler_programs(config: config_lib.Config, model: ModelConfig, mesh: Mesh) 
         jobs.append(("evaluation", cfg, cfg.samples, cfg.max_prompt_tokens, 1, lora, cfg.draft))
     for name, cfg, samples, longest, roles, lora, drafts in jobs:
         knobs = mixture.knobs(cfg.sampling)
-        sampler = engine.Sampler(params, model, mesh, (), 0, cfg.slots, cfg.sampling.max_tokens, knobs, roles, lora,
-                                 draft=drafts)  # fmt: skip
+        sampler = engine.Sampler(
+            params, model, mesh, (), 0, cfg.slots, cfg.sampling.max_tokens, knobs, roles, lora, draft=drafts
+        )
         grid = sampler.grid(samples, engine.bucket(longest))
         made = lower(mesh, decode.empty, grid, model, dtype).compile()
         shapes = jax.eval_shape(lambda grid=grid: decode.empty(grid, model, dtype))
-        state = jax.tree.map(lambda s, where: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=where), shapes,
-                             made.output_shardings)  # fmt: skip
+        state = jax.tree.map(
+            lambda s, where: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=where), shapes, made.output_shardings
+        )
         rules, knobs = jax.tree.map(lambda x: host_array(mesh, x.shape, x.dtype), (sampler.rules, knobs))
-        prompt = (host_array(mesh, (grid.roles, grid.prompt_slots)), host_array(mesh, (grid.roles,)),
-                  host_array(mesh), host_array(mesh))  # fmt: skip
+        prompt = (
+            host_array(mesh, (grid.roles, grid.prompt_slots)),
+            host_array(mesh, (grid.roles,)),
+            host_array(mesh),
+            host_array(mesh),
+        )
         label = f"{name}, {grid.slots} slots x {grid.roles} roles"
 
         def prefill(grid=grid, lora=lora, state=state, prompt=prompt) -> jax.stages.Lowered:
@@ -328,7 +342,8 @@ def measure(program: Program, config: config_lib.Config, mesh: Mesh, known: Chip
     peak = arguments + temporaries + max(fresh, 0) + (program.weights / 1e9 if program.kind == "sampler" else 0)
     fits = None if known is None else peak <= known.hbm
     verdict = {None: "compiles", True: "fits"}.get(fits) or (
-        "does not fit: " + first_change(program.kind, config, mesh, arguments, temporaries))  # fmt: skip
+        "does not fit: " + first_change(program.kind, config, mesh, arguments, temporaries)
+    )
 
     text = compiled_lib.text(compiled)
     moved = None if text is None else compiled_lib.hbm_bytes(text) / max(program.tokens, 1)
@@ -345,8 +360,23 @@ def measure(program: Program, config: config_lib.Config, mesh: Mesh, known: Chip
         ratio = moved / (memory.argument_size_in_bytes - program.unread)
     flops = cost and cost.flops + cost.kernels
     aliased = memory.alias_size_in_bytes / 1e9
-    return Row(program.name, seconds, peak, hbm, fits, verdict, arguments, temporaries, aliased,
-               flops, moved, estimate, utilisation, ratio, copies)  # fmt: skip
+    return Row(
+        program.name,
+        seconds,
+        peak,
+        hbm,
+        fits,
+        verdict,
+        arguments,
+        temporaries,
+        aliased,
+        flops,
+        moved,
+        estimate,
+        utilisation,
+        ratio,
+        copies,
+    )
 
 
 def first_change(kind: str, config: config_lib.Config, mesh: Mesh, arguments: float, temporaries: float) -> str:

@@ -78,9 +78,11 @@ class Op:
 
 def size(type_text: str, everywhere: bool = False) -> int:
     """Bytes of a type's arrays that lie in main memory, or of all."""
-    return sum(WIDTHS[kind] * math.prod(int(n) for n in shape.split(",") if n)
-               for kind, shape, layout in _ARRAY.findall(type_text)
-               if kind in WIDTHS and (everywhere or "S(" not in layout))  # fmt: skip
+    return sum(
+        WIDTHS[kind] * math.prod(int(n) for n in shape.split(",") if n)
+        for kind, shape, layout in _ARRAY.findall(type_text)
+        if kind in WIDTHS and (everywhere or "S(" not in layout)
+    )
 
 
 def parse(text: str) -> tuple[dict[str, list[Op]], str]:

@@ -12,13 +12,22 @@ import numpy as np
 import pytest
 from conftest import mesh_of
 
-from dail_jax import chips, compile_ahead, compiled
 from dail_jax import config as config_lib
+from dail_jax.ahead import chips, compiled, programs
 from dail_jax.errors import UserError
 from dail_jax.model import attention, families
 
-MODEL = {"model_type": "qwen3", "vocab_size": 320, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2,
-         "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 128, "tie_word_embeddings": False}  # fmt: skip
+MODEL = {
+    "model_type": "qwen3",
+    "vocab_size": 320,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 128,
+    "tie_word_embeddings": False,
+}
 
 
 @pytest.fixture
@@ -31,17 +40,22 @@ def config(tmp_path):
             "mesh": {"data": 1, "fsdp": 2, "tensor": 2},
             "generate": {"slots": 4, "samples": 2, "max_prompt_tokens": 32, "sampling": {"max_tokens": 32}},
             "train": {"batch_size": 4, "bucket": 32, "max_tokens": 128, "chunk": 64, "lora": {"rank": 4}},
-            "evaluate": {"slots": 4, "samples": 2, "max_prompt_tokens": 32, "sampling": {"max_tokens": 32},
-                         "benchmarks": [{"name": "b", "rows": {"path": "none.jsonl"}}]},
+            "evaluate": {
+                "slots": 4,
+                "samples": 2,
+                "max_prompt_tokens": 32,
+                "sampling": {"max_tokens": 32},
+                "benchmarks": [{"name": "b", "rows": {"path": "none.jsonl"}}],
+            },
         },
         "test",
-    )  # fmt: skip
+    )
 
 
 def compile_on(config, devices, **kw):
     model = families.read_config(config.model.path)
-    mesh = compile_ahead.mesh_lib.make_mesh(config.mesh, devices)
-    return {row.program: row for row in compile_ahead.compile_all(config, model, mesh, **kw)}
+    mesh = programs.mesh_lib.make_mesh(config.mesh, devices)
+    return {row.program: row for row in programs.compile_all(config, model, mesh, **kw)}
 
 
 @pytest.mark.parametrize("shape", [None, {"fsdp": 2, "tensor": 2}])
@@ -75,10 +89,15 @@ def test_splash_equals_the_einsum_with_padding_on_either_side(shape):
 
 def test_the_table_has_every_program_and_its_memory(config):
     rows = compile_on(config, jax.devices()[:4], quick=True)
-    assert list(rows) == ["references", "loss", "train step, 96 + 32 tokens",
-                          "rollouts, 4 slots x 2 roles: prefill 32", "rollouts, 4 slots x 2 roles: decode",
-                          "evaluation, 4 slots x 1 roles: prefill 32",
-                          "evaluation, 4 slots x 1 roles: decode"]  # fmt: skip
+    assert list(rows) == [
+        "references",
+        "loss",
+        "train step, 96 + 32 tokens",
+        "rollouts, 4 slots x 2 roles: prefill 32",
+        "rollouts, 4 slots x 2 roles: decode",
+        "evaluation, 4 slots x 1 roles: prefill 32",
+        "evaluation, 4 slots x 1 roles: decode",
+    ]
     step = rows["train step, 96 + 32 tokens"]
     parameters = 2 * (320 * 64 * 2 + 2 * 64 * (4 + 2 + 2 + 4) * 128 + 2 * 3 * 64 * 96)
     assert parameters / 4 < step.arguments_gb * 1e9 < parameters  # sharded by 4, plus the adapter and a batch
@@ -94,7 +113,7 @@ def test_counted_flops_are_the_arithmetic(config):
     changes = {"mesh.fsdp": 1, "mesh.tensor": 1, "train.cache_references": False, "train.remat": "none"}
     plain = config_lib.with_overrides(config, changes, "test")
     model = families.read_config(plain.model.path)
-    useful = 4 * compile_ahead.useful_flops(model, plain.train, 96, 32, False)
+    useful = 4 * programs.useful_flops(model, plain.train, 96, 32, False)
     step = compile_on(plain, jax.devices()[:1], only="train")["train step, 96 + 32 tokens"]
     assert 0.9 < step.flops / useful < 1.5  # above: softmax, norms, and attention that is not causal in an einsum
 
@@ -105,7 +124,7 @@ def test_a_program_that_does_not_fit_says_what_to_change_first(config, monkeypat
     one = config_lib.with_overrides(config, changes, "test")
     (loss,) = compile_on(one, jax.devices()[:1], quick=True, only="loss").values()
     assert (loss.fits, loss.verdict) == (False, "does not fit: lower train.chunk") and loss.peak_gb > loss.hbm_gb
-    change = compile_ahead.first_change
+    change = programs.first_change
     assert change("sampler", one, mesh_of(), 2, 1).endswith("which set the caches")
     assert change("sampler", one, mesh_of(data=2), 2, 1).startswith("raise mesh.tensor")
     assert change("train", one, mesh_of(data=2), 2, 1).startswith("raise mesh.fsdp")
@@ -136,8 +155,21 @@ def test_the_command_compiles_for_devices_that_are_not_there(config, tmp_path):
     file = tmp_path / "config.yaml"
     file.write_text(json.dumps(config.model_dump(mode="json")))
     out = tmp_path / "table.jsonl"
-    command = [sys.executable, "-m", "dail_jax.launch", "compile", "--config", str(file), "--topology",
-               "v5e:2x2" if tpu else "cpu", "--quick", "--json", str(out), "--only", "step"]  # fmt: skip
+    command = [
+        sys.executable,
+        "-m",
+        "dail_jax.launch",
+        "compile",
+        "--config",
+        str(file),
+        "--topology",
+        "v5e:2x2" if tpu else "cpu",
+        "--quick",
+        "--json",
+        str(out),
+        "--only",
+        "step",
+    ]
     done = subprocess.run(
         command,
         capture_output=True,

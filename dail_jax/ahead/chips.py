@@ -50,8 +50,9 @@ def devices(topology: str) -> list:
     try:
         return list(topologies.get_topology_desc(platform="tpu", topology_name=topology).devices)
     except Exception as error:  # whatever the installed libtpu says about names that it does not know
-        raise UserError(f"got {topology!r}, which libtpu refuses ({str(error).splitlines()[0]}); want {KNOWN}",
-                        field="topology") from None  # fmt: skip
+        raise UserError(
+            f"got {topology!r}, which libtpu refuses ({str(error).splitlines()[0]}); want {KNOWN}", field="topology"
+        ) from None
 
 
 def chip(device) -> Chip | None:
