@@ -4,8 +4,7 @@ import time
 
 import pytest
 
-from dail_jax import config
-from dail_jax.data import latex
+from dail_jax import config, latex
 from dail_jax.data.records import Row
 from dail_jax.data.waypoints import EXTRACTORS, final_answer, waypoints
 from dail_jax.errors import UserError

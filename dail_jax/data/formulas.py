@@ -6,7 +6,7 @@ import re
 from collections.abc import Hashable
 from functools import lru_cache
 
-from dail_jax.data import latex
+from dail_jax import latex
 from dail_jax.data.records import Row
 
 _FIGURES = re.compile(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from dail_jax.data import latex
+from dail_jax import latex
 from dail_jax.data.formulas import CONTINUED, WORDS, without_figures
 from dail_jax.data.records import Row
 

@@ -9,8 +9,7 @@ import difflib
 import re
 from collections.abc import Callable, Hashable
 
-from dail_jax import config
-from dail_jax.data import latex
+from dail_jax import config, latex
 from dail_jax.data.formulas import WORDS, mathematical
 from dail_jax.data.prose import salient
 from dail_jax.data.records import Row
