@@ -1,5 +1,7 @@
 """Waypoint extractors, final answers, and the exact comparison of values behind them."""
 
+import random
+import re
 import time
 
 import pytest
@@ -87,9 +89,61 @@ def test_the_final_answer_is_listed_apart():
         assert "7" not in waypoints(row, config.Waypoints(extractor=name))
 
 
-def test_reference_has_its_categories_sorted_as_text():
-    got = found(r"x^{12} + 2x + n+1 = 345, 2x+1 and 10,000; \boxed{8}", extractor="reference")
-    assert got == sorted(got) and {"x^{12}", "n+1", "345", "2x+1", "10", "000"} <= set(got)
+@pytest.mark.parametrize(
+    "solution, want",
+    [
+        ("x^{12} + 2x + n+1 = 345, 2x+1", ["1", "12", "2x", "2x+1", "345", "n+1", "x^{12}"]),
+        (r"$x^2$, 2^{10}, e^{-x}, 3.5^2, ab^c", ["10", "2", "2^{10}", "3.5", "3.5^2", "ab^c", "e^{-x}", "x^2"]),
+        # An exponent without braces runs on, and one in braces ends at what it does not know.
+        ("x^2+3y^2, x^2y^3, x^2^3", ["2", "2y", "3", "3y", "x^2", "x^2+3y", "x^2y"]),
+        (r"e^{2 + x}, x^{a_1}, z^{2n-1}", ["1", "2", "2n", "2n-1", "e^{2", "x^{a", "z^{2n-1}"]),
+        (r"(n+1)^2, x^{}, x^{\frac12}, y^ 2", ["1", "2", "n+1"]),
+        ("10,000, 1.5e-3, 3.5cm, .5, -7, 5-3, 2e6x", ["-7", ".5", "000", "1.5e-3", "10", "3", "5", "5e", "5e-3"]),
+        (
+            "2e, 12ab, a_1, é3, 2x_1, 3n-12, k-1a, 4k-1b, 1.2.3",
+            ["1.2", "12", "1a", "1b", "2e", "3", "3n", "3n-12", "4k"],
+        ),
+        ("no figures here", []),
+    ],
+)
+def test_reference_finds_its_categories_sorted_as_text(solution, want):
+    assert found(solution, extractor="reference") == sorted(want)
+
+
+def test_reference_agrees_with_its_categories_taken_literally():
+    number, letter = r"[-+]?(\d*\.)?\d+([eE][-+]?\d+)?", r"[a-zA-Z]"
+    categories = [  # (what it is, whether a word character beside it rules it out)
+        (number, True),
+        (r"[a-zA-Z0-9.]+\^(\{[a-zA-Z0-9.+-]+\}|\{?[a-zA-Z0-9.+-]+\}?)", False),
+        (rf"\d+{letter}", True),
+        (rf"{letter}[-+]\d+", True),
+        (rf"\d+{letter}[-+]\d+", True),
+    ]
+    word = re.compile(r"\w")
+
+    def literally(text):
+        entities = set()
+        for category, bounded in categories:
+            start = 0
+            while start < len(text):  # the longest that begins here, then on from its end
+                for end in range(len(text), start, -1):
+                    beside = text[start - 1 : start] + "\n" + text[end : end + 1]
+                    if re.fullmatch(category, text[start:end]) and not (bounded and word.search(beside)):
+                        entities.add(text[start:end])
+                        start = end - 1
+                        break
+                start += 1
+        return sorted(entities)
+
+    rng = random.Random(0)
+    texts = ["".join(rng.choices("111223 ..+--xxe^^{}_E²٣", k=rng.randint(6, 14))) for _ in range(500)]
+    assert sum(map(len, map(literally, texts))) > 600
+    for text in texts:
+        assert EXTRACTORS["reference"](Row("r", "?", text, None, 0)) == literally(text), text
+
+
+def test_reference_keeps_equal_values_apart():
+    assert found("so 2^2 = 4, 2^{2} = 4.0, a = 1", extractor="reference") == ["1", "2", "2^2", "2^{2}", "4", "4.0"]
 
 
 def test_text_finds_spans_without_symbols():

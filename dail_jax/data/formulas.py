@@ -138,7 +138,8 @@ _PROSE_EVENT = re.compile(rf"\\(?:approx|equiv)(?![a-zA-Z])|(?<![<>!])=+(?!>)|(?
 def mathematical(row: Row) -> list[str]:
     """Right-hand sides, fractions, roots, powers and stated numbers, in order of appearance.
 
-    Numbers that only number something (steps, cases, lists, years) are left out, and so is what the problem gives.
+    Numbers that only number something (steps, cases, lists, years) are left out, and so is what the problem gives. Of
+    equal values, the one that is written most briefly stands for all.
     """
     given = _givens(row.problem)
     found: list[str] = []
@@ -150,7 +151,12 @@ def mathematical(row: Row) -> list[str]:
         else:
             found += _from_prose(text, given)
             before = text[-60:] if text.strip() else before
-    return [item.replace(_COMMA, ",") for item in found]
+    shortest: dict[Hashable, str] = {}  # in order of first appearance
+    for item in (item.replace(_COMMA, ",") for item in found):
+        key = latex.canonical(item)
+        if key not in shortest or len(item) < len(shortest[key]):
+            shortest[key] = item
+    return list(shortest.values())
 
 
 def without_figures(text: str) -> str:

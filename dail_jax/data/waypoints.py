@@ -17,7 +17,7 @@ from dail_jax.errors import UserError
 
 
 def waypoints(row: Row, cfg: config.Waypoints) -> list[str]:
-    """The row's waypoints without its final answer, equal ones merged, at most `cfg.limit` spread over all of them."""
+    """The row's waypoints, each once and without its final answer: at most `cfg.limit`, spread over all of them."""
     extract = EXTRACTORS.get(cfg.extractor)
     if extract is None:
         near = difflib.get_close_matches(cfg.extractor, EXTRACTORS, 1, 0.0)
@@ -27,12 +27,7 @@ def waypoints(row: Row, cfg: config.Waypoints) -> list[str]:
         )
     answer = final_answer(row)
     final = _values(answer) if answer else set()
-    simplest: dict[Hashable, str] = {}  # in order of first appearance
-    for item in dict.fromkeys(extract(row)):
-        key = latex.canonical(item)
-        if item.strip() and final.isdisjoint(_values(item)) and len(item) < len(simplest.get(key, item + " ")):
-            simplest[key] = item
-    found = list(simplest.values())
+    found = [item for item in dict.fromkeys(extract(row)) if item.strip() and final.isdisjoint(_values(item))]
     if cfg.limit and len(found) > cfg.limit:
         last = len(found) - 1
         found = [found[i * last // max(cfg.limit - 1, 1)] for i in range(cfg.limit)]
@@ -75,20 +70,34 @@ def _digits(match: re.Match[str]) -> str:
 # `reference`: the categories of the reference implementation (method.md), sorted as text
 # ---------------------------------------------------------------------------------------------------
 
-_REFERENCE = re.compile(
-    r"""(?<![\w.])(?:
-        [a-zA-Z]\^\{[^{}]*\}                    # x^{n}
-      | (?:\d+\ ?)?[a-zA-Z]\ ?[+-]\ ?\d+(?!\w)  # n+1, 2x+1
-      | \d+[a-zA-Z](?![a-zA-Z])                 # 2x
-      | -?\d+(?:\.\d+)?                         # numbers
+# The reference implementation's categories. A neighbour that is a letter, digit or underscore rules a number or a term
+# out; a power may stand anywhere. Nothing is scanned twice: every run of characters is taken as a whole.
+_NUMBER = re.compile(
+    r"""(?<!\w)[-+]?
+    (?: \d*+\.\d++ (?:[eE][-+]?\d++)?+ (?!\w)  # 3.5, .5, 1.5e-3
+      | \d++ (?:[eE][-+]?\d++)?+ (?!\w)  # 12, 2e6; of 3.5cm, the 3
     )""",
+    re.VERBOSE,
+)
+_POWER = re.compile(  # x^2, 2^{10}, e^{-x}; of x^{a b}, x^{a; of (n+1)^2, nothing
+    r"""(?<![a-zA-Z0-9.])[a-zA-Z0-9.]++ \^ \{?+ [a-zA-Z0-9.+-]++ \}?+""",
+    re.VERBOSE,
+)
+_TERM = re.compile(  # a letter, perhaps with a coefficient before it and a constant behind it
+    r"""(?<!\w)(?P<product> \d*+[a-zA-Z] ) (?!\w) (?: [-+]\d++(?!\w) )?+""",
     re.VERBOSE,
 )
 
 
 def reference(row: Row) -> list[str]:
-    """Numbers, powers, coefficient-variable products and small linear terms, sorted as text."""
-    return sorted({match[0] for match in _REFERENCE.finditer(row.solution)})
+    """Numbers, powers, coefficient-variable products and small linear terms, each once, sorted as text.
+
+    They overlap, as in the reference implementation: `2x+1` comes with `2x` and `1`.
+    """
+    found = {match[0] for pattern in (_NUMBER, _POWER) for match in pattern.finditer(row.solution)}
+    for term in _TERM.finditer(row.solution):
+        found.update(text for text in (term["product"], term[0]) if len(text) > 1)
+    return sorted(found)
 
 
 def given(row: Row) -> list[str]:
