@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from dail_jax import config as config_lib
+from dail_jax import strict_json
 from dail_jax.errors import UserError
 
 console = Console(highlight=False, width=None if sys.stdout.isatty() else 120)
@@ -53,16 +54,18 @@ class Metrics:
             self.wandb = wandb.init(project=log.wandb, name=run_dir.name, dir=str(run_dir), resume="allow")
 
     def rewind(self, step: int | None) -> None:
-        """Forgets this stage's rows after `step` (None: none of them), and any line that a crash tore."""
+        """Forgets this stage's rows after `step` (None: none of them), and a last line that a crash tore."""
         if jax.process_index() != 0 or not self.path.exists():
             return
-        kept = []
-        for line in self.path.read_bytes().splitlines(keepends=True):
-            with contextlib.suppress(ValueError, KeyError, TypeError):
-                row = json.loads(line)
-                if line.endswith(b"\n") and (step is None or row["stage"] != self.stage or row["step"] <= step):
-                    kept.append(line)
-        if sum(map(len, kept)) != self.path.stat().st_size:
+        data, kept = self.path.read_bytes(), []
+        advice = "delete the line, or the file"
+        for line in strict_json.read_lines(self.path, own=True, torn="drop", advice=advice):
+            row = strict_json.as_object(line.value, self.path, line.number)
+            if not isinstance(row.get("step"), int):
+                raise UserError(f"want a row with a step: {advice}", file=self.path, row=line.number, field="step")
+            if step is None or row.get("stage") != self.stage or row["step"] <= step:
+                kept.append(data[line.offset : line.offset + line.size])
+        if sum(map(len, kept)) != len(data):
             temporary = self.path.with_name(f".{self.path.name}.{os.getpid()}.tmp")
             temporary.write_bytes(b"".join(kept))
             temporary.replace(self.path)

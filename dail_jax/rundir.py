@@ -10,6 +10,7 @@ import contextlib
 import fcntl
 import hashlib
 import importlib.metadata
+import itertools
 import json
 import os
 import platform
@@ -26,6 +27,7 @@ import jax
 
 from dail_jax import config as config_lib
 from dail_jax import mesh as mesh_lib
+from dail_jax import strict_json
 from dail_jax.errors import UserError
 from dail_jax.metrics import log
 
@@ -98,29 +100,26 @@ class Journal:
         self.file: Any = None
         count = mesh_lib.from_first(self._open)
         if not mesh_lib.is_first() and count:
-            self.rows = self._parse(self.path.read_bytes())[:count]
+            self.rows = [line.value for line in itertools.islice(self._lines(), count)]
 
     def _open(self) -> int:
-        data = self.path.read_bytes() if self.path.exists() else b""
-        size = data.rfind(b"\n") + 1
-        self.rows = self._parse(data[:size])
+        size = 0
+        if self.path.exists():
+            for line in self._lines():
+                self.rows.append(line.value)
+                size = line.offset + line.size
         self.file = open(self.path, "ab")  # noqa: SIM115  (held for the journal's life)
         sync_folder(self.path.parent)
-        if size != len(data):
+        if size != self.file.tell():
             self.file.truncate(size)
             log(f"{self.path}: dropped a torn last line; its work is done again")
         return len(self.rows)
 
-    def _parse(self, data: bytes) -> list[dict]:
-        rows = []
-        for number, line in enumerate(data[: data.rfind(b"\n") + 1].split(b"\n")[:-1], 1):
-            try:
-                rows.append(json.loads(line))
-            except ValueError:
-                raise UserError(
-                    "got a damaged line, want JSON: delete the file to make it anew", file=self.path, row=number
-                ) from None
-        return rows
+    def _lines(self) -> Iterator[strict_json.Line]:
+        advice = "delete the file to make it anew"
+        for line in strict_json.read_lines(self.path, own=True, torn="drop", advice=advice):
+            strict_json.as_object(line.value, self.path, line.number)
+            yield line
 
     def append(self, *rows: dict) -> None:
         if self.file is not None:

@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from dail_jax import config
+from dail_jax import config, strict_json
 from dail_jax.data import records
 from dail_jax.data.records import Row, dataset_hash, read_rows
 from dail_jax.errors import UserError
@@ -112,7 +112,7 @@ def test_bad_files(tmp_path, monkeypatch):
             (tmp_path / name).write_text(content)
         with pytest.raises(UserError, match=f"{name}: .*{complaint}"):
             read_rows(config.Rows(path=str(tmp_path / name)))
-    monkeypatch.setattr(records, "MAX_LINE", 100)
+    monkeypatch.setattr(strict_json, "MAX_LINE", 100)
     with pytest.raises(UserError, match="line of over"):
         read_rows(write(tmp_path / "l.jsonl", b'{"problem": "' + b"x" * 100 + b'"}'))
 

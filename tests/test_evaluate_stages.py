@@ -239,7 +239,7 @@ def test_grade_again_needs_no_model(world, long_run, capsys):
         (whole[:-20], f":{len(rows)}: got a torn last line, want the whole file"),
         (whole[:-1], f":{len(rows)}: got a torn last line, want the whole file"),
         (whole.replace(b'"gold":', b'"god":', 1), ":1:gold: missing"),
-        (b"[]\n" + whole, ":1: got damaged content, want a JSON object"),
+        (b"[]\n" + whole, ":1: got a list, want a JSON object"),
         (b"", ": got an empty file, want samples"),
     ):
         (run / "samples.jsonl").write_bytes(damaged)

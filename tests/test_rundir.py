@@ -156,7 +156,11 @@ def test_journal_says_what_it_dropped_and_refuses_damage(tmp_path, capsys):
     path.write_bytes(b'{"n":1}\n{"n"\n{"n":3}\n')
     with pytest.raises(UserError) as error:
         rundir.Journal(path)
-    assert str(error.value) == f"{path}:2: got a damaged line, want JSON: delete the file to make it anew"
+    message = "got a line that is not JSON: Expecting ':' delimiter at character 6: delete the file to make it anew"
+    assert str(error.value) == f"{path}:2: {message}"
+    path.write_bytes(b'{"n":1}\n' + b'{"n":' * 9000 + b"\n")
+    with pytest.raises(UserError, match=r"j.jsonl:2: got a line nested too deeply, want at most 50 levels: delete"):
+        rundir.Journal(path)
     with pytest.raises(ValueError, match="Out of range"):
         rundir.json_line({"x": float("nan")})
 

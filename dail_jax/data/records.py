@@ -15,11 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dail_jax import config
+from dail_jax import config, strict_json
 from dail_jax.errors import UserError
-
-MAX_LINE = 64 << 20  # bytes of one row
-MAX_DIGITS = 1000  # of a number
 
 
 @dataclass(frozen=True)
@@ -81,7 +78,7 @@ def _serial(*fields: str | None) -> bytes:
 def _row(raw: Any, cfg: config.Rows, need: Sequence[str], number: int, index: int) -> Row:
     """Checks one decoded row."""
     if not isinstance(raw, dict):
-        raise UserError(f"got {_kind(raw)}, want an object with columns", file=cfg.path, row=number)
+        raise UserError(f"got {strict_json.kind_of(raw)}, want an object with columns", file=cfg.path, row=number)
     columns = cfg.columns.model_dump(exclude={"choices"})
     choices = _choices(raw, cfg, number)
     if choices:
@@ -120,7 +117,7 @@ def _choices(raw: dict[str, Any], cfg: config.Rows, number: int) -> tuple[str, .
     field = columns if isinstance(columns, str) else ", ".join(columns)
     found = raw.get(columns) if isinstance(columns, str) else [raw.get(column) for column in columns]
     if not isinstance(found, list) or not 2 <= len(found) <= 26:
-        got = f"{len(found)} choices" if isinstance(found, list) else _kind(found)
+        got = f"{len(found)} choices" if isinstance(found, list) else strict_json.kind_of(found)
         raise UserError(f"got {got}, want a list of 2 to 26 choices", file=cfg.path, row=number, field=field)
     texts = [_text(choice, True, cfg.path, number, field).strip() for choice in found]
     if len(set(texts)) < len(texts) or "" in texts:
@@ -147,31 +144,9 @@ def _text(value: Any, number_allowed: bool, path: str, row: int, column: str) ->
         return str(int(value)) if value.is_integer() and abs(value) < 2**53 else repr(value)
     if not isinstance(value, str):
         want = "text or a number" if number_allowed else "text"
-        raise UserError(f"got {_kind(value)}, want {want}", file=path, row=row, field=column)
-    if "\0" in value:
-        raise UserError("got a NUL character, want plain text", file=path, row=row, field=column)
-    try:
-        value.encode("utf-8")
-    except UnicodeEncodeError as error:
-        code = ord(value[error.start])
-        raise UserError(
-            f"got half of a surrogate pair (U+{code:04X}), want Unicode text", file=path, row=row, field=column
-        ) from None
+        raise UserError(f"got {strict_json.kind_of(value)}, want {want}", file=path, row=row, field=column)
+    strict_json.refuse_odd_text(value, path, row, column)
     return value
-
-
-def _kind(value: Any) -> str:
-    """What a JSON value is, in words."""
-    names = {
-        type(None): "null",
-        bool: "a truth value",
-        int: "a number",
-        float: "a number",
-        str: "text",
-        list: "a list",
-        dict: "an object",
-    }
-    return names.get(type(value), type(value).__name__)
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -195,53 +170,8 @@ def _raw_rows(cfg: config.Rows) -> Iterator[tuple[int, Any]]:
 
 
 def _from_lines(cfg: config.Rows) -> Iterator[tuple[int, Any]]:
-    """JSON lines. Lines end at \\n alone: the other Unicode separators are ordinary characters inside of texts."""
-    with open(cfg.path, "rb") as file:
-        number = 0
-        while line := file.readline(MAX_LINE + 1):
-            number += 1
-            if len(line) > MAX_LINE:
-                raise UserError(f"got a line of over {MAX_LINE >> 20} MiB, want a row", file=cfg.path, row=number)
-            line = line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
-            if line.strip():
-                yield number, _decode(line, cfg.path, number)
-
-
-def _decode(line: bytes, path: str, number: int) -> Any:
-    """One line of strict JSON."""
-
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        found: dict[str, Any] = {}
-        for key, value in pairs:
-            if key in found:
-                raise UserError("got the key twice, want it once", file=path, row=number, field=key[:80])
-            found[key] = value
-        return found
-
-    def constant(name: str) -> None:
-        raise UserError(f"got {name}, which is no JSON value, want a number, text or null", file=path, row=number)
-
-    def whole(digits: str) -> int:
-        if len(digits) > MAX_DIGITS:
-            raise UserError(f"got a number of {len(digits)} digits, want at most {MAX_DIGITS}", file=path, row=number)
-        return int(digits)
-
-    def real(digits: str) -> float:
-        if (value := float(digits)) in (float("inf"), float("-inf")):
-            raise UserError(f"got the number {digits[:40]}, which is too large", file=path, row=number)
-        return value
-
-    try:
-        text = line.decode("utf-8")
-        return json.loads(text, object_pairs_hook=unique, parse_constant=constant, parse_int=whole, parse_float=real)
-    except UnicodeDecodeError as error:
-        raise UserError(f"got a byte that is not UTF-8 at position {error.start}", file=path, row=number) from None
-    except json.JSONDecodeError as error:
-        raise UserError(
-            f"got a line that is not JSON: {error.msg} at character {error.pos + 1}", file=path, row=number
-        ) from None
-    except RecursionError:
-        raise UserError("got a line nested too deeply, want an object with columns", file=path, row=number) from None
+    for line in strict_json.read_lines(cfg.path):
+        yield line.number, line.value
 
 
 # A damaged parquet file can crash the C++ reader, and a small one can unfold to any size: it is read by a process with
@@ -309,7 +239,7 @@ def _from_parquet(cfg: config.Rows, cap: int = 2 << 30) -> Iterator[tuple[int, A
             raise UserError("got a damaged parquet file: its reader crashed or ran past its limits", file=cfg.path)
         out.seek(0)
         for number, line in enumerate(out, 1):
-            yield number, _decode(line, cfg.path, number)
+            yield number, strict_json.parse(line, cfg.path, number)
 
 
 def _from_hub(cfg: config.Rows) -> Iterator[tuple[int, Any]]:

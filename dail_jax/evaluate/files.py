@@ -5,12 +5,12 @@ Readers get plain dicts with all the keys that a shape below names, of these typ
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, InstanceOf, ValidationError, model_validator
 
+from dail_jax import strict_json
 from dail_jax.errors import UserError
 from dail_jax.strict_yaml import explain
 
@@ -83,14 +83,9 @@ class Results(Shape):
     benchmarks: dict[str, dict[Whole, Cell]]
 
 
-def parse(text: str | bytes, shape: type[Shape], file: Path, row: int | None = None) -> dict[str, Any]:
-    """A JSON object of some shape; raises UserError that names the field at fault."""
-    try:
-        tree = json.loads(text)
-    except (ValueError, RecursionError):
-        tree = None
-    if not isinstance(tree, dict):
-        raise UserError("got damaged content, want a JSON object", file=file, row=row)
+def check(value: Any, shape: type[Shape], file: Path, row: int | None = None) -> dict[str, Any]:
+    """The value, if it is a JSON object of some shape; raises UserError that names the field at fault."""
+    tree = strict_json.as_object(value, file, row)
     try:
         shape.model_validate(tree)
     except ValidationError as error:
@@ -101,20 +96,16 @@ def parse(text: str | bytes, shape: type[Shape], file: Path, row: int | None = N
 
 def read_samples(path: Path) -> list[dict[str, Any]]:
     """All rows. A torn last line is refused, too: without its sample, every figure would be another one."""
-    with open(path, "rb") as file:
-        rows = []
-        for number, line in enumerate(file, 1):
-            if not line.endswith(b"\n"):
-                raise UserError("got a torn last line, want the whole file: evaluate again", file=path, row=number)
-            rows.append(parse(line, Sample, path, number))
+    lines = strict_json.read_lines(path, own=True, torn="refuse", advice="evaluate again")
+    rows = [check(line.value, Sample, path, line.number) for line in lines]
     if not rows:
         raise UserError("got an empty file, want samples: evaluate again", file=path)
     return rows
 
 
 def read_results(path: Path) -> dict[str, Any]:
-    tree = parse(path.read_bytes(), Shape, path)
+    tree = strict_json.read_object(path, own=True)
     schema = tree.get("schema", SCHEMA)
     if schema != SCHEMA:
         raise UserError(f"got schema {schema!r:.40}, want {SCHEMA}: it is another version's", file=path)
-    return parse(path.read_bytes(), Results, path)
+    return check(tree, Results, path)

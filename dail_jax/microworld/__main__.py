@@ -12,13 +12,13 @@ from __future__ import annotations
 
 import argparse
 import functools
-import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 from rich.table import Table
 
+from dail_jax import strict_json
 from dail_jax.data import prompts
 from dail_jax.errors import UserError
 from dail_jax.metrics import console
@@ -99,21 +99,13 @@ def check(path: Path, data: list[Path]) -> dict[str, verify.Tally]:
 
 def _rows(path: Path, fields: tuple[str, ...]) -> Iterator[tuple[int, dict[str, str]]]:
     """Numbered rows of a JSON-lines file, with these fields of text."""
-    try:
-        lines = path.read_text(encoding="utf-8").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot be read: {error}", file=path) from None
-    for number, line in enumerate(lines, 1):
-        if not line:
-            continue
-        try:
-            row = json.loads(line)
-        except ValueError:
-            raise UserError("got a damaged line, want JSON", file=path, row=number) from None
+    for line in strict_json.read_lines(path, own=True):
+        row = strict_json.as_object(line.value, path, line.number)
         for field in fields:
-            if not isinstance(row, dict) or not isinstance(row.get(field), str):
-                raise UserError("want a text", file=path, row=number, field=field)
-        yield number, row
+            if not isinstance(row.get(field), str):
+                got = strict_json.kind_of(row.get(field))
+                raise UserError(f"got {got}, want text", file=path, row=line.number, field=field)
+        yield line.number, row
 
 
 def table(tallies: dict[str, verify.Tally]) -> Table:

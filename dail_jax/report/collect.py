@@ -6,7 +6,6 @@ without holding their texts, so that millions of long samples fit; the few rows 
 
 from __future__ import annotations
 
-import json
 import math
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,6 +17,7 @@ import numpy as np
 from pydantic import FiniteFloat
 
 from dail_jax import config as config_lib
+from dail_jax import strict_json
 from dail_jax.errors import UserError
 from dail_jax.evaluate import files
 from dail_jax.text import mention
@@ -136,16 +136,11 @@ def setting(tree: Mapping[str, Any], key: str) -> Any:
 
 
 def lines(path: Path, shape: type[files.Shape]) -> Iterator[tuple[int, dict[str, Any]]]:
-    """(byte offset, row) for each whole line of a JSON-lines file; nothing where there is no file."""
+    """(byte offset, row) for each complete line of a JSON-lines file; nothing where there is no file."""
     if not path.is_file():
         return
-    offset = 0
-    with open(path, "rb") as file:
-        for number, line in enumerate(file, 1):
-            if not line.endswith(b"\n"):
-                return  # still being written
-            yield offset, files.parse(line, shape, path, number)
-            offset += len(line)
+    for line in strict_json.read_lines(path, own=True, torn="drop"):  # the last may be still being written
+        yield line.offset, files.check(line.value, shape, path, line.number)
 
 
 def spread(groups: Mapping[Any, Sequence[int]], limit: int) -> list[int]:
@@ -156,13 +151,6 @@ def spread(groups: Mapping[Any, Sequence[int]], limit: int) -> list[int]:
         chosen += [members[j] for j in np.linspace(0, len(members) - 1, take).round().astype(int)]
         left -= take
     return sorted(chosen)
-
-
-def _rows_at(path: Path, offsets: Sequence[int]) -> Iterator[dict[str, Any]]:
-    with open(path, "rb") as file:
-        for offset in offsets:
-            file.seek(offset)
-            yield json.loads(file.readline())
 
 
 def _run(name: str, folder: Path) -> Run:
@@ -179,11 +167,11 @@ def _run(name: str, folder: Path) -> Run:
         lengths[row["benchmark"], row["budget"]].append(row["tokens"])
         groups[row["benchmark"], row["budget"], row["correct"]].append(offset)
     chosen = spread(groups, MAX_SAMPLES)
-    samples = [_sample(row) for row in _rows_at(folder / "samples.jsonl", chosen)] if chosen else []
+    samples = [_sample(row) for row in strict_json.read_at(folder / "samples.jsonl", chosen)] if chosen else []
     return Run(
         name,
         folder,
-        files.parse(manifest.read_bytes(), files.Shape, manifest) if manifest.is_file() else {},
+        strict_json.read_object(manifest, own=True) if manifest.is_file() else {},
         text,
         config_lib.parse_yaml(text, path) or {},
         files.read_results(found) if found.is_file() else {},
@@ -226,7 +214,7 @@ def _traces(path: Path, name: str, owner: int | None, folders: Sequence[Path]) -
             found.drops[reason] += 1
         found.mentions += reason == "artefact" or mention(row.get("text") or "", PHRASES) is not None
         groups[reason].append(offset)
-    found.rows = [_trace(row) for row in _rows_at(path, spread(groups, MAX_TRACES))]
+    found.rows = [_trace(row) for row in strict_json.read_at(path, spread(groups, MAX_TRACES))]
     places = {(row["problem_id"], row["sample"]): row for row in found.rows}
     for folder in dict.fromkeys(folders):
         for _, score in lines(folder / "token_scores.jsonl", Scores):

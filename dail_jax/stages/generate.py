@@ -10,7 +10,6 @@ from __future__ import annotations
 import collections
 import dataclasses
 import hashlib
-import json
 from pathlib import Path
 
 import jax
@@ -18,6 +17,7 @@ import numpy as np
 
 from dail_jax import config as config_lib
 from dail_jax import mesh as mesh_lib
+from dail_jax import strict_json
 from dail_jax.data import filters
 from dail_jax.data.records import Row, dataset_hash, read_rows
 from dail_jax.data.waypoints import final_answer
@@ -40,14 +40,14 @@ def read_traces(config: config_lib.Config) -> list[dict]:
     if not path.is_file():
         raise UserError("no traces yet: run the stage `generate` first", file=path)
     traces = []
-    for number, line in enumerate(path.read_bytes().splitlines(), 1):
+    for line in strict_json.read_lines(path, own=True, torn="refuse", advice="generate again"):
+        trace = line.value
         try:
-            trace = json.loads(line)
             assert all(isinstance(i, int) and i >= 0 for i in trace["response_ids"])
             traces.append({**trace, **{key: trace[key] for key in ("problem_id", "sample", "text", "finish")}})
-        except (ValueError, KeyError, TypeError, AssertionError):
+        except (KeyError, TypeError, AssertionError):
             raise UserError(
-                "want a row with problem_id, sample, response_ids, text, finish", file=path, row=number
+                "want a row with problem_id, sample, response_ids, text, finish", file=path, row=line.number
             ) from None
     return traces
 

@@ -7,7 +7,6 @@ folder. The loss is over responses; batches hold a fixed number of tokens in len
 from __future__ import annotations
 
 import functools
-import json
 from pathlib import Path
 
 import jax
@@ -17,6 +16,7 @@ import optax
 
 from dail_jax import config as config_lib
 from dail_jax import mesh as mesh_lib
+from dail_jax import strict_json
 from dail_jax.checkpoint import hf
 from dail_jax.errors import UserError
 from dail_jax.metrics import Metrics, log, progress
@@ -58,18 +58,21 @@ def read(cfg: config_lib.Pretrain, tokenizer_path: str, model: families.ModelCon
     """(token ids of prompt + response + end, prompt length) of every row that fits; raises UserError by row."""
     tokenizer = load_tokenizer(tokenizer_path)
     examples = []
-    with open(cfg.rows, encoding="utf-8") as file:
-        for number, line in enumerate(file, 1):
-            try:
-                row = json.loads(line)
-                prompt, response = tokenizer.encode(row["prompt"]), tokenizer.encode(row["response"])
-            except (ValueError, KeyError, TypeError):
-                raise UserError("want JSON with texts `prompt` and `response`", file=cfg.rows, row=number) from None
-            ids = np.array([*prompt, *response, tokenizer.eos_id], np.int32)
-            if ids.max() >= model.V:
-                raise UserError(f"got token id {ids.max()}, want below vocab_size {model.V}", file=cfg.rows, row=number)
-            if len(ids) <= cfg.max_tokens:
-                examples.append((ids, len(prompt)))
+    for line in strict_json.read_lines(cfg.rows):
+        row = strict_json.as_object(line.value, cfg.rows, line.number)
+        for field in ("prompt", "response"):
+            if not isinstance(row.get(field), str):
+                raise UserError(
+                    f"got {strict_json.kind_of(row.get(field))}, want text", file=cfg.rows, row=line.number, field=field
+                )
+        prompt, response = tokenizer.encode(row["prompt"]), tokenizer.encode(row["response"])
+        ids = np.array([*prompt, *response, tokenizer.eos_id], np.int32)
+        if ids.max() >= model.V:
+            raise UserError(
+                f"got token id {ids.max()}, want below vocab_size {model.V}", file=cfg.rows, row=line.number
+            )
+        if len(ids) <= cfg.max_tokens:
+            examples.append((ids, len(prompt)))
     if not examples:
         raise UserError(f"no row of at most {cfg.max_tokens} tokens", file=cfg.rows)
     return examples
