@@ -9,21 +9,27 @@ from functools import lru_cache
 from dail_jax import latex
 from dail_jax.data.records import Row
 
+# Drawings, tables, pictures, code and HTML. No alternative may read on where another could begin: see _COLLAPSE.
 _FIGURES = re.compile(
-    r"\\?\[asy\\?\].*?(?:\\?\[/asy\\?\]|\Z)|<asy>.*?(?:</asy>|\Z)|```.*?(?:```|\Z)|\\includegraphics[^{]*\{[^{}]*\}"
+    r"\\?\[asy\\?\].*?(?:\\?\[/asy\\?\]|\Z)|<asy>.*?(?:</asy>|\Z)|```.*?(?:```|\Z)|\\includegraphics[^{}\\]*\{[^{}]*\}"
     r"|\\begin\{(?:asy|tikzpicture|center|tabular|array|[bpvV]?matrix)\}.*?"
-    r"(?:\\end\{(?:asy|tikzpicture|center|tabular|array|[bpvV]?matrix)\}|\Z)|\[img[^\]]*\].*?(?:\[/img\]|\Z)"
-    r"|!\[[^\]]*\]\([^)]*\)|https?://\S+|<[a-zA-Z/][^<>]*>",
-    re.DOTALL,
+    r"(?:\\end\{(?:asy|tikzpicture|center|tabular|array|[bpvV]?matrix)\}|\Z)|\[img[^\[\]]*\].*?(?:\[/img\]|\Z)"
+    r"|!\[[^\[\]]*\]\([^()]*\)|https?://\S+"
+    r"|</?(?:a|b|big|blockquote|br|center|code|div|em|font|h[1-6]|hr|i|img|li|math|nowiki|ol|p|pre|s|small|span|strong"
+    r"|su[bp]|t[dhr]|table|tbody|tt|u|ul)(?:\s+[\w:-]+=(?:\"[^\"<>]*\"|'[^'<>]*'|[^\s\"'<>]+))*\s*/?>",
+    re.DOTALL | re.IGNORECASE,
 )
 _EQUATIONS = re.compile(r"\\begin\{array\}\s*(?:\[\w\]\s*)?\{[rlc\s]*\}[^=]*=")  # an array that is no table
 _LIST_MARK = re.compile(r"^[ \t]*(?:\(?\d{1,3}[.)]|\(?[a-zA-Z][.)]|\(?[ivx]{1,4}\)|[*-])[ \t]+", re.MULTILINE)
-_THOUSANDS = re.compile(r"(?<![\d,.])\d{1,3}(?:(?:,|\{,\}|,\\!|\\,)\d{3})+(?![\d,]*\d)")
+_THOUSANDS = re.compile(r"(?<![\d,.])\d{1,3}(?:(?:,|\{,\}|,\\!|\\,)\d{3})++(?P<rest>(?:,*\d)*+)")
+# Nearly every pattern here allows for blanks. Where these come in runs of thousands, each of which a pattern tries from
+# every one of its blanks, time would grow with the square of the run: so no text is read before they are collapsed.
+_COLLAPSE = re.compile(r"\s{2,}|[\t\r\f\v]")
 _COMMA = "\ue000"  # stands for the comma inside of 10,000 while commas separate
 
-CONTINUED = re.compile(r"\\\\(?:\[[^\]]*\])?(?=[&\s]*(?:=|\\equiv|\\approx))")  # a row break inside of a chain
+CONTINUED = re.compile(r"\\\\(?:\[[^\[\]\\]*\])?(?=[&\s]*(?:=|\\equiv|\\approx))")  # a row break inside of a chain
 _COLUMN = re.compile(r"(?<=[\w})\]!])\s*&[&\s]*(?=[\w({\[]|\\(?:[dt]?frac|sqrt|text|mathrm|mbox|left))")  # no `&=`
-_ROWS = re.compile(r"\\\\(?:\[[^\]]*\])?|\\(?:newline|cr)(?![a-zA-Z])|\n\s*\n")
+_ROWS = re.compile(r"\\\\(?:\[[^\[\]\\]*\])?|\\(?:newline|cr)(?![a-zA-Z])|\n\s*\n")
 # Words inside of a formula, and the exponent of a unit behind them, as in `\text{ m/s}^2`.
 WORDS = re.compile(
     r"\\(?:text(?:rm|bf|it|sf)?|mbox|hbox|intertext|mathrm|operatorname|mathit)\s*\{([^{}]*)\}(\s*\^\s*(?:\d|\{-?\d\}))?"
@@ -37,7 +43,7 @@ _MOD = (
 )
 _MODULUS = re.compile(rf"\(\s*{_MOD}(?:[^()]|\([^()]{{0,40}}\)){{0,40}}\)|{_MOD}\s*(?:\{{[^{{}}]*\}}|\d+)?")
 
-_EDGES = re.compile(r"^[\s?$]+|^\s*\.(?!\d)\s*|[\s.?$]+$")
+_BEFORE = re.compile(r"\A[\s?$]*+(?:\.(?!\d)\s*)?")  # what may stand before a side of an equation
 
 _EQUAL = {"=", r"\equiv", r"\approx", r"\simeq", r"\doteq", r"\longequal"}
 _BOUND = {"<", ">", r"\lt", r"\gt", r"\le", r"\leq", r"\leqslant", r"\ge", r"\geq", r"\geqslant"}
@@ -147,7 +153,7 @@ def mathematical(row: Row) -> list[str]:
     for is_formula, text in latex.spans(_prepared(row.solution)):
         if is_formula:
             found += _from_formula(text, before, given)
-            before = (before + " = " if text.rstrip().endswith("=") else "") or " "
+            before = f"{before[-60:]} = " if text.rstrip().endswith("=") else " "
         else:
             found += _from_prose(text, given)
             before = text[-60:] if text.strip() else before
@@ -164,9 +170,19 @@ def without_figures(text: str) -> str:
     return _FIGURES.sub(lambda m: m[0] if _EQUATIONS.match(m[0]) else " ", text)
 
 
+def collapsed(text: str) -> str:
+    """The text with one blank for each run of them, one line break for each run of blanks that has one, or two."""
+    return _COLLAPSE.sub(lambda m: "\n\n" if m[0].count("\n") > 1 else "\n" if "\n" in m[0] else " ", text)
+
+
 def _prepared(text: str) -> str:
-    text = _LIST_MARK.sub("", without_figures(latex.unbox(latex.signs(text), "=")))
-    return _THOUSANDS.sub(lambda m: re.sub(r"\{,\}|,\\!|\\,|,", _COMMA, m[0]), text)
+    text = _LIST_MARK.sub("", without_figures(latex.unbox(latex.signs(collapsed(text)), "=")))
+    return collapsed(_THOUSANDS.sub(_joined, text))
+
+
+def _joined(match: re.Match[str]) -> str:
+    """A number with one sign for the commas between its thousands; `1,000,00` is none."""
+    return match[0] if match["rest"] else re.sub(r"\{,\}|,\\!|\\,|,", _COMMA, match[0])
 
 
 @lru_cache(maxsize=4)
@@ -191,19 +207,24 @@ def _statements(formula: str) -> list[list[tuple[str, str]]]:
     text = _ROWS.sub(" ; ", CONTINUED.sub(" ", formula))
     text = latex.tidy(_COLUMN.sub(" ; ", _CLUTTER.sub(" ", text)))
     text = WORDS.sub(_word, _MODULUS.sub(" ; ", text))
-    chains: list[list[tuple[str, str]]] = [[("", "")]]
+    chains: list[list[tuple[str, list[str]]]] = [[("", [])]]
     depth = 0
     for piece in _PIECE.findall(text):
         depth = 0 if piece == ";" else max(0, depth + (piece in _UP) - (piece in _DOWN))
         if depth == 0 and piece in _BREAK:
-            chains.append([("," if piece == "," else "", "")])
+            chains.append([("," if piece == "," else "", [])])
         elif depth == 0 and (piece in _EQUAL or piece in _BOUND):
-            chains[-1].append((piece, ""))
+            chains[-1].append((piece, []))
         else:
-            relation, side = chains[-1][-1]
-            chains[-1][-1] = (relation, side + piece)
-    cleaned = [[(r, re.sub(r"^\{([^{},]*)\}$", r"\1", _EDGES.sub("", side))) for r, side in chain] for chain in chains]
-    return [chain for chain in cleaned if any(side for _, side in chain)]
+            chains[-1][-1][1].append(piece)
+    statements = [[(relation, _trimmed("".join(side))) for relation, side in chain] for chain in chains]
+    return [chain for chain in statements if any(side for _, side in chain)]
+
+
+def _trimmed(side: str) -> str:
+    """A side of an equation without what punctuates it, and without braces around all of it."""
+    side = _BEFORE.sub("", side).rstrip().rstrip("?$. \n")
+    return re.sub(r"\A\{([^{},]*)\}\Z", r"\1", side)
 
 
 def _word(match: re.Match[str]) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 
 from dail_jax import latex
-from dail_jax.data.formulas import CONTINUED, WORDS, without_figures
+from dail_jax.data.formulas import CONTINUED, WORDS, collapsed, without_figures
 from dail_jax.data.records import Row
 
 _SENTENCE = re.compile(r"[^.!?\n]+(?:[.!?](?=\w)[^.!?\n]+)*")
@@ -52,8 +52,8 @@ def salient(row: Row) -> list[str]:
 
     It needs no symbols. Terms that the problem has already are no results; the length of the list follows the text's.
     """
-    solution, formulas = _masked(without_figures(row.solution))
-    solution = re.sub(r"\s*\n\s*", "\n", solution)
+    solution, formulas = _masked(without_figures(collapsed(row.solution)))
+    solution = re.sub(r" ?\n+ ?", "\n", collapsed(solution))
     known = set(re.findall(r"\w+", row.problem.casefold()))
     found: list[tuple[int, int, str]] = []  # (start, end, span)
     for sentence in _SENTENCE.finditer(solution):
@@ -97,7 +97,7 @@ def _masked(text: str) -> tuple[str, list[str]]:
     parts: list[str] = []
     for is_formula, piece in latex.spans(latex.unbox(_FORMULA.sub(" ", text))):
         if is_formula:
-            content = re.sub(r"[\s,;]*\\\\", ", ", CONTINUED.sub(" ", piece))
+            content = re.sub(r"(?<![\s,;])[\s,;]*+\\\\", ", ", CONTINUED.sub(" ", piece))
             content = re.sub(r"(?<!\\)&", " ", content).strip(" .,;:\n")
             parts.append(mask(f"${content}$") if content else " ")
         else:

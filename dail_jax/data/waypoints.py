@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable, Hashable
 
 from dail_jax import config, latex
-from dail_jax.data.formulas import WORDS, mathematical
+from dail_jax.data.formulas import WORDS, collapsed, mathematical
 from dail_jax.data.prose import salient
 from dail_jax.data.records import Row
 from dail_jax.errors import UserError
@@ -54,7 +54,8 @@ def _values(text: str) -> set[Hashable]:
     That is all of it, a formula in it, or the end of these behind a relation or a word; and each without its unit, for
     `19.8` gives away `v = 19.8\\text{ m/s}`.
     """
-    parts = [text.strip(), *_FORMULA.findall(text)]
+    text = collapsed(text).strip()
+    parts = [text, *_FORMULA.findall(text)]
     ends = set(parts)
     for part in parts:
         ends |= {part[match.end() :].strip("$ .,;:") for match in _STATES.finditer(part, max(0, len(part) - 80))}
