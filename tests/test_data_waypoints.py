@@ -363,6 +363,11 @@ def test_what_only_ends_in_the_final_answer_is_kept():
     assert found("So $p=.6$, $q=6$", answer="6") == [".6"]
 
 
+def test_a_box_without_braces_holds_the_number_that_people_mean():
+    row = Row("r", "?", r"$y = 1$ and $z = 7$, so $x = \boxed 15$", None, 0)
+    assert final_answer(row) == "15" and waypoints(row, config.Waypoints()) == ["1", "7"]
+
+
 def test_prices_are_prose():
     pieces = list(latex.spans(r"It costs $5 and then $10, \$3; $x=5$ \[y=3\]"))
     assert [piece for is_formula, piece in pieces if is_formula] == ["x=5", "y=3"]

@@ -1,18 +1,20 @@
-"""LaTeX as people and models write it: a scanner, exact values, and canonical forms.
+"""LaTeX as people and models write it: a scanner, spellings, exact values, and canonical forms.
 
 Waypoints, answers and grading all read LaTeX through this package, so that a text means the same to all of them.
 """
 
 from dail_jax.latex.form import canonical
-from dail_jax.latex.scan import boxes, last_boxed, pairs, signs, spans, split_top, tidy, unbox
+from dail_jax.latex.scan import Box, boxes, last_boxed, spans, split_top, unbox
+from dail_jax.latex.spell import plain, signs, tidy
 from dail_jax.latex.value import is_closed, polynomial
 
 __all__ = [
+    "Box",
     "boxes",
     "canonical",
     "is_closed",
     "last_boxed",
-    "pairs",
+    "plain",
     "polynomial",
     "signs",
     "spans",

@@ -1,4 +1,4 @@
-r"""The scanner: LaTeX as it stands in solutions and answers, with its boxes, its formulas and one spelling of each.
+r"""The scanner: where the boxes of a text are, which of it is formulas, and how to cut it outside of brackets.
 
 Every rule is linear in the length of the text, since a model may write a megabyte of anything.
 """
@@ -7,86 +7,66 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from typing import NamedTuple
 
-# Unicode signs as the LaTeX that the rest of this file knows.
-_SIGNS = str.maketrans(
-    {
-        "\u2212": "-",
-        "\u2013": "-",
-        "\u00d7": r"\times ",
-        "\u00b7": r"\cdot ",
-        "\u22c5": r"\cdot ",
-        "\u221a": r"\sqrt ",
-        "\u2248": r"\approx ",
-        "\u2264": r"\le ",
-        "\u2265": r"\ge ",
-        "\u2260": r"\ne ",
-        "\u2261": r"\equiv ",
-        "\u21d2": r"\implies ",
-        "\u2192": r"\to ",
-        "\u2026": r"\ldots ",
-        "\u03c0": r"\pi ",
-        "\u00b0": r"^\circ ",
-        "\u00bd": r"\frac12 ",
-        "\u00bc": r"\frac14 ",
-        "\u00be": r"\frac34 ",
-        "\u00a0": " ",
-    }
+# ---------------------------------------------------------------------------------------------------
+# Boxes
+# ---------------------------------------------------------------------------------------------------
+
+_BOX_NAME = r"\\(?:boxed|fbox|framebox)(?![a-zA-Z])\s*+"
+_NUMBER = r"[+-]?(?:\d{1,3}(?:(?:,|\{,\})\d{3})++(?!\d)|\d++)(?:\.\d++)?+(?:/\d++)?+"
+_FOLLOWS = r"[\w^/]|[.,-]\d|[ \t]*+(?:[*+=<>^]|\\(?:cdot|times|div|pi|sqrt|[dtc]?frac|pm|mp)(?![a-zA-Z]))"  # it goes on
+_BOX_TOKENS = re.compile(
+    rf"{_BOX_NAME}(?:(?:\[[^\[\]{{}}]{{0,40}}\]\s*+){{0,2}}\{{|((?:{_NUMBER}|[A-Za-z])(?!{_FOLLOWS})))|\\.|[{{}}]",
+    re.DOTALL,
 )
-_RAISED = "\u2070\u00b9\u00b2\u00b3\u2074\u2075\u2076\u2077\u2078\u2079\u207a\u207b\u207d\u207e\u207f"
-_RAISED_RUN, _LEVEL = re.compile(f"[{_RAISED}]+"), str.maketrans(_RAISED, "0123456789+-()n")
 
 
-def signs(text: str) -> str:
-    """The text with LaTeX for Unicode signs; a run of superscripts is one exponent."""
-    return _RAISED_RUN.sub(lambda m: f"^{{{m[0].translate(_LEVEL)}}}", text).translate(_SIGNS)
+class Box(NamedTuple):
+    """A box is `text[start:end]`, and `text[first:last]` is its content."""
+
+    start: int
+    first: int
+    last: int
+    end: int
 
 
-# ---------------------------------------------------------------------------------------------------
-# Boxes and braces
-# ---------------------------------------------------------------------------------------------------
+def boxes(text: str) -> list[Box]:
+    r"""Every complete `\boxed{...}`, `\fbox{...}` and `\framebox{...}` of a text, in the order in which they open.
 
-_BOX = re.compile(r"\\(?:boxed|fbox|framebox)(?![a-zA-Z])\s*")
-
-
-def pairs(text: str) -> dict[int, int]:
-    """{index of an opening brace: index of the one that closes it}; escaped and unclosed braces are left out."""
-    closing: dict[int, int] = {}
-    waiting: list[int] = []
-    for match in re.finditer(r"\\.|[{}]", text, re.DOTALL):
-        if match[0] == "{":
-            waiting.append(match.start())
-        elif match[0] == "}" and waiting:
-            closing[waiting.pop()] = match.start()
-    return closing
-
-
-def boxes(text: str) -> Iterator[tuple[int, int, str]]:
-    r"""(start, end, content) of every outermost `\boxed{...}` with balanced braces; `\boxed 5` counts as well."""
-    end, closing = 0, pairs(text)
-    for match in _BOX.finditer(text):
-        if match.start() < end:
-            continue
-        if text[match.end() : match.end() + 1] == "{":
-            if match.end() in closing:
-                end = closing[match.end()] + 1
-                yield match.start(), end, text[match.end() + 1 : end - 1].strip()
-        elif bare := re.compile(r"[^\s{}$\\]").match(text, match.end()):
-            end = bare.end()
-            yield match.start(), end, bare[0]
+    Braces must balance; escaped ones do not count. Boxes inside of boxes are listed as well. Without a brace TeX boxes
+    a single token, the 1 of `\boxed 15`; what people mean is the number, so a number or a letter that stands alone is
+    the content. Where it goes on, as in `\boxed 5\cdot 3`, nobody can tell: that is no box.
+    """
+    found: list[Box] = []
+    stack: list[tuple[int, int] | None] = []  # for each open brace, where its box and its content start, if it has one
+    for token in _BOX_TOKENS.finditer(text):
+        if token[1]:
+            found.append(Box(token.start(), token.start(1), token.end(1), token.end()))
+        elif token[0].endswith("{") and token[0] != r"\{":
+            stack.append((token.start(), token.end()) if len(token[0]) > 1 else None)
+        elif token[0] == "}" and stack and (opened := stack.pop()):
+            found.append(Box(*opened, token.start(), token.end()))
+    return sorted(found)
 
 
 def last_boxed(text: str) -> str | None:
-    """The content of the last box that is not empty."""
-    return next((content for _, _, content in reversed(list(boxes(text))) if content), None)
+    """The last boxed answer: the content of the complete box that opens last among those that hold something."""
+    contents = (text[box.first : box.last].strip() for box in reversed(boxes(text)))
+    return next((content for content in contents if content), None)
 
 
 def unbox(text: str, mark: str = "") -> str:
-    """The text with every outermost box replaced by its content, after the mark where it stands in the open."""
+    """The text with every box replaced by its content, after the mark where an outermost one stands in the open."""
+    edges: list[tuple[int, int, str]] = []  # what is cut out, and what takes its place
+    outer = 0
+    for box in boxes(text):
+        edges += [(box.start, box.first, " " if box.start < outer else f" {mark} "), (box.last, box.end, " ")]
+        outer = max(outer, box.end)
     parts, end = [], 0
-    for start, stop, content in boxes(text):
-        inside = text[end:start].rstrip().endswith(("{", "("))
-        parts += [text[end:start], " " if inside else f" {mark} ", content, " "]
+    for start, stop, instead in sorted(edges):
+        piece = text[end:start]
+        parts += [piece, " " if piece.rstrip().endswith(("{", "(")) else instead]
         end = stop
     return "".join([*parts, text[end:]])
 
@@ -127,31 +107,6 @@ def spans(text: str) -> Iterator[tuple[bool, str]]:
         yield True, inner
         position = searched = end + len(closer)
     yield False, text[position:]
-
-
-# ---------------------------------------------------------------------------------------------------
-# Spellings
-# ---------------------------------------------------------------------------------------------------
-
-_SPACING = re.compile(
-    r"\\(?:left|right|displaystyle|textstyle|limits|nolimits|nonumber|notag|big[lr]?|Big[lr]?|bigg[lr]?|Bigg[lr]?"
-    r"|hspace\{[^{}]*\}|vspace\{[^{}]*\}|phantom\{[^{}]*\}|(?:text)?color\s*\{[^{}]*\})(?![a-zA-Z])"
-    r"|\\(?:mathbf|mathsf|boldsymbol|bm|underline)(?=\s*\{)|\\[,!;:> ]|~|(?<!\\)&|[_^]?\{\s*\}"
-)
-
-
-def tidy(formula: str) -> str:
-    """A formula without spacing commands, with `\\frac` for its relatives and `\\binom` for `\\choose`."""
-    text = _SPACING.sub(" ", signs(formula))
-    text = re.sub(r"\\([dtc]frac|over(?=\s*\d))(?![a-zA-Z])", lambda m: "/" if m[1] == "over" else r"\frac", text)
-    text = re.sub(r"\{\s*(\\cdot|\\times|=)\s*\}", r"\1 ", re.sub(r"\\[dt]binom(?![a-zA-Z])", r"\\binom", text))
-    text = re.sub(
-        r"\{\s*(?:\{([^{}]{1,40})\}|([^{}]{1,40}?))\s*\\choose\s*(?:\{([^{}]{1,40})\}|([^{}]{1,40}?))\s*\}",
-        lambda m: rf"\binom{{{m[1] or m[2]}}}{{{m[3] or m[4]}}}",
-        text,
-    )
-    text = re.sub(r"(\\[a-zA-Z]+)\s+(?![a-zA-Z])", r"\1", re.sub(r"\s+", " ", text))
-    return text.strip()
 
 
 def split_top(text: str, separator: str) -> list[str]:

@@ -9,13 +9,14 @@ import math
 import re
 from fractions import Fraction
 
-from dail_jax.latex.scan import tidy
+from dail_jax.latex.spell import tidy
 
 # A polynomial: {(squarefree radicand, ((variable, exponent), ...)): coefficient}
 Poly = dict[tuple[int, tuple[tuple[str, int], ...]], Fraction]
 
 MAX_LENGTH, MAX_DEPTH, MAX_TERMS, MAX_BITS = 400, 24, 60, 2000
 CONSTANTS = {r"\pi", r"\circ", r"\%"}
+_FUNCTIONS = set("fghFGH")  # letters whose power before a bracket is one of the function
 
 _TOKEN = re.compile(r"\\[a-zA-Z]+|\\.|\d|[a-zA-Z]|\S")
 
@@ -179,6 +180,7 @@ class _Parser:
         return total
 
     def power(self, depth: int) -> Poly:
+        letter = self.peek()
         base = self.atom(depth)
         while self.peek() in ("^", "!", r"\%"):
             token = self.take()
@@ -191,6 +193,8 @@ class _Parser:
                 base = _multiply(base, {(1, ((r"\circ", 1),)): Fraction(1)})
             else:
                 base = _power(base, _constant(self.argument(depth)))
+                if self.peek() == "(" and letter in _FUNCTIONS:  # f^{-1}(x)
+                    raise _Unknown
         return base
 
     def small(self, poly: Poly, limit: int) -> int:
@@ -237,8 +241,24 @@ class _Parser:
             if self.peek() == "_":
                 self.take()
                 name += "_" + self.subscript()
-            return {(1, ((name, 1),)): Fraction(1)}
+            return self.applied(name, depth) if self.peek() == "(" else {(1, ((name, 1),)): Fraction(1)}
         raise _Unknown
+
+    def applied(self, name: str, depth: int) -> Poly:
+        """A name before a bracket: `n(n+1)` is a product, since no function takes itself; `f(n+1)` is a value of f."""
+        arguments: list[Poly] = []
+        while not arguments or self.peek() == ",":
+            self.take()
+            arguments.append(self.sum(depth + 1))
+        if self.take() != ")":
+            raise _Unknown
+        factor: Poly = {(1, ((name, 1),)): Fraction(1)}
+        if len(arguments) == 1 and any(name == other for _, names in arguments[0] for other, _ in names):
+            return _multiply(factor, arguments[0])
+        shown = "; ".join(" + ".join(f"{c} {key}" for key, c in sorted(poly.items())) for poly in arguments)
+        if len(shown) > MAX_LENGTH:
+            raise _Unknown
+        return {(1, ((f"{name}({shown})", 1),)): Fraction(1)}
 
     def subscript(self) -> str:
         text = self.take()
