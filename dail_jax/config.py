@@ -137,7 +137,6 @@ class Generate(Section):
     proposals: Count = 1
     samples: Count = 1
     slots: Count = 64
-    draft: Natural = 0  # tokens to draft by n-grams where that is faster: same text, log-probabilities to rounding
     max_prompt_tokens: Count = 4096
     sampling: Sampling = Sampling()
 
@@ -295,7 +294,6 @@ class Evaluate(Section):
     ks: tuple[Count, ...] = ()  # empty = powers of two up to samples
     budgets: tuple[Count, ...] = ()  # empty = sampling.max_tokens alone
     slots: Count = 64
-    draft: Natural = 0  # tokens to draft by n-grams where that is faster: same text, log-probabilities to rounding
     max_prompt_tokens: Count = 4096
     force: Force | None = None
     bootstrap: Count = 2000

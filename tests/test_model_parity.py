@@ -97,7 +97,7 @@ def test_full_forward(pair):
 
 
 def test_prefill_and_decode_equal_the_full_forward(pair):
-    """Two prompts share a buffer; four rows decode them, by one token and by three, of which one is not kept."""
+    """Two prompts share a buffer; four rows decode them, with the cache committed in between; one row ends early."""
     model, params, cfg = pair
     params = weights.unstack(params)
     tokens, positions = batch()
@@ -122,27 +122,28 @@ def test_prefill_and_decode_equal_the_full_forward(pair):
     ours = transformer.unembed(params, hidden)[:, -1]
     assert np.abs(ours - theirs[:, prompt - 1]).max() / np.abs(theirs).max() < 1e-4
     step = jax.jit(lambda t, p, c, r, s: transformer.forward(params, t, p, cfg, cache=c, recent=r, slot=s))
-    settle = jax.jit(transformer.settle, static_argnums=2)
+    settle = jax.jit(transformer.settle)
 
-    def check(at, width, cache, recent, slot):
-        chunk, where = both[rows, at : at + width], np.tile(positions[0, at : at + width], (4, 1))
-        hidden, recent = step(chunk, where, cache, recent, slot)
-        out = transformer.unembed(params, hidden)
-        assert np.abs(out - theirs[rows, at : at + width]).max() / np.abs(theirs).max() < 1e-4
+    def check(at, cache, recent, slot):
+        """One token of each row at its position; -1 for a row that has ended."""
+        live = at >= 0
+        hidden, recent = step(both[rows, at][:, None], at[:, None], cache, recent, slot)
+        out, want = transformer.unembed(params, hidden)[:, 0], theirs[rows, at]
+        assert np.abs(out - want)[live].max() / np.abs(theirs).max() < 1e-4
         return recent
 
-    recent = transformer.empty_recent(cache, 6)
+    at, recent = np.full(4, prompt), transformer.empty_recent(cache, 4)
     for slot in range(4):
-        recent = check(prompt + slot, 1, cache, recent, slot)
-    cache, recent, at = settle(cache, recent, False), transformer.empty_recent(cache, 6), prompt + 4
-    recent = check(at, 3, cache, recent, 0)
-    recent = recent.replace(held=recent.held.at[:, 2].set(-1))
-    recent = check(at + 2, 3, cache, recent, 3)
-    cache, recent, at = settle(cache, recent, True), transformer.empty_recent(cache, 6), at + 5
-    assert cache.count.tolist() == [9] * 4
-    check(at, 1, cache, recent, 0)
-    at += 1
-    assert at == last
+        recent = check(at + slot, cache, recent, slot)
+    cache, recent, at = settle(cache, recent), transformer.empty_recent(cache, 4), at + 4
+    for slot in range(4):
+        ended = (np.arange(4) == 2) & (slot >= 2)
+        recent = check(np.where(ended, -1, at + slot), cache, recent, slot)
+    cache, recent, at = settle(cache, recent), transformer.empty_recent(cache, 4), at + np.array([4, 4, 2, 4])
+    assert cache.count.tolist() == [8, 8, 6, 8]
+    for slot in range(2):
+        recent = check(at + slot, cache, recent, slot)
+    assert at.max() + 2 == last
 
 
 def test_unrolled_equals_scanned(pair):

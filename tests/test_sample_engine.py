@@ -38,7 +38,7 @@ def params():
     return weights.init(jax.random.key(0), CFG, std=0.4)
 
 
-def sampler(params, mesh, roles=2, slots=8, seed=7, tau=0.3, proposals=2, never=(5,), draft=0, **kw):
+def sampler(params, mesh, roles=2, slots=8, seed=7, tau=0.3, proposals=2, never=(5,), **kw):
     sampling = config_lib.Sampling(**{"temperature": 0.9, "top_p": 0.97, "presence_penalty": 0.3, **kw})
     return engine.Sampler(
         params,
@@ -51,8 +51,6 @@ def sampler(params, mesh, roles=2, slots=8, seed=7, tau=0.3, proposals=2, never=
         knobs=mixture.knobs(sampling, tau, proposals),
         roles=roles,
         never=never,
-        draft=draft,
-        adaptive=False,
     )
 
 
@@ -170,67 +168,6 @@ def test_devices_do_not_matter(params, reference, shape):
         same(collect(sampler(sharded, mesh, slots=8), requests()), reference, exact=False)
 
 
-@pytest.mark.parametrize("kind", ["any text", "a repetitive text"])
-def test_drafting_changes_no_token(params, one_device, kind):
-    two_tokens = tuple(i for i in range(CFG.V) if i not in (6, 7))  # nothing else is ever drawn
-    kw = {} if kind == "any text" else {"never": two_tokens, "temperature": 0.5, "presence_penalty": 0.0}
-    with jax.set_mesh(one_device):
-        plain, drafted = sampler(params, one_device, **kw), sampler(params, one_device, draft=3, **kw)
-        same(collect(plain, requests(2)), collect(drafted, requests(2)), exact=False)
-    if kw:
-        assert drafted.usage.steps < plain.usage.steps
-        assert drafted.usage.occupancy > 1.2 * plain.usage.occupancy
-
-
-def test_a_stop_token_inside_a_draft_ends_the_text(params, one_device):
-    """Prompts are full of stop tokens, so drafts are, too; and what was drawn before weighs on what follows."""
-    pattern = (6, 7, 8, STOP, 7, 6, 8, 8, STOP, 6, 6, 7, 7, STOP) * 3
-    ask = [engine.Request(f"p{i}", (pattern, pattern), tuple(range(24)), 24) for i in range(2)]
-    kw = {
-        "never": tuple(i for i in range(CFG.V) if i not in (6, 7, 8, STOP)),
-        "temperature": 3.0,
-        "presence_penalty": 0.5,
-    }
-    with jax.set_mesh(one_device):
-        plain, drafted = sampler(params, one_device, **kw), sampler(params, one_device, draft=3, **kw)
-        want, got = collect(plain, ask), collect(drafted, ask)
-    same(got, want, exact=False)
-    assert drafted.usage.occupancy > plain.usage.occupancy and sum(x.finish == "stop" for x in want.values()) > 20
-    assert all(STOP not in x.tokens[:-1] for x in got.values())
-
-
-def paced(compiling: float, drafted: float, tokens: float, chunks: int) -> tuple[engine.Pace, float]:
-    """A pace after `chunks` chunks of 1 s and 1 token, or with drafts `drafted` s and `tokens` tokens; the seconds."""
-    pace, seconds, seen = engine.Pace(4), 0.0, set()
-    for _ in range(chunks):
-        way = pace.choose()
-        took = (drafted if way else 1.0) + (0.0 if way in seen else compiling)
-        seen.add(way)
-        pace.note(way, tokens if way else 1.0, took, compiled=took > 10)
-        seconds += took
-    return pace, seconds
-
-
-def test_drafting_costs_little_where_it_is_slower():
-    for chunks in (10, 100, 2000, 5000):
-        pace, seconds = paced(compiling=20, drafted=2.5, tokens=1.2, chunks=chunks)
-        assert seconds < 1.05 * (20 + chunks)
-        assert pace.best == 0 and (pace.calls[4] > 0) == (chunks >= 2000)
-    assert engine.Pace(0).choose() == 0
-    pace = engine.Pace(4)
-    for _ in range(4000):  # the plain program is there already: that says nothing of what the other's will cost
-        pace.note(0, 1.0, 1.0, compiled=False)
-        assert (pace.choose() == 0) == (pace.spent * pace.SHARE < pace.UNSEEN)
-    assert pace.choose() == 4
-
-
-def test_drafting_is_chosen_where_it_is_faster():
-    pace, seconds = paced(compiling=20, drafted=1.5, tokens=3, chunks=10_000)
-    assert pace.best == 4 and pace.calls[4] > 8000
-    tokens = pace.calls[0] + 3 * pace.calls[4]
-    assert seconds < 0.65 * tokens
-
-
 def test_slots_go_on_while_the_longest_samples_run(params, one_device):
     """Lengths of each sample's own, most far below the longest: prompts wait in every block, so slots do not."""
     stop = tuple(range(0, CFG.V, 10))
@@ -276,16 +213,15 @@ def test_one_program_a_bucket_and_none_for_new_knobs(params, one_device):
         assert decode.load_prompt._cache_size() - before[1] == len(buckets)
 
 
-@pytest.mark.parametrize("draft", [0, 3])
-def test_caches_are_updated_in_place(params, one_device, draft):
+def test_caches_are_updated_in_place(params, one_device):
     """No cache is copied in the compiled decode loop, and all of the state is aliased to its input."""
-    grid = decode.Grid(2, 2, 8, 2, 128, 96, 8, draft)
+    grid = decode.Grid(2, 2, 8, 2, 128, 96, 8)
     with jax.set_mesh(one_device):
         s = sampler(params, one_device)
         state = jax.eval_shape(lambda: decode.empty(grid, CFG, jnp.float32))
-        compiled = decode.decode.lower(grid, CFG, draft, s.params, None, state, s.rules, s.knobs).compile()
+        compiled = decode.decode.lower(grid, CFG, s.params, None, state, s.rules, s.knobs).compile()
     text = compiled.as_text()
-    for shape in (f"32,2,{112 if draft == 0 else 128},6", "4,2,256,6"):
+    for shape in ("32,2,112,6", "4,2,256,6"):
         assert f"f32[{shape}]" in text
         assert not re.search(rf"= f32\[{shape}\]\S* copy\(", text)
     memory = compiled.memory_analysis()

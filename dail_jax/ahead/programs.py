@@ -271,22 +271,20 @@ def sampler_programs(config: config_lib.Config, model: ModelConfig, mesh: Mesh) 
     embed = params["embed"]  # looked up, not read, unless it is the unembedding too
     table = 0 if model.tied else math.prod(embed.sharding.shard_shape(embed.shape)) * dtype.itemsize
     lora = None if train.objective == "none" else lora_lib.abstract(model, train.lora, mesh)
-    jobs = []  # name, settings, samples of a prompt, longest prompt, roles, LoRA, drafts
+    jobs = []  # name, settings, samples of a prompt, longest prompt, roles, LoRA
     if train.reads_traces:
         cfg = config.generate
         roles = 1 if cfg.tau in (0.0, 1.0) or train.objective == "star" else 2
-        jobs.append(("rollouts", cfg, cfg.samples, cfg.max_prompt_tokens, roles, None, cfg.draft))
+        jobs.append(("rollouts", cfg, cfg.samples, cfg.max_prompt_tokens, roles, None))
     if train.is_online:
         prompt = train.max_tokens - train.online.sampling.max_tokens
-        jobs.append(("online rollouts", train.online, train.online.group, prompt, 1, lora, 0))
+        jobs.append(("online rollouts", train.online, train.online.group, prompt, 1, lora))
     if config.evaluate.benchmarks:
         cfg = config.evaluate
-        jobs.append(("evaluation", cfg, cfg.samples, cfg.max_prompt_tokens, 1, lora, cfg.draft))
-    for name, cfg, samples, longest, roles, lora, drafts in jobs:
+        jobs.append(("evaluation", cfg, cfg.samples, cfg.max_prompt_tokens, 1, lora))
+    for name, cfg, samples, longest, roles, lora in jobs:
         knobs = mixture.knobs(cfg.sampling)
-        sampler = engine.Sampler(
-            params, model, mesh, (), 0, cfg.slots, cfg.sampling.max_tokens, knobs, roles, lora, draft=drafts
-        )
+        sampler = engine.Sampler(params, model, mesh, (), 0, cfg.slots, cfg.sampling.max_tokens, knobs, roles, lora)
         grid = sampler.grid(samples, engine.bucket(longest))
         made = lower(mesh, decode.empty, grid, model, dtype).compile()
         shapes = jax.eval_shape(lambda grid=grid: decode.empty(grid, model, dtype))
@@ -306,13 +304,12 @@ def sampler_programs(config: config_lib.Config, model: ModelConfig, mesh: Mesh) 
             return lower(mesh, decode.load_prompt, grid, model, params, lora, state, *prompt)
 
         out.append(Program(f"{label}: prefill {grid.prompt_slots}", "sampler", prefill, state=state, weights=stacked))
-        for draft in sorted({0, drafts}):
 
-            def step(draft=draft, grid=grid, lora=lora, state=state, rules=rules, knobs=knobs) -> jax.stages.Lowered:
-                return lower(mesh, decode.decode, grid, model, draft, params, lora, state, rules, knobs)
+        def step(grid=grid, lora=lora, state=state, rules=rules, knobs=knobs) -> jax.stages.Lowered:
+            return lower(mesh, decode.decode, grid, model, params, lora, state, rules, knobs)
 
-            title = f"{label}: decode" + (f", drafting {draft}" if draft else "")
-            out.append(Program(title, "sampler", step, state=state, unread=table, tokens=grid.chunk, weights=stacked))
+        title = f"{label}: decode"
+        out.append(Program(title, "sampler", step, state=state, unread=table, tokens=grid.chunk, weights=stacked))
     return out
 
 

@@ -91,13 +91,11 @@ def empty_recent(cache: Cache, slots: int) -> Recent:
     return Recent(make(), make(), jnp.full((rows, slots), -1, jnp.int32))
 
 
-def settle(cache: Cache, recent: Recent, gaps: bool) -> Cache:
-    """The cache with each row's recent tokens behind its own; `gaps`: they may stand apart (`held` is -1 between).
+def settle(cache: Cache, recent: Recent) -> Cache:
+    """The cache with each row's recent tokens behind its own; a row's stand in the first slots.
 
     A loop over each device's rows, by hand: of a batched update XLA makes a scatter, and of the caches copies.
     """
-    kept = recent.held >= 0
-    order = jnp.argsort(~kept, axis=1, stable=True)[:, None, :, None]
 
     def local(own, new, count):
         def move(row, own):
@@ -111,10 +109,10 @@ def settle(cache: Cache, recent: Recent, gaps: bool) -> Cache:
         arrays = mesh_lib.fitting(mesh, "bk__", cache.k[0].shape)
         counts = mesh_lib.fitting(mesh, "b", cache.count.shape)
         local = jax.shard_map(local, in_specs=(arrays, arrays, counts), out_specs=arrays, check_vma=False)
-    new = [jnp.take_along_axis(x, order, axis=2) if gaps else x for x in (*recent.k, *recent.v)]
-    own = local([*cache.k, *cache.v], new, cache.count)
+    own = local([*cache.k, *cache.v], [*recent.k, *recent.v], cache.count)
     half = len(cache.k)
-    return replace(cache, k=tuple(own[:half]), v=tuple(own[half:]), count=cache.count + kept.sum(1, dtype=jnp.int32))
+    count = cache.count + (recent.held >= 0).sum(1, dtype=jnp.int32)
+    return replace(cache, k=tuple(own[:half]), v=tuple(own[half:]), count=count)
 
 
 def forward(

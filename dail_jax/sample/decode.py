@@ -5,11 +5,8 @@ so that n samples of one problem read its keys and values once. A slot's two rol
 
     rows = [block, role, slot in block]        prompt buffers = [block, role], each of entries * prompt_slots
 
-A step projects the hidden states of all rows, draws one token a slot, and runs one forward of the drawn tokens.
-With drafting, an n-gram match in the prompt and the text so far proposes what may follow; the forward takes the
-drafts along, and each position's token is drawn from its own distribution with its own key. Drafts are kept while
-they equal what was drawn: the text is the same as without them. Shapes never change; finished slots are refilled
-between chunks by `admit`.
+A step projects the hidden states of all rows, draws one token per slot, and runs one forward pass over the drawn
+tokens. Shapes never change; finished slots are refilled between chunks by `admit`.
 """
 
 from __future__ import annotations
@@ -38,12 +35,11 @@ class Grid:
 
     roles: int
     blocks: int
-    width: int  # slots a block
-    entries: int  # prompts a block
-    prompt_slots: int  # tokens a prompt, padded
+    width: int  # slots per block
+    entries: int  # prompts per block
+    prompt_slots: int  # tokens per prompt, padded
     max_tokens: int  # response tokens, padded
-    chunk: int  # steps a decode call
-    draft: int = 0  # tokens that a step may have drafted, at most
+    chunk: int  # steps per decode call
 
     @property
     def slots(self) -> int:
@@ -67,7 +63,6 @@ class State:
       hidden: [rows, D], what the next token is drawn from.
       prompt_hidden: [blocks, E, R, D], the hidden state at each prompt's end.
       prompt_length: [blocks, E, R] int32.
-      prompt_tokens: [blocks, E, C] int32, the last role's prompt, -1 after its end: what drafts are looked up in.
       start: [rows] int32, the position of each row's first response token.
       key: [n, 2] uint32, one threefry key a slot, folded with the token's index at each draw.
       length: [n] int32, tokens drawn so far.      limit: [n] int32, tokens to draw at most.
@@ -80,7 +75,6 @@ class State:
     hidden: jax.Array
     prompt_hidden: jax.Array
     prompt_length: jax.Array
-    prompt_tokens: jax.Array
     start: jax.Array
     key: jax.Array
     length: jax.Array
@@ -99,7 +93,7 @@ class State:
 def empty(grid: Grid, cfg: ModelConfig, dtype) -> State:
     """A state in which no slot is live."""
     n, rows = grid.slots, grid.slots * grid.roles
-    own = -(-(grid.max_tokens + grid.chunk * (1 + grid.draft)) // TILE) * TILE
+    own = -(-(grid.max_tokens + grid.chunk) // TILE) * TILE
     shared = grid.entries * grid.prompt_slots
     cache = transformer.empty_cache(cfg, rows, own, grid.blocks * grid.roles, shared, dtype, grid.entries)
     return _lay_out(
@@ -108,7 +102,6 @@ def empty(grid: Grid, cfg: ModelConfig, dtype) -> State:
             hidden=jnp.zeros((rows, cfg.D), dtype),
             prompt_hidden=jnp.zeros((grid.blocks, grid.entries, grid.roles, cfg.D), dtype),
             prompt_length=jnp.zeros((grid.blocks, grid.entries, grid.roles), jnp.int32),
-            prompt_tokens=jnp.full((grid.blocks, grid.entries, grid.prompt_slots), -1, jnp.int32),
             start=jnp.zeros(rows, jnp.int32),
             key=jnp.zeros((n, 2), jnp.uint32),
             length=jnp.zeros(n, jnp.int32),
@@ -160,7 +153,6 @@ def load_prompt(
             cache=cache,
             prompt_hidden=state.prompt_hidden.at[block, entry].set(last.astype(state.hidden.dtype)),
             prompt_length=state.prompt_length.at[block, entry].set(lengths),
-            prompt_tokens=state.prompt_tokens.at[block, entry].set(jnp.where(positions[-1] >= 0, tokens[-1], -1)),
         )
     )
 
@@ -206,109 +198,55 @@ def admit(
     )
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=5)
+@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=4)
 def decode(
     grid: Grid,
     cfg: ModelConfig,
-    draft: int,
     params: Params,
     lora: Lora | None,
     state: State,
     rules: Rules,
     knobs: mixture.Knobs,
 ) -> State:
-    """`chunk` steps of every live slot: a token each, and with `draft` > 0 (at most the grid's) up to 1 + draft."""
+    """`chunk` steps of every live slot, one token each."""
 
     def step(carry, slot):
         state, recent = carry
-        return _step(grid, cfg, draft, params, lora, state, recent, slot, rules, knobs), None
+        return _step(grid, cfg, params, lora, state, recent, slot, rules, knobs), None
 
-    slots = jnp.arange(grid.chunk) * (1 + draft)
-    recent = transformer.empty_recent(state.cache, grid.chunk * (1 + draft))
-    (state, recent), _ = jax.lax.scan(step, (state, recent), slots)
-    return _lay_out(replace(state, cache=transformer.settle(state.cache, recent, gaps=draft > 0)))
+    recent = transformer.empty_recent(state.cache, grid.chunk)
+    (state, recent), _ = jax.lax.scan(step, (state, recent), jnp.arange(grid.chunk))
+    return _lay_out(replace(state, cache=transformer.settle(state.cache, recent)))
 
 
 def _step(
-    grid, cfg, draft, params, lora, state: State, recent: transformer.Recent, at, rules: Rules, knobs: mixture.Knobs
+    grid, cfg, params, lora, state: State, recent: transformer.Recent, at, rules: Rules, knobs: mixture.Knobs
 ) -> tuple[State, transformer.Recent]:
-    n, slot = grid.slots, jnp.arange(grid.slots)
+    slot, index, now = jnp.arange(grid.slots), state.length, state.live
     rows = lambda x: _to_rows(grid, jnp.broadcast_to(x, (grid.roles, *x.shape)))  # noqa: E731
-
-    def draw(hidden, index, seen):
-        """A token a slot from the rows' states [rows, D], with the key of response index [n]."""
-        logits = transformer.unembed(params, _to_slots(grid, hidden)) + rules.bias
-        return mixture.draw(logits, _uniform(state.key, index), knobs, seen)
-
-    def emit(state: State, drawn: mixture.Draw, index, now) -> State:
-        """Records a drawn token at response index [n] in the slots `now` [n], and ends those that it ends."""
-        at = (slot, jnp.where(now, index, grid.max_tokens))  # out of bounds: written nowhere
-        stopped = rules.stops[drawn.token]
-        cut = index + 1 >= state.limit
-        return replace(
-            state,
-            length=jnp.where(now, index + 1, state.length),
-            status=jnp.where(now, jnp.where(stopped, STOPPED, jnp.where(cut, CUT, RUNNING)), state.status),
-            live=state.live & ~(now & (stopped | cut)),
-            seen=state.seen.at[slot, drawn.token].max(now),
-            tokens=state.tokens.at[at].set(drawn.token, mode="drop"),
-            logq=state.logq.at[at].set(drawn.logq, mode="drop"),
-            log_student=state.log_student.at[at].set(drawn.log_student, mode="drop"),
-            log_privileged=state.log_privileged.at[at].set(drawn.log_privileged, mode="drop"),
-            by_student=state.by_student.at[at].set(drawn.by_student, mode="drop"),
-        )
-
-    start, was_live = state.length, state.live
-    drawn = draw(state.hidden, start, state.seen)
-    state = emit(state, drawn, start, was_live)
-    drafts = _propose(grid, draft, state, drawn.token, start)  # [n, draft], -1 where there is none
-
-    fed = jnp.concatenate([drawn.token[:, None], jnp.maximum(drafts, 0)], axis=1)
-    index = rows(jnp.minimum(start, grid.max_tokens - 1))
-    position = (state.start + index)[:, None] + jnp.arange(1 + draft)
-    position = jnp.where(rows(state.live)[:, None], position, -1)
+    logits = transformer.unembed(params, _to_slots(grid, state.hidden)) + rules.bias
+    drawn = mixture.draw(logits, _uniform(state.key, index), knobs, state.seen)
+    stopped, cut = rules.stops[drawn.token], index + 1 >= state.limit
+    place = (slot, jnp.where(now, index, grid.max_tokens))  # out of bounds: written nowhere
+    state = replace(
+        state,
+        length=jnp.where(now, index + 1, index),
+        status=jnp.where(now, jnp.where(stopped, STOPPED, jnp.where(cut, CUT, RUNNING)), state.status),
+        live=now & ~(stopped | cut),
+        seen=state.seen.at[slot, drawn.token].max(now),
+        tokens=state.tokens.at[place].set(drawn.token, mode="drop"),
+        logq=state.logq.at[place].set(drawn.logq, mode="drop"),
+        log_student=state.log_student.at[place].set(drawn.log_student, mode="drop"),
+        log_privileged=state.log_privileged.at[place].set(drawn.log_privileged, mode="drop"),
+        by_student=state.by_student.at[place].set(drawn.by_student, mode="drop"),
+    )
+    position = state.start + rows(jnp.minimum(index, grid.max_tokens - 1))
+    position = jnp.where(rows(state.live), position, -1)[:, None]
     hidden, grown = transformer.forward(
-        params, rows(fed), position, cfg, lora=lora, cache=state.cache, recent=recent, slot=at
+        params, rows(drawn.token)[:, None], position, cfg, lora=lora, cache=state.cache, recent=recent, slot=at
     )
     assert grown is not None
-    recent = grown
-
-    kept, last = state.live, jnp.zeros(n, jnp.int32)
-    for i in range(draft):
-        drawn = draw(hidden[:, i], start + 1 + i, state.seen)
-        kept = kept & state.live & (drawn.token == drafts[:, i])
-        state = emit(state, drawn, start + 1 + i, kept)
-        last = jnp.where(kept, i + 1, last)
-    if draft:  # what was not kept is not seen by later tokens
-        behind = recent.held >= (state.start + rows(state.length))[:, None]
-        recent = replace(recent, held=jnp.where(behind, -1, recent.held))
-    hidden = jnp.take_along_axis(hidden, rows(last)[:, None, None], axis=1)[:, 0]
-    state = replace(state, hidden=hidden.astype(state.hidden.dtype))
-    return _lay_out(state), recent
-
-
-def _propose(grid: Grid, draft: int, state: State, token: jax.Array, index: jax.Array) -> jax.Array:
-    """Drafts [n, draft] of what follows `token` [n] at response index [n], -1 where nothing matches.
-
-    The latest place in the prompt or the response whose last two tokens, or better three, are the newest ones.
-    """
-    if not draft:
-        return jnp.zeros((grid.slots, 0), jnp.int32)
-    block, slot = jnp.repeat(jnp.arange(grid.blocks), grid.width), jnp.arange(grid.slots)
-    entry = _to_slots(grid, state.cache.row_prompt)[0]
-    response = jnp.where(jnp.arange(grid.max_tokens) <= index[:, None], state.tokens, -1)
-    text = jnp.concatenate([state.prompt_tokens[block, entry], response], axis=1)
-    end = grid.prompt_slots + index  # where `token` stands
-    ago = [text] + [jnp.pad(text, ((0, 0), (d, 0)), constant_values=-1)[:, : text.shape[1]] for d in (1, 2)]
-    newest = [token, *(jnp.where(index >= d, text[slot, end - d], -2) for d in (1, 2))]
-    same = [x == y[:, None] for x, y in zip(ago, newest, strict=True)]
-    place = jnp.arange(text.shape[1])
-    score = (same[0] & same[1]) * (1 + same[2]) * (place < end[:, None])
-    best = jnp.argmax(score * text.shape[1] + jnp.where(score > 0, place, 0), axis=1)
-    found = score[slot, best] > 0
-    follow = best[:, None] + 1 + jnp.arange(draft)
-    copied = jnp.take_along_axis(text, jnp.minimum(follow, text.shape[1] - 1), axis=1)
-    return jnp.where(found[:, None] & (follow <= end[:, None]), copied, -1)
+    return _lay_out(replace(state, hidden=hidden[:, 0].astype(state.hidden.dtype))), grown
 
 
 @jax.jit

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import collections
 import hashlib
-import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
@@ -19,45 +18,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from dail_jax.errors import UserError
-from dail_jax.mesh import any_process, axis_size
+from dail_jax.mesh import axis_size
 from dail_jax.model.families import ModelConfig
 from dail_jax.model.lora import Lora
 from dail_jax.model.weights import Params, unstack
 from dail_jax.sample import decode, mixture
 
 CHUNK = 4
-
-
-class Pace:
-    """Whether to draft: whichever way takes fewer seconds a token, as measured while sampling.
-
-    Finding out may cost at most `SHARE` of the time so far, compilation of the second program included: short runs
-    never draft, long ones compare again now and then. Where the first program was there already, nobody has seen
-    what compiling takes, and `UNSEEN` seconds are foreseen.
-    """
-
-    SHARE, UNSEEN = 0.02, 60.0
-
-    def __init__(self, draft: int):
-        self.draft, self.best = draft, 0
-        self.calls, self.cost = {0: 0, draft: 0}, {0: 0.0, draft: float("inf")}  # seconds a token of one slot
-        self.spent = self.lost = 0.0  # seconds: all, and those that trials took or are foreseen to take
-
-    def choose(self) -> int:
-        return self.draft - self.best if self.lost <= self.SHARE * self.spent and self.spent else self.best
-
-    def note(self, way: int, tokens: float, seconds: float, compiled: bool) -> None:
-        """Learns that a chunk took `seconds` for `tokens` in each slot that was live, and whether it `compiled`."""
-        self.spent += seconds
-        self.calls[way] += 1
-        if self.calls[way] == 1:  # what this way took to compile, the other will: that is paid for in advance
-            self.lost = seconds if compiled or way else self.UNSEEN
-            return
-        self.lost += seconds * (way != self.best)
-        if tokens:
-            new = seconds / tokens
-            self.cost[way] = new if self.calls[way] == 2 else 0.7 * self.cost[way] + 0.3 * new
-        self.best = min(self.cost, key=lambda way: self.cost[way])
 
 
 @dataclass(frozen=True)
@@ -98,25 +65,19 @@ def words(name: str, sample: int) -> tuple[int, int, int]:
     return int.from_bytes(digest[:4], "big"), int.from_bytes(digest[4:8], "big"), sample
 
 
-def _programs() -> int:
-    """How many decode programs this process has compiled."""
-    return decode.decode._cache_size()  # pyright: ignore[reportAttributeAccessIssue]
-
-
 @dataclass
 class Usage:
-    """What a run did: `live` tokens by `steps` forwards of all slots, `drawn` slot-steps in all."""
+    """What a run did: `live` tokens in `steps` forward passes over all slots, `drawn` slot-steps in all."""
 
     live: int = 0
     drawn: int = 0
     steps: int = 0
     chunks: int = 0
-    drafted_chunks: int = 0
     prefills: int = 0
 
     @property
     def occupancy(self) -> float:
-        """Tokens kept a slot and step: at most 1 without drafting."""
+        """The share of slot-steps that drew a token of a sample."""
         return self.live / max(self.drawn, 1)
 
 
@@ -145,10 +106,7 @@ class Sampler:
     lora: Lora | None = None
     never: tuple[int, ...] = ()  # token ids that are never drawn
     usable: int | None = None  # ids from here on are padding of the embedding
-    draft: int = 0  # tokens to draft at most, where that is faster
-    adaptive: bool = True  # False: always draft
     usage: Usage = field(default_factory=Usage)
-    paces: dict[decode.Grid, Pace] = field(default_factory=dict)
 
     def __post_init__(self):
         self.params = unstack(self.params)
@@ -173,16 +131,14 @@ class Sampler:
         shards = axis_size(self.mesh, "b")
         share = max(self.slots // shards, 1)
         if samples == 1:
-            return decode.Grid(self.roles, share * shards, 1, 1, prompt_slots, self.max_tokens, CHUNK, self.draft)
+            return decode.Grid(self.roles, share * shards, 1, 1, prompt_slots, self.max_tokens, CHUNK)
         for wide in (samples, 2 * samples):
             blocks = max(share // wide, 1)
             width = share // blocks
             entries = min(1 - (-3 * width // samples), -(-width * self.max_tokens // (4 * prompt_slots)) - 1)
             if entries >= 2:
                 break
-        return decode.Grid(
-            self.roles, blocks * shards, width, max(entries, 2), prompt_slots, self.max_tokens, CHUNK, self.draft
-        )
+        return decode.Grid(self.roles, blocks * shards, width, max(entries, 2), prompt_slots, self.max_tokens, CHUNK)
 
     def run(self, requests: Iterable[Request]) -> Iterator[Sample]:
         """Yields samples as they finish, bucket by bucket; the order depends on the slots, the samples do not."""
@@ -202,20 +158,16 @@ class Sampler:
         entries: list[list[_Entry | None]] = [[None] * grid.entries for _ in range(grid.blocks)]
         running: list[tuple[_Entry, int] | None] = [None] * n  # what each slot is drawing
         counted = np.zeros(n, int)
-        pace = self.paces.setdefault(grid, Pace(self.draft))
         while True:
             state = self._refill(grid, state, queue, entries, running, counted)
             if not any(running):
                 return
-            way, programs, started = self._way(pace), _programs(), time.perf_counter()
-            state = decode.decode(grid, self.cfg, way, self.params, self.lora, state, self.rules, self.knobs)
+            state = decode.decode(grid, self.cfg, self.params, self.lora, state, self.rules, self.knobs)
             live, length, status = (np.asarray(x) for x in jax.device_get((state.live, state.length, state.status)))
             busy = np.array([r is not None for r in running])
             fresh = int((length - counted)[busy].sum())
-            pace.note(way, fresh / busy.sum(), time.perf_counter() - started, compiled=_programs() > programs)
             self.usage.live += fresh
             self.usage.chunks += 1
-            self.usage.drafted_chunks += way > 0
             self.usage.steps += grid.chunk
             self.usage.drawn += n * grid.chunk
             counted = np.where(busy, length, 0)
@@ -226,12 +178,6 @@ class Sampler:
                 finish = "stop" if status[slot] == decode.STOPPED else "length"
                 fields = (np.asarray(x)[: length[slot]] for x in jax.device_get(decode.read(state, slot)))
                 yield Sample(entry.request.name, sample, *fields, finish=finish)  # pyright: ignore[reportCallIssue]
-
-    def _way(self, pace: Pace) -> int:
-        """How many tokens to draft next: the same in every process, for all run one program."""
-        if not self.draft or not self.adaptive:
-            return self.draft
-        return self.draft if any_process(pace.choose() > 0) else 0
 
     def _refill(self, grid, state, queue, entries, running, counted) -> decode.State:
         """Loads prompts into free entries and starts waiting samples in free slots."""

@@ -155,9 +155,7 @@ def draw(session: Session, todo: list[Problem], run_dir: RunDir) -> list[dict]:
     config, cfg = session.config, session.config.evaluate
     lora = peft.load(cfg.adapter, session.model, session.mesh)[0] if cfg.adapter else trained_lora(session, run_dir)
     metrics = Metrics(run_dir.path, config.log, "evaluate")
-    sampler = session.sampler(
-        cfg.sampling, slots=cfg.slots, max_tokens=cfg.sampling.max_tokens, lora=lora, draft=cfg.draft
-    )
+    sampler = session.sampler(cfg.sampling, slots=cfg.slots, max_tokens=cfg.sampling.max_tokens, lora=lora)
     requests = [Request(p.key, (p.prompt,), tuple(range(cfg.samples)), cfg.sampling.max_tokens) for p in todo]
     drawn = collect(sampler, requests, run_dir.path / JOURNAL, "evaluating", cfg.samples)
     report_usage(sampler, metrics)

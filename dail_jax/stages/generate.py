@@ -1,8 +1,7 @@
 """generate: mixed policy rollouts for every row of the data -> traces.jsonl.
 
 A problem is durable as soon as its last sample is finished. When all are, the journal is put in the order of the
-data, filtered, and becomes traces.jsonl: the same bytes whether or not the run was interrupted (with
-`generate.draft`, the same texts, and log-probabilities to rounding).
+data, filtered, and becomes traces.jsonl: the same bytes whether or not the run was interrupted.
 """
 
 from __future__ import annotations
@@ -112,7 +111,6 @@ def roll_out(
         tau=cfg.tau,
         proposals=cfg.proposals,
         roles=len(roles),
-        draft=cfg.draft,
     )
     parts: dict[str, list[Sample]] = collections.defaultdict(list)
     total = len(requests) + len(finished)
@@ -165,7 +163,6 @@ def report_usage(sampler: Sampler, metrics: Metrics) -> None:
             occupancy=usage.occupancy,
             steps=usage.steps,
             prefills=usage.prefills,
-            drafted=usage.drafted_chunks / usage.chunks,
         )
 
 

@@ -41,7 +41,6 @@ class Session:
         proposals: int = 1,
         roles: int = 1,
         lora=None,
-        draft: int = 0,
     ) -> engine.Sampler:
         """A sampler of this model; `sampling.suppress` names tokens that are never drawn."""
         never = []
@@ -65,7 +64,6 @@ class Session:
             lora,
             tuple(never),
             min(self.tokenizer.size, self.model.V),
-            draft,
         )
 
 
