@@ -349,13 +349,43 @@ def test_math_triangles_cases_and_arrays(solution, want):
         (r"so $\theta=60^\circ$ and $\alpha = (20 + 40) ^{\circ}$", "60"),
         (r"so $\theta=60$", r"60^\circ"),
         (r"so $x=\frac{1}{\sqrt2+1}$", r"\sqrt2-1"),
-        (r"so $x=30+23{ \cdot}4-3$", "119"),
         ("So $p=.6$", r"\frac{3}{5}"),
         (r"so $x = 3\,500$ and $y=\sqrt[3]{42875000000}$", "3{,}500"),
     ],
 )
 def test_the_final_answer_is_known_in_other_clothes(solution, answer):
     assert found(solution, answer=answer) == []
+
+
+@pytest.mark.parametrize(
+    "solution, answer, want",
+    [
+        (r"We obtain $7^3+11^2$ $= 343 + 121 =$ $\boxed{464}$.", "464", ["343", "121"]),
+        (r"so $x=30+23{ \cdot}4-3$", "119", ["30", r"23\cdot4", "3"]),
+        (r"The solution is $260+129=\boxed{389}$.", None, ["260", "129"]),
+        (r"There are $2\cdot 5\cdot 10\cdot 3 = \boxed{300}$ pairs.", None, ["2", "5", "10", "3"]),
+        (r"$S = \frac{1}{2}+\frac{2}{3} = \frac{7}{6}$", "7/6", [r"\frac{1}{2}", r"\frac{2}{3}"]),
+        (r"$(1 + 2)\times 4 = 12$", "12", ["(1+2)", "4"]),
+        ("2 * (12 + 9) = 42 yards\n108 + 42 = 150 yards", "150", ["42", "108"]),
+        (r"so $x = 2+3\sqrt{5}$", r"2+3\sqrt{5}", []),  # nothing is left to add
+        (r"$m+n = 5$", "5", []),
+    ],
+)
+def test_what_the_final_answer_is_made_of_is_listed(solution, answer, want):
+    got = found(solution, answer=answer)
+    assert [latex.canonical(x) for x in got] == [latex.canonical(x) for x in want], got
+
+
+@pytest.mark.parametrize(
+    "solution, want",
+    [
+        (r"so the area of the sector is $\frac{1}{3}r^2\pi$.", [r"\frac{1}{3}r^2\pi"]),
+        (r"because the middle digit cannot be $8$ and is not $12$.", []),
+        (r"If it is $2x+1$, nothing follows.", ["2x+1"]),
+    ],
+)
+def test_math_takes_formulas_that_are_stated(solution, want):
+    assert found(solution) == want
 
 
 def test_what_only_ends_in_the_final_answer_is_kept():

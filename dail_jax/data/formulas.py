@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterator
 from functools import lru_cache
+from typing import NamedTuple
 
 from dail_jax import latex
 from dail_jax.data.records import Row
@@ -113,7 +114,7 @@ _RESULT = re.compile(
 )
 _CONDITION = re.compile(
     r"\b(?:cases?|for|if|when|whenever|suppose|assume|assuming|where|consider|step|solution|equations?|eqn?|fig(?:ure)?|problem|part"
-    r"|lemma|theorem|claim|example|section|page|chapter|method|note|remark|row|mod(?:ulo)?|base|unless|until|from|with|case:)"
+    r"|(?:is|are|does|can)\s+not|(?:not|cannot|can't)\s+(?:be|equal)|never|lemma|theorem|claim|example|section|page|chapter|method|note|remark|row|mod(?:ulo)?|base|unless|until|from|with|case:)"
     r"\.?\s*(?:that\s+|\()?\Z",
     re.IGNORECASE,
 )
@@ -145,18 +146,19 @@ def mathematical(row: Row) -> list[str]:
     """Right-hand sides, fractions, roots, powers and stated numbers, in order of appearance.
 
     Numbers that only number something (steps, cases, lists, years) are left out, and so is what the problem gives. Of
-    equal values, the one that is written most briefly stands for all.
+    equal values, the one that is written most briefly stands for all. Where a sum or a product comes to the final
+    answer, what it is made of counts as well: the answer itself says nothing about the way to it.
     """
-    given = _givens(row.problem)
+    answer = row.answer or latex.last_boxed(row.solution)
+    known = _Known(_givens(row.problem), _key(answer.strip()) if answer else None)
     found: list[str] = []
     before = ""
-    for is_formula, text in latex.spans(_prepared(row.solution)):
+    for is_formula, text in _chained(_prepared(row.solution)):
         if is_formula:
-            found += _from_formula(text, before, given)
-            before = f"{before[-60:]} = " if text.rstrip().endswith("=") else " "
+            found += _from_formula(text, before, known)
         else:
-            found += _from_prose(text, given)
-            before = text[-60:] if text.strip() else before
+            found += _from_prose(text, known)
+            before = text[-60:]
     shortest: dict[Hashable, str] = {}  # in order of first appearance
     for item in (item.replace(_COMMA, ",") for item in found):
         key = latex.canonical(item)
@@ -183,6 +185,34 @@ def _prepared(text: str) -> str:
 def _joined(match: re.Match[str]) -> str:
     """A number with one sign for the commas between its thousands; `1,000,00` is none."""
     return match[0] if match["rest"] else re.sub(r"\{,\}|,\\!|\\,|,", _COMMA, match[0])
+
+
+def _chained(text: str) -> Iterator[tuple[bool, str]]:
+    """`latex.spans`, with the formulas of one chain as one: `$a = b$ $= c$`, and `$a =$ $b$`."""
+    chain: list[str] = []
+    for is_formula, piece in latex.spans(text):
+        if is_formula:
+            if chain and not (piece.lstrip().startswith("=") or chain[-1].rstrip().endswith("=")):
+                yield True, "".join(chain)
+                chain = []
+            chain.append(piece)
+        elif piece.strip():
+            if chain:
+                yield True, "".join(chain)
+                chain = []
+            yield False, piece
+    if chain:
+        yield True, "".join(chain)
+
+
+class _Known(NamedTuple):
+    """What is no result: keys of what the problem states, and that of the final answer."""
+
+    given: frozenset[Hashable]
+    answer: Hashable
+
+    def has(self, key: Hashable) -> bool:
+        return key == self.answer or key in self.given
 
 
 @lru_cache(maxsize=4)
@@ -263,28 +293,30 @@ def _kind(side: str) -> str | None:
     return "symbolic" if len(side) <= 40 and re.search(r"\d|\\frac|\\sqrt", side) and "=" not in side else None
 
 
-def _from_formula(formula: str, before: str, given: frozenset[Hashable]) -> list[str]:
+def _from_formula(formula: str, before: str, known: _Known) -> list[str]:
     """The results that one formula states; `before` is the prose that leads to it."""
     found: list[str] = []
     conditional = _CONDITION.search(before) is not None
     in_list = False  # after `x = 2,` a bare `3` is a result too
     statements = _statements(formula)
     listing = re.search(r"\\[lc]?dots|\.\.\.", formula) is not None
-    for number, statement in enumerate(statements):
+    for statement in statements:
         relation, first = statement[0]
         if len(statement) > 1:
-            results = _results(statement, conditional, given)
+            results = _results(statement, conditional, known)
             in_list = bool(results) and not listing
             found += results
             continue
         kind = _kind(first)
         if kind == "number":
-            stated = number == 0 and len(statements) == 1 and _RESULT.search(before) and not _CONDITION.search(before)
-            if (in_list and relation == ",") or (stated and _key(first) not in given):
+            stated = len(statements) == 1 and _RESULT.search(before) and not conditional
+            if (in_list and relation == ",") or (stated and _key(first) not in known.given):
                 found.append(first)
         else:
             in_list = False
-            if kind == "closed" and _key(first) not in given and not listing and not _is_named(first):
+            stated = kind == "symbolic" and len(statements) == 1 and _RESULT.search(before) and not conditional
+            telling = kind == "closed" and not listing and not _is_named(first)
+            if (stated or telling) and _key(first) not in known.given:
                 found.append(first)
     return found
 
@@ -298,11 +330,11 @@ def _is_named(side: str) -> bool:
     return first <= sum(others)
 
 
-def _results(statement: list[tuple[str, str]], conditional: bool, given: frozenset[Hashable]) -> list[str]:
+def _results(statement: list[tuple[str, str]], conditional: bool, known: _Known) -> list[str]:
     """What a chain such as `a = b = c \\approx d < e` comes to: one value for each run of equal sides."""
     left = statement[0][1]
     name = _NAME.fullmatch(left) is not None
-    if re.sub(r"[\s{}]", "", "".join(r + side for r, side in statement)) in given:
+    if re.sub(r"[\s{}]", "", "".join(r + side for r, side in statement)) in known.given:
         return []
     found: list[str] = []
     run: list[str] = [left]
@@ -310,16 +342,19 @@ def _results(statement: list[tuple[str, str]], conditional: bool, given: frozens
         if relation == "=":
             run.append(side)
             continue
-        result = _result(run, name, conditional)
-        found += [v for v in result if run[0] != "<" or _key(v) not in given]  # bounds that the problem sets
+        result = _result(run, name, conditional, known)
+        found += [v for v in result if run[0] != "<" or _key(v) not in known.given]  # bounds that the problem sets
         run = [""] if relation in _EQUAL else ["<"]
         if side:
             run.append(side)
     return found
 
 
-def _result(run: list[str], name: bool, conditional: bool) -> list[str]:
-    """The value of one run of equal sides, `[left, side, side, ...]`, as a list of none or one."""
+def _result(run: list[str], name: bool, conditional: bool, known: _Known) -> list[str]:
+    """The value of one run of equal sides, `[left, side, side, ...]`; an empty list where there is none.
+
+    Where that is the final answer, the parts of the last sum or product before it as well.
+    """
     left, sides = run[0], [side for side in run[1:] if side]
     kinds = [_kind(side) for side in sides]
     values = [side for side, kind in zip(sides, kinds, strict=True) if kind in ("number", "closed")]
@@ -328,6 +363,8 @@ def _result(run: list[str], name: bool, conditional: bool) -> list[str]:
         return [v for v in values[-1:] if not re.fullmatch(r"-?\d\d?", v)]
     if values:
         best = numbers[-1] if numbers else values[-1]
+        if _key(best) == known.answer:
+            return [*next((parts for side in reversed(run) if (parts := _parts(side, known))), []), best]
         plain = best in numbers
         if plain and conditional and len(sides) == 1:
             return []
@@ -339,10 +376,32 @@ def _result(run: list[str], name: bool, conditional: bool) -> list[str]:
     return [sides[-1]] if sides and kinds[-1] == "symbolic" else []
 
 
-def _from_prose(text: str, given: frozenset[Hashable]) -> list[str]:
+def _parts(side: str, known: _Known) -> list[str]:
+    """The values that a side adds up, or else multiplies, without those that the problem gives.
+
+    None where there is nothing to add: `2+3\\sqrt{5}` is as short as it gets.
+    """
+    poly = latex.polynomial(side.replace(_COMMA, ""))
+    for signs in (("+", "-"), (r"\cdot", r"\times", "*")):
+        parts, depth = [""], 0
+        for piece in _PIECE.findall(side):
+            depth = max(0, depth + (piece in _UP) - (piece in _DOWN))
+            if depth == 0 and piece in signs:
+                parts.append("")
+            else:
+                parts[-1] += piece
+        parts = [part.strip() for part in parts if part.strip()]
+        if len(parts) > 1 and poly is not None and len(poly) < len(parts):
+            keys = [_key(part) for part in parts]
+            values = zip(parts, keys, strict=True)
+            return [part for part, key in values if _kind(part) in ("number", "closed") and not known.has(key)]
+    return []
+
+
+def _from_prose(text: str, known: _Known) -> list[str]:
     """Results in plain writing: what follows an equals sign, and numbers, fractions and roots that are stated."""
     found: list[str] = []
-    end = 0
+    end, left = 0, ""  # the side before an equals sign
     for event in _PROSE_EVENT.finditer(text):
         if event.start() < end:
             continue
@@ -354,15 +413,19 @@ def _from_prose(text: str, given: frozenset[Hashable]) -> list[str]:
         end = match.end()
         value = " ".join(match[0].split())
         if _GOES_ON.match(text, end):
+            left = value
             continue
         date = _DATE.fullmatch(value) is not None
         for pattern, tex in _PLAIN:
             value = pattern.sub(tex, value)
         kind = _kind(value)
         before = text[max(0, event.start() - 60) : event.start()]
-        new = _key(value) not in given
+        new = _key(value) not in known.given
         stated = kind == "number" and _RESULT.search(before) and not _CONDITION.search(before)
         telling = kind == "closed" and not date and re.search(r"[/^]|sqrt|frac", value)
-        if (relation and kind) or (new and (stated or telling)):
+        if relation and kind and _key(value) == known.answer:
+            found += [*_parts(left, known), value]
+        elif (relation and kind) or (new and (stated or telling)):
             found.append(value)
+        left = ""
     return found

@@ -93,9 +93,8 @@ _CHOOSE = re.compile(
 
 def tidy(formula: str) -> str:
     r"""`plain`, and without spacing commands, columns and needless blanks; `\binom` stands for `\choose`."""
-    text = _SPACING.sub(" ", plain(formula))
+    text = re.sub(r"\s+", " ", _SPACING.sub(" ", plain(formula)))  # first: a run of blanks takes _CHOOSE its square
     text = re.sub(r"\\over(?=\s*\d)", "/", text)
     text = re.sub(r"\{\s*(\\cdot|\\times|=)\s*\}", r"\1 ", text)
     text = _CHOOSE.sub(lambda m: rf"\binom{{{m[1] or m[2]}}}{{{m[3] or m[4]}}}", text)
-    text = re.sub(r"(\\[a-zA-Z]+)\s+(?![a-zA-Z])", r"\1", re.sub(r"\s+", " ", text))
-    return text.strip()
+    return re.sub(r"(\\[a-zA-Z]+) +(?![a-zA-Z])", r"\1", re.sub(r" +", " ", text)).strip()
