@@ -44,7 +44,7 @@ _STATES = re.compile(
 )
 _FORMULA = re.compile(r"(?<!\\)\$([^$]*)\$")  # inside of prose
 _UNIT = re.compile(
-    r"\\pmod\s*\{[^{}]*\}|\^\s*\{?\s*\\circ\s*\}?|\\[%$]|%|(?<=\d)\s+(?:[a-zA-Z]+/[a-zA-Z]+|[a-zA-Z]{2,})\s*\Z"
+    r"\\pmod\s*\{[^{}]*\}|\^\s*\{?\s*\\circ\s*\}?|\\[%$]|%|(?<=\d)\s+(?:[a-zA-Z]+/[a-zA-Z]|[a-zA-Z]{2})(?s:.*)\Z"
 )
 
 
