@@ -175,7 +175,7 @@ def test_text_finds_spans_without_symbols():
         (
             r"Thus we have $\frac{(n+1)!}{n!} = 5.5, 6$ and more.",
             "9",
-            [r"$\frac{(n+1)!}{n!} = 5.5, 6$"],
+            [r"$\frac{(n+1)!}{n!} = 5.5, 6$ and more"],
         ),
         (r"Hence $f(x. y) = \sqrt{2}$; that is all.", "9", [r"$f(x. y) = \sqrt{2}$"]),
         (

@@ -77,7 +77,7 @@ _STOP = frozenset(
         more most must my no nor not now of off on once one only or other our out over own same she should
         since so some such than that the their them then there these they this those through to too two under
         until up upon us very was we were what when where which while who whom why will with would yet you
-        your thus hence therefore however without per times every first second third next get gets make makes made take takes
+        your thus hence therefore however finally note notice without per times every first second third next get gets make makes made take takes
         use used using see way well much many whose less
         """,
     )
@@ -125,12 +125,14 @@ def _conclusions(sentence: re.Match[str], formulas: list[str], known: set[str]) 
     end = len(sentence[0])  # of the clause: where the next cue is
     for cue in reversed(list(_CUE.finditer(sentence[0]))):
         window = sentence[0][cue.end() : min(cue.end() + _WINDOW, end)]
-        end = cue.start()
+        before_cue, end = end < len(sentence[0]), cue.start()
         clause = _closed(_CLAUSE_END.split(window)[0])
-        words = clause.split()[:_WORDS_MAX]
+        words = clause.split()
+        cut = len(words) > _WORDS_MAX or (before_cue and len(clause) == len(window))
+        words = words[:_WORDS_MAX]
         if len(_shown(" ".join(words), formulas)) > _LONGEST and _FORMULA.match(clause):
             words = words[:1]  # a displayed formula, behind which the sentence runs on
-        while words and words[-1].casefold() in _STOP:
+        while cut and words and words[-1].casefold() in _STOP:
             words.pop()
         shown = _shown(" ".join(words), formulas)
         said = re.findall(r"\w+", shown.casefold())
