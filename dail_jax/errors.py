@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+import re
+from collections.abc import Iterator
 from pathlib import Path
 
 
@@ -20,3 +24,25 @@ class UserError(Exception):
         where = ":".join(str(part) for part in (file, row, field) if part is not None)
         line = f"{where}: {message}" if where else message
         super().__init__(" ".join(line.split()))
+
+
+@contextlib.contextmanager
+def writing(path: str | Path, *others: type[Exception]) -> Iterator[None]:
+    """Turns a failure to write `path` (the disk is full, over quota, read-only or broken) into a UserError.
+
+    `others` are exceptions that mean the same where a library writes and raises its own.
+    """
+    try:
+        yield
+    except (OSError, *others) as error:
+        raise UserError(f"cannot be written: {reason(error)}; what was finished is kept", file=path) from None
+
+
+def reason(error: Exception) -> str:
+    """What the system said, also where a library has wrapped it, as Orbax and safetensors do."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    number = re.search(r"os_error_code='(\d+)'|\(os error (\d+)\)", str(error))
+    if number:
+        return os.strerror(int(number[1] or number[2]))
+    return (str(error).splitlines() or [type(error).__name__])[0][:300]

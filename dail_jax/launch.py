@@ -13,6 +13,9 @@ import sys
 import traceback
 from collections.abc import Callable
 
+# What a disk that is full, over quota, read-only or broken makes of reading and writing.
+DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EFBIG)
+
 STAGES = {
     "run": "generate, train, evaluate, export and report; with `arms`, once for each, on shared traces",
     "convert": "a Hugging Face model -> checked, sharded weights in RUN_DIR/model",
@@ -97,10 +100,11 @@ def main(argv: list[str] | None = None) -> int:
             TPU_WORKER_HOSTNAMES="localhost",
         )
 
-    from dail_jax.errors import UserError
+    from dail_jax.errors import UserError, reason
     from dail_jax.metrics import log
     from dail_jax.rundir import Interrupted
 
+    config = None
     try:
         if several:
             import jax
@@ -128,10 +132,13 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return _leave(several, 130)
-    except OSError as error:
-        if error.errno != errno.ENOSPC:
+    except OSError as error:  # reading or writing in a place that names no better error
+        if error.filename is None and error.errno not in DISK:
             raise
-        print(f"error: {error.filename or args.config}: the disk is full; what was finished is kept", file=sys.stderr)
+        if args.trace:
+            traceback.print_exc()
+        path = error.filename or (config.run_dir if config else ".")
+        print(f"error: {path}: {reason(error)}; what was finished is kept", file=sys.stderr)
         return _leave(several, 2)
     except Exception:
         if several:

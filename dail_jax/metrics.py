@@ -17,7 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from dail_jax import config as config_lib
 from dail_jax import strict_json
-from dail_jax.errors import UserError
+from dail_jax.errors import UserError, writing
 
 console = Console(highlight=False, width=None if sys.stdout.isatty() else 120)
 
@@ -67,14 +67,15 @@ class Metrics:
                 kept.append(data[line.offset : line.offset + line.size])
         if sum(map(len, kept)) != len(data):
             temporary = self.path.with_name(f".{self.path.name}.{os.getpid()}.tmp")
-            temporary.write_bytes(b"".join(kept))
-            temporary.replace(self.path)
+            with writing(self.path):
+                temporary.write_bytes(b"".join(kept))
+                temporary.replace(self.path)
 
     def write(self, step: int, **values: float | int | str | list) -> None:
         if jax.process_index() != 0:
             return
         row = {"stage": self.stage, "step": step, "time": round(time.time(), 3), **values}
-        with open(self.path, "a", encoding="utf-8") as file:
+        with writing(self.path), open(self.path, "a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
         numbers = {f"{self.stage}/{k}": v for k, v in values.items() if isinstance(v, (int, float))}
         if self.board is not None:

@@ -28,7 +28,7 @@ import jax
 from dail_jax import config as config_lib
 from dail_jax import mesh as mesh_lib
 from dail_jax import strict_json
-from dail_jax.errors import UserError
+from dail_jax.errors import UserError, writing
 from dail_jax.metrics import log
 
 PACKAGES = (
@@ -58,15 +58,21 @@ SECTIONS = {
 
 
 def write_atomic(path: str | Path, text: str | bytes) -> None:
-    """Replaces a file by its new content, whole or not at all, durable on return."""
+    """Replaces a file by its new content, whole or not at all, durable on return; raises UserError if it cannot."""
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with open(temporary, "wb") as file:
-        file.write(text.encode("utf-8") if isinstance(text, str) else text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-    sync_folder(path.parent)
+    with writing(path):
+        try:
+            with open(temporary, "wb") as file:
+                file.write(text.encode("utf-8") if isinstance(text, str) else text)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        except OSError:
+            with contextlib.suppress(OSError):  # a full disk should have its space back
+                temporary.unlink()
+            raise
+        sync_folder(path.parent)
 
 
 def sync_folder(path: Path) -> None:
@@ -108,11 +114,13 @@ class Journal:
             for line in self._lines():
                 self.rows.append(line.value)
                 size = line.offset + line.size
-        self.file = open(self.path, "ab")  # noqa: SIM115  (held for the journal's life)
-        sync_folder(self.path.parent)
-        if size != self.file.tell():
-            self.file.truncate(size)
-            log(f"{self.path}: dropped a torn last line; its work is done again")
+        with writing(self.path):
+            # Unbuffered: a buffer would hold on to what could not be written, and try again when it is closed.
+            self.file = open(self.path, "ab", buffering=0)  # noqa: SIM115  (held for the journal's life)
+            sync_folder(self.path.parent)
+            if size != self.file.tell():
+                self.file.truncate(size)
+                log(f"{self.path}: dropped a torn last line; its work is done again")
         return len(self.rows)
 
     def _lines(self) -> Iterator[strict_json.Line]:
@@ -123,9 +131,11 @@ class Journal:
 
     def append(self, *rows: dict) -> None:
         if self.file is not None:
-            self.file.write("".join(map(json_line, rows)).encode("ascii"))
-            self.file.flush()
-            os.fsync(self.file.fileno())
+            data = memoryview("".join(map(json_line, rows)).encode("ascii"))
+            with writing(self.path):
+                while data:
+                    data = data[self.file.write(data) :]
+                os.fsync(self.file.fileno())
 
     def close(self) -> None:
         if self.file is not None:
@@ -186,8 +196,9 @@ class RunDir:
             raise UserError(
                 f"in use by process {pid}: wait for it, or choose another run_dir", file=self.path
             ) from None
-        os.ftruncate(self._lock, 0)
-        os.pwrite(self._lock, str(os.getpid()).encode(), 0)
+        with writing(self.path / ".lock"):
+            os.ftruncate(self._lock, 0)
+            os.pwrite(self._lock, str(os.getpid()).encode(), 0)
         for leftover in self.path.glob(".*.tmp"):  # of a process that was killed while it wrote
             if leftover.is_dir():
                 shutil.rmtree(leftover)

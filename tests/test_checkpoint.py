@@ -182,7 +182,7 @@ def test_a_flipped_bit_is_noticed_by_the_manifest(model, tmp_path, one_device):
 
 def test_interrupted_save_leaves_nothing(model, tmp_path, monkeypatch):
     monkeypatch.setattr(hf, "save_file", lambda *a, **k: (_ for _ in ()).throw(OSError("disk full")))
-    with pytest.raises(OSError, match="disk full"):
+    with pytest.raises(UserError, match="cannot be written: disk full"):
         hf.save(tmp_path / "m", model[2], model[3], {})
     assert list(tmp_path.iterdir()) == []
 

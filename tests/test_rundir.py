@@ -123,10 +123,10 @@ def test_atomic_writes(tmp_path, monkeypatch):
     rundir.write_atomic(path, "one")
     rundir.write_atomic(path, b"two")
     assert path.read_text() == "two" and os.listdir(tmp_path) == ["x.json"]
-    monkeypatch.setattr(os, "replace", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
-    with pytest.raises(OSError, match="disk full"):
+    monkeypatch.setattr(os, "replace", lambda *_: (_ for _ in ()).throw(OSError("no rename")))
+    with pytest.raises(UserError, match=r"x\.json: cannot be written: no rename"):
         rundir.write_atomic(path, "three")
-    assert path.read_text() == "two"
+    assert path.read_text() == "two" and os.listdir(tmp_path) == ["x.json"]
 
 
 def test_journal_survives_every_cut(tmp_path):

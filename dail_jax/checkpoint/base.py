@@ -16,6 +16,7 @@ import orbax.checkpoint as ocp
 
 from dail_jax import mesh as mesh_lib
 from dail_jax.checkpoint import hf
+from dail_jax.checkpoint.store import one_line
 from dail_jax.errors import UserError
 from dail_jax.model import weights
 from dail_jax.model.families import ModelConfig, read_config
@@ -46,7 +47,7 @@ def load(folder: Path, mesh: jax.sharding.Mesh, dtype: str) -> tuple[weights.Par
 def save(folder: Path, params: weights.Params, source: Path) -> None:
     """Writes a converted folder; raises UserError if it exists. What is interrupted leaves nothing behind."""
     with hf.new_folder(folder) as temporary:
-        with ocp.StandardCheckpointer() as checkpointer:
+        with one_line(folder / PARAMS), ocp.StandardCheckpointer() as checkpointer:
             checkpointer.save((temporary / PARAMS).absolute(), params)
         if not mesh_lib.is_first():
             return

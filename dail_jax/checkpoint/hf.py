@@ -24,7 +24,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from dail_jax import mesh as mesh_lib
-from dail_jax.errors import UserError
+from dail_jax.errors import UserError, writing
 from dail_jax.metrics import progress
 from dail_jax.model import weights
 from dail_jax.model.families import ModelConfig, read_config
@@ -113,19 +113,21 @@ def new_folder(folder: str | Path) -> Iterator[Path]:
             raise UserError("already exists: choose another folder or delete this one", file=folder)
         temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
         shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
+        with writing(folder):
+            temporary.mkdir(parents=True)
         return str(temporary)
 
     temporary = Path(mesh_lib.from_first(make))
     try:
-        yield temporary
-        if mesh_lib.is_first():
-            for file in (f for f in temporary.rglob("*") if f.is_file()):
-                with open(file, "rb") as handle:
-                    os.fsync(handle.fileno())
-            sync_folder(temporary)
-            temporary.rename(folder)
-            sync_folder(folder.parent)
+        with writing(folder, SafetensorError):
+            yield temporary
+            if mesh_lib.is_first():
+                for file in (f for f in temporary.rglob("*") if f.is_file()):
+                    with open(file, "rb") as handle:
+                        os.fsync(handle.fileno())
+                sync_folder(temporary)
+                temporary.rename(folder)
+                sync_folder(folder.parent)
         mesh_lib.barrier(f"wrote {folder.name}")
     finally:
         if mesh_lib.is_first():

@@ -6,19 +6,43 @@ deleted, is never restored. Corrupt steps are named and passed over for the one 
 
 from __future__ import annotations
 
+import contextlib
 import json
+import logging
 import shutil
+import sys
+import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import orbax.checkpoint as ocp
 
 from dail_jax import mesh as mesh_lib
-from dail_jax.errors import UserError
+from dail_jax.errors import UserError, writing
 from dail_jax.metrics import log
 from dail_jax.rundir import sha256, write_atomic
 
 TRASH = "trash"
+
+
+@contextlib.contextmanager
+def one_line(path: Path) -> Iterator[None]:
+    """Orbax's failure to write `path` as a UserError.
+
+    Its threads print a traceback for every array as well, some of them only at the exit: those are silenced, after a
+    failure for good.
+    """
+    loggers = [logging.getLogger(name) for name in ("absl", "asyncio")]
+    levels, hook = [logger.level for logger in loggers], sys.unraisablehook
+    for logger in loggers:
+        logger.setLevel(logging.CRITICAL)
+    sys.unraisablehook = lambda found: hook(found) if threading.current_thread() is threading.main_thread() else None
+    with writing(path, ValueError):  # what TensorStore raises
+        yield
+    sys.unraisablehook = hook
+    for logger, level in zip(loggers, levels, strict=True):
+        logger.setLevel(level)
 
 
 class Store:
@@ -44,15 +68,26 @@ class Store:
     def save(self, step: int, state: Any, progress: dict[str, Any]) -> None:
         """Durable on return. `progress` is JSON: the Grain iterator's state and what must not change."""
         args = ocp.args.Composite(state=ocp.args.StandardSave(state), progress=ocp.args.JsonSave(progress))
-        if not self.manager.save(step, args=args, force=True):
-            raise RuntimeError(f"checkpoint {step} was not saved: it exists already")
-        self.manager.wait_until_finished()
+        with self._making_room(step), one_line(self.folder / str(step)):
+            if not self.manager.save(step, args=args, force=True):
+                raise RuntimeError(f"checkpoint {step} was not saved: it exists already")
+            self.manager.wait_until_finished()
         if mesh_lib.is_first():
             root = self.folder / str(step)
             files = {str(p.relative_to(root)): sha256(p) for p in sorted(root.rglob("*")) if p.is_file()}
             write_atomic(self._manifest(step), json.dumps(files, indent=0))
         mesh_lib.barrier(f"saved {step}")
         self._delete(self.steps()[: -self.keep])
+
+    @contextlib.contextmanager
+    def _making_room(self, step: int) -> Iterator[None]:
+        """Removes what a failed save has written, which would fill the disk that the run's other files need."""
+        try:
+            yield
+        except UserError:
+            for path in [self.folder / str(step), *self.folder.glob(f"{step}.orbax-checkpoint-tmp*")]:
+                shutil.rmtree(path, ignore_errors=True)
+            raise
 
     def _delete(self, steps: list[int]) -> None:
         mesh_lib.barrier("delete")  # all have listed the steps

@@ -13,6 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullLocator, PercentFormatter
 
+from dail_jax.errors import writing
 from dail_jax.report import charts, collect
 
 FILES = {
@@ -48,9 +49,9 @@ def write(runs: Mapping[str, Path], folder: Path, traces: Path | None = None) ->
 
 def draw(found: Sequence[charts.Chart], folder: Path) -> list[Path]:
     """Figures of one panel a chart, written as FOLDER/NAME.png and .svg; the same bytes for the same charts."""
-    folder.mkdir(parents=True, exist_ok=True)
     written = []
-    with matplotlib.rc_context(STYLE):
+    with writing(folder), matplotlib.rc_context(STYLE):
+        folder.mkdir(parents=True, exist_ok=True)
         for section, group in itertools.groupby(found, key=lambda chart: chart.section):
             panels = list(group)
             columns = min(COLUMNS, len(panels))

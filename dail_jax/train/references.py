@@ -23,6 +23,7 @@ from jax.experimental.multihost_utils import process_allgather
 
 from dail_jax import mesh as mesh_lib
 from dail_jax.data import batches
+from dail_jax.errors import writing
 from dail_jax.metrics import progress
 from dail_jax.model import transformer
 from dail_jax.model.weights import Params
@@ -59,7 +60,7 @@ def whole(folder: Path, key: str) -> bool:
     try:
         manifest = json.loads((folder / "manifest.json").read_text())
         return manifest["key"] == key and all(sha256(folder / f) == h for f, h in manifest["files"].items())
-    except (OSError, ValueError, KeyError):
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
         return False
 
 
@@ -78,18 +79,19 @@ def compute(
     references = References(folder, examples, recipe.model.D, dtype)
     if mesh_lib.from_first(lambda: whole(folder, key)):
         return references
+    shape = (int(references.offsets[-1]), recipe.model.D)
+    row_bytes = recipe.model.D * references.dtype.itemsize
+    paths = {role: folder / f"{role}.bin" for role in step_lib.REFERENCES}
     writer = mesh_lib.is_first()
     if writer:
         shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(parents=True)
-    shape = (int(references.offsets[-1]), recipe.model.D)
+        for path in paths.values():
+            _allocate(path, shape[0] * row_bytes)
     states = step_lib.make_states(mesh)
     where = mesh_lib.sharding(mesh, "b")
     local = mesh_lib.local_rows(mesh, rows)
     with progress("computing references", len(step_lib.REFERENCES) * len(examples), "traces") as bar:
         for role in step_lib.REFERENCES:
-            temporary = folder / f".{role}.{os.getpid()}.tmp"
-            out = np.memmap(temporary, references.dtype, "w+", shape=shape) if writer else None
             assemble = batches.Assemble(examples, bucket, 1, local, (role,))
             order = np.argsort(assemble.lengths[role], kind="stable")
             for i in range(0, len(order), rows):
@@ -103,22 +105,34 @@ def compute(
                 )
                 got = states(recipe, params, None, tokens, positions, batch["mask"].shape[-1])
                 got = process_allgather(got, tiled=True) if jax.process_count() > 1 else np.asarray(got)
-                for row, index in enumerate(chosen):
-                    if out is not None and index >= 0:
-                        last = got[row, got.shape[1] - len(examples[index].response) :]
-                        out[references.offsets[index] : references.offsets[index + 1]] = last
+                if writer:
+                    with writing(paths[role]), open(paths[role], "r+b") as file:
+                        for row, index in enumerate(chosen):
+                            if index >= 0:
+                                file.seek(int(references.offsets[index]) * row_bytes)
+                                file.write(got[row, got.shape[1] - len(examples[index].response) :].tobytes())
                 bar.advance(int((chosen >= 0).sum()))
-            if out is not None:
-                out.flush()
-                del out
-                with open(temporary, "rb") as file:
-                    os.fsync(file.fileno())
-                os.replace(temporary, folder / f"{role}.bin")
     if writer:
-        files = {f"{role}.bin": sha256(folder / f"{role}.bin") for role in step_lib.REFERENCES}
+        for path in paths.values():
+            with writing(path), open(path, "rb") as file:
+                os.fsync(file.fileno())
+        files = {path.name: sha256(path) for path in paths.values()}
         write_atomic(folder / "manifest.json", json.dumps({"key": key, "shape": shape, "files": files}, indent=1))
     mesh_lib.barrier("references")
     return references
+
+
+def _allocate(path: Path, size: int) -> None:
+    """A file of `size` bytes whose space is taken now: a disk that is too small is noticed before the work."""
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with open(path, "wb") as file:
+                if hasattr(os, "posix_fallocate"):  # not on macOS
+                    os.posix_fallocate(file.fileno(), 0, size)
+        except OSError:
+            shutil.rmtree(path.parent, ignore_errors=True)  # whatever else is kept needs the space
+            raise
 
 
 def log_ratios(
