@@ -40,6 +40,7 @@ Fraction = Annotated[Number, Field(ge=0, le=1)]
 BelowOne = Annotated[Number, Field(ge=0, lt=1)]
 Count = Annotated[int, BeforeValidator(_not_bool), Field(ge=1)]
 Natural = Annotated[int, BeforeValidator(_not_bool), Field(ge=0)]
+Seed = Annotated[Natural, Field(lt=1 << 32)]  # all that JAX takes of it
 
 
 class Section(BaseModel):
@@ -340,7 +341,7 @@ class Config(Section):
     """Everything. One file configures one experiment; `arms` turns it into several that share traces."""
 
     run_dir: str
-    seed: Natural = 3407
+    seed: Seed = 3407
     model: Model
     mesh: Mesh = Mesh()
     data: Rows | None = None
@@ -354,7 +355,7 @@ class Config(Section):
     export: Export = Export()
     pretrain: Pretrain | None = None
     log: Log = Log()
-    arms: dict[Annotated[str, Field(pattern=r"^[A-Za-z0-9_.,=-]+$")], dict[str, Any]] = {}
+    arms: dict[Annotated[str, Field(pattern=r"^[A-Za-z0-9_,=-][A-Za-z0-9_.,=-]*$")], dict[str, Any]] = {}
 
     @field_validator("arms", mode="before")
     @classmethod

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import unicodedata
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -23,7 +24,20 @@ class UserError(Exception):
         self.file, self.row, self.field, self.message = file, row, field, message
         where = ":".join(str(part) for part in (file, row, field) if part is not None)
         line = f"{where}: {message}" if where else message
-        super().__init__(" ".join(line.split()))
+        super().__init__(visible(" ".join(line.split())))
+
+
+def visible(text: str) -> str:
+    """A text that a terminal only shows: whatever would move its cursor, colour it or turn its direction is spelt out.
+
+    Line ends and tabs stay.
+    """
+    if text.isprintable():
+        return text
+    return "".join(
+        c if c in "\n\t" or unicodedata.category(c)[0] != "C" else c.encode("unicode_escape").decode("ascii")
+        for c in text
+    )
 
 
 @contextlib.contextmanager

@@ -100,7 +100,7 @@ def main(argv: list[str] | None = None) -> int:
             TPU_WORKER_HOSTNAMES="localhost",
         )
 
-    from dail_jax.errors import UserError, reason
+    from dail_jax.errors import UserError, reason, visible
     from dail_jax.metrics import log
     from dail_jax.rundir import Interrupted
 
@@ -138,7 +138,7 @@ def main(argv: list[str] | None = None) -> int:
         if args.trace:
             traceback.print_exc()
         path = error.filename or (config.run_dir if config else ".")
-        print(f"error: {path}: {reason(error)}; what was finished is kept", file=sys.stderr)
+        print(visible(f"error: {path}: {reason(error)}; what was finished is kept"), file=sys.stderr)
         return _leave(several, 2)
     except Exception:
         if several:

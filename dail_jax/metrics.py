@@ -17,15 +17,15 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from dail_jax import config as config_lib
 from dail_jax import strict_json
-from dail_jax.errors import UserError, writing
+from dail_jax.errors import UserError, visible, writing
 
 console = Console(highlight=False, width=None if sys.stdout.isatty() else 120)
 
 
 def log(text: str) -> None:
-    """A line for the person who is watching; from the first process only."""
+    """A line for the person who is watching; from the first process only, with what data may hold made visible."""
     if jax.process_index() == 0:
-        console.print(text, soft_wrap=True, markup=False)
+        console.print(visible(text), soft_wrap=True, markup=False)
 
 
 class Metrics:

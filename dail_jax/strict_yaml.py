@@ -14,6 +14,7 @@ from ruamel.yaml import YAML
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
 
 from dail_jax.errors import UserError
+from dail_jax.strict_json import refuse_odd_text
 
 MAX_DEPTH = 50  # levels
 
@@ -43,6 +44,8 @@ def parse_yaml(text: str, source: str | Path) -> Any:
             depth += kind.endswith("StartEvent") - kind.endswith("EndEvent")
             if depth > MAX_DEPTH:
                 raise UserError(f"got more than {MAX_DEPTH} levels, want plain values", file=source, row=line)
+            if kind == "ScalarEvent":
+                refuse_odd_text(event.value, source, line)
             if kind == "AliasEvent":
                 raise UserError("got a YAML alias, want plain values", file=source, row=line)
             if getattr(event, "tag", None):

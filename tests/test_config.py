@@ -63,7 +63,7 @@ BAD = {
     "train: 3": "c.yaml:train: got 3, want a mapping of keys",
     "train:": "c.yaml:train: got None, want a mapping of keys",
     "1: 2": "c.yaml:1: got 1, want strings",
-    "arms: {'a/b': {}}": "c.yaml:arms.a/b: got 'a/b', want pattern '^[A-Za-z0-9_.,=-]+$'",
+    "arms: {'a/b': {}}": "c.yaml:arms.a/b: got 'a/b', want pattern '^[A-Za-z0-9_,=-][A-Za-z0-9_.,=-]*$'",
     # YAML that nobody needs
     "seed: !!python/object/apply:os.system ['true']": "c.yaml:3: got the YAML tag tag:yaml.org,2002:python/object/apply:os.system, want plain values",
     "seed: !!int '3'": "c.yaml:3: got the YAML tag tag:yaml.org,2002:int, want plain values",

@@ -24,6 +24,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from dail_jax import mesh as mesh_lib
+from dail_jax import strict_json
 from dail_jax.errors import UserError, writing
 from dail_jax.metrics import progress
 from dail_jax.model import weights
@@ -210,21 +211,21 @@ class Tensors:
                     file=self.folder,
                 )
             raise UserError("no safetensors weights here", file=self.folder)
-        try:
-            listed = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
-            names = sorted(set(listed.values()))
-        except (ValueError, KeyError, TypeError, AttributeError):
-            raise UserError("not an index: want a JSON object with `weight_map`", file=path) from None
-        root = self.folder.resolve()
+        listed = strict_json.read_object(path).get("weight_map")
+        if not isinstance(listed, dict) or not all(isinstance(name, str) and name for name in listed.values()):
+            raise UserError("want names of files by tensor", file=path, field="weight_map")
+        root, names = self.folder.resolve(), sorted(set(listed.values()))
         for name in names:
-            target = self.folder / str(name)
-            if Path(str(name)).name != name or (target.is_symlink() and not _is_cache_link(target, root)):
+            target = self.folder / name
+            if len(name) > 255 or Path(name).name != name or (target.is_symlink() and not _is_cache_link(target, root)):
                 raise UserError(
-                    f"got file {name!r}, want a plain name inside the folder", file=path, field="weight_map"
+                    f"got file {name!r:.80}, want a plain name inside the folder", file=path, field="weight_map"
                 )
         return [self.folder / name for name in names]
 
     def _open(self, file: Path) -> Iterable[tuple[str, Any]]:
+        if file.exists() and not file.is_file():  # opening a FIFO would wait for ever
+            raise UserError("cannot be read: it is no regular file", file=file)
         try:
             with open(file, "rb") as handle:
                 start = handle.read(64)

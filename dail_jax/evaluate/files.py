@@ -5,6 +5,7 @@ Readers get plain dicts with all the keys that a shape below names, of these typ
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -92,6 +93,11 @@ def check(value: Any, shape: type[Shape], file: Path, row: int | None = None) ->
         fault = explain(error, file, shape)
         raise UserError(fault.message, file=file, row=row, field=fault.field) from None
     return tree
+
+
+def check_all(rows: Iterable[Any], shape: type[Shape], file: Path) -> list[dict[str, Any]]:
+    """`check` for the rows of a file, in order."""
+    return [check(row, shape, file, number) for number, row in enumerate(rows, 1)]
 
 
 def read_samples(path: Path) -> list[dict[str, Any]]:

@@ -29,6 +29,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from dail_jax.errors import UserError
 from dail_jax.evaluate.answers import (
     MAX_LENGTH,
     AnswerType,
@@ -44,6 +45,9 @@ from dail_jax.evaluate.answers import (
 )
 
 __all__ = ["AnswerType", "Grader", "Limits", "Verdict", "check_gold", "extract", "normalise", "quick_verdict"]
+
+
+STARTS = 3  # attempts to start a worker: a system short of memory kills what is young, too
 
 
 @dataclass(frozen=True)
@@ -123,8 +127,6 @@ class _Worker:
             return reason
 
     def _start(self) -> subprocess.Popen[bytes]:
-        if self.closed:
-            raise RuntimeError("the grader was closed")
         # A path, not a module: nothing of the package (JAX) is imported. A fixed hash seed: sympy orders sets by it.
         command = [
             sys.executable,
@@ -133,19 +135,25 @@ class _Worker:
             str(self.limits.memory_mib),
             str(self.limits.cpu_seconds),
         ]
-        self.process = subprocess.Popen(
-            command,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            env={**os.environ, "PYTHONHASHSEED": "0"},
-            start_new_session=True,
-        )
-        self.served = 0
-        if (reply := self._read(self.process, self.limits.start_seconds)) != "ready":
+        reply = ""
+        for _ in range(STARTS):
+            if self.closed:
+                raise RuntimeError("the grader was closed")
+            self.process = subprocess.Popen(
+                command,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
+                env={**os.environ, "PYTHONHASHSEED": "0"},
+                start_new_session=True,
+            )
+            self.served = 0
+            if (reply := self._read(self.process, self.limits.start_seconds)) == "ready":
+                return self.process
             self.stop()
-            raise RuntimeError(f"the grading worker did not start ({reply}): try {' '.join(command)}")
-        return self.process
+        raise UserError(
+            f"the worker process did not start in {STARTS} attempts ({reply}): try {' '.join(command)}", field="grading"
+        )
 
     def _exchange(self, process: subprocess.Popen[bytes], line: bytes) -> str:
         assert process.stdin is not None

@@ -16,7 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from dail_jax import config as config_lib
-from dail_jax.errors import UserError
+from dail_jax.errors import UserError, visible
 from dail_jax.evaluate import passk
 from dail_jax.evaluate.grading import Grader, extract
 
@@ -226,7 +226,7 @@ def table(results: Mapping[str, Results]) -> Table:
         for i, (benchmark, method, *scores) in enumerate(section):
             # Text, not str: "[81.0, 85.0]" would be taken for markup.
             cells = ("" if i else benchmark, method, *(score.replace(" [", "\n[") for score in scores))
-            shown.add_row(*map(Text, cells), end_section=i == len(section) - 1)
+            shown.add_row(*(Text(visible(cell)) for cell in cells), end_section=i == len(section) - 1)
     return shown
 
 
@@ -234,9 +234,13 @@ def markdown(results: Mapping[str, Results]) -> str:
     """The same table in Markdown, ending in a newline."""
     header, sections = grid(results)
     rows = [header, ["---", "---", *["---:"] * (len(header) - 2)], *(row for section in sections for row in section)]
-    # A folder's name, which is a method's with `compare`, may hold what ends a cell.
-    lines = (" | ".join(re.sub(r"([\\|])", r"\\\1", cell) for cell in row) for row in rows)
+    lines = (" | ".join(map(markdown_text, row)) for row in rows)
     return "".join(f"| {line} |\n" for line in lines) + f"\n{CAPTION}\n"
+
+
+def markdown_text(text: str) -> str:
+    """A text in Markdown: a folder's name, which is a method's with `compare`, may hold HTML or what ends a cell."""
+    return re.sub(r"([\\|<>&])", r"\\\1", " ".join(text.split()))
 
 
 def latex(results: Mapping[str, Results]) -> str:

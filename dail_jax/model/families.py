@@ -6,7 +6,6 @@ weights differ, a row to `weights.declare`.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from dail_jax import strict_json
 from dail_jax.errors import UserError
 
 
@@ -104,41 +104,47 @@ class Reader:
     def __init__(self, tree: dict[str, Any], file: Path):
         self.tree, self.file = tree, file
 
-    def size(self, key: str, default: int | None = None) -> int:
-        value = self.tree.get(key, default)
+    def size(self, key: str, default: int | None = None, tree: dict | None = None) -> int:
+        value = (self.tree if tree is None else tree).get(key, default)
         value = default if value is None else value
         if not isinstance(value, int) or isinstance(value, bool) or not 0 < value <= LIMITS.get(key, 2**31):
-            raise UserError(f"got {value!r}, want a size from 1 to {LIMITS.get(key, 2**31)}", file=self.file, field=key)
+            raise UserError(
+                f"got {value!r:.80}, want a size from 1 to {LIMITS.get(key, 2**31)}", file=self.file, field=key
+            )
         return value
 
     def number(self, key: str, default: float, tree: dict | None = None) -> float:
         value = (self.tree if tree is None else tree).get(key, default)
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < 1e12:
-            raise UserError(f"got {value!r}, want a positive number", file=self.file, field=key)
+            raise UserError(f"got {value!r:.80}, want a positive number", file=self.file, field=key)
         return float(value)
 
-    def flag(self, key: str, default: bool) -> bool:
-        value = self.tree.get(key, default)
-        return bool(default if value is None else value)
+    def flag(self, key: str, default: bool, tree: dict | None = None) -> bool:
+        value = (self.tree if tree is None else tree).get(key, default)
+        if value is not None and not isinstance(value, bool):
+            raise UserError(f"got {value!r:.80}, want true or false", file=self.file, field=key)
+        return default if value is None else value
 
     def refuse(self, key: str, allowed: tuple, default: Any = None) -> None:
         value = self.tree.get(key, default)
         if value not in allowed:
-            raise UserError(f"got {value!r}, which is not supported; want {allowed[0]!r}", file=self.file, field=key)
+            raise UserError(
+                f"got {value!r:.80}, which is not supported; want {allowed[0]!r}", file=self.file, field=key
+            )
 
 
 def _rope(reader: Reader) -> Rope:
     tree = reader.tree
     scaling = tree.get("rope_parameters") or tree.get("rope_scaling") or {}
     if not isinstance(scaling, dict):
-        raise UserError(f"got {scaling!r}, want a mapping", file=reader.file, field="rope_scaling")
+        raise UserError(f"got {scaling!r:.80}, want a mapping", file=reader.file, field="rope_scaling")
     theta = reader.number("rope_theta", reader.number("rope_theta", 10_000.0), scaling)
     kind = scaling.get("rope_type", scaling.get("type", "default"))
-    if float(scaling.get("partial_rotary_factor", tree.get("partial_rotary_factor") or 1)) != 1:
+    if scaling.get("partial_rotary_factor", tree.get("partial_rotary_factor") or 1) != 1:
         raise UserError("partial rotary embedding is not supported", file=reader.file, field="partial_rotary_factor")
     if kind not in ("default", "linear", "llama3", "yarn"):
         raise UserError(
-            f"rope type {kind!r} is not supported; want default, linear, llama3 or yarn",
+            f"rope type {kind!r:.80} is not supported; want default, linear, llama3 or yarn",
             file=reader.file,
             field="rope_scaling",
         )
@@ -146,22 +152,27 @@ def _rope(reader: Reader) -> Rope:
         return Rope(theta)
     if scaling.get("mscale") or scaling.get("mscale_all_dim"):
         raise UserError("YaRN with mscale is not supported", file=reader.file, field="rope_scaling")
-    length = scaling.get("original_max_position_embeddings") or reader.size("max_position_embeddings")
+    trained = scaling if scaling.get("original_max_position_embeddings") is not None else tree
+    length = reader.size(
+        "max_position_embeddings" if trained is tree else "original_max_position_embeddings", tree=trained
+    )
     factor = reader.number("factor", 1.0, scaling)
     if kind == "linear":
         return Rope(theta, kind, factor)
-    attention = scaling.get("attention_factor")
+    attention = None
+    if scaling.get("attention_factor") is not None:
+        attention = reader.number("attention_factor", 1.0, scaling)
     return Rope(
         theta,
         kind,
         factor,
-        int(length),
+        length,
         reader.number("low_freq_factor", 1.0, scaling),
         reader.number("high_freq_factor", 4.0, scaling),
         reader.number("beta_fast", 32.0, scaling),
         reader.number("beta_slow", 1.0, scaling),
-        None if attention is None else float(attention),
-        bool(scaling.get("truncate", True)),
+        attention,
+        reader.flag("truncate", True, scaling),
     )
 
 
@@ -171,7 +182,7 @@ def _common(reader: Reader, family: str, *, qk_norm: bool, qkv_bias: bool, head_
     reader.refuse("quantization_config", (None,))
     reader.refuse("pretraining_tp", (None, 1))
     types = reader.tree.get("layer_types") or []
-    if any(kind != "full_attention" for kind in types):
+    if not isinstance(types, list) or any(kind != "full_attention" for kind in types):
         raise UserError("sliding-window layers are not supported", file=reader.file, field="layer_types")
     d, n = reader.size("hidden_size"), reader.size("num_attention_heads")
     k = reader.size("num_key_value_heads", n)
@@ -219,9 +230,11 @@ FAMILIES: dict[str, Callable[[Reader], ModelConfig]] = {"qwen2": _qwen2, "qwen3"
 def from_tree(tree: dict[str, Any], file: str | Path) -> ModelConfig:
     """The model that a config.json describes; raises UserError for what is not supported, by name."""
     family = tree.get("model_type")
-    if family not in FAMILIES:
+    if not isinstance(family, str) or family not in FAMILIES:
         known = ", ".join(FAMILIES)
-        raise UserError(f"model type {family!r} is not supported; want one of {known}", file=file, field="model_type")
+        raise UserError(
+            f"model type {family!r:.80} is not supported; want one of {known}", file=file, field="model_type"
+        )
     return FAMILIES[family](Reader(tree, Path(file)))
 
 
@@ -230,10 +243,4 @@ def read_config(folder: str | Path) -> ModelConfig:
     file = Path(folder) / "config.json"
     if not file.is_file():
         raise UserError("not found: want a Hugging Face model folder", file=file)
-    try:
-        tree = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"not valid JSON: {error}", file=file) from None
-    if not isinstance(tree, dict):
-        raise UserError("want a JSON object", file=file)
-    return from_tree(tree, file)
+    return from_tree(strict_json.read_object(file), file)

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from pydantic import FiniteFloat
+from pydantic import Field, FiniteFloat
 
 from dail_jax import config as config_lib
 from dail_jax import strict_json
@@ -31,6 +31,11 @@ PHRASES = config_lib.Filters().artefacts
 
 Logs = list[float | None] | None
 Rows = dict[str, dict[int, float]]  # metric -> step -> value
+
+
+class Manifest(files.Shape):
+    versions: dict[str, str | None] = Field(default_factory=dict)
+    stages: dict[str, dict[str, Any]] = Field(default_factory=dict)
 
 
 class Metric(files.Shape):
@@ -156,7 +161,7 @@ def spread(groups: Mapping[Any, Sequence[int]], limit: int) -> list[int]:
 def _run(name: str, folder: Path) -> Run:
     manifest, found = folder / "run.json", folder / "results.json"
     path = folder / "config.yaml"
-    text = path.read_text("utf-8") if path.is_file() else ""
+    text = path.read_text("utf-8", "replace") if path.is_file() else ""
     metrics: dict[str, Rows] = defaultdict(lambda: defaultdict(dict))
     for _, row in lines(folder / "metrics.jsonl", Metric):
         for key, value in row.items():
@@ -171,7 +176,7 @@ def _run(name: str, folder: Path) -> Run:
     return Run(
         name,
         folder,
-        strict_json.read_object(manifest, own=True) if manifest.is_file() else {},
+        files.check(strict_json.read_object(manifest, own=True), Manifest, manifest) if manifest.is_file() else {},
         text,
         config_lib.parse_yaml(text, path) or {},
         files.read_results(found) if found.is_file() else {},
@@ -208,8 +213,8 @@ def _traces(path: Path, name: str, owner: int | None, folders: Sequence[Path]) -
         found.lengths.append(len(row.get("response_ids") or writer))
         if row.get("acceptance") is not None:
             found.acceptance.append(row["acceptance"])
-        found.finish[row.get("finish") or "unknown"] += 1
-        reason = (row.get("drop") or "").split(":")[0]
+        found.finish[clip(row.get("finish") or "unknown", MAX_ANSWER)] += 1
+        reason = clip((row.get("drop") or "").split(":")[0], MAX_ANSWER)
         if reason:
             found.drops[reason] += 1
         found.mentions += reason == "artefact" or mention(row.get("text") or "", PHRASES) is not None
@@ -218,7 +223,7 @@ def _traces(path: Path, name: str, owner: int | None, folders: Sequence[Path]) -
     places = {(row["problem_id"], row["sample"]): row for row in found.rows}
     for folder in dict.fromkeys(folders):
         for _, score in lines(folder / "token_scores.jsonl", Scores):
-            row = places.get((score["problem_id"], score["sample"]))
+            row = places.get((clip(score["problem_id"], MAX_ANSWER), score["sample"]))
             if row is not None and row["push"] is None and len(score["log_ratio"]) == row["tokens"]:
                 row["push"], found.scored = _logs(score["log_ratio"]), True
     return found
@@ -226,7 +231,8 @@ def _traces(path: Path, name: str, owner: int | None, folders: Sequence[Path]) -
 
 def _trace(row: dict[str, Any]) -> dict[str, Any]:
     return {
-        **{key: row.get(key) for key in ("problem_id", "sample", "acceptance", "finish", "drop")},
+        **{key: row.get(key) for key in ("sample", "acceptance")},
+        **{key: clip(row.get(key) or "", MAX_ANSWER) or None for key in ("problem_id", "finish", "drop")},
         "tokens": len(row.get("response_ids") or row.get("writer") or ""),
         "text": clip(row.get("text") or "", MAX_TEXT),
         "writer": (row.get("writer") or "")[:MAX_TOKENS],

@@ -166,8 +166,14 @@ def _duration(stage: Mapping[str, Any] | None) -> str:
         return ""
     if "finished" not in stage:
         return "not finished"
-    start, end = (datetime.fromisoformat(stage[key]) for key in ("started", "finished"))
-    minutes, seconds = divmod(int((end - start).total_seconds()), 60)
+    try:
+        start, end = (datetime.fromisoformat(stage[key]) for key in ("started", "finished"))
+        taken = int((end - start).total_seconds())
+    except (KeyError, TypeError, ValueError):
+        return "unknown"
+    if taken < 0:
+        return "unknown: the clock was set back"
+    minutes, seconds = divmod(taken, 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours} h {minutes} min" if hours else f"{minutes} min {seconds} s" if minutes else f"{seconds} s"
 

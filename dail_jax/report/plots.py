@@ -39,6 +39,7 @@ STYLE: Any = {
     "legend.frameon": False,
     "svg.hashsalt": "dail_jax",
     "axes.axisbelow": True,
+    "text.parse_math": False,  # a run's name may hold dollar signs
 }
 
 

@@ -37,6 +37,19 @@ from dail_jax.text import open_tag
 JOURNAL, FORCED = "samples.partial.jsonl", "forced.partial.jsonl"
 
 
+class DrawnSample(files.Shape):
+    sample: files.Natural
+    ids: list[files.Natural]
+    finish: str
+
+
+class Drawn(files.Shape):
+    """A row of the journal: all samples of a request."""
+
+    name: str
+    samples: list[DrawnSample]
+
+
 @dataclass(frozen=True)
 class Problem:
     """One problem of a benchmark, ready to be sampled. `key` names it among all benchmarks."""
@@ -180,7 +193,8 @@ def draw(session: Session, todo: list[Problem], run_dir: RunDir) -> list[dict]:
 def collect(sampler: Sampler, requests: list[Request], path: Path, label: str, count: int) -> dict[str, list[dict]]:
     """{request name: its samples {sample, ids, finish}}, durable request by request in the journal at `path`."""
     journal = Journal(path)
-    finished: dict[str, list[dict]] = {line["name"]: line["samples"] for line in journal.rows}
+    rows = files.check_all(journal.rows, Drawn, path)
+    finished: dict[str, list[dict]] = {row["name"]: row["samples"] for row in rows}
     parts: dict[str, list] = collections.defaultdict(list)
     with progress(label, len(requests), "problems", len(finished)) as bar, Interrupt() as interrupt:
         for s in sampler.run([r for r in requests if r.name not in finished]):

@@ -21,6 +21,7 @@ from dail_jax.data import filters
 from dail_jax.data.records import Row, dataset_hash, read_rows
 from dail_jax.data.waypoints import final_answer
 from dail_jax.errors import UserError
+from dail_jax.evaluate import files
 from dail_jax.evaluate.grading import Grader, extract
 from dail_jax.metrics import Metrics, log, progress
 from dail_jax.rundir import Interrupt, Interrupted, Journal, RunDir, json_line, write_atomic
@@ -28,6 +29,23 @@ from dail_jax.sample.engine import Request, Sample, Sampler
 from dail_jax.stages.session import Session, open_session
 
 JOURNAL, TOLD = "traces.partial.jsonl", "told.partial.jsonl"
+
+
+class Trace(files.Shape):
+    """What every row of traces.jsonl must hold; see README for the other fields."""
+
+    problem_id: str
+    sample: files.Natural
+    response_ids: list[files.Natural]
+    text: files.Text
+    finish: str
+
+
+class Drawn(files.Shape):
+    """A row of the journal: all traces of a problem."""
+
+    problem_id: str
+    traces: list[Trace]
 
 
 def traces_path(config: config_lib.Config) -> Path:
@@ -38,17 +56,16 @@ def read_traces(config: config_lib.Config) -> list[dict]:
     path = traces_path(config)
     if not path.is_file():
         raise UserError("no traces yet: run the stage `generate` first", file=path)
-    traces = []
+    traces: dict[tuple[str, int], dict] = {}
     for line in strict_json.read_lines(path, own=True, torn="refuse", advice="generate again"):
-        trace = line.value
-        try:
-            assert all(isinstance(i, int) and i >= 0 for i in trace["response_ids"])
-            traces.append({**trace, **{key: trace[key] for key in ("problem_id", "sample", "text", "finish")}})
-        except (KeyError, TypeError, AssertionError):
+        trace = files.check(line.value, Trace, path, line.number)
+        key = trace["problem_id"], trace["sample"]
+        if key in traces:
             raise UserError(
-                "want a row with problem_id, sample, response_ids, text, finish", file=path, row=line.number
-            ) from None
-    return traces
+                f"got sample {key[1]} of problem {key[0][:80]!r} again, want each once", file=path, row=line.number
+            )
+        traces[key] = trace
+    return list(traces.values())
 
 
 def run(config: config_lib.Config) -> None:
@@ -89,7 +106,7 @@ def roll_out(
     """Every problem's traces by problem id, drawing what the journal does not have; `name` decides the randomness."""
     cfg = session.config.generate
     journal = Journal(journal_path)
-    finished = {line["problem_id"]: line["traces"] for line in journal.rows}
+    finished = {row["problem_id"]: row["traces"] for row in files.check_all(journal.rows, Drawn, journal.path)}
     names = {f"{name}/{row.problem_id}": row for row in rows}
     prompts = {row.problem_id: session.prompts.build(row) for row in rows}
     if cut := sum(p.cut for p in prompts.values()):

@@ -47,7 +47,8 @@ def show(
         paired = protocol.differences(results, 0, diagnosis.RESAMPLES)
         for line in paired:
             log(line)
-        write_atomic(out / "results.md", protocol.markdown(results) + "".join(f"\n- {line}" for line in paired) + "\n")
+        lines = "".join(f"\n- {protocol.markdown_text(line)}" for line in paired)
+        write_atomic(out / "results.md", protocol.markdown(results) + lines + "\n")
         write_atomic(out / "results.tex", protocol.latex(results))
     decode = functools.partial(pieces, load_tokenizer(tokenizer)) if tokenizer and tokenizer.is_dir() else None
     written = page.write(runs, out / "report.html", title, traces, decode)

@@ -12,7 +12,7 @@ from dail_jax import config as config_lib
 from dail_jax.data import waypoints as waypoints_lib
 from dail_jax.data.prompts import PromptBuilder
 from dail_jax.data.records import Row, read_rows
-from dail_jax.errors import UserError
+from dail_jax.errors import UserError, visible
 from dail_jax.metrics import console, log
 from dail_jax.text import load_tokenizer
 
@@ -23,12 +23,13 @@ def waypoints(config: config_lib.Config, row: Sequence[str] = ()) -> None:
     """Solution, waypoints and final answer of rows side by side, and counts over all rows."""
     rows = _rows(config)
     for one in _chosen(config, rows, row):
-        table = Table(title=Text(f"row {one.index + 1}: {one.problem_id}"), show_lines=True, expand=True)
+        table = Table(title=Text(visible(f"row {one.index + 1}: {one.problem_id}")), show_lines=True, expand=True)
         table.add_column("solution", ratio=5, overflow="fold")
         table.add_column(f"waypoints ({config.waypoints.extractor})", ratio=3, overflow="fold")
         table.add_column("final answer", ratio=1, overflow="fold")
         found = waypoints_lib.waypoints(one, config.waypoints)
-        table.add_row(*map(Text, (one.solution, "\n".join(found), waypoints_lib.final_answer(one) or "")))
+        cells = one.solution, "\n".join(found), waypoints_lib.final_answer(one) or ""
+        table.add_row(*(Text(visible(cell)) for cell in cells))
         console.print(table)
     counts = [len(waypoints_lib.waypoints(one, config.waypoints)) for one in rows]
     no_answer = sum(waypoints_lib.final_answer(one) is None for one in rows)
@@ -48,7 +49,7 @@ def prompts(config: config_lib.Config, row: Sequence[str] = ()) -> None:
         log(f"row {one.index + 1}: {one.problem_id}{cut}")
         for role in ("student", "privileged", "negative", "expert"):
             ids = getattr(built, role)
-            shown = tokenizer.decode(ids, keep_special=True)
+            shown = visible(tokenizer.decode(ids, keep_special=True))
             console.print(Panel(Text(shown), title=f"{role}: {len(ids)} tokens", title_align="left"))
 
 
