@@ -382,6 +382,8 @@ def _parts(side: str, known: _Known) -> list[str]:
     None where there is nothing to add: `2+3\\sqrt{5}` is as short as it gets.
     """
     poly = latex.polynomial(side.replace(_COMMA, ""))
+    if poly is None:
+        return []
     for signs in (("+", "-"), (r"\cdot", r"\times", "*")):
         parts, depth = [""], 0
         for piece in _PIECE.findall(side):
@@ -391,10 +393,8 @@ def _parts(side: str, known: _Known) -> list[str]:
             else:
                 parts[-1] += piece
         parts = [part.strip() for part in parts if part.strip()]
-        if len(parts) > 1 and poly is not None and len(poly) < len(parts):
-            keys = [_key(part) for part in parts]
-            values = zip(parts, keys, strict=True)
-            return [part for part, key in values if _kind(part) in ("number", "closed") and not known.has(key)]
+        if 1 < len(parts) > len(poly):
+            return [part for part in parts if _kind(part) in ("number", "closed") and not known.has(_key(part))]
     return []
 
 
