@@ -1,104 +1,113 @@
-"""Text and token ids: a model folder's own tokenizer and chat template, and the ids that end a reply."""
+"""Text and token ids: a model folder's own tokenizer and chat template, and the ids that end a reply.
+
+Both are programs by whoever made the folder, and run in `tokenizer_worker`, under limits.
+"""
 
 from __future__ import annotations
 
+import atexit
 import functools
-import json
+import itertools
 import re
-import subprocess
-import sys
+import threading
+import unicodedata
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import jinja2
-
+from dail_jax import strict_json
 from dail_jax.errors import UserError
+from dail_jax.tokenizer_worker import LOAD_SECONDS, MARK, open_tag
+from dail_jax.worker import Lost, Worker
 
 Messages = Sequence[dict[str, str]]  # {"role": "system" | "user", "content": text}
 
-FILES = ("tokenizer.json", "tokenizer.model")
+__all__ = ["Messages", "Tokenizer", "load_tokenizer", "mention", "open_tag", "stop_ids"]
 
-# Some templates print today's date. A prompt must be the same tomorrow, when training resumes, so the date is the
-# one that those templates fall back to.
-FIXED = {"date_string": "26 Jul 2024"}
+FILES = ("tokenizer.json", "tokenizer.model")
 
 
 @dataclass(frozen=True)
 class Tokenizer:
-    """A tokenizer with its chat template. Make one with `load_tokenizer`."""
+    """A tokenizer with its chat template. Make one with `load_tokenizer`.
 
-    hf: Any  # transformers.PreTrainedTokenizerBase
+    Every method raises UserError where the folder's tokenizer or template fails, or meets a limit on time or memory.
+    """
+
     folder: Path
+    key: int  # the worker's
+    template: str | None  # the chat template's source
+    size: int  # the highest token id, plus one: the embedding needs at least so many rows
+    eos: int | None
+    pad: int | None
+    controls: tuple[str, ...]  # the texts of control tokens
 
-    def encode(self, text: str) -> list[int]:
-        """Token ids of a text; nothing is added before or after, and control tokens in it are recognised."""
-        return self.hf.encode(text, add_special_tokens=False, verbose=False)
+    def encode(self, text: str, marked: bool = False) -> list[int]:
+        """Token ids of a text; nothing is added before or after, and control tokens in it are recognised.
+
+        With `marked`, except those that `mark` has marked, which are encoded as the plain text that they are.
+        """
+        return self._ask("encode", text=text, marked=marked)
 
     def decode(self, ids: Sequence[int], keep_special: bool = False) -> str:
         """The text of token ids, without control tokens unless `keep_special`."""
-        # (a plain list: numpy and JAX integers are not accepted everywhere)
-        plain = [int(i) for i in ids]
-        return self.hf.decode(plain, skip_special_tokens=not keep_special, clean_up_tokenization_spaces=False)
+        return self._ask("decode", ids=[int(i) for i in ids], special=keep_special)
+
+    def mark(self, text: str, keep: bool = False) -> tuple[str, list[str]]:
+        """A text by others, such as a problem, with its control tokens marked unless `keep`; and these tokens.
+
+        The result is for texts that are rendered or encoded as `marked`.
+        """
+        simple = text if text.isascii() else unicodedata.normalize("NFKC", text)
+        if keep or not self._pattern.search(simple):
+            return text.replace(MARK, 2 * MARK), []
+        marked, found = self._ask("mark", text=text)
+        return marked, found
 
     def render_text(self, messages: Messages, opening: str = "") -> str:
         """The chat template's text for `messages`, ready for the assistant's turn, which begins with `opening`.
 
         Raises UserError where there is no template or it fails (a template may refuse a system message).
         """
-        template = self.template
-        if template is None:
+        return self._render(messages, opening, "text")
+
+    def render(self, messages: Messages, opening: str = "", marked: bool = False) -> list[int]:
+        """Token ids of `render_text`, encoded once as a whole."""
+        return self._render(messages, opening, "marked" if marked else "ids")
+
+    def _render(self, messages: Messages, opening: str, to: str) -> Any:
+        if self.template is None:
             raise UserError(
                 "got no chat template, want one in tokenizer_config.json or chat_template.jinja", file=self.folder
             )
-        try:
-            text = self.hf.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True, **FIXED)
-        except (jinja2.TemplateError, ArithmeticError, LookupError, TypeError, ValueError, RecursionError) as error:
-            raise self._broken(_template_line(error), f"{type(error).__name__}: {error}") from None
-        return _open(text, opening)
-
-    def render(self, messages: Messages, opening: str = "") -> list[int]:
-        """Token ids of `render_text`, encoded once as a whole."""
-        return self.encode(self.render_text(messages, opening))
-
-    @functools.cached_property
-    def template(self) -> str | None:
-        """The chat template's source."""
-        template = self.hf.chat_template
-        return template.get("default") if isinstance(template, dict) else template
-
-    @functools.cached_property
-    def size(self) -> int:
-        """The highest token id, plus one: the embedding needs at least so many rows."""
-        return max(self.hf.get_vocab().values()) + 1
+        return self._ask("render", messages=list(messages), opening=opening, to=to)
 
     @property
     def eos_id(self) -> int:
         """The token that ends a turn; raises UserError where the tokenizer names none."""
-        if self.hf.eos_token_id is None:
+        if self.eos is None:
             raise UserError("got a tokenizer without an end-of-sequence token, want eos_token", file=self.folder)
-        return int(self.hf.eos_token_id)
+        return self.eos
 
     @property
     def pad_id(self) -> int:
         """What padding is filled with: masked everywhere, so any valid id serves."""
-        return int(next((i for i in (self.hf.pad_token_id, self.hf.eos_token_id) if i is not None), 0))
+        return next((i for i in (self.pad, self.eos) if i is not None), 0)
 
-    def _broken(self, line: int | None, problem: str) -> UserError:
-        return UserError(
-            f"got a chat template that fails: {problem}",
-            file=self.folder,
-            row=f"line {line}" if line else None,
-            field="chat_template",
-        )
+    @functools.cached_property
+    def _pattern(self) -> re.Pattern[str]:
+        """Finds texts that may hold a control token: the worker decides."""
+        return re.compile("|".join(map(re.escape, self.controls)) or "(?!)", re.IGNORECASE)
+
+    def _ask(self, what: str, **fields: Any) -> Any:
+        return _SERVER.ask(self.folder, self.key, what, fields)
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:
     """The tokenizer in a folder: `tokenizer.json` or a SentencePiece `tokenizer.model`.
 
-    Nothing is fetched and no code of the folder runs. Its chat template, if any, is tried once in a process of its
-    own, with limits on time and memory. Raises UserError.
+    Nothing is fetched and no code of the folder runs. Its chat template, if any, is tried once. Raises UserError.
     """
     folder = Path(path)
     if not folder.is_dir():
@@ -109,41 +118,12 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     for name in (*names, "tokenizer_config.json", "chat_template.jinja"):
         if (folder / name).is_file():
             _refuse_placeholder(folder / name)
-    try:
-        hf = _load(folder)
-        tokenizer = Tokenizer(hf, folder)
-        tokenizer.encode("probe")
-        settings = json.dumps({k: str(v) for k, v in hf.special_tokens_map.items()}, sort_keys=True)
-    except (KeyboardInterrupt, SystemExit):
-        raise
-    except BaseException as error:  # the Rust and C++ parsers' panics are no Exceptions
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:300]
-        raise UserError(f"got a tokenizer that does not load: {reason}", file=folder) from None
+    key = next(_KEYS)
+    info = _SERVER.ask(folder, key, "load", {"folder": str(folder)})
+    tokenizer = Tokenizer(folder, key, **{**info, "controls": tuple(info["controls"])})
     if tokenizer.template is not None:
-        line, problem = _try_template(tokenizer.template, settings)
-        if problem:
-            raise tokenizer._broken(line, problem)
+        _SERVER.ask(folder, key, "attempt", {})
     return tokenizer
-
-
-def _load(folder: Path) -> Any:
-    """The folder's tokenizer as `transformers` has it."""
-    from transformers import AutoTokenizer, LlamaTokenizer
-
-    options: Any = {"local_files_only": True, "trust_remote_code": False}
-    hf = AutoTokenizer.from_pretrained(str(folder), **options)
-    if any(
-        (folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json", "config.json", "vocab.json")
-    ):
-        return hf
-    # A bare SentencePiece model: without a class name the conversion can miss the space that the model puts in front.
-    from sentencepiece import SentencePieceProcessor
-
-    theirs, probe = SentencePieceProcessor(str(folder / "tokenizer.model")), "x is 12,  so  y"
-    for candidate in (hf, LlamaTokenizer.from_pretrained(str(folder), **options)):
-        if candidate.encode(probe, add_special_tokens=False) == theirs.encode(probe):
-            return candidate
-    raise ValueError("its ids are not those of tokenizer.model; name the tokenizer_class in tokenizer_config.json")
 
 
 def stop_ids(model_folder: str | Path, tokenizer: Tokenizer) -> tuple[int, ...]:
@@ -154,15 +134,12 @@ def stop_ids(model_folder: str | Path, tokenizer: Tokenizer) -> tuple[int, ...]:
         path = Path(model_folder) / name
         if not path.is_file():
             continue
-        try:
-            value = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id")
-        except (ValueError, AttributeError, RecursionError, OSError) as error:
-            raise UserError(f"want a JSON object: {error}", file=path) from None
+        value = strict_json.read_object(path).get("eos_token_id")
         ids = [] if value is None else value if isinstance(value, list) else [value]
         if not all(type(i) is int and i >= 0 for i in ids):
             raise UserError(f"got {value!r:.80}, want a token id or a list of them", file=path, field="eos_token_id")
         found.update(ids)
-    if tokenizer.hf.eos_token_id is not None or not found:
+    if tokenizer.eos is not None or not found:
         found.add(tokenizer.eos_id)
     return tuple(sorted(found))
 
@@ -177,26 +154,6 @@ def mention(text: str, phrases: Iterable[str]) -> str | None:
     return None
 
 
-def open_tag(opening: str) -> str | None:
-    """The tag that an opening such as `<think>\\n` opens, here `think`; None where it opens none."""
-    match = re.match(r"\s*<(\w+)>", opening)
-    return match and match[1]
-
-
-def _open(text: str, opening: str) -> str:
-    """Appends `opening` to a rendered prompt, unless the template itself has opened the turn that way."""
-    if not opening or text.endswith(opening):
-        return text
-    tag = open_tag(opening)
-    if tag:  # a template may close the thoughts before they begin
-        text = re.sub(rf"<{tag}>\s*</{tag}>\s*\Z", "", text)
-    if opening.strip() and text.rstrip().endswith(opening.strip()):
-        # The template's own spacing is what the model knows; only what is missing is added.
-        tail = text[text.rindex(opening.strip()) :]
-        return text + opening.lstrip().removeprefix(tail) if opening.lstrip().startswith(tail) else text
-    return text + opening
-
-
 def _refuse_placeholder(path: Path) -> None:
     """Raises UserError where a file was not downloaded but only stands for one."""
     with open(path, "rb") as file:
@@ -208,84 +165,48 @@ def _refuse_placeholder(path: Path) -> None:
 
 
 # ---------------------------------------------------------------------------------------------------
-# The trial of a chat template
+# The worker, which all tokenizers of this process share
 # ---------------------------------------------------------------------------------------------------
 
-# A template is a program by whoever made the folder. The sandbox keeps it from the machine, but not from looping or
-# from filling memory, so its first run is in a process that has limits. (CPU time, so that a busy machine is no
-# reason to fail; the limits are set inside, since a fork hook is not safe beside JAX's threads.)
-_TRIAL = r"""
-import json, resource, sys
-resource.setrlimit(resource.RLIMIT_AS, (1 << 30, 1 << 30))
-resource.setrlimit(resource.RLIMIT_CPU, (5, 6))
-import jinja2, jinja2.ext
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-class Generation(jinja2.ext.Extension):
-    tags = {"generation"}
-    def parse(self, parser):
-        line = next(parser.stream).lineno
-        body = parser.parse_statements(["name:endgeneration"], drop_needle=True)
-        return jinja2.nodes.Scope(body, lineno=line)
+class _Server:
+    """Puts questions to the worker process, and turns whatever befalls it into a UserError."""
 
-def refuse(message):
-    raise jinja2.TemplateError(message)
+    def __init__(self, memory_mib: int = 2048, seconds: int = 5) -> None:
+        self.memory_mib, self.seconds = memory_mib, seconds  # of CPU time, for each message but the first
+        script = Path(__file__).with_name("tokenizer_worker.py")
+        self.worker = Worker(script, [str(memory_mib), str(seconds)], wall_seconds=1800.0)
+        self.lock = threading.Lock()
+        atexit.register(self.worker.stop)
 
-def answer(line, problem):
-    json.dump([line, problem], sys.stdout)
-    sys.exit()
+    def ask(self, folder: Path, key: int, what: str, fields: dict[str, Any]) -> Any:
+        with self.lock:
+            reply = self._ask(folder, key, what, fields)
+            if reply.get("unknown"):  # a worker that has replaced another, or has forgotten
+                self._ask(folder, key, "load", {"folder": str(folder)})
+                reply = self._ask(folder, key, what, fields)
+        return reply["ok"]
 
-task = json.load(sys.stdin)
-env = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True,
-                                    extensions=[Generation, jinja2.ext.loopcontrols])
-env.filters["tojson"] = lambda x, **_: json.dumps(x)
-env.globals.update(raise_exception=refuse, strftime_now=lambda form: "26 Jul 2024")
-turns = [{"role": "system", "content": "Think. " * 50}, {"role": "user", "content": "What is 1 + 1? " * 300}]
-try:
-    template = env.from_string(task["template"])
-    for messages in (turns[1:], turns):
+    def _ask(self, folder: Path, key: int, what: str, fields: dict[str, Any]) -> dict[str, Any]:
         try:
-            text = template.render(messages=messages, tools=None, documents=None, add_generation_prompt=True,
-                                   **task["settings"])
-        except jinja2.TemplateError as error:
-            if len(messages) == 1 or type(error) is not jinja2.TemplateError:
-                raise  # a template that refuses system messages is a sound one
-        if len(text) > 1_000_000:
-            answer(None, "it makes a megabyte of a short message")
-except MemoryError:
-    answer(None, "it ran out of memory (1 GiB)")
-except Exception as error:
-    line, frame = getattr(error, "lineno", None), error.__traceback__
-    while frame:
-        if frame.tb_frame.f_code.co_filename == "<template>":
-            line = frame.tb_lineno
-        frame = frame.tb_next
-    answer(line, f"{type(error).__name__}: {error}")
-answer(None, None)
-"""
-
-
-@functools.lru_cache
-def _try_template(template: str, settings: str) -> tuple[int | None, str | None]:
-    """(line, problem) of a first run under limits, (None, None) where it went well. Once a template."""
-    task = json.dumps({"template": template, "settings": {**json.loads(settings), **FIXED}})
-    try:
-        done = subprocess.run(
-            [sys.executable, "-I", "-c", _TRIAL], input=task, capture_output=True, text=True, timeout=120
+            reply = self.worker.ask({"do": what, "key": key, **fields})
+        except Lost as lost:
+            seconds = LOAD_SECONDS if what == "load" else self.seconds
+            limit = f"it did not end within {seconds} seconds of CPU time"
+            memory = f"it ran out of memory ({self.memory_mib} MiB) or crashed"
+            reply = {"fault": limit if lost.reason == "timeout" else memory, "line": None}
+        if "fault" not in reply:
+            return reply
+        template = what in ("render", "attempt")
+        kind = "a chat template that fails" if template else f"a tokenizer that {_FAILS.get(what, 'fails')}"
+        raise UserError(
+            f"got {kind}: {reply['fault']}",
+            file=folder,
+            row=f"line {reply['line']}" if template and reply["line"] else None,
+            field="chat_template" if template else None,
         )
-        line, problem = json.loads(done.stdout)
-    except subprocess.TimeoutExpired:
-        return None, "it did not end within 2 minutes"
-    except ValueError:  # killed by the limit on CPU time, or out of memory beyond telling
-        return None, "it did not end within 5 seconds of CPU time or within 1 GiB of memory"
-    return line, problem
 
 
-def _template_line(error: BaseException) -> int | None:
-    """The line of the template that an error of its rendering came from."""
-    line, frame = getattr(error, "lineno", None), error.__traceback__
-    while frame:
-        if frame.tb_frame.f_code.co_filename == "<template>":
-            line = frame.tb_lineno
-        frame = frame.tb_next
-    return line
+_FAILS = {"load": "does not load"}
+_KEYS = itertools.count()
+_SERVER = _Server()

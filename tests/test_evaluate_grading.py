@@ -403,7 +403,7 @@ def test_a_frozen_worker_is_killed_and_the_next_answer_is_right():
         assert time.monotonic() - started < 30
         assert [v.reason for v in verdicts] == ["timeout", "equal", "different"] * len(freezing)
         assert grader.grade("0.25", r"\frac{1}{4}").correct
-        alive = [worker.process for worker in grader._all if worker.process is not None]
+        alive = [judge.worker.process for judge in grader._all if judge.worker.process is not None]
     assert alive and all(process.poll() is not None for process in alive)
 
 
@@ -415,19 +415,21 @@ def test_a_worker_out_of_memory_is_replaced():
 
 
 def test_a_worker_that_sleeps_meets_the_wall_clock():
-    with Grader(workers=1, limits=Limits(wall_seconds=0.5)) as grader:
+    with Grader(workers=1) as grader:
         assert grader.grade("0.5", r"\frac{1}{2}").correct
-        process = grader._all[0].process
-        assert process is not None
-        subprocess.run(["kill", "-STOP", str(process.pid)], check=True)
+        worker = grader._all[0].worker
+        assert worker.process is not None
+        subprocess.run(["kill", "-STOP", str(worker.process.pid)], check=True)
+        worker.wall_seconds = 0.5
         assert grader.grade("0.25", r"\frac{1}{4}").reason == "timeout"
+        worker.wall_seconds = 60.0
         assert grader.grade("0.75", r"\frac{3}{4}").correct
 
 
 def test_a_worker_that_was_killed_is_replaced_unnoticed():
     with Grader(workers=1) as grader:
         assert grader.grade("0.5", r"\frac{1}{2}").correct
-        process = grader._all[0].process
+        process = grader._all[0].worker.process
         assert process is not None
         process.kill()
         process.wait()

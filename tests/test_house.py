@@ -9,7 +9,19 @@ LIBRARY = Path(__file__).parent.parent / "dail_jax"
 FILES = sorted(LIBRARY.rglob("*.py"))
 
 # Who may import whom, besides the ground floor, which is for all. A room may always import itself.
-GROUND = {"errors", "strict_json", "strict_yaml", "config", "mesh", "metrics", "rundir", "text", "latex"}
+GROUND = {
+    "errors",
+    "strict_json",
+    "worker",
+    "tokenizer_worker",
+    "strict_yaml",
+    "config",
+    "mesh",
+    "metrics",
+    "rundir",
+    "text",
+    "latex",
+}
 MAY = {
     **{name: set() for name in GROUND},
     "data": set(),
@@ -27,7 +39,19 @@ MAY["stages"] |= {"ahead"}
 MAY["launch"] = {"stages"}
 
 # The ground floor's own order: a file imports only what stands before it.
-ORDER = ("errors", "strict_json", "strict_yaml", "config", "mesh", "metrics", "rundir", "text", "latex")
+ORDER = (
+    "errors",
+    "strict_json",
+    "worker",
+    "tokenizer_worker",
+    "strict_yaml",
+    "config",
+    "mesh",
+    "metrics",
+    "rundir",
+    "text",
+    "latex",
+)
 
 
 def room(path: Path) -> str:

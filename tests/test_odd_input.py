@@ -9,7 +9,7 @@ import pytest
 import tiny
 
 from dail_jax import config as config_lib
-from dail_jax import metrics, rundir
+from dail_jax import metrics, rundir, worker
 from dail_jax.checkpoint import hf
 from dail_jax.errors import UserError
 from dail_jax.evaluate import files, grading, protocol
@@ -246,16 +246,16 @@ def test_a_worker_killed_while_it_starts_is_started_again(monkeypatch):
 
     def start(*args, **kwargs):
         started.append(popen(*args, **kwargs))
-        if len(started) < grading.STARTS:
+        if len(started) < worker.ATTEMPTS:
             started[-1].kill()
         return started[-1]
 
     monkeypatch.setattr(subprocess, "Popen", start)
     with grading.Grader(workers=1) as grader:
         assert grader.grade(r"\frac{2}{4}", r"\sin^2 x + \frac12 - \sin^2 x").correct
-    assert len(started) == grading.STARTS
+    assert len(started) == worker.ATTEMPTS
     started.clear()
-    monkeypatch.setattr(grading, "STARTS", 1)
-    monkeypatch.setattr(grading._Worker, "_read", lambda *_: "memory")
-    with grading.Grader(workers=1) as grader, one_line(r"grading: the worker process did not start in 1 attempts"):
+    monkeypatch.setattr(worker, "ATTEMPTS", 1)
+    monkeypatch.setattr(worker.Worker, "_read", lambda *_: "memory")
+    with grading.Grader(workers=1) as grader, one_line(r"a worker process did not start in 1 attempts"):
         grader.grade("x + 1 + x", "2 x + 1")

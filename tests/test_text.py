@@ -7,8 +7,9 @@ import pytest
 import sentencepiece
 from tokenizers import Tokenizer as Fast
 from tokenizers import decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from dail_jax import text as text_lib
 from dail_jax.errors import UserError
 from dail_jax.text import load_tokenizer, open_tag, stop_ids
 
@@ -43,6 +44,16 @@ def tokenizer(tmp_path_factory):
     return load_tokenizer(byte_tokenizer(tmp_path_factory.mktemp("bytes")))
 
 
+@pytest.fixture(scope="module")
+def impatient():
+    """A second of CPU time for each message."""
+    server = text_lib._Server(seconds=1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(text_lib, "_SERVER", server)
+        yield
+    server.worker.stop()
+
+
 def test_round_trip_and_ids(tokenizer):
     text = "  Zeilen\n\n mit é, ∑ und  Leerzeichen ."
     ids = tokenizer.encode(text)
@@ -54,8 +65,9 @@ def test_round_trip_and_ids(tokenizer):
 
 
 def test_rendering_equals_transformers(tokenizer):
+    hf = AutoTokenizer.from_pretrained(tokenizer.folder)
     for messages in (MESSAGES, MESSAGES[1:]):
-        theirs = tokenizer.hf.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        theirs = hf.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
         assert tokenizer.render_text(messages) == theirs
         assert tokenizer.render(messages) == tokenizer.encode(theirs)
     assert "{{ 7*7 }}" in tokenizer.render_text(MESSAGES)  # messages are data, not templates
@@ -122,7 +134,7 @@ def test_stop_ids(tmp_path, tokenizer):
     with pytest.raises(UserError, match=r"config.json:eos_token_id: got 'x', want a token id"):
         stop_ids(tmp_path, tokenizer)
     (tmp_path / "config.json").write_text("{")
-    with pytest.raises(UserError, match=r"config.json: want a JSON object"):
+    with pytest.raises(UserError, match=r"config.json: got a file that is not JSON"):
         stop_ids(tmp_path, tokenizer)
 
 
@@ -131,20 +143,78 @@ def test_stop_ids(tmp_path, tokenizer):
     [
         ("a\nb\n{% if %}", r"line 3:chat_template: .*TemplateSyntaxError"),
         ("{{ 1 }}\n{{ messages[0].a.b }}", r"line 2:chat_template: .*UndefinedError"),
-        (
-            "{% for i in range(9999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
-            r"did not end within 5 seconds",
-        ),
+        ("{% for i in range(9999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}", r"did not end within 1 sec"),
         ("{{ 'x' * 10**10 }}", r"out of memory"),
         ("{{ 'xxxxxxxxxx' * 10**6 }}", r"megabyte"),
         ("{{ messages.__class__.__mro__[1].__subclasses__() }}", r"SecurityError"),
     ],
 )
+@pytest.mark.usefixtures("impatient")
 def test_bad_templates_are_found_before_use(tmp_path, template, complaint):
     start = time.monotonic()
     with pytest.raises(UserError, match=complaint):
         load_tokenizer(byte_tokenizer(tmp_path, template))
     assert time.monotonic() - start < 60
+
+
+@pytest.mark.usefixtures("impatient")
+def test_templates_that_are_slow_only_for_real_messages(tmp_path):
+    """The limits of the trial hold for every prompt; what fails once serves the next prompt all the same."""
+    loop = "{% for i in range(9999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
+    tokenizer = load_tokenizer(
+        byte_tokenizer(
+            tmp_path,
+            "{% set text = messages[-1].content %}{% if 'slow' in text %}" + loop + "{% endif %}"
+            "{% if 'large' in text %}{{ 'x' * 2000000 }}{% endif %}{% if 'huge' in text %}{{ 'x' * 10**10 }}{% endif %}"
+            "{{ text }} {{ strftime_now('%Y-%m-%d %H:%M') }} {{ [1, 2, 3, 4, 5, 6, 7, 8, 9] | random }}",
+        )
+    )
+    text = tokenizer.render_text([{"role": "user", "content": "fine"}])
+    assert text.startswith("fine 2024-07-26 00:00 ")  # and the same whenever it is rendered
+    for word, complaint in (
+        ("slow", "it did not end within 1 seconds of CPU time"),
+        ("large", "it makes 2,000,0.. characters of 5, over a megabyte more"),
+        ("huge", r"it ran out of memory \(2048 MiB\)"),
+    ):
+        with pytest.raises(UserError, match=f"{tmp_path}:.*chat_template: got a chat template that fails: {complaint}"):
+            tokenizer.render([{"role": "user", "content": word}])
+        assert tokenizer.render_text([{"role": "user", "content": "fine"}]) == text
+
+
+def hostile_tokenizer(folder, change):
+    """A byte tokenizer whose tokenizer.json a function has changed."""
+    byte_tokenizer(folder)
+    tree = json.loads((folder / "tokenizer.json").read_text())
+    change(tree)
+    (folder / "tokenizer.json").write_text(json.dumps(tree))
+    return load_tokenizer(folder)
+
+
+@pytest.mark.usefixtures("impatient")
+def test_a_tokenizer_that_grows_without_bound(tmp_path):
+    """Forty normalizers that double each q; nothing that is tried at the start has one."""
+    double = {"type": "Replace", "pattern": {"String": "q"}, "content": "qq"}
+    tokenizer = hostile_tokenizer(
+        tmp_path, lambda tree: tree.update(normalizer={"type": "Sequence", "normalizers": [double] * 40})
+    )
+    assert len(tokenizer.encode("fine")) == 4
+    with pytest.raises(
+        UserError, match=r"got a tokenizer that fails: it (ran out of memory|did not end|makes)"
+    ) as error:
+        tokenizer.encode("quiet")
+    assert "\n" not in str(error.value)
+    assert len(tokenizer.encode("fine")) == 4
+
+
+def test_a_tokenizer_whose_pattern_panics(tmp_path):
+    pattern = {"type": "Split", "pattern": {"Regex": "(a|aa)+$"}, "behavior": "Isolated", "invert": False}
+    tokenizer = hostile_tokenizer(
+        tmp_path, lambda tree: tree.update(pre_tokenizer={"type": "Sequence", "pretokenizers": [pattern]})
+    )
+    assert tokenizer.encode("b") != []
+    with pytest.raises(UserError, match=r"got a tokenizer that fails: .*(PanicException|limit|did not end)") as error:
+        tokenizer.encode("a" * 200 + "b")
+    assert "\n" not in str(error.value) and len(str(error.value)) < 500
 
 
 def test_templates_that_refuse_a_role_or_are_missing(tmp_path):

@@ -174,63 +174,13 @@ def _from_lines(cfg: config.Rows) -> Iterator[tuple[int, Any]]:
         yield line.number, line.value
 
 
-# A damaged parquet file can crash the C++ reader, and a small one can unfold to any size: it is read by a process with
-# limits, which writes the wanted columns as JSON lines. Its exit status tells what happened.
-_PARQUET = r"""
-import json, resource, sys
-resource.setrlimit(resource.RLIMIT_AS, (8 << 30, 8 << 30))
-resource.setrlimit(resource.RLIMIT_CPU, (300, 301))
-resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-import pyarrow as pa
-import pyarrow.parquet as pq
-
-path, cap, limit, columns = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys.argv[4:]
-pa.set_cpu_count(1)
-
-def fail(message):
-    sys.stderr.write("\x1e" + message)
-    sys.stderr.flush()
-    sys.exit(3)
-
-try:
-    file = pq.ParquetFile(path, memory_map=False, page_checksum_verification=True)
-    names = file.schema_arrow.names
-    if len(set(names)) != len(names):
-        fail("got a column name twice, want each once")
-    size = sum(file.metadata.row_group(i).total_byte_size for i in range(file.metadata.num_row_groups))
-    if size > cap:
-        fail(f"got a table of {size >> 20} MiB, want at most {cap >> 20} MiB")
-    wanted = [name for name in columns if name in names]
-    others = {name: None for name in names if name not in wanted}
-    written = rows = 0
-    for batch in file.iter_batches(batch_size=16, columns=wanted, use_threads=False):
-        batch.validate(full=True)
-        if batch.nbytes > cap:
-            fail(f"got rows that unfold to more than {cap >> 20} MiB")
-        for row in batch.to_pylist():
-            line = json.dumps({**others, **row}, default=lambda value: [type(value).__name__])
-            written += len(line)
-            if written > cap:
-                fail(f"got rows that unfold to more than {cap >> 20} MiB")
-            sys.stdout.write(line + "\n")
-            rows += 1
-            if rows == limit:
-                sys.exit(0)
-    if rows != file.metadata.num_rows:
-        fail(f"got {rows} rows, want the {file.metadata.num_rows} that its footer promises")
-except MemoryError:
-    fail("got a table that does not fit into 8 GiB of memory")
-except Exception as error:
-    fail(f"got a damaged parquet file: {error or type(error).__name__}")
-"""
-
-
 def _from_parquet(cfg: config.Rows, cap: int = 2 << 30) -> Iterator[tuple[int, Any]]:
     """Parquet, of at most `cap` bytes when unfolded."""
     *columns, choices = cfg.columns.model_dump().values()
     columns += [choices] if isinstance(choices, str) else choices or ()
     with tempfile.TemporaryFile() as out:
-        command = [sys.executable, "-I", "-c", _PARQUET, cfg.path, str(cap), str(cfg.limit or 0), *columns]
+        worker = str(Path(__file__).with_name("parquet_worker.py"))
+        command = [sys.executable, "-I", worker, cfg.path, str(cap), str(cfg.limit or 0), *columns]
         done = subprocess.run(command, stdout=out, stderr=subprocess.PIPE, env={"ARROW_DEFAULT_MEMORY_POOL": "system"})
         if done.returncode == 3:
             reason = done.stderr.decode("utf-8", "replace").rpartition("\x1e")[2]

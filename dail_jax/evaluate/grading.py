@@ -15,21 +15,12 @@ answer can stop or bring down the caller. A verdict is right or wrong with a rea
 
 from __future__ import annotations
 
-import contextlib
-import json
-import os
 import queue
-import select
-import signal
-import subprocess
-import sys
-import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from dail_jax.errors import UserError
 from dail_jax.evaluate.answers import (
     MAX_LENGTH,
     AnswerType,
@@ -43,11 +34,9 @@ from dail_jax.evaluate.answers import (
     tidy,
     words_agree,
 )
+from dail_jax.worker import Lost, Worker
 
 __all__ = ["AnswerType", "Grader", "Limits", "Verdict", "check_gold", "extract", "normalise", "quick_verdict"]
-
-
-STARTS = 3  # attempts to start a worker: a system short of memory kills what is young, too
 
 
 @dataclass(frozen=True)
@@ -99,92 +88,34 @@ class Limits:
     memory_mib: int = 1024
     cpu_seconds: int = 5
     wall_seconds: float = 60.0
-    start_seconds: float = 60.0
     comparisons: int = 500  # then the worker is replaced, since sympy's caches grow
 
 
-class _Worker:
-    """One process at a time, started when first asked and again after it was killed."""
+class _Judge:
+    """A worker process that compares answers, replaced from time to time."""
 
     def __init__(self, limits: Limits):
-        self.limits, self.process, self.served, self.closed = limits, None, 0, False
-        self.process: subprocess.Popen[bytes] | None
+        self.limits, self.served = limits, 0
+        script = Path(__file__).with_name("verify_worker.py")
+        self.worker = Worker(script, [str(limits.memory_mib), str(limits.cpu_seconds)], limits.wall_seconds)
 
     def ask(self, gold: str, prediction: str | None) -> str:
         """The reason of a verdict; with `prediction=None`, `equal` where the gold answer can be read."""
         while True:
             if self.served >= self.limits.comparisons:
-                self.stop()
-            fresh = self.process is None
-            process = self.process or self._start()
-            self.served += 1
-            reason = self._exchange(process, json.dumps([gold, prediction]).encode() + b"\n")
-            if reason in ("timeout", "memory", "crash"):
-                self.stop()
-                # Memory may have been used up by earlier answers: only a fresh process can tell.
-                if reason != "timeout" and not fresh:
-                    continue
+                self.worker.stop()
+            fresh = self.worker.process is None
+            self.served = 1 if fresh else self.served + 1
+            try:
+                reason = self.worker.ask([gold, prediction])
+            except Lost as lost:
+                reason = lost.reason
+            if reason == "memory":
+                self.worker.stop()
+            # Memory may have been used up by earlier answers: only a fresh process can tell.
+            if reason in ("memory", "crash") and not fresh:
+                continue
             return reason
-
-    def _start(self) -> subprocess.Popen[bytes]:
-        # A path, not a module: nothing of the package (JAX) is imported. A fixed hash seed: sympy orders sets by it.
-        command = [
-            sys.executable,
-            "-P",
-            str(Path(__file__).with_name("verify_worker.py")),
-            str(self.limits.memory_mib),
-            str(self.limits.cpu_seconds),
-        ]
-        reply = ""
-        for _ in range(STARTS):
-            if self.closed:
-                raise RuntimeError("the grader was closed")
-            self.process = subprocess.Popen(
-                command,
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.DEVNULL,
-                env={**os.environ, "PYTHONHASHSEED": "0"},
-                start_new_session=True,
-            )
-            self.served = 0
-            if (reply := self._read(self.process, self.limits.start_seconds)) == "ready":
-                return self.process
-            self.stop()
-        raise UserError(
-            f"the worker process did not start in {STARTS} attempts ({reply}): try {' '.join(command)}", field="grading"
-        )
-
-    def _exchange(self, process: subprocess.Popen[bytes], line: bytes) -> str:
-        assert process.stdin is not None
-        try:
-            process.stdin.write(line)
-            process.stdin.flush()
-        except BrokenPipeError:
-            return "crash"
-        return self._read(process, self.limits.wall_seconds)
-
-    def _read(self, process: subprocess.Popen[bytes], seconds: float) -> str:
-        assert process.stdout is not None
-        handle, reply, deadline = process.stdout.fileno(), b"", time.monotonic() + seconds
-        poll = select.poll()
-        poll.register(handle, select.POLLIN)
-        while not reply.endswith(b"\n"):
-            if not poll.poll(max(0.0, deadline - time.monotonic()) * 1000):
-                return "timeout"
-            piece = os.read(handle, 4096)
-            if not piece:
-                died = {-signal.SIGXCPU: "timeout", -signal.SIGKILL: "memory"}  # SIGKILL: the system was out of it
-                return died.get(process.wait(), "crash")
-            reply += piece
-        return json.loads(reply)
-
-    def stop(self) -> None:
-        if self.process is not None:
-            self.process.kill()
-            with contextlib.suppress(BrokenPipeError), self.process:  # closes the pipes and waits
-                pass
-            self.process = None
 
 
 @dataclass
@@ -198,10 +129,10 @@ class Grader:
     limits: Limits = field(default_factory=Limits)
 
     def __post_init__(self) -> None:
-        self._all = [_Worker(self.limits) for _ in range(max(1, self.workers))]
-        self._free: queue.LifoQueue[_Worker] = queue.LifoQueue()  # last in, first out: one at a time needs one process
-        for worker in reversed(self._all):
-            self._free.put(worker)
+        self._all = [_Judge(self.limits) for _ in range(max(1, self.workers))]
+        self._free: queue.LifoQueue[_Judge] = queue.LifoQueue()  # last in, first out: one at a time needs one process
+        for judge in reversed(self._all):
+            self._free.put(judge)
         self._threads: ThreadPoolExecutor | None = None
         self._known: dict[tuple[str, str | None], str] = {}
 
@@ -209,19 +140,17 @@ class Grader:
         return self
 
     def __exit__(self, *_: object) -> None:
-        for worker in self._all:
-            worker.closed = True
-            if worker.process is not None:
-                worker.process.kill()  # ends what a thread may still be waiting for
+        for judge in self._all:
+            judge.worker.close()  # ends what a thread may still be waiting for
         if self._threads is not None:
             self._threads.shutdown(cancel_futures=True)
-        for worker in self._all:
-            worker.stop()
+        for judge in self._all:
+            judge.worker.stop()
 
     @property
     def processes(self) -> int:
         """How many worker processes are alive."""
-        return sum(worker.process is not None for worker in self._all)
+        return sum(judge.worker.process is not None for judge in self._all)
 
     def grade(self, prediction: str | None, gold: str, answer_type: AnswerType = "math") -> Verdict:
         return self.grade_many([(prediction, gold, answer_type)])[0]
@@ -262,11 +191,11 @@ class Grader:
             self._known.update(zip(new, self._threads.map(self._ask, new), strict=True))
 
     def _ask(self, key: tuple[str, str | None]) -> str:
-        worker = self._free.get()
+        judge = self._free.get()
         try:
-            return worker.ask(*key)
+            return judge.ask(*key)
         finally:
-            self._free.put(worker)
+            self._free.put(judge)
 
 
 def check_gold(gold: str, answer_type: AnswerType = "math") -> str | None:

@@ -1,4 +1,4 @@
-"""The process that compares answers by math-verify; started by `grading.Grader`, and killed by it without regret.
+"""The process that compares answers by math-verify; started by `grading.Grader`, which may kill it at any time.
 
 It is run as a file, so that nothing else of this package is imported. One JSON line comes in for each comparison,
 `[gold, prediction]` (prediction null: only parse the gold), and one goes out: the reason of the verdict. The limits
