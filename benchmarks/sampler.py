@@ -26,18 +26,19 @@ def main() -> None:
 
     from dail_jax import config as config_lib
     from dail_jax.sample import engine, mixture
+    from dail_jax.sample.sampler import Request
 
     theirs, params, cfg, mesh = random_model()
     rng = np.random.default_rng(0)
     rows = []
 
-    def sampler(roles: int, slots: int, tau: float = 0.3, max_tokens: int = NEW, stops=()) -> engine.Sampler:
-        knobs = mixture.knobs(config_lib.Sampling(), tau)
-        return engine.Sampler(params, cfg, mesh, stops, 0, slots, max_tokens, knobs, roles)
+    def sampler(roles: int, slots: int, tau: float = 0.3, max_tokens: int = NEW, stops=()) -> engine.Engine:
+        sampling = mixture.sampling_params(config_lib.Sampling(), tau)
+        return engine.Engine(params, cfg, mesh, stops, 0, slots, max_tokens, sampling, roles)
 
-    def requests(count: int, roles: int) -> list[engine.Request]:
+    def requests(count: int, roles: int) -> list[Request]:
         draw = lambda: tuple(rng.integers(1, 32000, PROMPT).tolist())  # noqa: E731
-        return [engine.Request(f"p{i}", tuple(draw() for _ in range(roles)), (0,), NEW) for i in range(count)]
+        return [Request(f"p{i}", tuple(draw() for _ in range(roles)), (0,), NEW) for i in range(count)]
 
     with jax.set_mesh(mesh), torch.no_grad():
         for batch in map(int, args.batches.split(",") if "speed" in args.parts else ()):
@@ -108,11 +109,12 @@ def occupancy(sampler, runs: int) -> list[dict]:
     import numpy as np
 
     from dail_jax.sample import engine
+    from dail_jax.sample.sampler import Request
 
     rng = np.random.default_rng(1)
     prompt = lambda: (tuple(rng.integers(1, 32000, PROMPT).tolist()),)  # noqa: E731
-    ask = [engine.Request(f"p{i}", prompt(), tuple(range(8)), 256) for i in range(64)]
-    ask_full = [engine.Request(f"f{i}", prompt(), tuple(range(8)), 256) for i in range(2)]
+    ask = [Request(f"p{i}", prompt(), tuple(range(8)), 256) for i in range(64)]
+    ask_full = [Request(f"f{i}", prompt(), tuple(range(8)), 256) for i in range(2)]
     s, full = sampler(1, 16, max_tokens=256, stops=tuple(range(0, 32000, 48))), sampler(1, 16, max_tokens=256)
     walls, ideals, share, lengths = [], [], 0.0, []
     for i in range(runs + 1):
@@ -166,7 +168,9 @@ def cache_memory(params, cfg, mesh) -> dict:
         )
         return held.compile().memory_analysis().argument_size_in_bytes
 
-    grid = engine.Sampler(params, cfg, mesh, (), 0, 64, 256, mixture.knobs(config_lib.Sampling())).grid(32, 1024)
+    grid = engine.Engine(params, cfg, mesh, (), 0, 64, 256, mixture.sampling_params(config_lib.Sampling())).grid(
+        32, 1024
+    )
     shared = argument_bytes(grid) * 32 / grid.slots
     repeated = argument_bytes(decode.Grid(1, 32, 1, 1, 1024, 256, grid.chunk))
     share = shared / repeated

@@ -291,6 +291,7 @@ class Evaluate(Section):
 
     benchmarks: tuple[Annotated[Benchmark, BeforeValidator(included)], ...] = ()
     adapter: str | None = None  # a PEFT folder to evaluate (with train.objective: none); null = what this run trained
+    sampler: str = "engine"  # who draws the samples: a name in dail_jax/stages/samplers.py
     samples: Count = 128
     ks: tuple[Count, ...] = ()  # empty = powers of two up to samples
     budgets: tuple[Count, ...] = ()  # empty = sampling.max_tokens alone

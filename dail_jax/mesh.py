@@ -1,8 +1,4 @@
-"""Device meshes and the one table that says which array axis lives on which mesh axis.
-
-One letter per array axis, everywhere: B batch, T time, S cache slots, P prompt, D model, N query heads,
-K kv heads, G queries per kv head, H head size, F feed-forward, V vocabulary, L layers, R LoRA rank.
-"""
+"""Device meshes, the letters of array axes, and the one table that says which of them lives on which mesh axis."""
 
 from __future__ import annotations
 
@@ -20,16 +16,40 @@ from dail_jax.errors import UserError
 
 AXES = ("data", "fsdp", "tensor")
 
-# Letters that are not listed are replicated.
+# One letter per array axis, everywhere: in shapes, einsums and layouts.
+LETTERS = {
+    "A": "micro-batches of one update",
+    "B": "rows of a batch; when sampling, G blocks of M rows",
+    "T": "time: the tokens of a row",
+    "D": "model width",
+    "N": "query heads",
+    "K": "kv heads",
+    "H": "head size",
+    "F": "feed-forward width",
+    "V": "vocabulary",
+    "L": "layers",
+    "R": "LoRA rank",
+    "O": "outputs of a linear map, flattened",
+    "S": "cache slots for a row's own tokens; in attention, the slots of any set of keys",
+    "C": "slots of the buffer for one chunk's newest tokens",
+    "G": "blocks of rows that share a prompt buffer",
+    "M": "rows per block",
+    "P": "slots of a block's prompt buffer",
+    "E": "prompts side by side in a prompt buffer",
+    "Q": "queries per row and kv head: T * N / K",
+}
+
+# By letter of a layout, in lower case; letters that are not listed are replicated. `a` and `w` lay out B and V in
+# another way.
 RULES: dict[str, str | tuple[str, ...]] = {
     "b": ("data", "fsdp"),
-    "a": "data",  # batch, while D is spread over fsdp
+    "a": "data",  # B, while D is spread over fsdp
     "d": "fsdp",
     "n": "tensor",
     "k": "tensor",
     "f": "tensor",
     "v": "tensor",
-    "w": ("fsdp", "tensor"),  # V of the unembedding: every device has its share of each logit row, whole in D
+    "w": ("fsdp", "tensor"),  # V of the unembedding: every device has its share of each logit row, and all of D
 }
 
 
@@ -48,7 +68,13 @@ def make_mesh(cfg: config_lib.Mesh, devices=None) -> jax.sharding.Mesh:
 
 def spec(axes: str) -> PartitionSpec:
     """The PartitionSpec of an array whose axes are the letters of `axes`, e.g. `spec("ldnh")`."""
-    return PartitionSpec(*(RULES.get(letter) for letter in axes))
+    return PartitionSpec(*map(_rule, axes))
+
+
+def _rule(letter: str) -> str | tuple[str, ...] | None:
+    """The mesh axes of one letter, or of `_` for an axis that has none."""
+    assert letter == "_" or letter in RULES or letter.upper() in LETTERS, f"axis letter {letter!r} is not declared"
+    return RULES.get(letter)
 
 
 def sharding(mesh: jax.sharding.Mesh, axes: str) -> NamedSharding:
@@ -85,7 +111,7 @@ def constrain(x: jax.Array, axes: str) -> jax.Array:
 def fitting(mesh: jax.sharding.AbstractMesh, axes: str, shape: tuple[int, ...]) -> PartitionSpec:
     """`spec(axes)`, with the axes that do not divide left whole."""
     return PartitionSpec(
-        *(RULES.get(a) if size % axis_size(mesh, a) == 0 else None for a, size in zip(axes, shape, strict=True))
+        *(_rule(a) if size % axis_size(mesh, a) == 0 else None for a, size in zip(axes, shape, strict=True))
     )
 
 

@@ -39,8 +39,8 @@ def lora(model):
 def test_fresh_adapter_is_a_no_op(model):
     _, _, params, cfg = model
     tokens, positions = batch()
-    with_it, _ = transformer.forward(params, tokens, positions, cfg, lora=lora_lib.init(jax.random.key(2), cfg, LORA))
-    without, _ = transformer.forward(params, tokens, positions, cfg)
+    with_it = transformer.encode(params, tokens, positions, cfg, lora=lora_lib.init(jax.random.key(2), cfg, LORA))
+    without = transformer.encode(params, tokens, positions, cfg)
     assert (np.asarray(with_it) == np.asarray(without)).all()
 
 
@@ -48,7 +48,7 @@ def test_peft_loads_the_adapter_with_equal_logits(model, lora, one_device, tmp_p
     folder, theirs, params, cfg = model
     peft.save(tmp_path / "adapter", lora, cfg, LORA, str(folder))
     tokens, positions = batch()
-    hidden, _ = transformer.forward(params, tokens, positions, cfg, lora=lora)
+    hidden = transformer.encode(params, tokens, positions, cfg, lora=lora)
     adapted = peft_library.PeftModel.from_pretrained(type(theirs).from_pretrained(folder), tmp_path / "adapter").eval()
     want = expected(adapted, tokens, positions)
     assert close(transformer.unembed(params, hidden), want, positions >= 0) < 1e-4

@@ -1,9 +1,12 @@
 """The house: five floors, and no import that runs up."""
 
 import ast
+import re
 from pathlib import Path
 
 import pytest
+
+from dail_jax import mesh
 
 LIBRARY = Path(__file__).parent.parent / "dail_jax"
 FILES = sorted(LIBRARY.rglob("*.py"))
@@ -106,6 +109,15 @@ def test_train_and_sample_do_not_know_each_other():
 def test_nobody_imports_the_microworld():
     assert not [f for f in FILES if room(f) != "microworld" and any(name == "microworld" for name, _ in imports(f))]
     assert not [f for f in FILES if room(f) != "microworld" and "microworld" in f.read_text()]
+
+
+def test_einsums_use_declared_letters():
+    declared = {letter.lower() for letter in mesh.LETTERS} | set(mesh.RULES)
+    found = [(path, e) for path in FILES for e in re.findall(r'"([a-z.]+(?:,[a-z.]+)*->[a-z.]+)"', path.read_text())]
+    assert len(found) > 5
+    assert not [(path, e) for path, e in found if set(e) - set(".,->") - declared]
+    with pytest.raises(AssertionError, match="'z' is not declared"):
+        mesh.spec("bz")
 
 
 def test_names():

@@ -92,8 +92,15 @@ def close(ours, theirs, live):
 def test_full_forward(pair):
     model, params, cfg = pair
     tokens, positions = batch()
-    hidden, _ = transformer.forward(params, tokens, positions, cfg)
+    hidden = transformer.encode(params, tokens, positions, cfg)
     assert close(transformer.unembed(params, hidden), expected(model, tokens, positions), positions >= 0) < 1e-4
+
+
+def test_a_profile_shows_the_parts_of_prefill(pair):
+    _, params, cfg = pair
+    tokens, positions = batch()
+    text = jax.jit(lambda: transformer.prefill(params, tokens, positions, cfg)).lower().as_text(debug_info=True)
+    assert all(f"prefill/{scope}/" in text for scope in ("attend", "mlp"))
 
 
 def test_prefill_and_decode_equal_the_full_forward(pair):
@@ -121,25 +128,25 @@ def test_prefill_and_decode_equal_the_full_forward(pair):
     theirs = expected(model, both, np.tile(positions, (2, 1)))
     ours = transformer.unembed(params, hidden)[:, -1]
     assert np.abs(ours - theirs[:, prompt - 1]).max() / np.abs(theirs).max() < 1e-4
-    step = jax.jit(lambda t, p, c, r, s: transformer.forward(params, t, p, cfg, cache=c, recent=r, slot=s))
-    settle = jax.jit(transformer.settle)
+    step = jax.jit(lambda t, p, c, r, s: transformer.decode_step(params, t, p, cfg, c, r, s))
+    commit = jax.jit(transformer.commit)
 
     def check(at, cache, recent, slot):
         """One token of each row at its position; -1 for a row that has ended."""
         live = at >= 0
-        hidden, recent = step(both[rows, at][:, None], at[:, None], cache, recent, slot)
-        out, want = transformer.unembed(params, hidden)[:, 0], theirs[rows, at]
+        hidden, recent = step(both[rows, at], at, cache, recent, slot)
+        out, want = transformer.unembed(params, hidden), theirs[rows, at]
         assert np.abs(out - want)[live].max() / np.abs(theirs).max() < 1e-4
         return recent
 
     at, recent = np.full(4, prompt), transformer.empty_recent(cache, 4)
     for slot in range(4):
         recent = check(at + slot, cache, recent, slot)
-    cache, recent, at = settle(cache, recent), transformer.empty_recent(cache, 4), at + 4
+    cache, recent, at = commit(cache, recent), transformer.empty_recent(cache, 4), at + 4
     for slot in range(4):
         ended = (np.arange(4) == 2) & (slot >= 2)
         recent = check(np.where(ended, -1, at + slot), cache, recent, slot)
-    cache, recent, at = settle(cache, recent), transformer.empty_recent(cache, 4), at + np.array([4, 4, 2, 4])
+    cache, recent, at = commit(cache, recent), transformer.empty_recent(cache, 4), at + np.array([4, 4, 2, 4])
     assert cache.count.tolist() == [8, 8, 6, 8]
     for slot in range(2):
         recent = check(at + slot, cache, recent, slot)
@@ -149,8 +156,8 @@ def test_prefill_and_decode_equal_the_full_forward(pair):
 def test_unrolled_equals_scanned(pair):
     _, params, cfg = pair
     tokens, positions = batch()
-    scanned, _ = transformer.forward(params, tokens, positions, cfg, remat="full")
-    unrolled, _ = transformer.forward(weights.unstack(params), tokens, positions, cfg)
+    scanned = transformer.encode(params, tokens, positions, cfg, remat="full")
+    unrolled = transformer.encode(weights.unstack(params), tokens, positions, cfg)
     np.testing.assert_allclose(scanned, unrolled, atol=2e-5)
 
 

@@ -11,8 +11,10 @@ import pytest
 from conftest import mesh_of
 
 from dail_jax import config as config_lib
+from dail_jax.errors import UserError
 from dail_jax.model import families, transformer, weights
 from dail_jax.sample import decode, engine, mixture
+from dail_jax.sample import sampler as sampler_lib
 
 CFG = families.ModelConfig(
     "qwen3",
@@ -40,7 +42,7 @@ def params():
 
 def sampler(params, mesh, roles=2, slots=8, seed=7, tau=0.3, proposals=2, never=(5,), **kw):
     sampling = config_lib.Sampling(**{"temperature": 0.9, "top_p": 0.97, "presence_penalty": 0.3, **kw})
-    return engine.Sampler(
+    return engine.Engine(
         params,
         CFG,
         mesh,
@@ -48,7 +50,7 @@ def sampler(params, mesh, roles=2, slots=8, seed=7, tau=0.3, proposals=2, never=
         seed=seed,
         slots=slots,
         max_tokens=24,
-        knobs=mixture.knobs(sampling, tau, proposals),
+        sampling=mixture.sampling_params(sampling, tau, proposals),
         roles=roles,
         never=never,
     )
@@ -57,7 +59,7 @@ def sampler(params, mesh, roles=2, slots=8, seed=7, tau=0.3, proposals=2, never=
 def requests(count=5, samples=3, roles=2, limit=24):
     rng = np.random.default_rng(0)
     return [
-        engine.Request(
+        sampler_lib.Request(
             f"p{i}",
             tuple(tuple(rng.integers(6, 30, 4 + 9 * i + r).tolist()) for r in range(roles)),
             tuple(range(samples)),
@@ -95,7 +97,7 @@ def naive(params, s, request, sample):
     """The same sample by a full forward a token: no cache, no batch."""
     roles = [list(p) for p in request.prompts]
     data = functools.reduce(
-        jax.random.fold_in, engine.words(request.name, sample), jax.random.key(s.seed, impl="threefry2x32")
+        jax.random.fold_in, engine.key_data(request.name, sample), jax.random.key(s.seed, impl="threefry2x32")
     )
     response, logq = [], []
     while True:
@@ -105,20 +107,20 @@ def naive(params, s, request, sample):
             positions = np.full((1, 96), -1, np.int32)
             n = len(prompt) + len(response)
             ids[0, :n], positions[0, :n] = prompt + response, np.arange(n)
-            hidden, _ = jitted_forward(params, ids, positions)
+            hidden = jitted_encode(params, ids, positions)
             logits.append(transformer.unembed(params, hidden[0, n - 1]))
         seen = np.isin(np.arange(CFG.V), response)
-        logits = jnp.stack(logits)[:, None] + s.rules.bias - s.knobs.presence_penalty * seen
+        logits = jnp.stack(logits)[:, None] + s.rules.bias - s.sampling.presence_penalty * seen
         u = jax.random.uniform(jax.random.fold_in(data, len(response)), (1, 2), jnp.float32)
-        out = jitted_draw(logits, u, s.knobs)
+        out = jitted_draw(logits, u, s.sampling)
         response.append(int(out.token[0]))
         logq.append(float(out.logq[0]))
         if response[-1] == STOP or len(response) == request.limit:
             return response, logq
 
 
-jitted_forward = jax.jit(lambda p, t, x: transformer.forward(p, t, x, CFG))
-jitted_draw = jax.jit(mixture.draw)
+jitted_encode = jax.jit(lambda p, t, x: transformer.encode(p, t, x, CFG))
+jitted_draw = jax.jit(mixture.draw_tokens)
 
 
 def test_equals_the_naive_loop(params, one_device, reference):
@@ -171,9 +173,9 @@ def test_devices_do_not_matter(params, reference, shape):
 def test_slots_go_on_while_the_longest_samples_run(params, one_device):
     """Lengths of each sample's own, most far below the longest: prompts wait in every block, so slots do not."""
     stop = tuple(range(0, CFG.V, 10))
-    knobs = mixture.knobs(config_lib.Sampling(temperature=3.0))
-    s = engine.Sampler(params, CFG, one_device, stop, seed=1, slots=16, max_tokens=96, knobs=knobs)
-    ask = [engine.Request(f"p{i}", ((7, 8, 9, 11 + i % 9),), tuple(range(8)), 96) for i in range(40)]
+    sampling = mixture.sampling_params(config_lib.Sampling(temperature=3.0))
+    s = engine.Engine(params, CFG, one_device, stop, seed=1, slots=16, max_tokens=96, sampling=sampling)
+    ask = [sampler_lib.Request(f"p{i}", ((7, 8, 9, 11 + i % 9),), tuple(range(8)), 96) for i in range(40)]
     with jax.set_mesh(one_device):
         lengths = [len(x.tokens) for x in collect(s, ask).values()]
     assert s.usage.prefills == len(ask) and np.quantile(lengths, 0.9) < 0.5 * max(lengths)
@@ -189,18 +191,19 @@ def test_one_role_draws_from_its_own_softmax(params, one_device):
             requests(2, 4, roles=1),
         )
     for request in requests(2, 4, roles=1):
+        n = len(request.prompts[0])
         for sample in range(4):
             x = out[request.name, sample]
-            ids = np.array([[*request.prompts[0], *x.tokens]], np.int32)
-            hidden, _ = transformer.forward(params, ids, np.arange(ids.shape[1])[None], CFG)
-            logp = jax.nn.log_softmax(transformer.unembed(params, hidden[0]))
-            n = len(request.prompts[0])
-            want = [logp[n - 1 + i, t] for i, t in enumerate(x.tokens)]
-            np.testing.assert_allclose(x.logq, want, atol=1e-4)
+            ids, positions = np.zeros((1, 96), np.int32), np.full((1, 96), -1, np.int32)
+            ids[0, : n + len(x.tokens)] = [*request.prompts[0], *x.tokens]
+            positions[0, : n + len(x.tokens)] = np.arange(n + len(x.tokens))
+            logits = transformer.unembed(params, jitted_encode(params, ids, positions)[0])
+            logp = np.asarray(jax.nn.log_softmax(logits))
+            np.testing.assert_allclose(x.logq, logp[n - 1 + np.arange(len(x.tokens)), x.tokens], atol=1e-4)
             assert x.by_student.all()
 
 
-def test_one_program_a_bucket_and_none_for_new_knobs(params, one_device):
+def test_one_program_per_bucket_and_none_for_new_sampling_parameters(params, one_device):
     with jax.set_mesh(one_device):
         before = decode.decode._cache_size(), decode.load_prompt._cache_size()
         for temperature, tau in ((1.0, 0.1), (0.5, 0.9), (0.0, 0.5)):
@@ -219,13 +222,53 @@ def test_caches_are_updated_in_place(params, one_device):
     with jax.set_mesh(one_device):
         s = sampler(params, one_device)
         state = jax.eval_shape(lambda: decode.empty(grid, CFG, jnp.float32))
-        compiled = decode.decode.lower(grid, CFG, s.params, None, state, s.rules, s.knobs).compile()
+        compiled = decode.decode.lower(grid, CFG, s.params, None, state, s.rules, s.sampling).compile()
     text = compiled.as_text()
+    assert text is not None
+    for scope in ("unembed", "decode_step", "attend", "mlp"):  # what a profile shows
+        assert f"/{scope}/" in text
     for shape in ("32,2,112,6", "4,2,256,6"):
         assert f"f32[{shape}]" in text
         assert not re.search(rf"= f32\[{shape}\]\S* copy\(", text)
     memory = compiled.memory_analysis()
     assert memory.alias_size_in_bytes >= sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state))
+
+
+BAD = 29  # the token whose weights are damaged
+
+
+@pytest.mark.parametrize("kw", [{}, {"temperature": 0.0}, {"temperature": 1.0, "top_p": 1.0, "presence_penalty": 0.0}])
+@pytest.mark.parametrize("reached", ["by a prompt", "by a response", "by all"])
+def test_logits_that_are_not_finite_are_refused_by_name(params, one_device, reached, kw):
+    """NaN in one row of the weights. A prompt with it poisons the buffer it shares, and still it alone is named."""
+    cfg = dataclasses.replace(CFG, tied=False)
+    clean = {**params, "unembed": jnp.roll(params["embed"], 3, 0)}
+    table = "unembed" if reached == "by all" else "embed"
+    damaged = {**clean, table: clean[table].at[BAD].set(jnp.nan)}
+    never = (STOP,) if reached == "by a response" else (BAD,)
+    prompts = {f"p{i}": tuple(range(6 + i, 12 + i)) for i in range(4)}
+    if reached == "by a prompt":
+        prompts["p2"] = (7, BAD, 9)
+    ask = [sampler_lib.Request(name, (p, p[::-1]), (0, 1, 2), 24) for name, p in prompts.items()]
+    sampling = mixture.sampling_params(config_lib.Sampling(**{"temperature": 0.9, "top_p": 0.97, **kw}), 0.3, 2)
+
+    def engine_of(weights):
+        return engine.Engine(weights, cfg, one_device, (STOP, 4, 5, 6), 7, 3, 24, sampling, roles=2, never=never)
+
+    got = {}
+    place = {"by a prompt": "token 0 of sample 0 of p2", "by a response": r"token [1-9]\d* of sample \d of p\d"}
+    with jax.set_mesh(one_device):
+        if reached == "by a response" and kw.get("temperature") == 0.0:
+            damaged["unembed"] = (
+                damaged["unembed"].at[BAD].set(20 * damaged["norm"])
+            )  # so that greedy decoding draws it
+        with pytest.raises(UserError, match=f"not finite for {place.get(reached, 'token 0 of sample 0 of p0')}: check"):
+            for x in engine_of(damaged).run(ask):
+                got[x.name, x.sample] = x
+        if reached == "by a prompt":  # what came before the damage is what it would have been
+            want = {(x.name, x.sample): x for x in engine_of(clean).run(ask)}
+            assert got.keys() <= {(f"p{i}", s) for i in (0, 1) for s in range(3)} and len(got) >= 3
+            same(got, {key: want[key] for key in got})
 
 
 def test_bucket_depends_on_the_length_alone():

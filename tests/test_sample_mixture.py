@@ -45,8 +45,8 @@ def literal_rule(rng, student, privileged, acceptance, tau, proposals, draws):
     return counts, by_student
 
 
-def knobs(tau=0.0, proposals=1, **kw):
-    return mixture.knobs(config_lib.Sampling(**kw), tau, proposals)
+def params(tau=0.0, proposals=1, **kw):
+    return mixture.sampling_params(config_lib.Sampling(**kw), tau, proposals)
 
 
 CASES = [  # tau, proposals, temperature, top_k, top_p
@@ -69,8 +69,8 @@ def test_chi_square_against_the_literal_rule(case):
     draws = 20_000
     counts, by_student = literal_rule(rng, student, privileged, softmax(logits[1]), tau, proposals, draws)
     u = jax.random.uniform(jax.random.key(CASES.index(case)), (draws, 2))
-    k = knobs(tau, proposals, temperature=temperature, top_k=top_k, top_p=top_p)
-    out = jax.jit(mixture.draw)(jnp.broadcast_to(logits[:, None], (2, draws, V)), u, k)
+    k = params(tau, proposals, temperature=temperature, top_k=top_k, top_p=top_p)
+    out = jax.jit(mixture.draw_tokens)(jnp.broadcast_to(logits[:, None], (2, draws, V)), u, k)
     ours = np.bincount(out.token, minlength=V)
     seen = (counts + ours) > 0
     # Two samples of one distribution; a right sampler fails one case in 10,000.
@@ -97,7 +97,7 @@ def test_chi_square_against_the_literal_rule(case):
 @pytest.mark.parametrize(("top_k", "top_p"), [(0, 0.5), (3, 1.0), (7, 0.8), (1, 1.0), (0, 0.9999), (500, 0.95)])
 def test_truncation_equals_sorting(top_k, top_p):
     logits = np.random.default_rng(1).normal(size=(50, 311)).astype(np.float32) * 3
-    ours = np.asarray(jax.jit(mixture.truncated)(logits, knobs(top_k=top_k, top_p=top_p, temperature=0.7)))
+    ours = np.asarray(jax.jit(mixture.truncated)(logits, params(top_k=top_k, top_p=top_p, temperature=0.7)))
     theirs = np.stack([naive_truncate(row, 0.7, top_k, top_p) for row in logits.astype(np.float64)])
     assert ((ours > 0) == (theirs > 0)).all()
     np.testing.assert_allclose(ours, theirs, atol=1e-6)
@@ -105,7 +105,7 @@ def test_truncation_equals_sorting(top_k, top_p):
 
 def test_temperature_zero_is_greedy():
     logits = np.random.default_rng(2).normal(size=(9, 300)).astype(np.float32)
-    out = mixture.draw(logits[None], jnp.full((9, 2), 0.999), knobs(temperature=0))
+    out = mixture.draw_tokens(logits[None], jnp.full((9, 2), 0.999), params(temperature=0))
     assert (np.asarray(out.token) == logits.argmax(-1)).all()
     assert (np.asarray(out.logq) == 0).all()
 
@@ -122,15 +122,15 @@ def test_inverse_cdf_is_exact_and_skips_zeros(size):
     np.testing.assert_allclose(share, weights / weights.sum(), atol=2e-4)
 
 
-def test_changing_a_knob_does_not_recompile():
+def test_changing_a_parameter_does_not_recompile():
     traces = []
 
     @jax.jit
     def draw(logits, u, k):
         traces.append(1)
-        return mixture.draw(logits, u, k)
+        return mixture.draw_tokens(logits, u, k)
 
     logits, u = jnp.zeros((2, 3, V)), jnp.zeros((3, 2))
-    for k in (knobs(), knobs(0.5, 3), knobs(1.0, 1, temperature=0.6, top_p=0.9, top_k=4, presence_penalty=1.5)):
+    for k in (params(), params(0.5, 3), params(1.0, 1, temperature=0.6, top_p=0.9, top_k=4, presence_penalty=1.5)):
         draw(logits, u, k)
     assert len(traces) == 1

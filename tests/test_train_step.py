@@ -153,7 +153,7 @@ def test_the_loss_is_that_of_every_response_token(params, examples):
         log = {}
         for role in ROLES:
             ids = np.array([[*e.prompts[role], *e.response]], np.int32)
-            hidden, _ = transformer.forward(params, ids, np.arange(ids.shape[1])[None], CFG)
+            hidden = transformer.encode(params, ids, np.arange(ids.shape[1])[None], CFG)
             n = len(e.prompts[role])
             log[role] = jax.nn.log_softmax(transformer.unembed(params, hidden[0, n - 1 : n - 1 + len(e.response)]))
         m, p, q = (log[r] for r in ROLES)
@@ -201,10 +201,10 @@ def test_likelihood_objectives(params, examples, objective):
 def test_merged_weights_equal_the_adapter(params, reference):
     lora = jax.tree.map(jnp.asarray, reference[1].lora)
     ids = np.arange(1, 13, dtype=np.int32)[None]
-    with_adapter, _ = transformer.forward(params, ids, np.arange(12)[None], CFG, lora=lora)
-    merged, _ = transformer.forward(lora_lib.merge(params, lora, CFG), ids, np.arange(12)[None], CFG)
+    with_adapter = transformer.encode(params, ids, np.arange(12)[None], CFG, lora=lora)
+    merged = transformer.encode(lora_lib.merge(params, lora, CFG), ids, np.arange(12)[None], CFG)
     assert np.abs(with_adapter - merged).max() < 1e-4
-    untouched, _ = transformer.forward(params, ids, np.arange(12)[None], CFG)
+    untouched = transformer.encode(params, ids, np.arange(12)[None], CFG)
     assert np.abs(with_adapter - untouched).max() > 1e-2
 
 

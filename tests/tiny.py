@@ -151,5 +151,5 @@ def nothing_is_drawn():
         return iter(())
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(engine.Sampler, "run", run)
+        patch.setattr(engine.Engine, "run", run)
         yield

@@ -33,7 +33,7 @@ CHIPS = {  # by a part of the device kind
 
 
 def devices(topology: str) -> list:
-    """The devices of a topology: local ones for cpu and gpu, else those of a TPU slice; raises UserError."""
+    """The devices of a topology: local ones for cpu and gpu, otherwise those of a TPU slice; raises UserError."""
     if topology in ("cpu", "gpu"):
         try:
             return jax.devices(topology)
@@ -44,7 +44,7 @@ def devices(topology: str) -> list:
     if not re.fullmatch(r"v\d+\w*:[1-9]\d*(x[1-9]\d*)*", topology):
         raise UserError(f"got {topology!r}, want {KNOWN}", field="topology")
     if importlib.util.find_spec("libtpu") is None:
-        raise UserError("compiling for a TPU wants libtpu: pip install 'dail_jax[tpu]'", field="topology")
+        raise UserError("compiling for a TPU needs libtpu: pip install 'dail_jax[tpu]'", field="topology")
     from jax.experimental import topologies
 
     try:

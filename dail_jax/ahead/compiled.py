@@ -178,7 +178,7 @@ def _used(computations: dict[str, list[Op]], inner: list[Op], name: str | None, 
 
 
 def _trips(computations: dict[str, list[Op]], op: Op) -> int:
-    """How often a loop runs: the one constant of its condition, else 1."""
+    """How often a loop runs: the only constant in its condition, or 1 where there is no such constant."""
     found = re.findall(r'known_trip_count"?:\{"n":"(\d+)"', op.rest)
     if not found:
         condition = computations.get(op.called("condition") or "", [])

@@ -48,15 +48,15 @@ class Program:
     lower: Callable[[], jax.stages.Lowered]
     useful: float = 0.0
     count: Callable[[], Count] | None = None  # how to count what its loops hide
-    state: decode.State | None = None  # donated: its caches must stay in place
-    unread: float = 0.0  # bytes a device of arguments that need not be read
-    tokens: int = 0  # of decoding: how many a call draws
-    weights: float = 0.0  # bytes a device of the base model, as training holds it; sampling has its own beside it
+    state: decode.DecodeState | None = None  # donated: its caches must stay in place
+    unread: float = 0.0  # bytes per device of arguments that need not be read
+    tokens: int = 0  # decoding: drawn per call and slot
+    weights: float = 0.0  # bytes per device of the base model as training holds it; sampling has its own copy beside it
 
 
 @dataclass(frozen=True)
-class Row:
-    """What a program needs. GB are 1e9 bytes a device; None where it is not known."""
+class ProgramReport:
+    """What a program needs. GB are 1e9 bytes per device; None where it is not known."""
 
     program: str
     compile_seconds: float
@@ -77,8 +77,8 @@ class Row:
 
 def compile_all(
     config: config_lib.Config, model: ModelConfig, mesh: Mesh, quick: bool = False, only: str = ""
-) -> Iterator[Row]:
-    """Rows of the table, one program at a time; `quick` leaves out the extra programs that count operations."""
+) -> Iterator[ProgramReport]:
+    """The table's rows, one program at a time; `quick` leaves out the extra programs that count operations."""
     known = chip(mesh.devices.flat[0])
     programs = [*train_programs(config, model, mesh), *sampler_programs(config, model, mesh)]
     for program in programs:
@@ -255,7 +255,7 @@ def count_step(config, model: ModelConfig, mesh: Mesh, prompt: int, response: in
 
 
 def unstacked(model: ModelConfig, dtype, mesh: Mesh) -> weights.Params:
-    """Abstract weights with one array a layer."""
+    """Abstract weights with one array per layer."""
     params = weights.abstract(model, dtype, mesh)
     one = {
         name: mesh_array(mesh, weights.declare(model)[name].axes, x.shape[1:], dtype)
@@ -271,7 +271,7 @@ def sampler_programs(config: config_lib.Config, model: ModelConfig, mesh: Mesh) 
     embed = params["embed"]  # looked up, not read, unless it is the unembedding too
     table = 0 if model.tied else math.prod(embed.sharding.shard_shape(embed.shape)) * dtype.itemsize
     lora = None if train.objective == "none" else lora_lib.abstract(model, train.lora, mesh)
-    jobs = []  # name, settings, samples of a prompt, longest prompt, roles, LoRA
+    jobs = []  # name, settings, samples per prompt, longest prompt, roles, LoRA
     if train.reads_traces:
         cfg = config.generate
         roles = 1 if cfg.tau in (0.0, 1.0) or train.objective == "star" else 2
@@ -283,15 +283,15 @@ def sampler_programs(config: config_lib.Config, model: ModelConfig, mesh: Mesh) 
         cfg = config.evaluate
         jobs.append(("evaluation", cfg, cfg.samples, cfg.max_prompt_tokens, 1, lora))
     for name, cfg, samples, longest, roles, lora in jobs:
-        knobs = mixture.knobs(cfg.sampling)
-        sampler = engine.Sampler(params, model, mesh, (), 0, cfg.slots, cfg.sampling.max_tokens, knobs, roles, lora)
+        sampling = mixture.sampling_params(cfg.sampling)
+        sampler = engine.Engine(params, model, mesh, (), 0, cfg.slots, cfg.sampling.max_tokens, sampling, roles, lora)
         grid = sampler.grid(samples, engine.bucket(longest))
         made = lower(mesh, decode.empty, grid, model, dtype).compile()
         shapes = jax.eval_shape(lambda grid=grid: decode.empty(grid, model, dtype))
         state = jax.tree.map(
             lambda s, where: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=where), shapes, made.output_shardings
         )
-        rules, knobs = jax.tree.map(lambda x: host_array(mesh, x.shape, x.dtype), (sampler.rules, knobs))
+        rules, sampling = jax.tree.map(lambda x: host_array(mesh, x.shape, x.dtype), (sampler.rules, sampling))
         prompt = (
             host_array(mesh, (grid.roles, grid.prompt_slots)),
             host_array(mesh, (grid.roles,)),
@@ -305,8 +305,8 @@ def sampler_programs(config: config_lib.Config, model: ModelConfig, mesh: Mesh) 
 
         out.append(Program(f"{label}: prefill {grid.prompt_slots}", "sampler", prefill, state=state, weights=stacked))
 
-        def step(grid=grid, lora=lora, state=state, rules=rules, knobs=knobs) -> jax.stages.Lowered:
-            return lower(mesh, decode.decode, grid, model, params, lora, state, rules, knobs)
+        def step(grid=grid, lora=lora, state=state, rules=rules, sampling=sampling) -> jax.stages.Lowered:
+            return lower(mesh, decode.decode, grid, model, params, lora, state, rules, sampling)
 
         title = f"{label}: decode"
         out.append(Program(title, "sampler", step, state=state, unread=table, tokens=grid.chunk, weights=stacked))
@@ -318,7 +318,7 @@ def sampler_programs(config: config_lib.Config, model: ModelConfig, mesh: Mesh) 
 # ---------------------------------------------------------------------------------------------------
 
 
-def measure(program: Program, config: config_lib.Config, mesh: Mesh, known: Chip | None, quick: bool) -> Row:
+def measure(program: Program, config: config_lib.Config, mesh: Mesh, known: Chip | None, quick: bool) -> ProgramReport:
     """Compiles one program and reads what the compiler says; running out of memory is an answer too."""
     started = time.monotonic()
     hbm = known and known.hbm
@@ -331,7 +331,7 @@ def measure(program: Program, config: config_lib.Config, mesh: Mesh, known: Chip
         peak = float(used[1]) * (2**30 if used[2] == "G" else 2**20) / 1e9 if used else None
         weights = program.weights / 1e9
         advice = first_change(program.kind, config, mesh, weights, (hbm or 0) - weights)
-        return Row(program.name, time.monotonic() - started, peak, hbm, False, f"does not fit: {advice}")
+        return ProgramReport(program.name, time.monotonic() - started, peak, hbm, False, f"does not fit: {advice}")
     seconds = time.monotonic() - started
     memory: Any = compiled.memory_analysis()
     arguments, temporaries = memory.argument_size_in_bytes / 1e9, memory.temp_size_in_bytes / 1e9
@@ -357,7 +357,7 @@ def measure(program: Program, config: config_lib.Config, mesh: Mesh, known: Chip
         ratio = moved / (memory.argument_size_in_bytes - program.unread)
     flops = cost and cost.flops + cost.kernels
     aliased = memory.alias_size_in_bytes / 1e9
-    return Row(
+    return ProgramReport(
         program.name,
         seconds,
         peak,

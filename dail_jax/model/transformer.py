@@ -1,11 +1,13 @@
-"""The forward pass, once, for training, prefill and decoding.
+"""The forward pass: one block function, and three ways through it.
 
-`forward(params, tokens, positions, cfg)` gives final hidden states; `unembed` is separate, so that prefill
-projects one position and the loss projects chunks. Positions are -1 on padding and alone yield RoPE and mask.
+`encode` reads whole rows for training, `prefill` reads prompts and keeps their keys and values, `decode_step` adds one
+token to each row of a cache. All return final hidden states; `unembed` is separate, so that sampling projects one
+position per row and the loss projects chunks. Positions are -1 on padding, and RoPE and masks follow from them alone.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 
 import jax
@@ -22,16 +24,16 @@ from dail_jax.model.weights import Params
 
 @struct.dataclass
 class Cache:
-    """Keys and values of B rows, one array a layer.
+    """Keys and values of B rows, one array per layer.
 
-    Rows stand in P blocks of B/P; the rows of a block share one prompt buffer of C slots. The buffer may hold
-    several prompts (`entries`) side by side: `prompt_owner` names each slot's prompt and `row_prompt` each row's.
+    Rows stand in G blocks of M; the rows of a block share one prompt buffer. The buffer may hold several prompts
+    (`entries`) side by side: `prompt_owner` names each slot's prompt and `row_prompt` each row's.
 
     Attributes:
-      k, v: L arrays [B, K, S, H], the rows' own tokens from slot 0 on; RoPE is applied to keys already.
+      k, v: L arrays [B, K, S, H], the rows' own tokens from slot 0 on, with RoPE already applied to the keys.
       count: [B] int32, how many own tokens each row has.
-      prompt_k, prompt_v: L arrays [P, K, C, H].
-      prompt_owner: [P, C] int32, -1 on padding.
+      prompt_k, prompt_v: L arrays [G, K, P, H].
+      prompt_owner: [G, P] int32, -1 on padding.
       row_prompt: [B] int32.
     """
 
@@ -45,21 +47,21 @@ class Cache:
     entries: int = struct.field(pytree_node=False, default=1)
 
     def prompt_mask(self) -> jax.Array:
-        """[B, C]: which prompt slots each row sees."""
+        """[B, P]: which prompt slots each row sees."""
         blocks = self.row_prompt.reshape(self.prompt_owner.shape[0], -1, 1)
         return (self.prompt_owner[:, None, :] == blocks).reshape(self.row_prompt.shape[0], -1)
 
 
 @struct.dataclass
 class Recent:
-    """The newest tokens of B rows, which `settle` moves to the cache.
+    """The newest tokens of B rows, which `commit` moves to the cache.
 
-    Here all rows write at one slot, and the cache is only read: a write at each row's own place is a loop over rows
-    on a TPU, too slow for every token.
+    Here all rows write to the same slot, and the cache is only read: writing at each row's own place is a loop over
+    rows on a TPU, too slow for every token.
 
     Attributes:
-      k, v: L arrays [B, K, W, H].
-      held: [B, W] int32, the position that each slot holds, -1 if none.
+      k, v: L arrays [B, K, C, H].
+      held: [B, C] int32, the position that each slot holds, -1 if none.
     """
 
     k: tuple[jax.Array, ...]
@@ -91,10 +93,10 @@ def empty_recent(cache: Cache, slots: int) -> Recent:
     return Recent(make(), make(), jnp.full((rows, slots), -1, jnp.int32))
 
 
-def settle(cache: Cache, recent: Recent) -> Cache:
-    """The cache with each row's recent tokens behind its own; a row's stand in the first slots.
+def commit(cache: Cache, recent: Recent) -> Cache:
+    """The cache with each row's recent tokens, which fill its first slots of `recent`, appended to its own.
 
-    A loop over each device's rows, by hand: of a batched update XLA makes a scatter, and of the caches copies.
+    A hand-written loop over each device's rows: XLA turns a batched update into a scatter, which copies the caches.
     """
 
     def local(own, new, count):
@@ -115,58 +117,28 @@ def settle(cache: Cache, recent: Recent) -> Cache:
     return replace(cache, k=tuple(own[:half]), v=tuple(own[half:]), count=count)
 
 
-def forward(
+def encode(
     params: Params,
     tokens: jax.Array,
     positions: jax.Array,
     cfg: ModelConfig,
     *,
     lora: Lora | None = None,
-    cache: Cache | None = None,
-    recent: Recent | None = None,
-    slot: jax.Array | int = 0,
     remat: str = "none",
-) -> tuple[jax.Array, Recent | None]:
-    """Final hidden states [B,T,D] (after the last norm) of tokens [B,T] at positions [B,T].
+) -> jax.Array:
+    """Final hidden states [B,T,D] (after the last norm) of tokens [B,T] at positions [B,T]; rows see themselves.
 
-    With a cache, the T tokens are stored in `recent` from slot `slot` on, and each row sees them, its earlier
-    tokens and its prompt. Without one, rows see themselves, and layers are scanned if they are stacked.
-    `remat`: what the backward pass recomputes, by name: none, full, dots (all but matrix products).
+    Layers are scanned if they are stacked. `remat` names what the backward pass recomputes: none, full, or dots (all
+    but matrix products).
     """
-    x = _embed(params, tokens)
-    angles = _angles(positions, cfg)
-    layers = params["layers"]
+    x, angles, layers = _embed(params, tokens), _angles(positions, cfg), params["layers"]
 
-    if cache is not None:
-        assert recent is not None
-        ks, vs = list(recent.k), list(recent.v)
-        held = jax.lax.dynamic_update_slice(recent.held, positions, (0, slot))
-        live = (positions >= 0)[..., None]
-        own = live & (jnp.arange(cache.k[0].shape[2]) < cache.count[:, None])[:, None]
-        new, prompt = attention.visible(positions, held), live & cache.prompt_mask()[:, None]
-        for i in range(cfg.L):
-            weights = layers[i] if isinstance(layers, list) else {k: w[i] for k, w in layers.items()}
-
-            def attend(q, k, v, i=i):
-                ks[i], vs[i] = _store(ks[i], k, slot), _store(vs[i], v, slot)
-                return attention.attend_cached(
-                    q,
-                    [
-                        (cache.k[i], cache.v[i], own, 1),
-                        (ks[i], vs[i], new, 1),
-                        (cache.prompt_k[i], cache.prompt_v[i], prompt, cache.entries),
-                    ],
-                )
-
-            x = _block(x, weights, lora and (lora.layer(i), lora.scale), angles, cfg, attend)
-        return _norm(x, params["norm"], cfg), Recent(tuple(ks), tuple(vs), held)
-
-    def attend_rows(q, k, v):
-        return attention.attend(q, k, v, positions)
+    def attend(q, k, v):
+        return attention.attend(q, k, v, positions), None
 
     def step(x, inputs):
         weights, pair = inputs
-        return _block(x, weights, lora and (pair, lora.scale), angles, cfg, attend_rows), None
+        return _block(x, weights, lora and (pair, lora.scale), angles, cfg, attend)
 
     if isinstance(layers, list):
         layer = _remat(step, remat, prevent_cse=True)
@@ -174,26 +146,61 @@ def forward(
             x, _ = layer(x, (weights, lora and lora.layer(i)))
     else:
         x, _ = jax.lax.scan(_remat(step, remat), x, (layers, lora and lora.tree))
-    return _norm(x, params["norm"], cfg), None
+    return _norm(x, params["norm"], cfg)
 
 
+@jax.named_scope("prefill")
 def prefill(
     params: Params, tokens: jax.Array, positions: jax.Array, cfg: ModelConfig, lora: Lora | None = None
 ) -> tuple[jax.Array, list[jax.Array], list[jax.Array]]:
-    """Hidden states [B,T,D] of prompts and, a layer, the keys and values [B,K,T,H] to cache."""
-    x = _embed(params, tokens)
-    angles = _angles(positions, cfg)
-    layers, ks, vs = params["layers"], [], []
-    for i in range(cfg.L):
-        weights = layers[i] if isinstance(layers, list) else {k: w[i] for k, w in layers.items()}
+    """Final hidden states [B,T,D] of prompts, and for each layer the keys and the values [B,K,T,H] to cache."""
+    x, angles, kept = _embed(params, tokens), _angles(positions, cfg), []
 
-        def attend(q, k, v):
-            ks.append(k.swapaxes(1, 2))
-            vs.append(v.swapaxes(1, 2))
-            return attention.attend(q, k, v, positions)
+    def attend(q, k, v):
+        return attention.attend(q, k, v, positions), (k.swapaxes(1, 2), v.swapaxes(1, 2))
 
-        x = _block(x, weights, lora and (lora.layer(i), lora.scale), angles, cfg, attend)
-    return _norm(x, params["norm"], cfg), ks, vs
+    for weights, pair in _each_layer(params, cfg, lora):
+        x, new = _block(x, weights, pair, angles, cfg, attend)
+        kept.append(new)
+    return _norm(x, params["norm"], cfg), [k for k, _ in kept], [v for _, v in kept]
+
+
+@jax.named_scope("decode_step")
+def decode_step(
+    params: Params,
+    tokens: jax.Array,
+    positions: jax.Array,
+    cfg: ModelConfig,
+    cache: Cache,
+    recent: Recent,
+    slot: jax.Array | int,
+    lora: Lora | None = None,
+) -> tuple[jax.Array, Recent]:
+    """Final hidden states [B,D] of one token [B] per row at positions [B], -1 where a row has ended.
+
+    The tokens are stored in slot `slot` of `recent`. Each row sees its token, its earlier ones and its prompt.
+    """
+    tokens, positions = tokens[:, None], positions[:, None]
+    x, angles, kept = _embed(params, tokens), _angles(positions, cfg), []
+    held = jax.lax.dynamic_update_slice(recent.held, positions, (0, slot))
+    live = (positions >= 0)[..., None]
+    own = live & (jnp.arange(cache.k[0].shape[2]) < cache.count[:, None])[:, None]
+    new, prompt = attention.visible(positions, held), live & cache.prompt_mask()[:, None]
+    for i, (weights, pair) in enumerate(_each_layer(params, cfg, lora)):
+
+        def attend(q, k, v, i=i):
+            k, v = _store(recent.k[i], k, slot), _store(recent.v[i], v, slot)
+            sets = [
+                (cache.k[i], cache.v[i], own, 1),
+                (k, v, new, 1),
+                (cache.prompt_k[i], cache.prompt_v[i], prompt, cache.entries),
+            ]
+            return attention.attend_cached(q, sets), (k, v)
+
+        x, stored = _block(x, weights, pair, angles, cfg, attend)
+        kept.append(stored)
+    hidden = _norm(x, params["norm"], cfg)[:, 0]
+    return hidden, Recent(tuple(k for k, _ in kept), tuple(v for _, v in kept), held)
 
 
 def unembedding(params: Params) -> jax.Array:
@@ -201,6 +208,7 @@ def unembedding(params: Params) -> jax.Array:
     return params.get("unembed", params["embed"])
 
 
+@jax.named_scope("unembed")
 def unembed(params: Params, hidden: jax.Array) -> jax.Array:
     """Float32 logits [..., V] of hidden states [..., D]."""
     return jnp.einsum("...d,vd->...v", hidden, unembedding(params), preferred_element_type=jnp.float32)
@@ -210,26 +218,40 @@ def unembed(params: Params, hidden: jax.Array) -> jax.Array:
 
 
 def _embed(params: Params, tokens: jax.Array) -> jax.Array:
-    """[B,T,D] of tokens [B,T]. Each device looks up its share of D for all rows: rows travel, not the table."""
+    """[B,T,D] of tokens [B,T]. Each device looks up its share of D for all rows, so that rows move and not the table."""
     x = constrain(params["embed"], "vd").at[constrain(tokens, "at")].get(mode="clip")
     return constrain(constrain(x, "atd"), "bt_")
 
 
+def _each_layer(params: Params, cfg: ModelConfig, lora: Lora | None) -> Iterator[tuple[dict, tuple | None]]:
+    """(weights, LoRA pair with its scale or None) of every layer, of stacked weights or of a list."""
+    layers = params["layers"]
+    for i in range(cfg.L):
+        weights = layers[i] if isinstance(layers, list) else {k: w[i] for k, w in layers.items()}
+        yield weights, lora and (lora.layer(i), lora.scale)
+
+
 def _block(x, weights, pair, angles, cfg, attend):
-    """One layer: x [B,T,D] -> [B,T,D]. `pair` is (this layer's LoRA, scale) or None."""
-    y = _norm(x, weights["attn_norm"], cfg)
-    q = _linear(y, weights, "q", pair)
-    k = _linear(y, weights, "k", pair)
-    v = _linear(y, weights, "v", pair)
-    if cfg.qk_norm:
-        q, k = _norm(q, weights["q_norm"], cfg), _norm(k, weights["k_norm"], cfg)
-    q, k = _rotate(q, angles), _rotate(k, angles)
-    x = x + _linear(constrain(attend(q, k, v), "btnh"), weights, "o", pair)
-    y = _norm(constrain(x, "bt_"), weights["mlp_norm"], cfg)
-    gate = _linear(y, weights, "gate", pair)
-    up = _linear(y, weights, "up", pair)
-    x = x + _linear(jax.nn.silu(gate) * up, weights, "down", pair)
-    return constrain(x, "bt_")
+    """One layer: x [B,T,D] -> ([B,T,D], what `attend` keeps).
+
+    `pair` is (this layer's LoRA, scale) or None. `attend` takes q [B,T,N,H], k and v [B,T,K,H] and returns the
+    attention's output [B,T,N,H] and whatever its caller keeps of k and v.
+    """
+    with jax.named_scope("attend"):
+        y = _norm(x, weights["attn_norm"], cfg)
+        q = _linear(y, weights, "q", pair)
+        k = _linear(y, weights, "k", pair)
+        v = _linear(y, weights, "v", pair)
+        if cfg.qk_norm:
+            q, k = _norm(q, weights["q_norm"], cfg), _norm(k, weights["k_norm"], cfg)
+        out, kept = attend(_rotate(q, angles), _rotate(k, angles), v)
+        x = x + _linear(constrain(out, "btnh"), weights, "o", pair)
+    with jax.named_scope("mlp"):
+        y = _norm(constrain(x, "bt_"), weights["mlp_norm"], cfg)
+        gate = _linear(y, weights, "gate", pair)
+        up = _linear(y, weights, "up", pair)
+        x = x + _linear(jax.nn.silu(gate) * up, weights, "down", pair)
+    return constrain(x, "bt_"), kept
 
 
 def _linear(x, weights, name, pair):
@@ -245,14 +267,14 @@ def _linear(x, weights, name, pair):
 
 
 def _times(x: jax.Array, w: jax.Array) -> jax.Array:
-    """x [B,T,*inputs] times w [*inputs,*outputs], inputs made one axis first: of two XLA may transpose the weight."""
+    """x [B,T,*inputs] times w [*inputs,*outputs]. Inputs become one axis first: with two, XLA may transpose the weight."""
     return jnp.tensordot(x.reshape(*x.shape[:2], -1), w.reshape(-1, *w.shape[x.ndim - 2 :]), 1)
 
 
 @jax.custom_vjp
 def _expand(z: jax.Array, b: jax.Array) -> jax.Array:
-    """z [B,T,R] times b [R,*outputs]. Its own gradient by b: JAX's puts the wide cotangent first in the product,
-    which XLA on a CPU transposes (and recomputes, transposed), for 25% of a training step."""
+    """z [B,T,R] times b [R,*outputs], with a gradient of its own for b: JAX's has the wide cotangent first in the
+    product, which XLA on a CPU transposes (and recomputes, transposed), for 25% of a training step."""
     return jnp.tensordot(z, b, 1)
 
 
@@ -287,7 +309,7 @@ def _rotate(x: jax.Array, angles: tuple[jax.Array, jax.Array]) -> jax.Array:
 
 
 def _store(recent: jax.Array, new: jax.Array, slot: jax.Array | int) -> jax.Array:
-    """Writes new [B,T,K,H] into recent [B,K,W,H] from a slot on."""
+    """Writes new [B,T,K,H] into recent [B,K,C,H] from a slot on."""
     return jax.lax.dynamic_update_slice(recent, new.swapaxes(1, 2).astype(recent.dtype), (0, 0, slot, 0))
 
 

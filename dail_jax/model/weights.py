@@ -1,8 +1,8 @@
 """Every weight, declared once. Shapes, initialisation, sharding, import, export and LoRA derive from here.
 
-`declare(cfg)` lists one `Weight` a name. `axes` are ours, `torch` are Hugging Face's, both in axis letters
+`declare(cfg)` lists one `Weight` per name. `axes` are ours, `torch` are Hugging Face's, both in axis letters
 (see `dail_jax.mesh`); a parenthesis is a flattened group: q is `dnh` here and `(nh)d` there. Weights with
-`{l}` in their Hugging Face name exist once a layer and are stacked on a leading L axis.
+`{l}` in their Hugging Face name exist once per layer and are stacked on a leading L axis.
 """
 
 from __future__ import annotations
@@ -100,7 +100,7 @@ def declare(cfg: ModelConfig) -> dict[str, Weight]:
             "k_norm": Weight("h", attention + "k_norm.weight", "h", init="ones"),
         }
     if not cfg.tied:
-        table["unembed"] = Weight("vd", "lm_head.weight", "vd", place="w_")  # as the loss wants it
+        table["unembed"] = Weight("vd", "lm_head.weight", "vd", place="w_")  # the layout that the loss needs
     return table
 
 
@@ -161,7 +161,7 @@ def init(key: jax.Array, cfg: ModelConfig, dtype=jnp.float32, std: float = 0.02)
 
 
 def unstack(params: Params) -> Params:
-    """The same weights with one array a layer: what decoding wants, which would else copy slices each step."""
+    """The same weights with one array per layer: otherwise decoding copies slices every step."""
     layers = params["layers"]
     if isinstance(layers, list):
         return params

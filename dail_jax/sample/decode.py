@@ -25,8 +25,8 @@ from dail_jax.model.lora import Lora
 from dail_jax.model.weights import Params
 from dail_jax.sample import mixture
 
-RUNNING, STOPPED, CUT = 0, 1, 2
-TILE = 16  # a TPU lays arrays whose slots are no multiple of this out in another order, and copies them at each call
+RUNNING, STOPPED, CUT, BROKEN = 0, 1, 2, 3
+TILE = 16  # cache slots come in multiples of this: a TPU lays out other arrays differently and copies them every call
 
 
 @dataclass(frozen=True)
@@ -55,20 +55,22 @@ class Rules:
 
 
 @struct.dataclass
-class State:
-    """Everything that lives between decode calls. n slots, R roles, E entries, S response tokens.
+class DecodeState:
+    """Everything that lives between decode calls. n slots, B = roles * n rows, T response tokens.
 
     Attributes:
-      cache: keys and values of R*n rows and of the prompts.
-      hidden: [rows, D], what the next token is drawn from.
-      prompt_hidden: [blocks, E, R, D], the hidden state at each prompt's end.
-      prompt_length: [blocks, E, R] int32.
-      start: [rows] int32, the position of each row's first response token.
-      key: [n, 2] uint32, one threefry key a slot, folded with the token's index at each draw.
-      length: [n] int32, tokens drawn so far.      limit: [n] int32, tokens to draw at most.
-      status: [n] int32, RUNNING, STOPPED or CUT.  live: [n] bool, false once finished or never admitted.
+      cache: keys and values of B rows and of the prompts.
+      hidden: [B, D], what the next token is drawn from.
+      prompt_hidden: [G, E, roles, D], the hidden state at each prompt's end.
+      prompt_length: [G, E, roles] int32.
+      start: [B] int32, the position of each row's first response token.
+      key: [n, 2] uint32, one threefry key per slot, folded with the token's index at each draw.
+      length: [n] int32, tokens drawn so far.
+      limit: [n] int32, tokens to draw at most.
+      status: [n] int32, RUNNING, STOPPED, CUT, or BROKEN where the logits were not finite; nothing is drawn then.
+      live: [n] bool, false once finished or never admitted.
       seen: [n, V] bool, tokens of the response so far (presence penalty).
-      tokens, logq, log_student, log_privileged, by_student: [n, S], the response.
+      tokens, logq, log_student, log_privileged, by_student: [n, T], the response.
     """
 
     cache: transformer.Cache
@@ -90,14 +92,14 @@ class State:
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def empty(grid: Grid, cfg: ModelConfig, dtype) -> State:
+def empty(grid: Grid, cfg: ModelConfig, dtype) -> DecodeState:
     """A state in which no slot is live."""
     n, rows = grid.slots, grid.slots * grid.roles
     own = -(-(grid.max_tokens + grid.chunk) // TILE) * TILE
     shared = grid.entries * grid.prompt_slots
     cache = transformer.empty_cache(cfg, rows, own, grid.blocks * grid.roles, shared, dtype, grid.entries)
     return _lay_out(
-        State(
+        DecodeState(
             cache=cache,
             hidden=jnp.zeros((rows, cfg.D), dtype),
             prompt_hidden=jnp.zeros((grid.blocks, grid.entries, grid.roles, cfg.D), dtype),
@@ -124,13 +126,13 @@ def load_prompt(
     cfg: ModelConfig,
     params: Params,
     lora: Lora | None,
-    state: State,
+    state: DecodeState,
     tokens: jax.Array,
     lengths: jax.Array,
     block: jax.Array,
     entry: jax.Array,
-) -> State:
-    """Prefills one problem's prompts, tokens [R, prompt_slots] padded on the right, into a block's entry."""
+) -> DecodeState:
+    """Prefills one problem's prompts, tokens [roles, prompt_slots] padded on the right, into a block's entry."""
     index = jnp.arange(grid.prompt_slots)
     positions = jnp.where(index < lengths[:, None], index, -1).astype(jnp.int32)
     hidden, ks, vs = transformer.prefill(params, tokens, positions, cfg, lora)
@@ -159,21 +161,27 @@ def load_prompt(
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=1)
 def admit(
-    grid: Grid, state: State, seed: jax.Array, chosen: jax.Array, entry: jax.Array, words: jax.Array, limit: jax.Array
-) -> State:
+    grid: Grid,
+    state: DecodeState,
+    seed: jax.Array,
+    chosen: jax.Array,
+    entry: jax.Array,
+    key_data: jax.Array,
+    limit: jax.Array,
+) -> DecodeState:
     """Starts a sample in every slot of `chosen` [n] bool, from its block's `entry` [n].
 
-    The slot's key is `seed` [2] folded with its words [n, W] uint32 (problem hash, sample), so that a sample's
-    randomness does not depend on where or when it runs.
+    The slot's key is `seed` [2] folded with each column of its key data [n, 3] uint32 (problem hash, sample), so that
+    a sample's randomness does not depend on where or when it runs.
     """
     blocks = jnp.repeat(jnp.arange(grid.blocks), grid.width)
     rows = lambda x: _to_rows(grid, x)  # noqa: E731
 
-    def fold(words):
+    def fold(data):
         key = jax.random.wrap_key_data(seed, impl="threefry2x32")
-        return jax.random.key_data(functools.reduce(jax.random.fold_in, words, key))
+        return jax.random.key_data(functools.reduce(jax.random.fold_in, data, key))
 
-    keys = jax.vmap(fold)(words)
+    keys = jax.vmap(fold)(key_data)
     hidden = rows(jnp.moveaxis(state.prompt_hidden[blocks, entry], 1, 0))
     start = rows(state.prompt_length[blocks, entry].T)
     fresh = rows(jnp.broadcast_to(chosen, (grid.roles, grid.slots)))
@@ -204,54 +212,67 @@ def decode(
     cfg: ModelConfig,
     params: Params,
     lora: Lora | None,
-    state: State,
+    state: DecodeState,
     rules: Rules,
-    knobs: mixture.Knobs,
-) -> State:
+    sampling: mixture.SamplingParams,
+) -> DecodeState:
     """`chunk` steps of every live slot, one token each."""
 
     def step(carry, slot):
         state, recent = carry
-        return _step(grid, cfg, params, lora, state, recent, slot, rules, knobs), None
+        return _step(grid, cfg, params, lora, state, recent, slot, rules, sampling), None
 
     recent = transformer.empty_recent(state.cache, grid.chunk)
     (state, recent), _ = jax.lax.scan(step, (state, recent), jnp.arange(grid.chunk))
-    return _lay_out(replace(state, cache=transformer.settle(state.cache, recent)))
+    return _lay_out(replace(state, cache=transformer.commit(state.cache, recent)))
 
 
 def _step(
-    grid, cfg, params, lora, state: State, recent: transformer.Recent, at, rules: Rules, knobs: mixture.Knobs
-) -> tuple[State, transformer.Recent]:
-    slot, index, now = jnp.arange(grid.slots), state.length, state.live
-    rows = lambda x: _to_rows(grid, jnp.broadcast_to(x, (grid.roles, *x.shape)))  # noqa: E731
+    grid: Grid,
+    cfg: ModelConfig,
+    params: Params,
+    lora: Lora | None,
+    state: DecodeState,
+    recent: transformer.Recent,
+    at: jax.Array,
+    rules: Rules,
+    sampling: mixture.SamplingParams,
+) -> tuple[DecodeState, transformer.Recent]:
+    """Draws a token per live slot and adds it to the rows' caches, in slot `at` of `recent`."""
+    index = state.length
     logits = transformer.unembed(params, _to_slots(grid, state.hidden)) + rules.bias
-    drawn = mixture.draw(logits, _uniform(state.key, index), knobs, state.seen)
+    drawn = mixture.draw_tokens(logits, _uniform(state.key, index), sampling, state.seen)
+    state = _record(grid, state, rules, drawn)
+    rows = lambda x: _to_rows(grid, jnp.broadcast_to(x, (grid.roles, *x.shape)))  # noqa: E731
+    position = jnp.where(rows(state.live), state.start + rows(jnp.minimum(index, grid.max_tokens - 1)), -1)
+    hidden, recent = transformer.decode_step(params, rows(drawn.token), position, cfg, state.cache, recent, at, lora)
+    return _lay_out(replace(state, hidden=hidden.astype(state.hidden.dtype))), recent
+
+
+def _record(grid: Grid, state: DecodeState, rules: Rules, drawn: mixture.DrawnTokens) -> DecodeState:
+    """The state with the drawn tokens in the responses of live slots, and those slots ended whose response is over."""
+    now, index = state.live & drawn.finite, state.length
     stopped, cut = rules.stops[drawn.token], index + 1 >= state.limit
-    place = (slot, jnp.where(now, index, grid.max_tokens))  # out of bounds: written nowhere
-    state = replace(
+    status = jnp.where(stopped, STOPPED, jnp.where(cut, CUT, RUNNING))
+    status = jnp.where(drawn.finite, status, BROKEN)
+    place = (jnp.arange(grid.slots), jnp.where(now, index, grid.max_tokens))  # out of bounds: written nowhere
+    return replace(
         state,
         length=jnp.where(now, index + 1, index),
-        status=jnp.where(now, jnp.where(stopped, STOPPED, jnp.where(cut, CUT, RUNNING)), state.status),
+        status=jnp.where(state.live, status, state.status),
         live=now & ~(stopped | cut),
-        seen=state.seen.at[slot, drawn.token].max(now),
+        seen=state.seen.at[place[0], drawn.token].max(now),
         tokens=state.tokens.at[place].set(drawn.token, mode="drop"),
         logq=state.logq.at[place].set(drawn.logq, mode="drop"),
         log_student=state.log_student.at[place].set(drawn.log_student, mode="drop"),
         log_privileged=state.log_privileged.at[place].set(drawn.log_privileged, mode="drop"),
         by_student=state.by_student.at[place].set(drawn.by_student, mode="drop"),
     )
-    position = state.start + rows(jnp.minimum(index, grid.max_tokens - 1))
-    position = jnp.where(rows(state.live), position, -1)[:, None]
-    hidden, grown = transformer.forward(
-        params, rows(drawn.token)[:, None], position, cfg, lora=lora, cache=state.cache, recent=recent, slot=at
-    )
-    assert grown is not None
-    return _lay_out(replace(state, hidden=hidden[:, 0].astype(state.hidden.dtype))), grown
 
 
 @jax.jit
-def read(state: State, slot: jax.Array) -> tuple[jax.Array, ...]:
-    """One slot's response: tokens, logq, log_student, log_privileged, by_student, each [S]."""
+def read(state: DecodeState, slot: jax.Array) -> tuple[jax.Array, ...]:
+    """One slot's response: tokens, logq, log_student, log_privileged, by_student, each [T]."""
     fields = (state.tokens, state.logq, state.log_student, state.log_privileged, state.by_student)
     return tuple(constrain(jax.lax.dynamic_index_in_dim(x, slot, keepdims=False), "_") for x in fields)
 
@@ -267,25 +288,25 @@ def _uniform(keys: jax.Array, index: jax.Array) -> jax.Array:
 
 
 def _to_rows(grid: Grid, x: jax.Array) -> jax.Array:
-    """[roles, n, ...] -> [rows, ...]."""
+    """[roles, n, ...] -> [B, ...]."""
     x = x.reshape(grid.roles, grid.blocks, grid.width, *x.shape[2:])
     return x.swapaxes(0, 1).reshape(-1, *x.shape[3:])
 
 
 def _to_slots(grid: Grid, x: jax.Array) -> jax.Array:
-    """[rows, ...] -> [roles, n, ...]."""
+    """[B, ...] -> [roles, n, ...]."""
     x = x.reshape(grid.blocks, grid.roles, grid.width, *x.shape[1:])
     return x.swapaxes(0, 1).reshape(grid.roles, grid.slots, *x.shape[3:])
 
 
-def _lay_out(state: State) -> State:
+def _lay_out(state: DecodeState) -> DecodeState:
     """Keeps caches sharded by row and kv head, and what the host reads replicated."""
     cache = state.cache
     shard = lambda xs: tuple(constrain(x, "bk__") for x in xs)  # noqa: E731
     cache = replace(
         cache, k=shard(cache.k), v=shard(cache.v), prompt_k=shard(cache.prompt_k), prompt_v=shard(cache.prompt_v)
     )
-    whole = {
+    replicated = {
         name: constrain(getattr(state, name), "_" * getattr(state, name).ndim)
         for name in (
             "length",
@@ -299,4 +320,4 @@ def _lay_out(state: State) -> State:
             "by_student",
         )
     }
-    return replace(state, cache=cache, hidden=constrain(state.hidden, "b_"), **whole)
+    return replace(state, cache=cache, hidden=constrain(state.hidden, "b_"), **replicated)

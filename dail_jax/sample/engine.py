@@ -1,9 +1,8 @@
 """The host side of sampling: a queue of requests over a grid of slots.
 
-A request is one problem: a prompt for each role and the samples to draw. Finished slots are refilled between
-chunks, so that no slot waits for the longest response. What a sample says depends on (seed, name, sample) and on
-the padded shapes of its program, which follow from its prompt's length and from the run's settings: never on its
-neighbours.
+Finished slots are refilled between chunks, so that no slot waits for the longest response. A sample's text depends on
+(seed, name, sample) and on the padded shapes of its program, which follow from its prompt's length and from the run's
+settings: never on its neighbours.
 """
 
 from __future__ import annotations
@@ -23,32 +22,9 @@ from dail_jax.model.families import ModelConfig
 from dail_jax.model.lora import Lora
 from dail_jax.model.weights import Params, unstack
 from dail_jax.sample import decode, mixture
+from dail_jax.sample.sampler import Request, ScoredSample
 
 CHUNK = 4
-
-
-@dataclass(frozen=True)
-class Request:
-    """One problem. `name` decides the randomness; `prompts` are token ids, one list a role."""
-
-    name: str
-    prompts: tuple[tuple[int, ...], ...]
-    samples: tuple[int, ...]
-    limit: int
-
-
-@dataclass(frozen=True)
-class Sample:
-    """A finished response. Arrays are [tokens]; `finish` is stop (a stop token, included) or length."""
-
-    name: str
-    sample: int
-    tokens: np.ndarray
-    logq: np.ndarray
-    log_student: np.ndarray
-    log_privileged: np.ndarray
-    by_student: np.ndarray
-    finish: str
 
 
 def bucket(length: int) -> int:
@@ -59,8 +35,8 @@ def bucket(length: int) -> int:
     return size * 3 // 4 if size > 32 and length <= size * 3 // 4 else size
 
 
-def words(name: str, sample: int) -> tuple[int, int, int]:
-    """What a sample's key is folded with: 64 bits of its problem's hash, and its index."""
+def key_data(name: str, sample: int) -> tuple[int, int, int]:
+    """What a sample's key is folded with: 64 bits of its request's name hashed, and its index."""
     digest = hashlib.sha256(name.encode("utf-8")).digest()
     return int.from_bytes(digest[:4], "big"), int.from_bytes(digest[4:8], "big"), sample
 
@@ -72,7 +48,6 @@ class Usage:
     live: int = 0
     drawn: int = 0
     steps: int = 0
-    chunks: int = 0
     prefills: int = 0
 
     @property
@@ -91,8 +66,8 @@ class _Entry:
 
 
 @dataclass
-class Sampler:
-    """Draws samples for requests with `run`. Reusable: programs compile once per prompt bucket."""
+class Engine:
+    """Our sampler: draws samples for requests with `run`. Reusable: programs compile once per prompt bucket."""
 
     params: Params
     cfg: ModelConfig
@@ -101,7 +76,7 @@ class Sampler:
     seed: int
     slots: int
     max_tokens: int
-    knobs: mixture.Knobs
+    sampling: mixture.SamplingParams
     roles: int = 1
     lora: Lora | None = None
     never: tuple[int, ...] = ()  # token ids that are never drawn
@@ -125,8 +100,9 @@ class Sampler:
         """The shapes for requests of up to `samples` samples.
 
         A block has a slot for each sample of a prompt, and room for more prompts, whose samples start where others
-        have ended: while the longest sample of a prompt runs, there is work for each slot thrice over. Less where
-        prompts would take a quarter of what the slots' own tokens take; where not even 2 fit, blocks are twice as wide.
+        have ended: while the longest sample of a prompt runs, every slot has work three times over. There is room for
+        fewer where prompts would take a quarter of the memory of the slots' own tokens; where not even 2 fit, blocks
+        are twice as wide.
         """
         shards = axis_size(self.mesh, "b")
         share = max(self.slots // shards, 1)
@@ -140,8 +116,23 @@ class Sampler:
                 break
         return decode.Grid(self.roles, blocks * shards, width, max(entries, 2), prompt_slots, self.max_tokens, CHUNK)
 
-    def run(self, requests: Iterable[Request]) -> Iterator[Sample]:
-        """Yields samples as they finish, bucket by bucket; the order depends on the slots, the samples do not."""
+    def figures(self) -> dict[str, float]:
+        """What was drawn and at what cost; empty where nothing was."""
+        usage = self.usage
+        if not usage.steps:
+            return {}
+        return {
+            "tokens": usage.live,
+            "occupancy": usage.occupancy,
+            "steps": usage.steps,
+            "prefills": usage.prefills,
+        }
+
+    def run(self, requests: Iterable[Request]) -> Iterator[ScoredSample]:
+        """Yields samples as they finish, bucket by bucket; the order depends on the slots, the samples do not.
+
+        Raises UserError where the model's logits are not finite.
+        """
         queues: dict[int, collections.deque[Request]] = collections.defaultdict(collections.deque)
         most = 1
         for request in requests:
@@ -152,7 +143,7 @@ class Sampler:
         for prompt_slots in sorted(queues):
             yield from self._run_bucket(self.grid(most, prompt_slots), queues[prompt_slots])
 
-    def _run_bucket(self, grid: decode.Grid, queue: collections.deque[Request]) -> Iterator[Sample]:
+    def _run_bucket(self, grid: decode.Grid, queue: collections.deque[Request]) -> Iterator[ScoredSample]:
         n = grid.slots
         state = decode.empty(grid, self.cfg, self.params["norm"].dtype)
         entries: list[list[_Entry | None]] = [[None] * grid.entries for _ in range(grid.blocks)]
@@ -162,28 +153,29 @@ class Sampler:
             state = self._refill(grid, state, queue, entries, running, counted)
             if not any(running):
                 return
-            state = decode.decode(grid, self.cfg, self.params, self.lora, state, self.rules, self.knobs)
+            state = decode.decode(grid, self.cfg, self.params, self.lora, state, self.rules, self.sampling)
             live, length, status = (np.asarray(x) for x in jax.device_get((state.live, state.length, state.status)))
             busy = np.array([r is not None for r in running])
             fresh = int((length - counted)[busy].sum())
             self.usage.live += fresh
-            self.usage.chunks += 1
             self.usage.steps += grid.chunk
             self.usage.drawn += n * grid.chunk
             counted = np.where(busy, length, 0)
+            _refuse_broken(running, status, length)
             for slot in np.flatnonzero(busy & ~live):
                 entry, sample = running[slot]  # pyright: ignore[reportGeneralTypeIssues]
                 running[slot] = None
                 entry.running -= 1
                 finish = "stop" if status[slot] == decode.STOPPED else "length"
                 fields = (np.asarray(x)[: length[slot]] for x in jax.device_get(decode.read(state, slot)))
-                yield Sample(entry.request.name, sample, *fields, finish=finish)  # pyright: ignore[reportCallIssue]
+                tokens, *scores = fields
+                yield ScoredSample(entry.request.name, sample, tokens, finish, *scores)
 
-    def _refill(self, grid, state, queue, entries, running, counted) -> decode.State:
+    def _refill(self, grid, state, queue, entries, running, counted) -> decode.DecodeState:
         """Loads prompts into free entries and starts waiting samples in free slots."""
         n = grid.slots
         chosen, entry_of = np.zeros(n, bool), np.zeros(n, np.int32)
-        key_words, limit = np.zeros((n, 3), np.uint32), np.zeros(n, np.int32)
+        data, limit = np.zeros((n, 3), np.uint32), np.zeros(n, np.int32)
         for slot in [s for s in range(n) if running[s] is None]:
             block = slot // grid.width
             index, state = self._entry_with_work(grid, state, queue, entries[block], block)
@@ -195,10 +187,10 @@ class Sampler:
             running[slot] = (entry, sample)
             counted[slot] = 0
             chosen[slot], entry_of[slot], limit[slot] = True, index, entry.request.limit
-            key_words[slot] = words(entry.request.name, sample)
+            data[slot] = key_data(entry.request.name, sample)
         if not chosen.any():
             return state
-        return decode.admit(grid, state, self.key, chosen, entry_of, key_words, limit)
+        return decode.admit(grid, state, self.key, chosen, entry_of, data, limit)
 
     def _entry_with_work(self, grid, state, queue, entries: list[_Entry | None], block: int):
         """(index of an entry of this block that has waiting samples, or None; the state), loading one if need be."""
@@ -218,3 +210,20 @@ class Sampler:
                     grid, self.cfg, self.params, self.lora, state, tokens, lengths, block, index
                 )
         return None, state
+
+
+def _refuse_broken(running: list[tuple[_Entry, int] | None], status: np.ndarray, length: np.ndarray) -> None:
+    """Raises UserError where a running slot met logits that are not finite.
+
+    It names the one that broke earliest: a prompt whose keys are NaN breaks the other rows of its block, too, since
+    they share its buffer, but itself it breaks at its first token.
+    """
+    broken = [slot for slot, work in enumerate(running) if work is not None and status[slot] == decode.BROKEN]
+    if not broken:
+        return
+    slot = min(broken, key=lambda slot: length[slot])
+    entry, sample = running[slot]  # pyright: ignore[reportGeneralTypeIssues]
+    raise UserError(
+        f"the model's logits are not finite for token {length[slot]} of sample {sample} of {entry.request.name}: check "
+        "the weights and the adapter for damage (NaN or infinite values), or set model.dtype to float32"
+    )

@@ -1,4 +1,4 @@
-"""The distribution that a token is drawn from, in closed form, and the draw itself.
+"""The distribution that a token is drawn from, in closed form, and drawing from it.
 
 The student proposes, the privileged student keeps a proposal v when p_T(v) >= tau, and writes the token itself
 after n refusals. With S and T their distributions after temperature and truncation, A = {v : p_T(v) >= tau}
@@ -13,6 +13,7 @@ One draw from q replaces the rejection loop, and log q is the exact behaviour po
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
@@ -26,7 +27,7 @@ _ONE_AS_BITS = 0x3F800000
 
 
 @struct.dataclass
-class Knobs:
+class SamplingParams:
     """Sampling parameters as traced scalars: changing one never recompiles."""
 
     temperature: jax.Array
@@ -37,8 +38,8 @@ class Knobs:
     proposals: jax.Array
 
 
-def knobs(sampling: config_lib.Sampling, tau: float = 0.0, proposals: int = 1) -> Knobs:
-    return Knobs(
+def sampling_params(sampling: config_lib.Sampling, tau: float = 0.0, proposals: int = 1) -> SamplingParams:
+    return SamplingParams(
         temperature=jnp.float32(sampling.temperature),
         top_p=jnp.float32(sampling.top_p),
         top_k=jnp.int32(sampling.top_k),
@@ -48,7 +49,7 @@ def knobs(sampling: config_lib.Sampling, tau: float = 0.0, proposals: int = 1) -
     )
 
 
-def truncated(logits: jax.Array, k: Knobs) -> jax.Array:
+def truncated(logits: jax.Array, k: SamplingParams) -> jax.Array:
     """Probabilities [..., V] of float32 logits after temperature, top-k, then top-p (ties at the edge are kept).
 
     Temperature 0 is all mass on the first largest logit.
@@ -64,7 +65,7 @@ def truncated(logits: jax.Array, k: Knobs) -> jax.Array:
 def _cut(probs: jax.Array, wanted: jax.Array, enough: Callable[[jax.Array, jax.Array], jax.Array]) -> jax.Array:
     """The smallest upper set that is `enough`, normalised, where that is wanted; found without sorting.
 
-    What a branch returns is copied, so only the threshold is found in one: a copy of [n, V] costs as much as a draw.
+    What a branch returns is copied, so a branch finds only the threshold: copying [n, V] costs as much as drawing.
     """
     bits = jax.lax.bitcast_convert_type(probs, jnp.int32)  # of non-negative floats: same order as the floats
     least = jnp.zeros((*bits.shape[:-1], 1), jnp.int32)
@@ -86,15 +87,15 @@ def _largest(bits: jax.Array, enough: Callable[[jax.Array], jax.Array]) -> jax.A
     return jax.lax.fori_loop(0, 31, halve, (low, jnp.full_like(low, _ONE_AS_BITS + 2)))[0]
 
 
-def accepted_mass(student: jax.Array, acceptance: jax.Array, k: Knobs) -> jax.Array:
+def accepted_mass(student: jax.Array, acceptance: jax.Array, k: SamplingParams) -> jax.Array:
     """a = S(A) [...]: how likely a proposal is kept. `acceptance` is p_T on the full softmax; both are [..., V]."""
     return jnp.minimum(jnp.where(acceptance >= k.tau, student, 0).sum(-1), 1.0)
 
 
 def mix(
-    student: jax.Array, privileged: jax.Array, acceptance: jax.Array, a: jax.Array, k: Knobs
+    student: jax.Array, privileged: jax.Array, acceptance: jax.Array, a: jax.Array, k: SamplingParams
 ) -> tuple[jax.Array, jax.Array]:
-    """(mass from accepted proposals, mass written by the privileged student); q is their sum. Token by token."""
+    """(mass from accepted proposals, mass written by the privileged student), per token; q is their sum."""
     refused = (1 - a) ** k.proposals
     scale = jnp.where(a > 0, (1 - refused) / jnp.maximum(a, 1e-30), 0)
     return jnp.where(acceptance >= k.tau, student, 0) * scale, refused * privileged
@@ -115,7 +116,7 @@ def inverse_cdf(weights: jax.Array, u: jax.Array) -> jax.Array:
 
 
 def _pass(weights: jax.Array, target: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """The first positive entry whose running sum exceeds target (else the last positive one), and what is left."""
+    """The first positive entry whose running sum exceeds target (otherwise the last positive one), and what is left."""
     running = jnp.cumsum(weights, -1)
     positive = weights > 0
     hit = positive & (running > target[..., None])
@@ -126,17 +127,18 @@ def _pass(weights: jax.Array, target: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 @struct.dataclass
-class Draw:
+class DrawnTokens:
     """A token for each of n slots, and how it came about."""
 
     token: jax.Array  # [n] int32
     logq: jax.Array  # [n] log-probability under the distribution that was drawn from
     log_student: jax.Array  # [n]; equals logq where one role runs alone
     log_privileged: jax.Array  # [n]
-    by_student: jax.Array  # [n] bool: an accepted proposal, else written by the privileged student
+    by_student: jax.Array  # [n] bool: an accepted proposal, otherwise written by the privileged student
+    finite: jax.Array  # [n] bool: whether no role's logits held NaN or +inf; where False, the rest means nothing
 
 
-def draw(logits: jax.Array, u: jax.Array, k: Knobs, seen: jax.Array | bool = False) -> Draw:
+def draw_tokens(logits: jax.Array, u: jax.Array, k: SamplingParams, seen: jax.Array | bool = False) -> DrawnTokens:
     """Draws from logits [roles, n, V] (roles: student, or student and privileged student) with u [n, 2] in [0, 1).
 
     `seen` [n, V] bool are the tokens that the presence penalty falls on.
@@ -144,23 +146,28 @@ def draw(logits: jax.Array, u: jax.Array, k: Knobs, seen: jax.Array | bool = Fal
 
     def plain(logits):
         probs = jax.nn.softmax(logits, axis=-1)
-        return _draw(probs, probs[-1], u, k)
+        drawn = _draw(probs, probs[-1], u, k)
+        # One bad logit makes its whole softmax NaN, so looking at one token is enough, and costs no pass over V.
+        token = jnp.broadcast_to(drawn.token, probs.shape[:2])
+        return replace(drawn, finite=jnp.isfinite(_at(probs, token)).all(0))
 
     def altered(logits):
+        finite = jnp.isfinite(logits.max(-1)).all(0)  # truncation and temperature 0 can hide a NaN
         logits = logits - k.presence_penalty * seen
-        return _draw(truncated(logits, k), jax.nn.softmax(logits[-1], axis=-1), u, k)
+        drawn = _draw(truncated(logits, k), jax.nn.softmax(logits[-1], axis=-1), u, k)
+        return replace(drawn, finite=finite)
 
-    # Chosen out here, so that the branches return small arrays: a copy of [n, V] costs as much as the draw.
+    # Chosen out here, so that the branches return small arrays: copying [n, V] costs as much as drawing.
     is_plain = (k.temperature == 1) & (k.top_k <= 0) & (k.top_p >= 1) & (k.presence_penalty == 0)
     return jax.lax.cond(is_plain, plain, altered, logits)
 
 
-def _draw(probs: jax.Array, acceptance: jax.Array, u: jax.Array, k: Knobs) -> Draw:
-    """`probs` [roles, n, V] are S and T, `acceptance` [n, V] is p_T on the full softmax."""
+def _draw(probs: jax.Array, acceptance: jax.Array, u: jax.Array, k: SamplingParams) -> DrawnTokens:
+    """`probs` [roles, n, V] are S and T, `acceptance` [n, V] is p_T on the full softmax; `finite` is not looked at."""
     if probs.shape[0] == 1:
         token = inverse_cdf(probs[0], u[:, 0])
-        logq = _log(_at(probs[0], token))
-        return Draw(token, logq, logq, logq, jnp.ones_like(token, bool))
+        logq, yes = _log(_at(probs[0], token)), jnp.ones_like(token, bool)
+        return DrawnTokens(token, logq, logq, logq, by_student=yes, finite=yes)
     student, privileged = probs
     a = accepted_mass(student, acceptance, k)
     kept, written = mix(student, privileged, acceptance, a[:, None], k)
@@ -168,12 +175,13 @@ def _draw(probs: jax.Array, acceptance: jax.Array, u: jax.Array, k: Knobs) -> Dr
     s, t = _at(student, token), _at(privileged, token)
     from_student, from_privileged = mix(s, t, _at(acceptance, token), a, k)
     q = from_student + from_privileged
-    return Draw(
+    return DrawnTokens(
         token=token,
         logq=_log(q),
         log_student=_log(s),
         log_privileged=_log(t),
         by_student=u[:, 1] * q < from_student,
+        finite=jnp.ones_like(token, bool),
     )
 
 

@@ -34,8 +34,8 @@ def run(
     console.print(table(rows))
     kernels = f"{programs.KERNEL_EFFICIENCY:.0%}"
     log(
-        "GB a device; sampling's peak counts the weights as training holds them, too. FLOPs, bytes and time: of one "
-        "update; of decoding, one token. Time: the compiler's model, plus "
+        "GB per device; sampling's peak includes the weights that training holds. FLOPs, bytes and time are per update, "
+        "or per token for decoding. Time: the compiler's model, plus "
         f"attention kernels at {kernels} of the peak. Utilisation: useful FLOPs, by arithmetic, in that time; of "
         "decoding, bytes moved over bytes that must be read."
     )
@@ -45,7 +45,7 @@ def run(
         rundir.write_atomic(Path(out), "".join(lines))
 
 
-def table(rows: list[programs.Row]) -> Table:
+def table(rows: list[programs.ProgramReport]) -> Table:
     heads = (
         "program",
         "compile",

@@ -28,10 +28,10 @@ from dail_jax.evaluate import files, protocol
 from dail_jax.evaluate.grading import Grader
 from dail_jax.metrics import Metrics, console, log, progress
 from dail_jax.rundir import Interrupt, Interrupted, Journal, RunDir, json_line, sha256, write_atomic
-from dail_jax.sample.engine import Request, Sampler
+from dail_jax.sample.sampler import Request, Sampler, checked
+from dail_jax.stages import samplers
 from dail_jax.stages.generate import report_usage
 from dail_jax.stages.session import Session, open_session
-from dail_jax.stages.train import trained_lora
 from dail_jax.text import open_tag
 
 JOURNAL, FORCED = "samples.partial.jsonl", "forced.partial.jsonl"
@@ -70,6 +70,7 @@ def run(config: config_lib.Config) -> None:
     if not cfg.benchmarks:
         log("evaluate: nothing to do (no evaluate.benchmarks)")
         return
+    samplers.find(cfg.sampler)
     tables = {b.name: read_rows(b.rows, ("problem", "answer")[: 1 + (b.answer != "none")]) for b in cfg.benchmarks}
     inputs = {name: dataset_hash(rows) for name, rows in tables.items()}
     tables = gradable(cfg, tables)
@@ -166,9 +167,9 @@ def problems(session: Session, tables: dict[str, list[Row]]) -> list[Problem]:
 def draw(session: Session, todo: list[Problem], run_dir: RunDir) -> list[dict]:
     """Ungraded rows of samples.jsonl, drawing what the journals do not have."""
     config, cfg = session.config, session.config.evaluate
-    lora = peft.load(cfg.adapter, session.model, session.mesh)[0] if cfg.adapter else trained_lora(session, run_dir)
+    open_sampler = samplers.find(cfg.sampler)(session, run_dir)
     metrics = Metrics(run_dir.path, config.log, "evaluate")
-    sampler = session.sampler(cfg.sampling, slots=cfg.slots, max_tokens=cfg.sampling.max_tokens, lora=lora)
+    sampler = open_sampler(cfg.sampling.max_tokens)
     requests = [Request(p.key, (p.prompt,), tuple(range(cfg.samples)), cfg.sampling.max_tokens) for p in todo]
     drawn = collect(sampler, requests, run_dir.path / JOURNAL, "evaluating", cfg.samples)
     report_usage(sampler, metrics)
@@ -184,7 +185,7 @@ def draw(session: Session, todo: list[Problem], run_dir: RunDir) -> list[dict]:
             if must_force(session, p, s, budget)
         ]
         if requests:
-            sampler = session.sampler(cfg.sampling, slots=cfg.slots, max_tokens=cfg.force.max_tokens, lora=lora)
+            sampler = open_sampler(cfg.force.max_tokens)
             forced = collect(sampler, requests, run_dir.path / FORCED, "forcing answers", 1)
     metrics.close()
     return [row for p in todo for s in drawn[p.key] for row in rows_of(session, p, s, forced)]
@@ -197,7 +198,7 @@ def collect(sampler: Sampler, requests: list[Request], path: Path, label: str, c
     finished: dict[str, list[dict]] = {row["name"]: row["samples"] for row in rows}
     parts: dict[str, list] = collections.defaultdict(list)
     with progress(label, len(requests), "problems", len(finished)) as bar, Interrupt() as interrupt:
-        for s in sampler.run([r for r in requests if r.name not in finished]):
+        for s in checked(sampler, [r for r in requests if r.name not in finished]):
             parts[s.name].append({"sample": s.sample, "ids": s.tokens.tolist(), "finish": s.finish})
             if len(parts[s.name]) < count:
                 continue

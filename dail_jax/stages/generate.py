@@ -25,7 +25,7 @@ from dail_jax.evaluate import files
 from dail_jax.evaluate.grading import Grader, extract
 from dail_jax.metrics import Metrics, log, progress
 from dail_jax.rundir import Interrupt, Interrupted, Journal, RunDir, json_line, write_atomic
-from dail_jax.sample.engine import Request, Sample, Sampler
+from dail_jax.sample.sampler import Request, Sampler, ScoredSample
 from dail_jax.stages.session import Session, open_session
 
 JOURNAL, TOLD = "traces.partial.jsonl", "told.partial.jsonl"
@@ -129,7 +129,7 @@ def roll_out(
         proposals=cfg.proposals,
         roles=len(roles),
     )
-    parts: dict[str, list[Sample]] = collections.defaultdict(list)
+    parts: dict[str, list[ScoredSample]] = collections.defaultdict(list)
     total = len(requests) + len(finished)
     with progress("generating", total, "problems", len(finished)) as bar, Interrupt() as interrupt:
         for sample in sampler.run(requests):
@@ -172,18 +172,11 @@ def filters_of(config: config_lib.Config) -> config_lib.Filters:
 
 
 def report_usage(sampler: Sampler, metrics: Metrics) -> None:
-    usage = sampler.usage
-    if usage.chunks:
-        metrics.write(
-            0,
-            tokens=usage.live,
-            occupancy=usage.occupancy,
-            steps=usage.steps,
-            prefills=usage.prefills,
-        )
+    if figures := sampler.figures():
+        metrics.write(0, **figures)
 
 
-def to_row(session: Session, row: Row, prompts, roles: tuple[str, ...], s: Sample) -> dict:
+def to_row(session: Session, row: Row, prompts, roles: tuple[str, ...], s: ScoredSample) -> dict:
     """A line of traces.jsonl; see README for its fields."""
     student, privileged = s.log_student, s.log_privileged
     by_student = s.by_student if "student" in roles else np.zeros_like(s.by_student)

@@ -23,7 +23,8 @@ from dail_jax.errors import UserError
 from dail_jax.evaluate.grading import AnswerType, Grader, extract
 from dail_jax.metrics import Metrics, log, progress
 from dail_jax.rundir import Interrupt, Interrupted, RunDir
-from dail_jax.sample.engine import Request, Sample, Sampler
+from dail_jax.sample.engine import Engine
+from dail_jax.sample.sampler import Request, ScoredSample
 from dail_jax.stages.generate import read_traces
 from dail_jax.stages.session import Session
 from dail_jax.stages.train import abstract_state, complain, prepare, roles_of
@@ -93,7 +94,7 @@ def places(count: int, size: int, number: int, seed: int) -> list[int]:
 
 
 def play(
-    session: Session, sampler: Sampler, grader: Grader, tasks: list[Task], number: int, interrupt: Interrupt
+    session: Session, sampler: Engine, grader: Grader, tasks: list[Task], number: int, interrupt: Interrupt
 ) -> tuple[list[Example], dict[str, float]] | None:
     """A round's examples, group by group, and its figures; None when it was interrupted."""
     cfg, online = session.config.train, session.config.train.online
@@ -132,10 +133,10 @@ def play(
 
 
 def draw(
-    sampler: Sampler, prompts: dict[str, tuple[int, ...]], group: int, interrupt: Interrupt
-) -> dict[str, list[Sample]] | None:
+    sampler: Engine, prompts: dict[str, tuple[int, ...]], group: int, interrupt: Interrupt
+) -> dict[str, list[ScoredSample]] | None:
     """`group` samples for each name, in order; None when it was interrupted."""
-    found: dict[str, list[Sample]] = {name: [] for name in prompts}
+    found: dict[str, list[ScoredSample]] = {name: [] for name in prompts}
     requests = [Request(name, (p,), tuple(range(group)), sampler.max_tokens) for name, p in prompts.items()]
     for sample in sampler.run(requests):
         found[sample.name].append(sample)
@@ -144,11 +145,11 @@ def draw(
     return {name: sorted(samples, key=lambda s: s.sample) for name, samples in found.items()}
 
 
-def grade(session: Session, grader: Grader, tasks: list[Task], groups: list[list[Sample]]) -> np.ndarray:
+def grade(session: Session, grader: Grader, tasks: list[Task], groups: list[list[ScoredSample]]) -> np.ndarray:
     """1 for a right answer, else 0: [problems, group]."""
     opening = session.config.prompts.opening
 
-    def answer(s: Sample) -> str | None:
+    def answer(s: ScoredSample) -> str | None:
         kept = s.tokens[:-1] if s.finish == "stop" else s.tokens
         text = opening + session.tokenizer.decode(kept.tolist(), keep_special=True)
         return extract(text, tag=open_tag(opening) or "think")

@@ -128,7 +128,7 @@ def train(params, model, cfg: config_lib.Pretrain, examples, seed: int, metrics:
 @functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=(2, 3))
 def _update(model, tx, params, state, batch):
     def loss(params):
-        hidden, _ = transformer.forward(params, batch["tokens"], batch["positions"], model)
+        hidden = transformer.encode(params, batch["tokens"], batch["positions"], model)
         total = objectives.cross_entropy(hidden, batch["targets"], batch["mask"] > 0, transformer.unembedding(params))
         return total / jnp.maximum(batch["mask"].sum(), 1)
 

@@ -21,15 +21,19 @@ from dail_jax.text import Tokenizer, load_tokenizer, stop_ids
 
 @dataclass(frozen=True)
 class Session:
-    """A loaded model. Open one with `open_session`."""
+    """A model, its tokenizer and its prompts. Open one with `open_session`."""
 
     config: config_lib.Config
     mesh: jax.sharding.Mesh
-    params: weights.Params
     model: ModelConfig
     tokenizer: Tokenizer
     prompts: PromptBuilder
     stops: tuple[int, ...]
+
+    @property
+    def params(self) -> weights.Params:
+        """The frozen weights; loaded at first use, once per process."""
+        return _weights(self.config.model.path, self.config.model.dtype, self.mesh)
 
     def sampler(
         self,
@@ -41,7 +45,7 @@ class Session:
         proposals: int = 1,
         roles: int = 1,
         lora=None,
-    ) -> engine.Sampler:
+    ) -> engine.Engine:
         """A sampler of this model; `sampling.suppress` names tokens that are never drawn."""
         never = []
         for text in sampling.suppress:
@@ -51,7 +55,7 @@ class Session:
                     f"got {text!r}, which is {len(ids)} tokens, want a single token", field="sampling.suppress"
                 )
             never.append(ids[0])
-        return engine.Sampler(
+        return engine.Engine(
             decoding_weights(self.config.model.path, self.config.model.dtype, self.mesh),
             self.model,
             self.mesh,
@@ -59,7 +63,7 @@ class Session:
             self.config.seed,
             slots,
             max_tokens,
-            mixture.knobs(sampling, tau, proposals),
+            mixture.sampling_params(sampling, tau, proposals),
             roles,
             lora,
             tuple(never),
@@ -68,8 +72,8 @@ class Session:
 
 
 def open_session(config: config_lib.Config) -> Session:
-    """Loads the model of a configuration onto the mesh; the weights are loaded once a process."""
-    if config.model.dtype == "float32":  # or else GPUs and TPUs multiply in fewer bits
+    """Reads everything of a model but its weights; raises UserError."""
+    if config.model.dtype == "float32":  # otherwise GPUs and TPUs multiply in fewer bits
         jax.config.update("jax_default_matmul_precision", "highest")
     mesh = mesh_lib.make_mesh(config.mesh)
     folder = config.model.path
@@ -81,8 +85,7 @@ def open_session(config: config_lib.Config) -> Session:
             file=config.model.tokenizer or folder,
         )
     prompts = PromptBuilder(tokenizer, config.prompts, config.waypoints)
-    params = _weights(folder, config.model.dtype, mesh)
-    return Session(config, mesh, params, model, tokenizer, prompts, stop_ids(folder, tokenizer))
+    return Session(config, mesh, model, tokenizer, prompts, stop_ids(folder, tokenizer))
 
 
 @functools.lru_cache(maxsize=1)
@@ -92,7 +95,7 @@ def _weights(folder: str, dtype: str, mesh: jax.sharding.Mesh) -> weights.Params
 
 @functools.lru_cache(maxsize=1)
 def decoding_weights(folder: str, dtype: str, mesh: jax.sharding.Mesh) -> weights.Params:
-    """The weights with one array a layer, as decoding wants them."""
+    """The weights with one array per layer, for decoding."""
     return jax.jit(weights.unstack)(_weights(folder, dtype, mesh))
 
 

@@ -55,7 +55,7 @@ def response_states(
     recipe: Recipe, params: Params, lora: lora_lib.Lora | None, tokens: jax.Array, positions: jax.Array, length: int
 ) -> jax.Array:
     """Final states [B, length, D] that predict the response, the last `length` columns of tokens [B, W]."""
-    hidden, _ = transformer.forward(params, tokens, positions, recipe.model, lora=lora, remat=recipe.remat)
+    hidden = transformer.encode(params, tokens, positions, recipe.model, lora=lora, remat=recipe.remat)
     start = tokens.shape[1] - length - 1
     return hidden[:, start : start + length]
 
