@@ -1,5 +1,6 @@
 """Adapters through peft, checkpoints through Orbax, folders that are damaged."""
 
+import dataclasses
 import json
 
 import jax
@@ -69,10 +70,24 @@ def test_peft_loads_the_adapter_with_equal_logits(model, lora, one_device, tmp_p
         ("r", 4, "shape"),
         ("target_modules", ["q_proj"], "superfluous"),
         ("target_modules", ["qkv"], "qkv"),
-        ("use_dora", True, "use_dora"),
-        ("peft_type", "IA3", "LoRA"),
-        ("bias", "all", "all"),
+        ("target_modules", ["q_proj", {}], "list of modules"),
+        ("target_modules", "all-linear", "list of modules"),
+        ("peft_type", "IA3", "'LORA'"),
+        ("task_type", "SEQ_CLS", "task_type: got 'SEQ_CLS', want 'CAUSAL_LM'"),
+        ("bias", "all", "bias: got 'all', want 'none'"),
         ("r", 0, "positive"),
+        ("r", 3.0, "positive whole number"),
+        ("r", 2.5, "positive whole number"),
+        ("r", True, "positive whole number"),
+        ("lora_alpha", 0, "positive number"),
+        ("lora_alpha", "6", "positive number"),
+        ("layers_to_transform", 0, "layers_to_transform: got 0, which is not supported"),
+        ("init_lora_weights", "pissa", "init_lora_weights: got 'pissa', which need not leave the base model"),
+        ("init_lora_weights", "pissa_niter_4", "need not leave the base model as it is"),
+        ("init_lora_weights", "olora", "need not leave the base model as it is"),
+        ("init_lora_weights", "corda", "need not leave the base model as it is"),
+        ("init_lora_weights", "loftq", "need not leave the base model as it is"),
+        ("a_field_of_tomorrow", {"scale": 2}, "a_field_of_tomorrow: got .*, which is not supported"),
     ],
 )
 def test_adapters_that_do_not_fit_are_refused(model, lora, one_device, tmp_path, field, value, words):
@@ -84,6 +99,70 @@ def test_adapters_that_do_not_fit_are_refused(model, lora, one_device, tmp_path,
         peft.load(tmp_path / "a", model[3], one_device)
     with pytest.raises(UserError, match="exists"):
         peft.save(tmp_path / "a", lora, model[3], LORA, "base")
+
+
+VALUES = {bool: True, int: 4, str: "some", list: [1], dict: {"x": 1}}  # none of them a default
+
+
+def test_every_field_of_peft_is_read_or_refused(model, lora, one_device, tmp_path):
+    """As the installed version has them: its defaults load, and what it could change is refused by name."""
+    peft.save(tmp_path / "a", lora, model[3], LORA, "base")
+    (tmp_path / "a" / hf.MANIFEST).unlink()
+    file = tmp_path / "a" / "adapter_config.json"
+    ours = json.loads(file.read_text())
+    config = peft_library.LoraConfig(task_type="CAUSAL_LM", r=3, lora_alpha=6, target_modules=ours["target_modules"])
+    config.save_pretrained(str(tmp_path / "theirs"))
+    theirs = json.loads((tmp_path / "theirs" / "adapter_config.json").read_text())
+    file.write_text(json.dumps(theirs))
+    again, settings = peft.load(tmp_path / "a", model[3], one_device)
+    assert settings == LORA and again.scale == lora.scale
+    fields = {field.name for field in dataclasses.fields(peft_library.LoraConfig)}
+    assert len(fields) > 30 and {"use_dora", "fan_in_fan_out", "lora_bias", "trainable_token_indices"} < fields
+    assert peft.INERT | peft.READ | peft.ONLY.keys() <= fields
+    for name in fields - peft.INERT - peft.READ - peft.ONLY.keys():
+        value = VALUES[type(theirs[name])] if theirs.get(name) is not None else [0]
+        file.write_text(json.dumps({**theirs, name: value}))
+        with pytest.raises(UserError, match=f"adapter_config.json:{name}: got .*, which is not supported") as error:
+            peft.load(tmp_path / "a", model[3], one_device)
+        assert "\n" not in str(error.value)
+
+
+def test_rank_stabilised_adapters_scale_as_peft_does(model, lora, one_device, tmp_path):
+    folder, theirs, params, cfg = model
+    peft.save(tmp_path / "a", lora, cfg, LORA, str(folder))
+    (tmp_path / "a" / hf.MANIFEST).unlink()
+    file = tmp_path / "a" / "adapter_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "use_rslora": True}))
+    again, _ = peft.load(tmp_path / "a", cfg, one_device)
+    assert again.scale == pytest.approx(6 / 3**0.5)
+    tokens, positions = batch()
+    adapted = peft_library.PeftModel.from_pretrained(type(theirs).from_pretrained(folder), tmp_path / "a").eval()
+    hidden, _ = transformer.forward(params, tokens, positions, cfg, lora=again)
+    want = expected(adapted, tokens, positions)
+    assert close(transformer.unembed(params, hidden), want, positions >= 0) < 1e-4
+
+
+def test_an_adapter_of_another_base_model_is_refused(model, lora, tmp_path):
+    folder, _, params, cfg = model
+    peft.save(tmp_path / "a", lora, cfg, LORA, str(folder))
+    file = tmp_path / "a" / "adapter_config.json"
+    ours = json.loads(file.read_text())
+    base.save(tmp_path / "converted", params, folder)
+    cached = tmp_path / "models--Qwen--Qwen3-0.6B" / "snapshots" / "c1899de2"
+    cached.mkdir(parents=True)
+    for name, here in (
+        (str(folder), folder),
+        (str(folder), tmp_path / "converted"),
+        ("org/QWEN3", folder),
+        ("Qwen/Qwen3-0.6B", cached),
+        (None, folder),
+    ):
+        file.write_text(json.dumps({**ours, "base_model_name_or_path": name}))
+        peft.refuse_other_base(tmp_path / "a", here)
+    for name, here in (("Qwen/Qwen3-8B", folder), ("Qwen/Qwen3-8B", cached), (str(folder), cached)):
+        file.write_text(json.dumps({**ours, "base_model_name_or_path": name}))
+        with pytest.raises(UserError, match=r"base_model_name_or_path: got an adapter of .* but the model is"):
+            peft.refuse_other_base(tmp_path / "a", here)
 
 
 def copy(folder, target):

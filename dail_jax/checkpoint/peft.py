@@ -12,6 +12,7 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from dail_jax import config as config_lib
+from dail_jax import strict_json
 from dail_jax.checkpoint.hf import Tensors, new_folder, put, verify_manifest, write_manifest
 from dail_jax.errors import UserError
 from dail_jax.mesh import is_first
@@ -68,8 +69,10 @@ def load(folder: str | Path, cfg: ModelConfig, mesh: jax.sharding.Mesh) -> tuple
             f"got {', '.join(unknown)}, want some of {', '.join(by_module)}", file=file, field="target_modules"
         )
     targets = [n for n in by_module.values() if table[n].module in description["target_modules"]]
-    rank = description["r"]
-    lora_config = config_lib.Lora(rank=rank, alpha=description["lora_alpha"], targets=tuple(targets))  # pyright: ignore
+    rank, alpha = description["r"], description["lora_alpha"]
+    if description.get("use_rslora"):  # arXiv 2312.03732: alpha / sqrt(rank) instead of alpha / rank
+        alpha *= math.sqrt(rank)
+    lora_config = config_lib.Lora(rank=rank, alpha=alpha, targets=tuple(targets))  # pyright: ignore
     with Tensors(folder, WEIGHTS) as source:
         wanted = {key(table[n], i, s): (n, i, s) for n in targets for i in range(cfg.L) for s in "ab"}
         for problem, names in (
@@ -101,29 +104,90 @@ def weights_file(folder: str | Path) -> Path:
     return file
 
 
+# What becomes of each field of an adapter_config.json: it is read below, or has no effect on a finished adapter, or must
+# be off. Fields that later versions of peft add are among the last.
+READ = {"r", "lora_alpha", "use_rslora", "target_modules", "init_lora_weights", "base_model_name_or_path"}
+ONLY = {"peft_type": ("LORA",), "task_type": (None, "CAUSAL_LM"), "bias": (None, "none")}
+INERT = {
+    "auto_mapping",
+    "eva_config",
+    "inference_mode",
+    "lora_dropout",  # of training
+    "megatron_core",  # no effect without a megatron_config
+    "peft_version",
+    "qalora_group_size",  # no effect without use_qalora
+    "revision",
+    "runtime_config",
+}
+INITS = (True, False, "gaussian", "eva", "orthogonal")  # those that leave the base model as it is
+
+
 def read_description(folder: Path) -> dict[str, Any]:
-    """A checked adapter_config.json."""
+    """A checked adapter_config.json; raises UserError for what this package would not do as peft does it, by name."""
     file = folder / "adapter_config.json"
-    try:
-        tree = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError("not found: want a PEFT adapter folder", file=file) from None
-    except ValueError as error:
-        raise UserError(f"not valid JSON: {error}", file=file) from None
-    if not isinstance(tree, dict) or tree.get("peft_type") != "LORA":
-        raise UserError("want a LoRA adapter", file=file, field="peft_type")
-    for field in ("use_dora", "use_rslora", "modules_to_save", "rank_pattern", "alpha_pattern", "layers_to_transform"):
-        if tree.get(field):
-            raise UserError(f"got {tree[field]!r}, which is not supported", file=file, field=field)
-    if tree.get("bias", "none") != "none":
-        raise UserError(f"got {tree['bias']!r}, want 'none'", file=file, field="bias")
-    for field, low in (("r", 1), ("lora_alpha", 0)):
-        value = tree.get(field)
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= 2**20:
-            raise UserError(f"got {value!r}, want a positive number", file=file, field=field)
-    if not isinstance(tree.get("target_modules"), list) or not tree["target_modules"]:
-        raise UserError("want a list of modules", file=file, field="target_modules")
+    if not file.exists():
+        raise UserError("not found: want a PEFT adapter folder", file=file)
+    tree = strict_json.read_object(file)
+
+    def wrong(field: str, want: str) -> UserError:
+        return UserError(f"got {tree.get(field)!r:.80}, {want}", file=file, field=field)
+
+    for field, wanted in ONLY.items():
+        if tree.get(field) not in wanted:
+            raise wrong(field, f"want {wanted[-1]!r}: no other is supported")
+    for field in tree.keys() - READ - INERT - ONLY.keys():
+        if not _is_off(tree[field]):
+            raise wrong(strict_json.printable(field), "which is not supported: want an adapter without it")
+    if tree.get("init_lora_weights", True) not in INITS:
+        raise wrong(
+            "init_lora_weights",
+            "which need not leave the base model as it is: save the adapter with peft's option "
+            "path_initial_model_for_weight_conversion",
+        )
+    if type(tree.get("r")) is not int or not 1 <= tree["r"] <= 2**20:
+        raise wrong("r", "want a positive whole number")
+    if type(tree.get("lora_alpha")) not in (int, float) or not 0 < tree["lora_alpha"] <= 2**20:
+        raise wrong("lora_alpha", "want a positive number")
+    if type(tree.get("use_rslora", False)) is not bool:
+        raise wrong("use_rslora", "want true or false")
+    if tree.get("base_model_name_or_path") is not None and not isinstance(tree["base_model_name_or_path"], str):
+        raise wrong("base_model_name_or_path", "want text")
+    modules = tree.get("target_modules")
+    if not isinstance(modules, list) or not modules or not all(isinstance(m, str) for m in modules):
+        raise wrong("target_modules", "want a list of modules")
     return tree
+
+
+def refuse_other_base(folder: str | Path, model: str | Path) -> None:
+    """Raises UserError where an adapter names another base model than the one in the folder `model`.
+
+    Names are all that an adapter has: the last part of the two paths, or of the path and the hub's name, must agree. A
+    folder that `convert` made may have any name, so its config.json must be that of the adapter's own.
+    """
+    name, model = read_description(Path(folder)).get("base_model_name_or_path"), Path(model)
+    if name is None:
+        return
+    base = Path(name)
+    theirs, ours = base.name.casefold(), model.resolve()
+    cached = f"--{theirs}"  # .../models--Qwen--Qwen3-4B/snapshots/..., as the hub's client keeps it
+    if theirs in (model.name.casefold(), ours.name.casefold()) or base.resolve() == ours:
+        return
+    if any(part.casefold().endswith(cached) for part in ours.parts):
+        return
+    if (ours / "params").is_dir() or (base / "params").is_dir():
+        files = [where / "config.json" for where in (base, ours)]
+        if all(file.is_file() for file in files) and files[0].read_bytes() == files[1].read_bytes():
+            return
+    raise UserError(
+        f"got an adapter of {name!r:.200}, but the model is {str(model)!r}: where they are the same, make this null",
+        file=Path(folder) / "adapter_config.json",
+        field="base_model_name_or_path",
+    )
+
+
+def _is_off(value: Any) -> bool:
+    """Whether a field says that its feature is not used. A zero does not: it may name the first layer."""
+    return value is None or value is False or (isinstance(value, str | list | dict) and not value)
 
 
 def key(weight: Weight, layer: int, side: str) -> str:

@@ -76,6 +76,7 @@ def run(config: config_lib.Config) -> None:
     tables = gradable(cfg, tables)
     with RunDir(config) as run_dir:
         if cfg.adapter:
+            peft.refuse_other_base(cfg.adapter, config.model.path)
             inputs["evaluate.adapter"] = sha256(peft.weights_file(cfg.adapter))
         with run_dir.stage("evaluate", inputs, scratch=(JOURNAL, FORCED)) as done:
             if done():
