@@ -76,8 +76,8 @@ def run(config: config_lib.Config) -> None:
     tables = gradable(cfg, tables)
     with RunDir(config) as run_dir:
         if cfg.adapter:
-            peft.refuse_other_base(cfg.adapter, config.model.path)
             inputs["evaluate.adapter"] = sha256(peft.weights_file(cfg.adapter))
+            peft.refuse_other_base(cfg.adapter, config.model.path)
         with run_dir.stage("evaluate", inputs, scratch=(JOURNAL, FORCED)) as done:
             if done():
                 log(f"evaluate: already done, see {run_dir.path / 'results.json'}")
