@@ -1,24 +1,17 @@
-r"""Waypoint extractors: seconds per MB on texts that are hard to read, whether time grows with length alone, agreement.
+r"""Waypoint extractors: seconds per MB on texts that are hard to read, whether time grows with length alone.
 
-    python benchmarks/waypoints.py                            # 10 shapes of 1 MB of text
-    python benchmarks/waypoints.py --rows aime.jsonl          # ... and agreement with the reference on real rows
+    python benchmarks/waypoints.py              # 10 shapes of 1 MB of text
 
 A pattern that looks ahead without bound takes time that grows with the square of the text: one solution that a model
 wrote could then stop a run. So every shape is read at an eighth, a quarter, a half and the whole of the size; the last
 column is how much longer the whole took than the half (2 is linear). Times are CPU seconds of this process, and
 include what `waypoints` does with what an extractor finds.
-
-The reference implementation's categories are written down below once more, as plain as can be, to count how many of
-each the extractor `reference` finds.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import re
 import time
-from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
@@ -43,12 +36,6 @@ SHAPES = {  # a text of about as many characters
     "open brackets": lambda n: "![x](y [img " * (n // 12),
     "environments": lambda n: r"\begin{array}{l} a &= 1 \\ " * (n // 27),
     "words": lambda n: "thus the total of it is **a (b " * (n // 31),
-}
-CATEGORIES = {
-    "numbers": r"(?<!\w)[-+]?(?:\d*\.)?\d+(?:[eE][-+]?\d+)?(?!\w)",
-    "powers": r"[\da-zA-Z.]+\^\{?[\da-zA-Z.+-]+\}?",
-    "products": r"(?<!\w)\d+[a-zA-Z](?!\w)",
-    "terms": r"(?<!\w)\d*[a-zA-Z][-+]\d+(?!\w)",
 }
 
 
@@ -83,39 +70,14 @@ def measure(size: int, names: list[str], shapes: list[str], patience: float) -> 
     return table
 
 
-def agreement(path: Path) -> Table:
-    """How many of each category the extractor `reference` finds, and the mean Jaccard index over rows."""
-    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    wanted, found, overlap = dict.fromkeys(CATEGORIES, 0), dict.fromkeys(CATEGORIES, 0), []
-    for row in rows:
-        ours = set(EXTRACTORS["reference"](Row(row["problem_id"], row["problem"], row["solution"], None, 0)))
-        theirs: set[str] = set()
-        for name, pattern in CATEGORIES.items():
-            entities = set(re.findall(pattern, row["solution"]))
-            wanted[name] += len(entities)
-            found[name] += len(entities & ours)
-            theirs |= entities
-        overlap.append(len(ours & theirs) / len(ours | theirs) if ours | theirs else 1.0)
-    table = Table(title=f"{path.name}: {len(rows)} rows, mean Jaccard index {sum(overlap) / len(overlap):.4f}")
-    for column in ("category", "reference", "found"):
-        table.add_column(column, justify="left" if column == "category" else "right")
-    for name in CATEGORIES:
-        table.add_row(name, str(wanted[name]), str(found[name]))
-    return table
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])  # pyright: ignore
     parser.add_argument("--size", type=int, default=1_000_000)
     parser.add_argument("--patience", type=float, default=60.0, help="CPU seconds after which a size is the last")
     parser.add_argument("--extractors", nargs="*", default=list(EXTRACTORS))
     parser.add_argument("--shapes", nargs="*", default=list(SHAPES))
-    parser.add_argument("--rows", type=Path, help="JSON lines with problem_id, problem and solution")
     args = parser.parse_args()
-    console = Console(width=110)
-    if args.rows:
-        console.print(agreement(args.rows))
-    console.print(measure(args.size, args.extractors, args.shapes, args.patience))
+    Console(width=110).print(measure(args.size, args.extractors, args.shapes, args.patience))
 
 
 if __name__ == "__main__":
