@@ -282,7 +282,7 @@ class Benchmark(Section):
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]+$")]
     rows: Rows
     template: str | None = None  # null = the student's, or with choices the package's own for these
-    answer: Literal["math", "integer", "choice", "none"] = "math"
+    answer: str = "math"  # a name in dail_jax.evaluate.answers.ANSWERS: math, integer, choice, none, or your own
     ungradable: Literal["refuse", "skip"] = "refuse"  # what to do with rows whose gold answer cannot be read
 
 

@@ -116,6 +116,10 @@ def main(argv: list[str] | None = None) -> int:
         from dail_jax import config as config_lib
 
         config = config_lib.load(args.config[0], args.overrides, args.config[1:]) if args.config else None
+        if config is not None:
+            from dail_jax.stages import names
+
+            names.check(config)
         more = {key: vars(args)[key] for key in ("row", "over", "tau", "runs", "out") if key in args}
         if args.stage == "compile":
             more = {"topology": args.topology, "out": args.json, "quick": args.quick, "only": args.only}

@@ -38,6 +38,7 @@ def rows(right: dict[str, int], benchmark: str, budget: int) -> list[dict]:
             "gold": "1",
             "correct": i < c,
             "reason": "equal" if i < c else "different" if i < 3 else "no answer",
+            "vote": 0 if i < c else 1 if i < 3 else None,
             "finish": "forced" if budget == 8 and i == 3 else "stop",
         }
         for problem, c in right.items()
@@ -111,6 +112,22 @@ def test_grading_again_is_by_texts_alone():
     assert [(r["answer"], r["correct"]) for r in graded] == [("0", False), ("1", True), ("2", False), ("3", False)]
     with pytest.raises(UserError, match=r"samples.jsonl: got samples of 'odd', want one of hard, chain"):
         protocol.grade(rows({"a": 1}, "odd", 64), CFG.benchmarks, "think")
+
+
+def test_majorities_count_values_however_they_are_spelled():
+    """Six spellings of one wrong value outvote four of the right one."""
+    right = ["1/2", r"\frac12", "0.5", r"\dfrac{2}{4}"]
+    wrong = [r"\sqrt{8}", r"2\sqrt2", r"2\sqrt{2}", r"\sqrt{2}\cdot 2", r"\frac{4}{\sqrt2}", r"\sqrt[4]{64}"]
+    sample = {**rows({"a": 0}, "hard", 64)[0], "forced_text": None, "gold": "1/2"}
+    drawn = [
+        {**sample, "sample": i, "text": f"\\boxed{{{answer}}}"}
+        for i, answer in enumerate([*right, *wrong, "", r"\{1,2\}"])
+    ]
+    graded = protocol.grade(drawn, CFG.benchmarks, "think")
+    assert [row["vote"] for row in graded] == [0] * 4 + [1] * 6 + [None, 2]
+    cfg = CFG.model_copy(update={"samples": len(drawn), "ks": (1, len(drawn))})
+    cell = protocol.summarise(graded, cfg, 0)["benchmarks"]["hard"]["64"]
+    assert cell["maj@k"]["12"]["mean"] == 0 and cell["maj@k"]["1"]["mean"] == pytest.approx(4 / 12, abs=1e-6)
 
 
 def test_one_line(results):

@@ -13,7 +13,8 @@ from dail_jax import config as config_lib
 from dail_jax.data.prompts import PromptBuilder
 from dail_jax.data.records import read_rows
 from dail_jax.errors import UserError
-from dail_jax.evaluate import files, protocol
+from dail_jax.evaluate import answers, files, protocol
+from dail_jax.evaluate.answers import AnswerType, Verdict
 from dail_jax.evaluate.grading import Grader
 from dail_jax.stages import evaluate
 from dail_jax.text import load_tokenizer
@@ -180,6 +181,52 @@ def test_what_is_not_graded(long_run):
     cell = results["benchmarks"]["proofs"]["16"]
     assert cell["pass@k"] == cell["maj@k"] == cell["per_problem"] == {} and cell["problems"] == 1
     assert "proofs: budget=16, problems=1, samples=32, tokens" in protocol.one_line(results)
+
+
+class Length(AnswerType):
+    """The number of characters of the answer part, right where it is even if the gold answer is."""
+
+    def extract(self, part):
+        return str(len(part))
+
+    def gold_problem(self, gold, algebra):
+        return None if gold.isdigit() else "want digits"
+
+    def compare(self, gold, answer, algebra):
+        equal = int(gold) % 2 == int(answer) % 2
+        return Verdict(equal, "same parity" if equal else "other parity")
+
+    def key(self, answer):
+        return int(answer) // 10
+
+
+def test_an_answer_type_from_outside(world, long_run, monkeypatch, capsys):
+    """Registered under a name, it is what a configuration may ask for, and grades; unknown names stop every stage."""
+    run = world[0] / "mine"
+    run.mkdir()
+    cfg = config_lib.with_overrides(
+        config_lib.load(long_run / "config.yaml"),
+        {"run_dir": str(run), "evaluate.benchmarks.0.answer": "lenght"},
+        "test",
+    )
+    (world[0] / "mine.yaml").write_text(config_lib.dump(cfg))
+    dump(run / "samples.jsonl", tiny.lines(long_run / "samples.jsonl"))
+    monkeypatch.setitem(answers.ANSWERS, "length", Length())
+    for stage in ("grade", "generate", "run"):
+        assert tiny.run(stage, world[0] / "mine.yaml") == 2
+        error = "error: evaluate.benchmarks.0.answer: got 'lenght', want one of math, integer, choice, none, length; "
+        assert capsys.readouterr().err == error + "did you mean 'length'?\n"
+    assert tiny.run("grade", world[0] / "mine.yaml", "evaluate.benchmarks.0.answer=length") == 0
+    rows = [row for row in tiny.lines(run / "samples.jsonl") if row["benchmark"] == "sums"]
+    assert {row["reason"] for row in rows} <= {"same parity", "other parity", "no answer"}
+    part = [row["forced_text"] or row["text"].rpartition("</think>")[2] for row in rows if row["answer"]]
+    assert [row["answer"] for row in rows if row["answer"]] == [str(len(text)) for text in part]
+    lengths = {(row["problem_id"], int(row["answer"]) // 10, row["vote"]) for row in rows if row["answer"]}
+    wrong = [(problem, length) for problem, length, vote in lengths if vote]
+    assert len(wrong) == len(set(wrong)) and {row["vote"] for row in rows if row["correct"]} <= {0}
+    with Grader() as grader:
+        assert grader.check_gold("x", "length") == "got 'x', want digits" and grader.check_gold("7", "length") is None
+        assert grader.votes([("length", ["11", "12", "21"], [Verdict(False, "")] * 3)]) == [[1, 1, 2]]
 
 
 def documented(title: str) -> list[set[str]]:

@@ -112,6 +112,7 @@ def test_evaluation(pipeline):
             "finish",
             "correct",
             "reason",
+            "vote",
         ]
         assert s["budget"] == 96 and s["tokens"] <= 96 and s["forced_tokens"] == 0 and s["forced_text"] is None
         assert s["correct"] == (s["answer"] is not None and s["answer"].zfill(3) == s["gold"].zfill(3))

@@ -18,13 +18,7 @@ from dail_jax.errors import UserError
 
 def waypoints(row: Row, cfg: config.Waypoints) -> list[str]:
     """The row's waypoints, each once and without its final answer: at most `cfg.limit`, spread over all of them."""
-    extract = EXTRACTORS.get(cfg.extractor)
-    if extract is None:
-        near = difflib.get_close_matches(cfg.extractor, EXTRACTORS, 1, 0.0)
-        raise UserError(
-            f"got {cfg.extractor!r}, want one of {', '.join(EXTRACTORS)}; did you mean {near[0]!r}?",
-            field="waypoints.extractor",
-        )
+    extract = named(cfg.extractor)
     answer = final_answer(row)
     final = _values(answer) if answer else set()
     found = [item for item in dict.fromkeys(extract(row)) if item.strip() and final.isdisjoint(_values(item))]
@@ -32,6 +26,16 @@ def waypoints(row: Row, cfg: config.Waypoints) -> list[str]:
         last = len(found) - 1
         found = [found[i * last // max(cfg.limit - 1, 1)] for i in range(cfg.limit)]
     return found
+
+
+def named(name: str) -> Callable[[Row], list[str]]:
+    """The extractor of that name; raises UserError for one that is not registered."""
+    if name in EXTRACTORS:
+        return EXTRACTORS[name]
+    near = difflib.get_close_matches(name, EXTRACTORS, 1, 0.0)
+    raise UserError(
+        f"got {name!r}, want one of {', '.join(EXTRACTORS)}; did you mean {near[0]!r}?", field="waypoints.extractor"
+    )
 
 
 def final_answer(row: Row) -> str | None:

@@ -43,6 +43,7 @@ class Sample(Shape):
     finish: str
     correct: bool | None
     reason: str
+    vote: Natural | None = None  # not in files of earlier versions: `grade` adds it
 
 
 class Interval(Shape):

@@ -1,8 +1,8 @@
 """Deciding whether an answer equals the gold answer, however hostile it is.
 
-Most comparisons are decided here by a few certain rules (the same string, two integers, marks such as units, rows of
-integers, words). The others go to math-verify in worker processes with limits on memory and CPU time, so that no
-answer can stop or bring down the caller. A verdict is right or wrong with a reason:
+An answer type (`answers.py`) decides most comparisons by a few certain rules (the same string, two integers, marks such
+as units, rows of integers, words: `rules.py`). The others go to math-verify in worker processes with limits on memory
+and CPU time, so that no answer can stop or bring down the caller. A verdict is right or wrong with a reason:
 
     equal, different   the comparison was made
     no answer          nothing was extracted
@@ -16,69 +16,24 @@ answer can stop or bring down the caller. A verdict is right or wrong with a rea
 from __future__ import annotations
 
 import queue
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TypeVar
 
-from dail_jax.evaluate.answers import (
-    MAX_LENGTH,
-    AnswerType,
-    canonical_integer,
-    choice_letter,
-    extract,
-    marks_agree,
-    normalise,
-    refusal,
-    rows_agree,
-    tidy,
-    words_agree,
-)
+from dail_jax.evaluate import answers
+from dail_jax.evaluate.answers import AnswerType, Verdict, extract
 from dail_jax.worker import Lost, Worker
 
-__all__ = ["AnswerType", "Grader", "Limits", "Verdict", "check_gold", "extract", "normalise", "quick_verdict"]
+__all__ = ["Grader", "Limits", "Verdict", "check_gold", "extract"]
 
+_T = TypeVar("_T")
+_R = TypeVar("_R")
 
-@dataclass(frozen=True)
-class Verdict:
-    """Whether an answer is right, and why (see the module's list of reasons)."""
-
-    correct: bool
-    reason: str
-
-
-def quick_verdict(prediction: str | None, gold: str, answer_type: AnswerType = "math") -> Verdict | None:
-    """The verdict where no algebra is needed, or None."""
-    if prediction is None or not prediction.strip():
-        return Verdict(False, "no answer")
-    if prediction.strip() == gold.strip():
-        return Verdict(True, "equal")
-    if len(prediction) > MAX_LENGTH:
-        return Verdict(False, "too long")
-    if answer_type == "choice":
-        letters = choice_letter(gold), choice_letter(prediction)
-        if None in letters:
-            return Verdict(False, "gold" if letters[0] is None else "unparseable")
-        return _verdict(letters[0] == letters[1])
-    one, other = normalise(gold), normalise(prediction)
-    if one == other and one:
-        return Verdict(True, "equal")
-    reason = refusal(prediction)
-    if reason is None and refusal(gold) is not None:
-        reason = "gold"
-    if reason is not None:
-        return Verdict(False, reason)
-    if canonical_integer(one) and canonical_integer(other):
-        return Verdict(False, "different")
-    for rule in (marks_agree, rows_agree, words_agree):
-        agree = rule(tidy(gold), tidy(prediction))
-        if agree is not None:
-            return _verdict(agree)
-    return None
-
-
-def _verdict(agree: bool) -> Verdict:
-    return Verdict(agree, "equal" if agree else "different")
+FAILURES = {"timeout", "memory", "crash"}  # of a worker
+MAX_REPRESENTATIVES = 8  # values of one neighbourhood that an answer is compared with
+MAX_FAILURES = 3  # among the answers to one problem: then their keys alone decide
 
 
 @dataclass(frozen=True)
@@ -91,6 +46,9 @@ class Limits:
     comparisons: int = 500  # then the worker is replaced, since sympy's caches grow
 
 
+Question = tuple[str, str, str | None]  # what to do, a formula, and perhaps another
+
+
 class _Judge:
     """A worker process that compares answers, replaced from time to time."""
 
@@ -99,15 +57,15 @@ class _Judge:
         script = Path(__file__).with_name("verify_worker.py")
         self.worker = Worker(script, [str(limits.memory_mib), str(limits.cpu_seconds)], limits.wall_seconds)
 
-    def ask(self, gold: str, prediction: str | None) -> str:
-        """The reason of a verdict; with `prediction=None`, `equal` where the gold answer can be read."""
+    def ask(self, question: Question) -> str:
+        """The worker's reply: see `verify_worker`."""
         while True:
             if self.served >= self.limits.comparisons:
                 self.worker.stop()
             fresh = self.worker.process is None
             self.served = 1 if fresh else self.served + 1
             try:
-                reason = self.worker.ask([gold, prediction])
+                reason = self.worker.ask(question)
             except Lost as lost:
                 reason = lost.reason
             if reason == "memory":
@@ -118,11 +76,34 @@ class _Judge:
             return reason
 
 
+class _Failed(Exception):
+    """A worker met its limit."""
+
+
+@dataclass(frozen=True)
+class _Algebra:
+    """`answers.Algebra`: questions to the workers, whom `ask` reaches."""
+
+    ask: Callable[[Question], str]
+
+    def equal(self, gold: str, formula: str) -> Verdict:
+        reason = self.ask(("equal", gold, formula))
+        return Verdict(reason == "equal", reason)
+
+    def unreadable(self, formula: str) -> str | None:
+        reason = self.ask(("read", formula, None))
+        return None if reason == "equal" else reason
+
+    def size(self, formula: str) -> tuple[str, tuple[float, ...]] | None:
+        kind, *numbers = self.ask(("size", formula, None)).split(" ")
+        return (kind, tuple(map(float, numbers))) if numbers else None
+
+
 @dataclass
 class Grader:
     """Grades answers; a context manager, since it may have started processes (never more than `workers`).
 
-    `grade` and `grade_many` may be called from one thread at a time. Verdicts are remembered.
+    `grade`, `grade_many` and `votes` may be called from one thread at a time. What the workers said is remembered.
     """
 
     workers: int = 2
@@ -134,7 +115,7 @@ class Grader:
         for judge in reversed(self._all):
             self._free.put(judge)
         self._threads: ThreadPoolExecutor | None = None
-        self._known: dict[tuple[str, str | None], str] = {}
+        self._known: dict[Question, str] = {}
 
     def __enter__(self) -> Grader:
         return self
@@ -152,53 +133,106 @@ class Grader:
         """How many worker processes are alive."""
         return sum(judge.worker.process is not None for judge in self._all)
 
-    def grade(self, prediction: str | None, gold: str, answer_type: AnswerType = "math") -> Verdict:
+    # What is decided for all answer types
+
+    def grade(self, prediction: str | None, gold: str, answer_type: str = "math") -> Verdict:
         return self.grade_many([(prediction, gold, answer_type)])[0]
 
-    def grade_many(self, items: Sequence[tuple[str | None, str, AnswerType]]) -> list[Verdict]:
-        """One verdict for each (prediction, gold, answer type), in order."""
-        verdicts = [quick_verdict(*item) for item in items]
-        keys = {i: (tidy(items[i][1]), tidy(items[i][0] or "")) for i, known in enumerate(verdicts) if known is None}
-        self._learn(list(keys.values()))
-        for i, key in keys.items():
-            verdicts[i] = Verdict(self._known[key] == "equal", self._known[key])
-        return [verdict for verdict in verdicts if verdict is not None]
+    def grade_many(self, items: Sequence[tuple[str | None, str, str]]) -> list[Verdict]:
+        """One verdict for each (prediction, gold, name of an answer type), in order."""
+        unique = list(dict.fromkeys(items))
+        found = dict(zip(unique, self._map(self._grade, unique), strict=True))
+        return [found[item] for item in items]
 
-    def check_gold(self, gold: str, answer_type: AnswerType = "math") -> str | None:
+    def check_gold(self, gold: str, answer_type: str = "math") -> str | None:
         """Why a gold answer cannot be graded against, in words for an error message; None where it can."""
-        shown = repr(gold if len(gold) <= 60 else gold[:57] + "...")
-        if answer_type == "choice":
-            return None if choice_letter(gold) else f"got {shown}, want one letter"
-        if answer_type == "integer":
-            return None if canonical_integer(normalise(gold)) else f"got {shown}, want an integer"
-        reason = "no answer" if not gold.strip() else refusal(gold)
-        if reason is None:
-            text = tidy(gold)
-            if canonical_integer(normalise(gold)) or rows_agree(text, text) or words_agree(text, text):
-                return None
-            self._learn([(text, None)])
-            reason = self._known[text, None]
-        return None if reason == "equal" else f"got {shown}, want mathematics that can be read ({reason})"
+        problem = answers.named(answer_type).gold_problem(gold, _Algebra(self._ask))
+        return problem and f"got {gold if len(gold) <= 60 else gold[:57] + '...'!r}, {problem}"
 
-    def _learn(self, keys: Sequence[tuple[str, str | None]]) -> None:
-        """Has the workers compare what is not yet known."""
-        new = [key for key in dict.fromkeys(keys) if key not in self._known]
-        if len(new) == 1:
-            self._known[new[0]] = self._ask(new[0])
-        elif new:
-            if self._threads is None:
-                self._threads = ThreadPoolExecutor(len(self._all), thread_name_prefix="grading")
-            self._known.update(zip(new, self._threads.map(self._ask, new), strict=True))
+    def votes(self, problems: Sequence[tuple[str, Sequence[str | None], Sequence[Verdict]]]) -> list[list[int | None]]:
+        """For each problem (name of an answer type, answers, their verdicts), whom every answer votes for.
 
-    def _ask(self, key: tuple[str, str | None]) -> str:
-        judge = self._free.get()
-        try:
-            return judge.ask(*key)
-        finally:
-            self._free.put(judge)
+        0 is the gold answer; 1, 2, ... are other values in order of first appearance; None is no answer. Wrong answers
+        vote for the same value where one is right by the other: the comparison of grading, with its limits. Those that
+        a worker failed on, or that could not be read, are one value only where they are one text.
+        """
+        return self._map(self._votes, problems)
+
+    def _grade(self, item: tuple[str | None, str, str]) -> Verdict:
+        prediction, gold, name = item
+        if prediction is None or not prediction.strip():
+            return Verdict(False, "no answer")
+        return answers.named(name).compare(gold, prediction, _Algebra(self._ask))
+
+    def _votes(self, problem: tuple[str, Sequence[str | None], Sequence[Verdict]]) -> list[int | None]:
+        kind = answers.named(problem[0])
+        chosen: dict[Hashable, int] = {}  # key of a wrong answer -> its value's number
+        near: dict[Hashable, list[tuple[str, int]]] = {}  # neighbourhood -> (first answer, number) of its values
+        failures = 0
+        found: list[int | None] = []
+        for answer, verdict in zip(*problem[1:], strict=True):
+            if verdict.correct or answer is None or not answer.strip():
+                found.append(0 if verdict.correct else None)
+                continue
+            key = kind.key(answer)
+            if key not in chosen:
+                chosen[key] = len(set(chosen.values())) + 1
+                if verdict.reason == "different" and failures < MAX_FAILURES:
+                    try:
+                        number = self._value(kind, answer, near, chosen[key])
+                    except _Failed:
+                        failures += 1
+                    else:
+                        chosen[key] = number
+            found.append(chosen[key])
+        return found
+
+    def _value(self, kind: AnswerType, answer: str, near: dict[Hashable, list[tuple[str, int]]], number: int) -> int:
+        """The number of the value among those known that an answer equals, or `number` for a new one."""
+        algebra = _Algebra(self._ask_or_fail)
+        place = kind.neighbourhood(answer, algebra)
+        if place is None:
+            return number
+        values = near.setdefault(place, [])
+        for other, known in values[:MAX_REPRESENTATIVES]:
+            if any(kind.compare(*pair, algebra).correct for pair in ((other, answer), (answer, other))):
+                return known
+        values.append((answer, number))
+        return number
+
+    def _ask(self, question: Question) -> str:
+        if question not in self._known:
+            judge = self._free.get()
+            try:
+                self._known[question] = judge.ask(question)
+            finally:
+                self._free.put(judge)
+        return self._known[question]
+
+    def _ask_or_fail(self, question: Question) -> str:
+        reply = self._ask(question)
+        if reply in FAILURES:
+            raise _Failed
+        return reply
+
+    def _map(self, function: Callable[[_T], _R], items: Sequence[_T]) -> list[_R]:
+        """`function` of every item, in as many threads as there are workers: what needs none does not wait."""
+        if len(items) < 2 or len(self._all) < 2:
+            return [function(item) for item in items]
+        if self._threads is None:
+            self._threads = ThreadPoolExecutor(len(self._all), thread_name_prefix="grading")
+        left, found = iter(enumerate(items)), {}
+
+        def work() -> None:
+            for index, item in left:
+                found[index] = function(item)
+
+        for thread in [self._threads.submit(work) for _ in self._all]:
+            thread.result()
+        return [found[index] for index in range(len(items))]
 
 
-def check_gold(gold: str, answer_type: AnswerType = "math") -> str | None:
+def check_gold(gold: str, answer_type: str = "math") -> str | None:
     """`Grader.check_gold` for a single answer."""
     with Grader(workers=1) as grader:
         return grader.check_gold(gold, answer_type)

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-
-from dail_jax.evaluate.answers import normalise
 
 SIGNIFICANT = 0.05  # a smaller p value
 MAJORITY_DRAWS = 200  # subsets of k samples behind one maj@k
@@ -101,40 +98,27 @@ def paired_difference(a: Mapping[str, float], b: Mapping[str, float], seed: int,
     return Difference(mean, low, high, float(p), better, worse, len(differences) - better - worse)
 
 
-def majority(answers: Sequence[str | None]) -> str | None:
-    """The answer given most often; of several, the one given first. Spellings are merged, and None has no vote."""
-    votes = Counter(normalise(answer) for answer in answers if answer is not None)
-    if not votes:
-        return None
-    winner = max(votes, key=lambda name: votes[name])  # a Counter keeps the order of first appearance
-    return next(answer for answer in answers if answer is not None and normalise(answer) == winner)
+def maj_at_k(votes: Sequence[int | None], ks: Sequence[int], seed: int) -> list[float]:
+    """For each k, how probable it is that the majority of k of one problem's n samples is right.
 
-
-def maj_at_k(answers: Sequence[str | None], correct: Sequence[bool], ks: Sequence[int], seed: int) -> list[float]:
-    """For each k, how probable it is that the majority of k of one problem's n answers is right.
-
-    All right answers are one group, since each equals the gold answer; wrong ones are grouped by their normalised
-    text. A tie between groups counts by the share of its groups that is right: the expectation of a fair draw among
-    them. No answer has no vote. k = 1 and k = n are exact, others the mean over `MAJORITY_DRAWS` random subsets.
+    `votes` are those of `Grader.votes`: 0 for the gold answer, another number for each other value, None for no answer,
+    which has no vote. A tie between values counts by the share of them that is right: the expectation of a fair draw
+    among them. k = 1 and k = n are exact, others the mean over `MAJORITY_DRAWS` random subsets.
     """
-    n = len(answers)
-    names = [
-        0 if right else None if answer is None else normalise(answer)
-        for answer, right in zip(answers, correct, strict=True)
-    ]
-    groups = {name: i for i, name in enumerate(dict.fromkeys([0, *(name for name in names if name is not None)]))}
-    votes = np.zeros((n, len(groups)), np.int32)  # sample x group; group 0 is the right one
-    for sample, name in enumerate(names):
-        if name is not None:
-            votes[sample, groups[name]] = 1
+    n = len(votes)
     if any(not 1 <= k <= n for k in ks):
         raise ValueError(f"got k = {list(ks)} and n = {n}, want 1 <= k <= n")
+    values = {value: i for i, value in enumerate(dict.fromkeys([0, *(v for v in votes if v is not None)]))}
+    cast = np.zeros((n, len(values)), np.int32)  # sample x value; value 0 is the right one
+    for sample, value in enumerate(votes):
+        if value is not None:
+            cast[sample, values[value]] = 1
     at, shares = np.array(ks) - 1, np.zeros((MAJORITY_DRAWS, len(ks)))
     rng = np.random.default_rng(seed)
     for share in shares:
         order = rng.permutation(n)
-        counts = votes[order].cumsum(axis=0)[at]  # k x group
+        counts = cast[order].cumsum(axis=0)[at]  # k x value
         top = counts == np.maximum(counts.max(axis=1, keepdims=True), 1)
         share[:] = top[:, 0] / np.maximum(top.sum(axis=1), 1)
-    exact = {1: float(votes[:, 0].mean())}  # the same in every draw for k = n
+    exact = {1: float(cast[:, 0].mean())}  # the same in every draw for k = n
     return [exact.get(k, float(mean)) for k, mean in zip(ks, shares.mean(axis=0), strict=True)]

@@ -5,6 +5,7 @@ What stands in samples.jsonl and results.json is written in docs/results.md.
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
@@ -17,8 +18,8 @@ from rich.text import Text
 
 from dail_jax import config as config_lib
 from dail_jax.errors import UserError, visible
-from dail_jax.evaluate import passk
-from dail_jax.evaluate.grading import Grader, extract
+from dail_jax.evaluate import answers, passk
+from dail_jax.evaluate.grading import Grader, Verdict
 
 Results = dict[str, Any]
 NOT_GRADED = "not graded"  # the reason of a verdict where a benchmark's answer type is `none`
@@ -26,25 +27,38 @@ DIGITS = 6  # decimals kept in results.json
 
 
 def grade(rows: Sequence[Mapping[str, Any]], benchmarks: Sequence[config_lib.Benchmark], tag: str) -> list[Results]:
-    """Rows of samples.jsonl with their answer, verdict and reason (again), from their texts and gold answers alone.
+    """Rows of samples.jsonl with their answer, verdict, reason and vote (again), from texts and gold answers alone.
 
     `tag` encloses thoughts. Raises UserError for rows of no benchmark.
     """
-    kinds: dict[str, Any] = {benchmark.name: benchmark.answer for benchmark in benchmarks}
+    kinds = {benchmark.name: benchmark.answer for benchmark in benchmarks}
     if strange := {row["benchmark"] for row in rows} - kinds.keys():
         raise UserError(f"got samples of {sorted(strange)[0]!r}, want one of {', '.join(kinds)}", file="samples.jsonl")
-    found, items = [], []
+    found: list[Results] = []
+    problems: dict[tuple[str, str], list[Results]] = defaultdict(list)  # rows that are graded, of all budgets
     for row in rows:
         kind = kinds[row["benchmark"]]
-        found.append({**row, "answer": None, "correct": None, "reason": NOT_GRADED})
-        if kind != "none":
-            answer = extract(row["text"], kind, forced=row["forced_text"], tag=tag)
-            found[-1]["answer"] = answer
-            items.append((found[-1], (answer, row["gold"], kind)))
+        found.append({**row, "answer": None, "correct": None, "reason": NOT_GRADED, "vote": None})
+        if answers.named(kind).is_graded:
+            found[-1]["answer"] = answers.extract(row["text"], kind, forced=row["forced_text"], tag=tag)
+            problems[row["benchmark"], row["problem_id"]].append(found[-1])
+    graded = [row for drawn in problems.values() for row in drawn]
     with Grader() as grader:
-        verdicts = grader.grade_many([item for _, item in items])
-    for (row, _), verdict in zip(items, verdicts, strict=True):
-        row.update(correct=verdict.correct, reason=verdict.reason)
+        verdicts = grader.grade_many([(row["answer"], row["gold"], kinds[row["benchmark"]]) for row in graded])
+        for row, verdict in zip(graded, verdicts, strict=True):
+            row.update(correct=verdict.correct, reason=verdict.reason)
+        votes = grader.votes(
+            [
+                (
+                    kinds[name],
+                    [row["answer"] for row in drawn],
+                    [Verdict(row["correct"], row["reason"]) for row in drawn],
+                )
+                for (name, _), drawn in problems.items()
+            ]
+        )
+    for row, vote in zip(graded, itertools.chain.from_iterable(votes), strict=True):
+        row["vote"] = vote
     return found
 
 
@@ -78,13 +92,7 @@ def _one(problems: Mapping[str, Mapping[int, Mapping[str, Any]]], cfg: config_li
     right = np.array([sum(bool(row["correct"]) for row in drawn) for drawn in table])
     tokens = np.array([[row["tokens"] for row in drawn] for drawn in table])
     forced = [row["forced_tokens"] for row in rows if row["finish"] == "forced"]
-    votes = np.array(
-        [
-            passk.maj_at_k([r["answer"] for r in drawn], [bool(r["correct"]) for r in drawn], ks, seed)
-            for drawn in table
-            if ks
-        ]
-    )
+    votes = np.array([passk.maj_at_k([row["vote"] for row in drawn], ks, seed) for drawn in table if ks])
 
     def interval(values: np.ndarray) -> dict[str, float]:
         found = passk.bootstrap(values, seed, cfg.bootstrap)

@@ -1,9 +1,14 @@
 """The process that compares answers by math-verify; started by `grading.Grader`, which may kill it at any time.
 
-It is run as a file, so that nothing else of this package is imported. One JSON line comes in for each comparison,
-`[gold, prediction]` (prediction null: only parse the gold), and one goes out: the reason of the verdict. The limits
-are the kernel's: an address space that holds, and CPU seconds renewed for each line, whose end is SIGXCPU, also in
-the middle of C code. `argv`: address space in MiB, CPU seconds for one comparison.
+It is run as a file, so that nothing else of this package is imported. One JSON line comes in for each question, and one
+goes out:
+
+    ["equal", gold, answer]    the reason of the verdict
+    ["read", formula, null]    "equal" where the formula can be read, else the reason why not
+    ["size", formula, null]    what it is and its numbers, as in "number 0.5 0.0" (real and imaginary part), or a reason
+
+The limits are the kernel's: an address space that holds, and CPU seconds renewed for each line, whose end is SIGXCPU,
+also in the middle of C code. `argv`: address space in MiB, CPU seconds per question.
 """
 
 from __future__ import annotations
@@ -14,6 +19,7 @@ import math
 import os
 import resource
 import sys
+import zlib
 from typing import Any
 
 
@@ -32,8 +38,8 @@ def main() -> None:
         used = resource.getrusage(resource.RUSAGE_SELF)
         limit = math.ceil(used.ru_utime + used.ru_stime) + cpu_seconds
         resource.setrlimit(resource.RLIMIT_CPU, (limit, resource.getrlimit(resource.RLIMIT_CPU)[1]))
-        gold, prediction = json.loads(line)
-        reason = compare(math_verify, gold, prediction)
+        question, formula, other = json.loads(line)
+        reason = size(math_verify, formula) if question == "size" else compare(math_verify, formula, other)
         # Most of math-verify and sympy takes a MemoryError for one more way to fail: the peak gives it away.
         if reason != "equal" and peak_mib() > memory_mib / 4:
             reason = "memory"
@@ -60,14 +66,67 @@ def compare(math_verify: Any, gold: str, prediction: str | None) -> str:
         parsed = parse(math_verify, prediction)
         if parsed is None:
             return "unparseable"
-        equal = math_verify.verify(  # an interval may be answered by an inequality, too
-            parsed_gold, parsed, allow_set_relation_comp=True, timeout_seconds=None, raise_on_error=True
+        pairs = [(parsed_gold, parsed)]
+        if has_i(parsed_gold) or has_i(parsed):  # a variable to math-verify; -1 is e^{i\\pi} all the same
+            pairs.append((with_i(parsed_gold), with_i(parsed)))
+        equal = any(  # an interval may be answered by an inequality, too
+            math_verify.verify(one, two, allow_set_relation_comp=True, timeout_seconds=None, raise_on_error=True)
+            for one, two in pairs
         )
         return "equal" if equal else "different"
     except MemoryError:
         return "memory"
     except Exception:  # whatever sympy raises on an answer that parses, it is not equal
         return "incomparable"
+
+
+def has_i(parsed: Any) -> bool:
+    return any(symbol.name == "i" for symbol in getattr(parsed, "free_symbols", ()))
+
+
+def with_i(parsed: Any) -> Any:
+    """The formula with the imaginary unit for the letter i."""
+    import sympy
+
+    letters = {symbol: sympy.I for symbol in getattr(parsed, "free_symbols", ()) if symbol.name == "i"}
+    return parsed.subs(letters).doit() if letters else parsed
+
+
+def size(math_verify: Any, text: str) -> str:
+    """What a formula is, and its numbers; equal formulas have nearly equal ones."""
+    try:
+        parsed = parse(math_verify, text)
+        if parsed is None:
+            return "unparseable"
+        kind, values = sizes(parsed)
+        return " ".join([kind, *(repr(part) for value in values for part in (value.real, value.imag))])
+    except MemoryError:
+        return "memory"
+    except Exception:
+        return "incomparable"
+
+
+def sizes(parsed: Any) -> tuple[str, list[complex]]:
+    """(`number`, its value) or (`set`, the sorted values of its members); `other` things have no size.
+
+    Every variable has a value of its own, the same in all formulas. An equation counts as its right side and a set of
+    one as its member, as in math-verify.
+    """
+    import sympy
+
+    if isinstance(parsed, sympy.Equality):
+        return sizes(parsed.rhs)
+    if isinstance(parsed, sympy.FiniteSet | sympy.Tuple | sympy.MatrixBase):
+        members = [sizes(member) for member in parsed]
+        if len(members) == 1:
+            return members[0]
+        values = [value for _, several in members for value in several]
+        return "set", sorted(values, key=lambda value: (value.real, value.imag))
+    if not isinstance(parsed, sympy.Expr):
+        return "other", [0j]
+    parsed = with_i(parsed)
+    point = {s: 0.5 + zlib.crc32(s.name.encode()) / 2**32 for s in parsed.free_symbols}  # pyright: ignore
+    return "number", [complex(parsed.subs(point).evalf(15))]
 
 
 def parse(math_verify: Any, text: str) -> Any:

@@ -6,10 +6,11 @@ Waypoints, answers and grading all read LaTeX through this package, so that a te
 from dail_jax.latex.form import canonical
 from dail_jax.latex.scan import Box, boxes, last_boxed, spans, split_top, unbox
 from dail_jax.latex.spell import plain, signs, tidy
-from dail_jax.latex.value import is_closed, polynomial
+from dail_jax.latex.value import approximate, is_closed, polynomial
 
 __all__ = [
     "Box",
+    "approximate",
     "boxes",
     "canonical",
     "is_closed",

@@ -44,6 +44,20 @@ def is_closed(poly: Poly) -> bool:
     return all(name in CONSTANTS for _, names in poly for name, _ in names)
 
 
+def approximate(formula: str) -> float | None:
+    """The value of a formula without variables, as a float; None where it has none that we know or that is finite."""
+    poly = polynomial(formula)
+    if poly is None or any(name != r"\pi" for _, names in poly for name, _ in names):
+        return None
+    try:
+        return math.fsum(
+            float(value) * math.sqrt(radicand) * math.pi ** sum(exponent for _, exponent in names)
+            for (radicand, names), value in poly.items()
+        )
+    except OverflowError:
+        return None
+
+
 def _constant(poly: Poly) -> Fraction:
     if any(key != (1, ()) for key in poly):
         raise _Unknown

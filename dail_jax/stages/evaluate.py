@@ -24,12 +24,12 @@ from dail_jax import mesh as mesh_lib
 from dail_jax.checkpoint import peft
 from dail_jax.data.records import Row, dataset_hash, read_rows
 from dail_jax.errors import UserError
-from dail_jax.evaluate import files, protocol
+from dail_jax.evaluate import answers, files, protocol
 from dail_jax.evaluate.grading import Grader
 from dail_jax.metrics import Metrics, console, log, progress
 from dail_jax.rundir import Interrupt, Interrupted, Journal, RunDir, json_line, sha256, write_atomic
 from dail_jax.sample.sampler import Request, Sampler, checked
-from dail_jax.stages import samplers
+from dail_jax.stages import names, samplers
 from dail_jax.stages.generate import report_usage
 from dail_jax.stages.session import Session, open_session
 from dail_jax.text import open_tag
@@ -71,7 +71,11 @@ def run(config: config_lib.Config) -> None:
         log("evaluate: nothing to do (no evaluate.benchmarks)")
         return
     samplers.find(cfg.sampler)
-    tables = {b.name: read_rows(b.rows, ("problem", "answer")[: 1 + (b.answer != "none")]) for b in cfg.benchmarks}
+    kinds = names.answer_types(cfg)
+    tables = {
+        b.name: read_rows(b.rows, ("problem", "answer") if kinds[b.name].is_graded else ("problem",))
+        for b in cfg.benchmarks
+    }
     inputs = {name: dataset_hash(rows) for name, rows in tables.items()}
     tables = gradable(cfg, tables)
     with RunDir(config) as run_dir:
@@ -116,7 +120,7 @@ def gradable(cfg: config_lib.Evaluate, tables: dict[str, list[Row]]) -> dict[str
 def ungradable(benchmark: config_lib.Benchmark, rows: list[Row], grader: Grader) -> list[str]:
     """The problem_ids to skip; raises UserError at the first where none may be, at the last where no row is left."""
     ids: list[str] = []
-    if benchmark.answer == "none":
+    if not answers.named(benchmark.answer).is_graded:
         return ids
     for row in rows:
         if problem := grader.check_gold(question(row)[1], benchmark.answer):

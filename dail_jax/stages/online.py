@@ -20,7 +20,7 @@ from dail_jax.data.batches import Example
 from dail_jax.data.records import Row
 from dail_jax.data.waypoints import final_answer
 from dail_jax.errors import UserError
-from dail_jax.evaluate.grading import AnswerType, Grader, extract
+from dail_jax.evaluate.grading import Grader, extract
 from dail_jax.metrics import Metrics, log, progress
 from dail_jax.rundir import Interrupt, Interrupted, RunDir
 from dail_jax.sample.engine import Engine
@@ -156,7 +156,7 @@ def grade(session: Session, grader: Grader, tasks: list[Task], groups: list[list
 
     def verdicts() -> list[list[float]]:
         pairs = [(task, s) for task, group in zip(tasks, groups, strict=True) for s in group]
-        items: list[tuple[str | None, str, AnswerType]] = [(answer(s), task.gold, "math") for task, s in pairs]
+        items = [(answer(s), task.gold, "math") for task, s in pairs]
         return np.reshape([v.correct for v in grader.grade_many(items)], (len(groups), -1)).astype(float).tolist()
 
     return np.array(mesh_lib.from_first(verdicts))

@@ -1,0 +1,19 @@
+"""Names in a configuration that only a registry knows, since anybody may add to it: checked before any work is done."""
+
+from __future__ import annotations
+
+from dail_jax import config as config_lib
+from dail_jax.data import waypoints
+from dail_jax.evaluate import answers
+from dail_jax.evaluate.answers import AnswerType
+
+
+def check(config: config_lib.Config) -> None:
+    """Raises UserError for the first name that is not registered: of a waypoint extractor or an answer type."""
+    waypoints.named(config.waypoints.extractor)
+    answer_types(config.evaluate)
+
+
+def answer_types(cfg: config_lib.Evaluate) -> dict[str, AnswerType]:
+    """The answer type of each benchmark, by the benchmark's name."""
+    return {b.name: answers.named(b.answer, f"evaluate.benchmarks.{i}.answer") for i, b in enumerate(cfg.benchmarks)}
