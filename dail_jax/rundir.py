@@ -190,7 +190,7 @@ class RunDir:
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            pid = os.pread(self._lock, 32, 0).decode("ascii", "replace").strip() or "unknown"
+            pid = _holder(self._lock)
             os.close(self._lock)
             self._lock = None
             raise UserError(
@@ -270,6 +270,21 @@ class RunDir:
     def _save(self, manifest: dict[str, Any]) -> None:
         write_atomic(self.path / "run.json", json.dumps(manifest, indent=1) + "\n")
         write_atomic(self.path / "config.yaml", config_lib.dump(self.config))
+
+
+def _holder(lock: int) -> str:
+    """The process that holds a lock. It may just have got it, and not have written its number over a former one's."""
+    pid = ""
+    for _ in range(50):
+        pid = os.pread(lock, 32, 0).decode("ascii", "replace").strip()
+        try:
+            os.kill(int(pid), 0)  # no signal: is it alive?
+            break
+        except PermissionError:  # it is, and another user's
+            break
+        except (ValueError, OverflowError, ProcessLookupError):
+            time.sleep(0.02)
+    return pid or "unknown"  # on another machine nobody can tell
 
 
 def _now() -> str:

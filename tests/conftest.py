@@ -38,7 +38,7 @@ def pipeline(tmp_path_factory, programs):
     import tiny
 
     path = tiny.write(tmp_path_factory.mktemp("pipeline") / "run")
-    with tiny.alone(programs):
+    with tiny.alone(programs), tiny.no_network():
         for stage in tiny.STAGES:
             assert tiny.run(stage, path) == 0
     return path.with_suffix("")

@@ -2,6 +2,7 @@
 
 import json
 import os
+import select
 import signal
 import subprocess
 import sys
@@ -47,6 +48,26 @@ def test_lock_names_the_other_process(tmp_path):
         assert not list(tmp_path.glob(".*.tmp"))
     with rundir.RunDir(config(tmp_path)):
         pass
+
+
+def test_of_three_that_start_together_one_works(tmp_path):
+    (tmp_path / ".lock").write_text(str((1 << 22) + 1))  # of a process that was killed: above any number
+    env = {**os.environ, "JAX_PLATFORMS": "cpu"}
+    command = [sys.executable, "-c", HOLD, str(tmp_path)]
+    pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+    started = [subprocess.Popen(command, env=env, text=True, **pipes) for _ in range(3)]
+    streams = {process.stdout: process for process in started}
+    held = []
+    while len(held) < 1:
+        for stream in select.select(list(streams), [], [])[0]:
+            process = streams.pop(stream)
+            if stream.readline() == "held\n":
+                held.append(process)
+    losers = [process for process in started if process not in held]
+    errors = [process.communicate()[1] for process in losers]  # the winner holds the lock until it is told to go
+    held[0].communicate("")
+    assert held[0].returncode == 0 and all(process.returncode for process in losers)
+    assert all(f"{tmp_path}: in use by process {held[0].pid}: wait for it" in error for error in errors)
 
 
 def test_a_file_is_no_run_directory(tmp_path):

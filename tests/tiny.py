@@ -4,6 +4,7 @@ import contextlib
 import functools
 import json
 import os
+import socket
 import subprocess
 import sys
 import time
@@ -140,6 +141,19 @@ def losses(folder: Path) -> list[tuple[int, float, float]]:
     """(update, loss, gradient norm) of every row of a run's training."""
     rows = [r for r in lines(folder / "metrics.jsonl") if r["stage"] == "train"]
     return [(r["step"], r["loss"], r["grad_norm"]) for r in rows]
+
+
+@contextlib.contextmanager
+def no_network():
+    """Fails where this process connects to anything."""
+
+    def refuse(self, address):
+        raise AssertionError(f"connects to {address}")
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("connect", "connect_ex", "sendto"):
+            patch.setattr(socket.socket, name, refuse)
+        yield
 
 
 @contextlib.contextmanager

@@ -1,0 +1,85 @@
+"""Kills between any two durable writes of the shorter stages: the next call ends as if nothing had happened.
+
+Here a kill is an exception that nothing handles, at a chosen call of fsync, with no cleaning up on its way;
+benchmarks/crash.py kills real processes.
+"""
+
+import contextlib
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+import tiny
+
+from dail_jax import config as config_lib
+from dail_jax import mesh as mesh_lib
+from dail_jax.checkpoint import base
+
+# Stage: what it writes.
+OUTPUTS = {
+    "export": ("adapter/adapter_config.json", "adapter/adapter_model.safetensors", "adapter/MANIFEST.sha256"),
+    "convert": ("model/config.json",),  # and Orbax's files, which hold the time: their checksums are verified
+    "report": ("results.md", "results.tex", "report.html", "plots/pass_at_k.svg"),
+    "grade": ("samples.jsonl", "results.json"),
+}
+
+
+class Killed(BaseException):
+    """As good as SIGKILL."""
+
+
+@pytest.fixture(autouse=True)
+def one(programs):
+    with tiny.alone(programs):
+        yield
+
+
+def run_until(stage: str, path: Path, count: int) -> int:
+    """Runs a stage that is killed at its `count`th call of fsync; how many there were."""
+    seen, fsync = [], os.fsync
+
+    def note(handle):
+        seen.append(handle)
+        if len(seen) == count:
+            raise Killed
+        fsync(handle)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", note)
+        patch.setattr(shutil, "rmtree", lambda *_, **__: None)  # the dead do not tidy up
+        with contextlib.suppress(Killed):
+            assert tiny.run(stage, path) == 0
+    return len(seen)
+
+
+def contents(folder: Path, stage: str) -> dict[str, bytes]:
+    if stage == "convert":
+        base.load(folder / "model", mesh_lib.make_mesh(config_lib.Mesh()), "float32")
+    return {name: (folder / name).read_bytes() for name in OUTPUTS[stage]}
+
+
+@pytest.mark.parametrize("stage", OUTPUTS)
+def test_a_stage_that_was_killed_is_finished_by_the_next_call(tmp_path, pipeline, stage):
+    folder = tmp_path / "run"
+    shutil.copytree(pipeline, folder)
+    path = tiny.write(folder)
+
+    def anew():
+        for name in ("adapter", "model"):
+            shutil.rmtree(folder / name, ignore_errors=True)
+        if stage == "export":
+            shutil.copy(pipeline / "run.json", folder)
+            text = (folder / "run.json").read_text().replace('"export"', '"other"', 1)
+            (folder / "run.json").write_text(text)
+
+    anew()
+    writes = run_until(stage, path, 0)
+    want = contents(folder, stage)
+    assert writes > 1
+    for count in sorted({1, (1 + writes) // 2, writes}):
+        anew()
+        assert run_until(stage, path, count) == count
+        assert tiny.run(stage, path) == 0
+        assert contents(folder, stage) == want, count
+        assert not [p for p in folder.iterdir() if p.name.endswith(".tmp")]
