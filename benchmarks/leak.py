@@ -27,10 +27,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from dail_jax import config as config_lib
-from dail_jax import mesh as mesh_lib
-from dail_jax.checkpoint import hf, store
-from dail_jax.sample import engine, mixture
-from dail_jax.text import load_tokenizer, stop_ids
+from dail_jax.checkpoint import store
+from dail_jax.sample import engine
+from dail_jax.stages import session
 
 MODEL = Path(__file__).resolve().parent.parent / "dail_jax/microworld/assets/model"
 ROWS = 10
@@ -106,18 +105,14 @@ def saves(count: int, megabytes: float) -> Iterator[None]:
         kept.close()
 
 
-def samples(count: int, _: float) -> Iterator[None]:
+def samples(count: int, _megabytes: float) -> Iterator[None]:
     """Samples of the micro-world model, eight per problem."""
-    mesh = mesh_lib.make_mesh(config_lib.Mesh())
-    params, cfg = hf.load(MODEL, mesh, "float32")
-    tokenizer = load_tokenizer(MODEL)
-    sampling = config_lib.Sampling(max_tokens=32)
-    sampler = engine.Sampler(
-        params, cfg, mesh, stop_ids(MODEL, tokenizer), 0, 64, sampling.max_tokens, mixture.knobs(sampling, 0.0, 1)
-    )
-    prompt = tuple(tokenizer.render([{"role": "user", "content": "add 241 310"}]))
-    requests = (engine.Request(str(n), (prompt,), tuple(range(8)), sampling.max_tokens) for n in range(count // 8))
-    with jax.set_mesh(mesh):
+    config = config_lib.Config(run_dir=".", model=config_lib.Model(path=str(MODEL), dtype="float32"))
+    opened = session.open_session(config)
+    sampler = opened.sampler(config_lib.Sampling(max_tokens=32), slots=64, max_tokens=32)
+    prompt = tuple(opened.prompts.student_only("add 241 310"))
+    requests = (engine.Request(str(n), (prompt,), tuple(range(8)), 32) for n in range(count // 8))
+    with jax.set_mesh(opened.mesh):
         for _ in sampler.run(requests):
             yield
 

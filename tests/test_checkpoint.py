@@ -1,6 +1,7 @@
 """Adapters through peft, checkpoints through Orbax, folders that are damaged."""
 
 import dataclasses
+import gc
 import json
 
 import jax
@@ -295,6 +296,17 @@ def test_store_keeps_the_newest_whole_checkpoint(tmp_path):
     with pytest.raises(UserError, match="every checkpoint is damaged"):
         s.restore(abstract(state))
     s.close()
+
+
+def test_saving_leaks_no_objects(tmp_path):
+    """As many objects after ten more saves; benchmarks/leak.py measures memory over a thousand."""
+    s, counts = store.Store(tmp_path, keep=1), []
+    for step in range(1, 16):
+        s.save(step, {"a": jnp.arange(6.0)}, {})
+        gc.collect()
+        counts.append(len(gc.get_objects()))
+    s.close()
+    assert counts[-1] - counts[4] < 120, counts  # 60, which end at 90; with the metrics of TensorStore 300, without end
 
 
 def test_count_and_abstract_agree(model):
