@@ -146,10 +146,8 @@ def draw_tokens(logits: jax.Array, u: jax.Array, k: SamplingParams, seen: jax.Ar
 
     def plain(logits):
         probs = jax.nn.softmax(logits, axis=-1)
-        drawn = _draw(probs, probs[-1], u, k)
-        # One bad logit makes its whole softmax NaN, so looking at one token is enough, and costs no pass over V.
-        token = jnp.broadcast_to(drawn.token, probs.shape[:2])
-        return replace(drawn, finite=jnp.isfinite(_at(probs, token)).all(0))
+        # One bad logit makes its whole softmax NaN, so looking at one entry is enough, and costs no pass over V.
+        return replace(_draw(probs, probs[-1], u, k), finite=jnp.isfinite(probs[..., 0]).all(0))
 
     def altered(logits):
         finite = jnp.isfinite(logits.max(-1)).all(0)  # truncation and temperature 0 can hide a NaN
