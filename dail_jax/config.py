@@ -84,12 +84,17 @@ class Columns(Section):
 
 
 class Rows(Section):
-    """A dataset: a .jsonl or .parquet file, or `hub:NAME` through the `datasets` extra."""
+    """A dataset: a .jsonl or .parquet file, or `hub:NAME` through the `datasets` extra.
+
+    A control token in a problem or solution, such as <|im_end|> or </think>, would end a turn or a thought. By default
+    it is encoded as the plain text that it is there.
+    """
 
     path: str
     split: str = "train"
     columns: Columns = Columns()
     limit: Count | None = None
+    special_tokens: Literal["text", "keep", "refuse"] = "text"  # keep: encoded as control tokens
 
 
 class Prompts(Section):

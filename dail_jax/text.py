@@ -59,8 +59,8 @@ class Tokenizer:
 
         The result is for texts that are rendered or encoded as `marked`.
         """
-        simple = text if text.isascii() else unicodedata.normalize("NFKC", text)
-        if keep or not self._pattern.search(simple):
+        simple = (text if text.isascii() else unicodedata.normalize("NFKC", text)).casefold()
+        if keep or not any(control in simple for control in self._folded):  # the worker knows for certain
             return text.replace(MARK, 2 * MARK), []
         marked, found = self._ask("mark", text=text)
         return marked, found
@@ -96,9 +96,8 @@ class Tokenizer:
         return next((i for i in (self.pad, self.eos) if i is not None), 0)
 
     @functools.cached_property
-    def _pattern(self) -> re.Pattern[str]:
-        """Finds texts that may hold a control token: the worker decides."""
-        return re.compile("|".join(map(re.escape, self.controls)) or "(?!)", re.IGNORECASE)
+    def _folded(self) -> tuple[str, ...]:
+        return tuple(control.strip().casefold() for control in self.controls)
 
     def _ask(self, what: str, **fields: Any) -> Any:
         return _SERVER.ask(self.folder, self.key, what, fields)

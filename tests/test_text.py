@@ -217,6 +217,30 @@ def test_a_tokenizer_whose_pattern_panics(tmp_path):
     assert "\n" not in str(error.value) and len(str(error.value)) < 500
 
 
+def test_marked_control_tokens_are_text_between_those_that_are_not(tmp_path):
+    """With a merge inside a token's text, blanks that a token takes, and one that forms when another is broken."""
+
+    def change(tree):
+        tree["model"]["vocab"]["<|"] = 300
+        tree["model"]["merges"] = [["<", "|"]]
+        for token in tree["added_tokens"]:
+            token["rstrip"] = token["content"] == "<|end|>"
+
+    tokenizer = hostile_tokenizer(tmp_path, change)
+    end, start = tokenizer.encode("<|end|>")[0], tokenizer.encode("<|start|>")[0]
+    assert {"<|end|>", "<|start|>", "<think>", "</think>"} <= set(tokenizer.controls)
+    text = "a<|end|> <|<|end|>end|>\ufdd0\ufdd0"
+    marked, found = tokenizer.mark(text)
+    assert found == ["<|end|>", "<|end|>"]
+    ids = tokenizer.encode(f"<|start|>{marked}<|end|>  x", marked=True)
+    assert ids[0] == start and ids.count(end) == 1
+    assert ids.count(300) == text.count("<|") == 3  # merged as in any text, across the mark
+    assert ids[-2:] == [end, tokenizer.encode("x")[0]]  # and the true token takes the blanks behind it
+    assert tokenizer.decode(ids[1:-2], keep_special=True) == text
+    assert tokenizer.mark("plain") == ("plain", [])
+    assert tokenizer.encode(tokenizer.mark("\ufdd0", keep=True)[0], marked=True) == tokenizer.encode("\ufdd0")
+
+
 def test_templates_that_refuse_a_role_or_are_missing(tmp_path):
     refusing = "{% if messages[0].role == 'system' %}{{ raise_exception('no system here') }}{% endif %}ok"
     tokenizer = load_tokenizer(byte_tokenizer(tmp_path / "a", refusing))

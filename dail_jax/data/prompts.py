@@ -1,7 +1,7 @@
 """Prompts of the three roles: one builder for generation, training and evaluation, so that they cannot differ.
 
 A template is a text file. `{{problem}}`, `{{solution}}`, `{{waypoints}}` and `{{answer}}` stand for a row's values,
-put in once and never scanned again; `{{waypoints:, }}` chooses what stands between waypoints (`{{hint:, }}` likewise,
+put in once and never scanned again; control tokens in them are plain text (`data.special_tokens`); `{{waypoints:, }}` chooses what stands between waypoints (`{{hint:, }}` likewise,
 where the hint is waypoints). A line whose values are all empty is left out. A file that begins with a line `[system]`
 continues with a line `[user]`; any other is the user's message as a whole.
 """
@@ -10,14 +10,17 @@ from __future__ import annotations
 
 import functools
 import re
+from collections import Counter
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
+from typing import Literal
 
-from dail_jax import config
+from dail_jax import config, strict_json
 from dail_jax.data.records import Row
 from dail_jax.data.waypoints import final_answer, waypoints
 from dail_jax.errors import UserError
+from dail_jax.metrics import log
 from dail_jax.text import Tokenizer, open_tag
 
 NAMES = ("problem", "solution", "waypoints", "answer")
@@ -36,13 +39,17 @@ _PLACEHOLDER = re.compile(r"\{\{\s*(\w+)\s*(?::([^{}]*))?\}\}")
 _SECTION = re.compile(r"\s*\[(system|user)\][ \t]*\n")
 
 
+Policy = Literal["text", "keep", "refuse"]
+Values = dict[str, str | list[str]]
+
+
 @dataclass(frozen=True)
 class Template:
     """A checked template: (role, text with placeholders) for each message."""
 
     sections: tuple[tuple[str, str], ...]
 
-    def messages(self, values: dict[str, str | list[str]]) -> list[dict[str, str]]:
+    def messages(self, values: Values) -> list[dict[str, str]]:
         """Chat messages with the values put in."""
         return [{"role": role, "content": _fill(text, values)} for role, text in self.sections]
 
@@ -59,10 +66,21 @@ class Prompts:
 
 
 class PromptBuilder:
-    """Builds every prompt of a run from its templates and chat template; raises UserError for bad templates."""
+    """Builds every prompt of a run from its templates and chat template; raises UserError for bad templates.
 
-    def __init__(self, tokenizer: Tokenizer, cfg: config.Prompts, waypoint_cfg: config.Waypoints):
+    `special_tokens` says what becomes of control tokens in rows.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        cfg: config.Prompts,
+        waypoint_cfg: config.Waypoints,
+        special_tokens: Policy = "text",
+    ):
         self.tokenizer, self.cfg, self.waypoint_cfg = tokenizer, cfg, waypoint_cfg
+        self.special_tokens: Policy = special_tokens
+        self.found: Counter[str] = Counter()  # control tokens that were encoded as text: the texts that hold each
         self.student = load_template(cfg.student, "student")
         self.privileged = load_template(cfg.privileged, "privileged")
         self.negative = load_template(cfg.negative, "negative")
@@ -70,16 +88,18 @@ class PromptBuilder:
 
     def build(self, row: Row) -> Prompts:
         """All prompts of a row. Where the solution is cut, every role sees the cut one; the final answer stays."""
-        values, cut = self.values(row)
+        raw, cut = self.values(row)
+        values = self._safe(raw, self.special_tokens, row.problem_id)
+        reply = self.reply({**values, "solution": self._own_thoughts(str(raw["solution"]))}, cut)
         return Prompts(
             student=self._render(self.student, values),
             privileged=self._render(self.privileged, values),
             negative=self._render(self.negative, values),
-            expert=self.tokenizer.encode(self.reply(values, cut)) + ([] if cut else [self.tokenizer.eos_id]),
+            expert=self.tokenizer.encode(reply, marked=True) + ([] if cut else [self.tokenizer.eos_id]),
             cut=cut,
         )
 
-    def values(self, row: Row) -> tuple[dict[str, str | list[str]], bool]:
+    def values(self, row: Row) -> tuple[Values, bool]:
         """What the placeholders stand for, and whether the solution was cut."""
         solution, cut = self.cut(row.solution)
         answer = final_answer(row)
@@ -91,34 +111,39 @@ class PromptBuilder:
             "answer": answer or "",
         }, cut
 
-    def student_only(self, problem: str, template: str | None = None, choices: str = "") -> list[int]:
+    def student_only(
+        self, problem: str, template: str | None = None, choices: str = "", special_tokens: Policy | None = None
+    ) -> list[int]:
         """The prompt of an evaluation: the student's, or that of a benchmark's own template file.
 
-        `choices` are those of a multiple-choice question, a line each; their template shows them.
+        `choices` are those of a multiple-choice question, a line each; their template shows them. `special_tokens` is
+        the benchmark's own policy.
         """
         own = template is None and not choices
         found = self.student if own else _template(template, "choice" if choices else "student")
-        return self._render(found, {"problem": problem, "choices": choices})
+        values: Values = {"problem": problem, "choices": choices}
+        return self._render(found, self._safe(values, special_tokens or self.special_tokens, problem[:40]))
 
     def hinted(self, problem: str, hint: str | list[str]) -> list[int]:
         """The student's prompt with a hint, or with waypoints as one."""
-        return self._render(_template(self.cfg.hint, "hint"), {"problem": problem, "hint": hint})
+        values = self._safe({"problem": problem, "hint": hint}, self.special_tokens, problem[:40])
+        return self._render(_template(self.cfg.hint, "hint"), values)
 
     def cut(self, solution: str) -> tuple[str, bool]:
         """The longest prefix of a solution (to within a character) of at most max_solution_tokens tokens."""
         limit = self.cfg.max_solution_tokens
-        if len(self.tokenizer.encode(solution)) <= limit:
+        if self._length(solution) <= limit:
             return solution, False
         low, high = 0, len(solution)  # a prefix of `low` characters fits, one of `high` does not
         while high - low > 1:
             middle = (low + high) // 2
-            if len(self.tokenizer.encode(solution[:middle])) <= limit:
+            if self._length(solution[:middle]) <= limit:
                 low = middle
             else:
                 high = middle
         return solution[:low], True
 
-    def reply(self, values: dict[str, str | list[str]], cut: bool) -> str:
+    def reply(self, values: Values, cut: bool) -> str:
         """The text that SFT imitates: the `expert` template's, or the solution, after the prompt's opening.
 
         Without a template, a solution that the opening puts inside of a tag such as <think> is followed by the
@@ -137,8 +162,46 @@ class PromptBuilder:
             text = text.lstrip().removeprefix(opening.strip()).lstrip("\n")
         return text
 
-    def _render(self, template: Template, values: dict[str, str | list[str]]) -> list[int]:
-        return self.tokenizer.render(template.messages(values), self.cfg.opening)
+    def _render(self, template: Template, values: Values) -> list[int]:
+        return self.tokenizer.render(template.messages(values), self.cfg.opening, marked=True)
+
+    def _length(self, text: str) -> int:
+        return len(self.tokenizer.encode(self._mark(text)[0], marked=True))
+
+    def _mark(self, text: str) -> tuple[str, list[str]]:
+        return self.tokenizer.mark(text, keep=self.special_tokens == "keep")
+
+    def _safe(self, values: Values, policy: Policy, name: str) -> Values:
+        """The values with their control tokens marked as text, and counted; raises UserError where they are refused."""
+        safe: Values = {}
+        for field, value in values.items():
+            parts = [value] if isinstance(value, str) else value
+            marked = [self.tokenizer.mark(part, keep=policy == "keep") for part in parts]
+            found = [token for _, tokens in marked for token in tokens]
+            if found and policy == "refuse":
+                raise UserError(
+                    f"got the control token {found[0]!r} in its {field}: want plain text, or special_tokens: text",
+                    row=strict_json.printable(name),
+                    field="special_tokens",
+                )
+            self.found.update(sorted(set(found)))
+            texts = [text for text, _ in marked]
+            safe[field] = texts[0] if isinstance(value, str) else texts
+        return safe
+
+    def _own_thoughts(self, solution: str) -> str:
+        """A solution as a reply: control tokens are marked, but for the tags around thoughts with which it begins."""
+        tag = open_tag(self.cfg.opening) or "think"
+        thoughts, end, rest = solution.partition(f"</{tag}>")
+        start = next(iter(re.findall(rf"\A\s*<{tag}>", thoughts)), "")
+        return start + self._mark(thoughts.removeprefix(start))[0] + end + self._mark(rest)[0]
+
+    def report(self, stage: str) -> None:
+        """Logs the control tokens that were found in texts since the last report."""
+        if self.found:
+            tokens = ", ".join(f"{token} in {count}" for token, count in self.found.most_common(8))
+            log(f"{stage}: control tokens in texts of the data are encoded as plain text (special_tokens): {tokens}")
+        self.found.clear()
 
 
 @functools.lru_cache(maxsize=64)
@@ -184,7 +247,7 @@ def _sections(text: str, source: str, role: str) -> tuple[tuple[str, str], ...]:
     return tuple((mark[1], text[mark.end() : end].strip()) for mark, end in zip(marks, ends, strict=True))
 
 
-def _fill(text: str, values: dict[str, str | list[str]]) -> str:
+def _fill(text: str, values: Values) -> str:
     """Puts the values in, in one pass, line by line."""
 
     def value(match: re.Match[str]) -> str:

@@ -156,12 +156,15 @@ def problems(session: Session, tables: dict[str, list[Row]]) -> list[Problem]:
     for benchmark in cfg.benchmarks:
         for row in tables[benchmark.name]:
             choices, gold = question(row)
-            prompt = tuple(session.prompts.student_only(row.problem, benchmark.template, choices))
+            prompt = tuple(
+                session.prompts.student_only(row.problem, benchmark.template, choices, benchmark.rows.special_tokens)
+            )
             if len(prompt) > cfg.max_prompt_tokens:
                 too_long += 1
             else:
                 opened = opening.search(session.tokenizer.decode(prompt[-16:], keep_special=True))
                 out.append(Problem(benchmark, row, gold, prompt, opened[0] if opened else ""))
+    session.prompts.report("evaluate")
     if too_long:
         log(f"evaluate: skipped {too_long} problems with prompts above max_prompt_tokens={cfg.max_prompt_tokens}")
     if not out:

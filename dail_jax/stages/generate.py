@@ -109,6 +109,7 @@ def roll_out(
     finished = {row["problem_id"]: row["traces"] for row in files.check_all(journal.rows, Drawn, journal.path)}
     names = {f"{name}/{row.problem_id}": row for row in rows}
     prompts = {row.problem_id: session.prompts.build(row) for row in rows}
+    session.prompts.report("generate")
     if cut := sum(p.cut for p in prompts.values()):
         log(f"generate: {cut} solutions were cut at {session.config.prompts.max_solution_tokens} tokens")
     roles = {0.0: ("student",), 1.0: ("privileged",)}.get(cfg.tau, ("student", "privileged"))

@@ -59,6 +59,7 @@ def tasks_of(session: Session, rows: list[Row]) -> list[Task]:
         if hint := hints.get(row.problem_id):
             prompts["hint"] = tuple(session.prompts.hinted(row.problem, hint))
         tasks.append(Task(row.problem_id, prompts, final_answer(row) or ""))
+    session.prompts.report("train")
     fitting = [task for task in tasks if max(map(len, task.prompts.values())) <= room]
     if len(fitting) < len(tasks):
         log(f"train: dropped {len(tasks) - len(fitting)} problems: prompt and response above train.max_tokens")

@@ -84,7 +84,8 @@ def open_session(config: config_lib.Config) -> Session:
             f"got token ids up to {tokenizer.size - 1}, want below the model's {model.V} embedding rows",
             file=config.model.tokenizer or folder,
         )
-    prompts = PromptBuilder(tokenizer, config.prompts, config.waypoints)
+    policy = config.data.special_tokens if config.data else "text"
+    prompts = PromptBuilder(tokenizer, config.prompts, config.waypoints, policy)
     return Session(config, mesh, model, tokenizer, prompts, stop_ids(folder, tokenizer))
 
 

@@ -42,7 +42,8 @@ def waypoints(config: config_lib.Config, row: Sequence[str] = ()) -> None:
 def prompts(config: config_lib.Config, row: Sequence[str] = ()) -> None:
     """What each role's prompt is for the model, control tokens included, and what SFT would imitate."""
     tokenizer = load_tokenizer(config.model.tokenizer or config.model.path)
-    builder = PromptBuilder(tokenizer, config.prompts, config.waypoints)
+    policy = config.data.special_tokens if config.data else "text"
+    builder = PromptBuilder(tokenizer, config.prompts, config.waypoints, policy)
     for one in _chosen(config, _rows(config), row):
         built = builder.build(one)
         cut = f", solution cut at {config.prompts.max_solution_tokens} tokens" if built.cut else ""
@@ -51,6 +52,7 @@ def prompts(config: config_lib.Config, row: Sequence[str] = ()) -> None:
             ids = getattr(built, role)
             shown = visible(tokenizer.decode(ids, keep_special=True))
             console.print(Panel(Text(shown), title=f"{role}: {len(ids)} tokens", title_align="left"))
+    builder.report("prompts")
 
 
 def _rows(config: config_lib.Config) -> list[Row]:

@@ -64,6 +64,7 @@ def examples_of(session: Session, rows: list[Row]) -> list[Example]:
     """What is trained on: kept traces, or expert replies for `sft`; over-long ones are dropped and counted."""
     config, limit = session.config, session.config.train.max_tokens
     built = {row.problem_id: session.prompts.build(row) for row in rows}
+    session.prompts.report("train")
     roles = roles_of(config)
 
     def example(name: str, problem_id: str, response) -> Example:
