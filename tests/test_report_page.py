@@ -77,6 +77,7 @@ def make_run(folder: Path, arm: str, problems: int = PROBLEMS, steps: int = 60) 
                             "gold": "465",
                             "correct": right,
                             "reason": "equal" if right else "other value",
+                            "vote": 0 if right else j + 1,
                             "finish": "forced" if cut else "stop",
                         }
                     )

@@ -189,11 +189,10 @@ def test_stages_want_what_comes_before(tmp_path, capsys):
 
 def test_bad_traces_and_rows_are_refused_before_any_work(tmp_path, pipeline, capsys):
     good = (pipeline / "traces.jsonl").read_text().splitlines()
-    shape = "want a row with problem_id, sample, response_ids, text, finish"
     wrong = {
-        "{": shape,
+        "{": "got a line that is not JSON",
         good[1].replace('"response_ids":[', '"response_ids":[64,'): "at or above the model's vocabulary of 64",
-        good[1].replace('"response_ids":[', '"response_ids":["x",'): shape,
+        good[1].replace('"response_ids":[', '"response_ids":["x",'): "response_ids.0: got 'x', want a valid integer",
     }
     traces = tmp_path / "t.jsonl"
     for i, (line, words) in enumerate(wrong.items()):
