@@ -6,7 +6,8 @@ generate, evaluate: SIGKILL. Every problem in the journal before a kill must be 
 finished file must equal an uninterrupted run's byte for byte. train: SIGKILL, saving after every second update and
 keeping two checkpoints, so that many kills fall into a save or a deletion. Every step that is listed must load, at most
 one save interval may be lost, and losses and final parameters must be bit-identical. All: SIGTERM must end with 0.
-The run directory is used until it is finished, then begun anew. Exit status 1 if anything was lost.
+pretrain: likewise, also between the model's saving and the record of it. The run directory is used until it is finished,
+then begun anew. Exit status 1 if anything was lost.
 """
 
 from __future__ import annotations
@@ -32,7 +33,9 @@ JOURNALS = {  # stage: its journal, what names a row there, the finished file
     "generate": ("traces.partial.jsonl", "problem_id", "traces.jsonl"),
     "evaluate": ("samples.partial.jsonl", "name", "samples.jsonl"),
 }
-STAGES = (*JOURNALS, "train")
+CHECKPOINTS = {"train": ("checkpoints", SAVE_EVERY), "pretrain": ("pretrain", 5)}  # where, and every how many updates
+LOGGED = {"train": 1, "pretrain": 4}  # updates a row of metrics.jsonl
+STAGES = (*JOURNALS, *CHECKPOINTS)
 
 
 def main() -> int:
@@ -72,7 +75,9 @@ def campaign(stage: str, folder: Path, kills: int, terms: int, rng: random.Rando
         try:
             # Half of the moments anywhere, half where rows are being written.
             if rng.random() < 0.5:
-                tiny.wait_for(watched(stage, run), before + 1, process, "train" if stage == "train" else "")
+                tiny.wait_for(
+                    watched(stage, run), 1 + before // LOGGED.get(stage, 1), process, stage if stage in LOGGED else ""
+                )
                 time.sleep(rng.random() * 0.3)
             else:
                 time.sleep(rng.random() * seconds)
@@ -112,6 +117,8 @@ def campaign(stage: str, folder: Path, kills: int, terms: int, rng: random.Rando
 
 
 def config(stage: str, run: Path, folder: Path) -> Path:
+    if stage == "pretrain":
+        return tiny.write_pretrain(run, folder / "corpus.jsonl", pretrain__steps=200, pretrain__save_every=5)
     traces = {"traces": str(folder / "generate-whole" / "traces.jsonl")} if stage == "train" else {}
     objective = {"train__objective": "none"} if stage == "evaluate" else {}
     return tiny.write(
@@ -143,11 +150,11 @@ def progress(stage: str, run: Path) -> int:
     if stage in JOURNALS:
         path = watched(stage, run)
         return path.read_bytes().count(b"\n") if path.exists() else 0
-    return max(listed(run), default=0)
+    return max(listed(run / CHECKPOINTS[stage][0]), default=0)
 
 
-def listed(run: Path) -> list[int]:
-    return [int(p.stem) for p in (run / "checkpoints" / "manifests").glob("*.json")]
+def listed(folder: Path) -> list[int]:
+    return [int(p.stem) for p in (folder / "manifests").glob("*.json")]
 
 
 def lost(stage: str, run: Path, before: int) -> list[str]:
@@ -159,10 +166,11 @@ def lost(stage: str, run: Path, before: int) -> list[str]:
     if stage in JOURNALS:
         names = Counter(row[JOURNALS[stage][1]] for row in whole_lines(watched(stage, run)))
         return [f"{name} is there twice" for name, n in names.items() if n > 1]
-    reached = max((row["step"] for row in whole_lines(run / "metrics.jsonl") if row["stage"] == "train"), default=0)
-    if reached - progress(stage, run) > SAVE_EVERY:
-        return [f"train: {reached} updates reached, the last checkpoint is {progress(stage, run)}"]
-    return damaged(run)
+    reached = max((row["step"] for row in whole_lines(run / "metrics.jsonl") if row["stage"] == stage), default=0)
+    name, every = CHECKPOINTS[stage]
+    if reached - progress(stage, run) > every and not (run / "model").exists():
+        return [f"{stage}: {reached} updates reached, the last checkpoint is {progress(stage, run)}"]
+    return damaged(run / name)
 
 
 def whole_lines(path: Path) -> list[dict]:
@@ -170,17 +178,12 @@ def whole_lines(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_bytes().split(b"\n")[:-1]] if path.exists() else []
 
 
-def damaged(run: Path) -> list[str]:
+def damaged(folder: Path) -> list[str]:
     """Listed checkpoints whose files are not what their manifests say."""
-    from dail_jax.rundir import sha256
+    from dail_jax.checkpoint import store
 
-    found = []
-    for step in listed(run):
-        root = run / "checkpoints" / str(step)
-        files = json.loads((run / "checkpoints" / "manifests" / f"{step}.json").read_text())
-        bad = [f for f, h in files.items() if not (root / f).exists() or sha256(root / f) != h]
-        found += [f"checkpoint {step}: {f} is not whole" for f in bad]
-    return found
+    bad = {step: store.damaged(folder, step) for step in listed(folder)}
+    return [f"checkpoint {step}: {file} is damaged" for step, file in bad.items() if file]
 
 
 def differences(stage: str, run: Path, whole: Path, folder: Path) -> list[str]:
@@ -189,6 +192,11 @@ def differences(stage: str, run: Path, whole: Path, folder: Path) -> list[str]:
         file = JOURNALS[stage][2]
         same = (run / file).read_bytes() == (whole / file).read_bytes()
         return [] if same else [f"{file} differs from an uninterrupted run's"]
+    if stage == "pretrain":
+        problems = (
+            [] if pretrained(run) == pretrained(whole) else ["losses or weights differ from an uninterrupted run's"]
+        )
+        return problems + (["its checkpoints are still there"] if (run / "pretrain").exists() else [])
     got, want = tiny.losses(run), tiny.losses(whole)
     first = next(((g, w) for g, w in zip(got, want, strict=False) if g != w), (len(got), len(want)))
     problems = [] if got == want else [f"losses differ from an uninterrupted run's: {first[0]}, not {first[1]}"]
@@ -198,6 +206,12 @@ def differences(stage: str, run: Path, whole: Path, folder: Path) -> list[str]:
         assert status == 0, err
         adapters.append((place / "adapter" / "adapter_model.safetensors").read_bytes())
     return problems if adapters[0] == adapters[1] else [*problems, "final parameters differ"]
+
+
+def pretrained(run: Path) -> tuple[list[tuple[int, float]], bytes]:
+    """Losses and weights."""
+    rows = [row for row in whole_lines(run / "metrics.jsonl") if row["stage"] == "pretrain"]
+    return [(row["step"], row["loss"]) for row in rows], (run / "model" / "model.safetensors").read_bytes()
 
 
 if __name__ == "__main__":

@@ -3,9 +3,11 @@
     python benchmarks/damage.py --mutations 10000      (some ten minutes; --mutations 500: one)
 
 Targets: an adapter, a merged model, a converted model, training checkpoints (two, so that the older one can be fallen
-back to), cached references; and a Hugging Face folder without checksums, where a flipped bit of a weight cannot be
+back to), cached references, a finished run directory; and a Hugging Face folder without checksums, where a flipped bit of a weight cannot be
 noticed. A mutation hits one random file: a bit is flipped, a stretch is overwritten, zeroed, taken out or put in, the
 end is cut off, or the file is emptied or removed. Loading must refuse in one line, or give what was saved, bit for bit.
+Of the finished run every stage is called again: what it then calls done must be what it was, also the final checkpoint,
+which no older one may stand in for; to make an output again counts as a refusal.
 Exit status 1 if a folder with checksums ever loaded something else, or anything but such a refusal was raised.
 """
 
@@ -25,27 +27,33 @@ from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import tiny
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
 from dail_jax import config as config_lib
+from dail_jax import launch, metrics, provenance, rundir
 from dail_jax import mesh as mesh_lib
-from dail_jax import metrics
 from dail_jax.checkpoint import base, hf, peft, store
 from dail_jax.data.batches import Example
 from dail_jax.errors import UserError
 from dail_jax.model import lora as lora_lib
+from dail_jax.stages import evaluate, export, generate, train
 from dail_jax.text import load_tokenizer
 from dail_jax.train import references
 
 MODEL = Path(__file__).resolve().parent.parent / "dail_jax/microworld/assets/model"
 OUTCOMES = ("refused", "unharmed", "changed", "crashed")
 UNCHECKED = "folder without checksums"
+RUN = "finished run"
 
 
 def main() -> int:
@@ -107,14 +115,47 @@ def targets(folder: Path) -> dict[str, Callable[[Path], Any]]:
         kept.save(step, jax.tree.map(lambda x, step=step: x * 2.0**step, lora), {"data": step})
     kept.close()
     write_references(folder / "references", examples, cfg.D)
+    finish_run(folder / RUN)
     return {
         "adapter": lambda path: peft.load(path, cfg, mesh)[0].tree,
         "merged model": read_model,
         "converted model": read_model,
         "checkpoints": read_checkpoint,
         "references": read_references,
+        RUN: read_run,
         UNCHECKED: read_model,
     }
+
+
+def finish_run(folder: Path) -> None:
+    """A run of all stages on the tiny configuration, without what no stage reads again."""
+    path = tiny.write(folder)
+    for stage in tiny.STAGES[:4]:
+        if launch.main([stage, "--config", str(path)]):
+            raise SystemExit(f"{stage} failed")
+    for name in ("references", "token_scores.jsonl", "metrics.jsonl", ".lock"):
+        rundir.remove(folder / name)
+
+
+def read_run(folder: Path) -> dict[str, bytes]:
+    """What the stages call done; raises UserError where one refuses, or would make an output again."""
+
+    def work(_):
+        raise UserError("made again")
+
+    path, errors = tiny.write(folder), io.StringIO()
+    stages = (generate, train, evaluate, export)
+    with contextlib.ExitStack() as stack, contextlib.redirect_stderr(errors):
+        for stage in stages:
+            stack.enter_context(mock.patch.object(stage, "open_session", work))
+        stack.enter_context(mock.patch.object(evaluate, "gradable", lambda _, tables: tables))
+        for stage in tiny.STAGES[:4]:
+            if launch.main([stage, "--config", str(path)]):
+                raise UserError(errors.getvalue().rstrip("\n"))
+    final = folder / "checkpoints" / str(tiny.UPDATES)
+    names = ("traces.jsonl", "samples.jsonl", "results.json")
+    files = [*(folder / name for name in names), *final.rglob("*"), *(folder / "adapter").iterdir()]
+    return {str(file.relative_to(folder)): file.read_bytes() for file in files if file.is_file()}
 
 
 def write_references(folder: Path, examples: list[Example], d: int) -> None:
@@ -125,7 +166,7 @@ def write_references(folder: Path, examples: list[Example], d: int) -> None:
     for role in references.step_lib.REFERENCES:
         file = folder / f"{role}.bin"
         file.write_bytes(rng.standard_normal((tokens, d)).astype(jnp.bfloat16).tobytes())
-        files[file.name] = references.sha256(file)
+        files[file.name] = provenance.sha256(file)
     (folder / "manifest.json").write_text(json.dumps({"key": "key", "shape": (tokens, d), "files": files}))
 
 

@@ -8,11 +8,13 @@ paths are relative to the working directory. Defaults live here and nowhere else
 from __future__ import annotations
 
 import io
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
@@ -43,6 +45,23 @@ Natural = Annotated[int, BeforeValidator(_not_bool), Field(ge=0)]
 Seed = Annotated[Natural, Field(lt=1 << 32)]  # all that JAX takes of it
 
 
+REMOTE = "want a path on this machine: remote storage is not supported"
+
+
+def is_remote(path: str) -> bool:
+    """Whether a path is a URL such as `gs://bucket/run`, of which the file system would make a folder `gs:`."""
+    return re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", path) is not None
+
+
+def _local(path: str) -> str:
+    if is_remote(path):
+        raise ValueError(REMOTE)
+    return path
+
+
+LocalPath = Annotated[str, AfterValidator(_local)]
+
+
 class Section(BaseModel):
     """A frozen part of the configuration that knows all its keys."""
 
@@ -52,9 +71,9 @@ class Section(BaseModel):
 class Model(Section):
     """The frozen base model: a Hugging Face folder with config.json, safetensors and a tokenizer."""
 
-    path: str
+    path: LocalPath
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
-    tokenizer: str | None = None  # another folder; default: the model's own
+    tokenizer: LocalPath | None = None  # another folder; default: the model's own
 
 
 class Mesh(Section):
@@ -90,7 +109,7 @@ class Rows(Section):
     it is encoded as the plain text that it is there.
     """
 
-    path: str
+    path: LocalPath
     split: str = "train"
     columns: Columns = Columns()
     limit: Count | None = None
@@ -104,11 +123,11 @@ class Prompts(Section):
     A solution longer than `max_solution_tokens` is cut to its first tokens, for every role alike.
     """
 
-    student: str | None = None
-    privileged: str | None = None
-    negative: str | None = None
-    expert: str | None = None  # the reply that SFT imitates; null = the solution as it is
-    hint: str | None = None  # the student's prompt with a hint, for nurl
+    student: LocalPath | None = None
+    privileged: LocalPath | None = None
+    negative: LocalPath | None = None
+    expert: LocalPath | None = None  # the reply that SFT imitates; null = the solution as it is
+    hint: LocalPath | None = None  # the student's prompt with a hint, for nurl
     opening: str = ""
     max_solution_tokens: Count = 4096
 
@@ -286,7 +305,7 @@ class Benchmark(Section):
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]+$")]
     rows: Rows
-    template: str | None = None  # null = the student's, or with choices the package's own for these
+    template: LocalPath | None = None  # null = the student's, or with choices the package's own for these
     answer: str = "math"  # a name in dail_jax.evaluate.answers.ANSWERS: math, integer, choice, none, or your own
     ungradable: Literal["refuse", "skip"] = "refuse"  # what to do with rows whose gold answer cannot be read
 
@@ -295,7 +314,8 @@ class Evaluate(Section):
     """pass@k with n samples a problem, cut at each budget."""
 
     benchmarks: tuple[Annotated[Benchmark, BeforeValidator(included)], ...] = ()
-    adapter: str | None = None  # a PEFT folder to evaluate (with train.objective: none); null = what this run trained
+    # A PEFT folder to evaluate (with train.objective: none); null = what this run trained
+    adapter: LocalPath | None = None
     sampler: str = "engine"  # who draws the samples: a name in dail_jax/stages/samplers.py
     samples: Count = 128
     ks: tuple[Count, ...] = ()  # empty = powers of two up to samples
@@ -326,13 +346,14 @@ class Export(Section):
 class Pretrain(Section):
     """Training all weights of a small model from scratch on rows with `prompt` and `response`."""
 
-    rows: str
+    rows: LocalPath
     architecture: dict[str, Any]  # the config.json to train
     steps: Count = 1000
     tokens_per_step: Count = 4096
     bucket: Count = 16
     max_tokens: Count = 256
     log_every: Count = 20
+    save_every: Count = 500
     optimizer: Optimizer = Optimizer(name="muon", learning_rate=3e-3, schedule="trapezoid", weight_decay=0.0)
 
 
@@ -346,7 +367,7 @@ class Log(Section):
 class Config(Section):
     """Everything. One file configures one experiment; `arms` turns it into several that share traces."""
 
-    run_dir: str
+    run_dir: LocalPath
     seed: Seed = 3407
     model: Model
     mesh: Mesh = Mesh()
@@ -354,7 +375,7 @@ class Config(Section):
     prompts: Prompts = Prompts()
     waypoints: Waypoints = Waypoints()
     generate: Generate = Generate()
-    traces: str | None = None  # a traces.jsonl made elsewhere; null = this run's own
+    traces: LocalPath | None = None  # a traces.jsonl made elsewhere; null = this run's own
     filters: Filters = Filters()
     train: Train = Train()
     evaluate: Evaluate = Evaluate()

@@ -176,10 +176,10 @@ def env(config) -> None:
 
     from dail_jax import mesh as mesh_lib
     from dail_jax.metrics import console
-    from dail_jax.rundir import provenance
+    from dail_jax.provenance import environment
 
     table = Table(show_header=False)
-    for key, value in provenance().items():
+    for key, value in environment().items():
         shown = ", ".join(f"{k} {v}" for k, v in value.items()) if isinstance(value, dict) else str(value)
         table.add_row(key, shown)
     if config is not None:

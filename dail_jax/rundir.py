@@ -1,60 +1,38 @@
 """The run directory that all stages share: lock, configuration, provenance, durable writes.
 
-`run.json` says what made the run (versions, XLA flags, devices, seed, source revision) and, for every stage,
-the part of the configuration that it was started with, so that a changed configuration is noticed.
+`run.json` says what made the run (versions, XLA flags, devices, seed, source revision) and, for every stage, what it was
+made of and what it made: the settings and the contents of inputs that decide its outputs, and the outputs' digests.
 """
 
 from __future__ import annotations
 
 import contextlib
 import fcntl
-import hashlib
-import importlib.metadata
+import functools
 import itertools
 import json
 import os
-import platform
+import re
 import shutil
 import signal
-import subprocess
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import jax
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from dail_jax import config as config_lib
 from dail_jax import mesh as mesh_lib
-from dail_jax import strict_json
+from dail_jax import provenance, strict_json
 from dail_jax.errors import UserError, writing
 from dail_jax.metrics import log
+from dail_jax.provenance import Recipe
+from dail_jax.strict_yaml import explain
 
-PACKAGES = (
-    "jax",
-    "jaxlib",
-    "libtpu",
-    "flax",
-    "optax",
-    "orbax-checkpoint",
-    "grain",
-    "transformers",
-    "tokenizers",
-    "safetensors",
-    "math-verify",
-    "numpy",
-)
-
-# The sections that decide what a stage writes. `mesh` is not among them: other devices give the same traces,
-# and losses that agree to rounding.
-SECTIONS = {
-    "generate": ("seed", "model", "data", "prompts", "generate", "filters"),
-    "train": ("seed", "model", "data", "prompts", "waypoints", "filters", "train"),
-    "evaluate": ("seed", "model", "prompts", "train", "evaluate"),
-    "export": ("train", "export"),
-    "pretrain": ("seed", "pretrain"),
-}
+CHECKSUMS = ".checksums.json"
 
 
 def write_atomic(path: str | Path, text: str | bytes) -> None:
@@ -82,11 +60,6 @@ def sync_folder(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
-
-
-def sha256(path: str | Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def json_line(row: Any) -> str:
@@ -142,32 +115,72 @@ class Journal:
             self.file.close()
 
 
-def provenance() -> dict[str, Any]:
-    """Versions, flags and devices: what a bug report or a reproduction needs."""
-    versions = {}
-    for name in PACKAGES:
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            versions[name] = importlib.metadata.version(name)
+# ---------------------------------------------------------------------------------------------------
+# What run.json must hold to be of use
+# ---------------------------------------------------------------------------------------------------
+
+
+class Shape(BaseModel):
+    model_config = ConfigDict(strict=True)
+
+
+class TakenInput(Shape):
+    path: str | None
+    sha256: str | None
+
+
+class Record(Shape):
+    settings: dict[str, Any] = {}
+    inputs: dict[str, TakenInput] = {}
+    outputs: dict[str, str] = {}
+    summary: dict[str, Any] = {}
+    versions: dict[str, str | None] = {}
+    place: dict[str, Any] = {}
+
+
+class Manifest(Shape):
+    stages: dict[str, Record]
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """What run.json says; no stages where there is none."""
+    path = folder / "run.json"
+    if not path.exists():
+        return {"stages": {}}
+    tree = strict_json.read_object(path, own=True)
     try:
-        here = Path(__file__).parent
-        revision = subprocess.run(
-            ["git", "-C", here, "describe", "--always", "--dirty", "--abbrev=12"],
-            capture_output=True,
-            text=True,
-            timeout=10,
-        ).stdout.strip()
-    except (OSError, subprocess.TimeoutExpired):
-        revision = ""
-    return {
-        "python": platform.python_version(),
-        "versions": versions,
-        "source": revision or "unknown",
-        "xla_flags": os.environ.get("XLA_FLAGS", ""),
-        "platform": jax.default_backend(),
-        "device_kind": jax.devices()[0].device_kind,
-        "devices": jax.device_count(),
-        "processes": jax.process_count(),
-    }
+        Manifest.model_validate(tree)
+    except ValidationError as error:
+        raise explain(error, path, Manifest) from None
+    return tree
+
+
+# ---------------------------------------------------------------------------------------------------
+# The directory
+# ---------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A stage that has begun: how its outputs are now, and what made it."""
+
+    states: dict[str, provenance.State]
+    made_of: dict[str, Any]
+    done: bool
+
+    @property
+    def identity(self) -> str:
+        """One digest for everything that decides the outputs."""
+        return provenance.identity(self.made_of)
+
+    def sha256(self, name: str) -> str:
+        """The digest of an input."""
+        return self.made_of["inputs"][name]["sha256"]
+
+
+# What `write_atomic` and its like leave behind when they are killed.
+TEMPORARY = re.compile(r"\..+\.\d+\.tmp")
+WRITTEN = (".", "plots", "checkpoints/manifests", "pretrain/manifests")
 
 
 class RunDir:
@@ -199,77 +212,209 @@ class RunDir:
         with writing(self.path / ".lock"):
             os.ftruncate(self._lock, 0)
             os.pwrite(self._lock, str(os.getpid()).encode(), 0)
-        for leftover in self.path.glob(".*.tmp"):  # of a process that was killed while it wrote
-            if leftover.is_dir():
-                shutil.rmtree(leftover)
-            else:
-                leftover.unlink()
+        for place in WRITTEN:  # what a process that was killed had half written
+            for leftover in (self.path / place).glob(".*.tmp"):
+                if TEMPORARY.fullmatch(leftover.name):
+                    remove(leftover)
 
     def __exit__(self, *_: object) -> None:
         if self._lock is not None:
             os.close(self._lock)
 
     def _manifest(self) -> dict[str, Any]:
-        path = self.path / "run.json"
-        try:
-            return json.loads(path.read_text()) if path.exists() else {"stages": {}}
-        except ValueError:
-            raise UserError("got a damaged file, want JSON", file=path) from None
+        return read_manifest(self.path)
 
-    def finished(self, name: str) -> bool:
-        """Whether a stage has ended."""
-        return mesh_lib.from_first(lambda: "finished" in self._manifest()["stages"].get(name, {}))
+    @functools.cached_property
+    def checksum(self) -> provenance.Checksums:
+        """Digests of files; those of large ones are remembered in the run directory."""
+        try:
+            return provenance.Checksums(json.loads((self.path / CHECKSUMS).read_text()))
+        except (OSError, ValueError, TypeError, AttributeError):
+            return provenance.Checksums()  # only time is lost
+
+    def output(self, stage: str, name: str) -> str:
+        """The recorded identity of a finished stage's output."""
+        return mesh_lib.from_first(lambda: self._manifest()["stages"][stage]["outputs"][name])
 
     @contextlib.contextmanager
-    def stage(
-        self, name: str, inputs: dict[str, str] | None = None, scratch: tuple[str, ...] = ()
-    ) -> Iterator[Callable[[], bool]]:
-        """Begins a stage. Yields `done()`, which is True when an earlier call finished it.
+    def stage(self, recipe: Recipe) -> Iterator[Stage]:
+        """Begins a stage; where an earlier call finished it and its outputs are whole, the result is `done`.
 
-        `inputs` are hashes of the files that the stage reads. Raises UserError where the configuration or an
-        input is not what the stage was started with. The stage is marked done when the block ends without error;
-        only then are its `scratch` files deleted, so that no kill can cost what they hold.
+        A configuration or input that differs from what the stage was started with is taken where nothing was made
+        yet, and refused with a UserError that names it otherwise. So is an earlier stage, if this one reads its outputs
+        and they were made otherwise or are not whole. The stage is marked done when the block ends without error; only
+        then is its scratch deleted, so that no kill can cost what it holds.
         """
-        finished = mesh_lib.from_first(lambda: self._begin(name, inputs or {}))
-        yield lambda: finished
+        stage = Stage(**mesh_lib.from_first(lambda: self._begin(recipe)))
+        yield stage
         if mesh_lib.is_first():
-            if not finished:
-                manifest = self._manifest()
-                manifest["stages"][name]["finished"] = _now()
-                self._save(manifest)
-            for file in scratch:
-                (self.path / file).unlink(missing_ok=True)
-        mesh_lib.barrier(f"{name} is done")  # what the first process wrote is there for all
+            if not stage.done:
+                self._record(recipe, {"finished": _now()})
+            for name in recipe.scratch:
+                remove(self.path / name)
+        mesh_lib.barrier(f"{recipe.stage} is done")  # what the first process wrote is there for all
 
-    def _begin(self, name: str, inputs: dict[str, str]) -> bool:
-        """Writes down what a stage is started with, and returns whether it is finished already."""
-        tree = self.config.model_dump(mode="json")
-        wanted = {"config": {s: tree[s] for s in SECTIONS[name]}, "inputs": inputs}
+    @contextlib.contextmanager
+    def amend(self, recipe: Recipe) -> Iterator[dict[str, provenance.State]]:
+        """Derived outputs of a finished stage are made again in the block; for the first process alone.
+
+        Yields the states of its outputs, none where no stage of this run directory has made them.
+        """
         manifest = self._manifest()
-        record = manifest["stages"].get(name)
-        if record is not None:
-            changes = _differences({k: record[k] for k in wanted}, wanted)
-            if changes:
-                raise UserError(
-                    f"stage {name!r} was started with another configuration: {'; '.join(changes[:5])}. "
-                    "Use another run_dir, or delete this one",
-                    file=self.path,
-                )
-            if "finished" in record:
-                return True
-        now = provenance()
+        known = recipe.stage in manifest["stages"]
+        yield self._states(recipe, self._agreeing(manifest, recipe)) if known else {}
+        if known:
+            self._record(recipe, {"summary": recipe.summary})
+
+    def _begin(self, recipe: Recipe) -> dict[str, Any]:
+        """Writes down what a stage is started with; the fields of its Stage."""
+        manifest = self._manifest()
+        earlier = [(one, self._agreeing(manifest, one)) for one in recipe.after]
+        made_of = recipe.made_of(self.checksum)
+        for one, record in earlier:
+            made_of["inputs"][one.stage] = {"path": None, "sha256": provenance.identity(record)}
+        self._save_checksums()
+        record = manifest["stages"].get(recipe.stage)
+        changed = _changes(record, made_of)
+        if record is None or changed:
+            self._refuse_work(recipe, record or {}, changed)
+            record = {}
+        states = self._states(recipe, record)
+        fields = {"states": states, "made_of": made_of, "done": False}
+        if "finished" in record and all(state == "whole" for state in states.values()):
+            return {**fields, "done": True}
+        for one, theirs in earlier:
+            for name, state in self._states(one, theirs).items():
+                if state != "whole":
+                    raise UserError(f"{state}: run the stage `{one.stage}` again", file=self.path / name)
+        if "finished" in record:
+            lost = ", ".join(f"{name} is {state}" for name, state in states.items() if state != "whole")
+            log(f"{recipe.stage}: done before, but {lost}; made again")
+        now = provenance.environment()
         place = {key: now[key] for key in ("platform", "device_kind", "devices", "xla_flags")}
-        if record is not None and record.get("place") != place:
-            changes = "; ".join(_differences(record.get("place"), place))
-            log(f"{name}: resumed elsewhere ({changes}): results agree to rounding, not bit for bit")
-        manifest["stages"][name] = {**wanted, "place": place, "started": _now()}
+        place |= {name: now["versions"].get(name) for name in ("jax", "jaxlib")}
+        versions = {name: now["versions"].get(name) for name in provenance.DECISIVE}
+        if self._work(recipe, {}) and record:
+            self._refuse_versions(recipe, record.get("versions", {}), versions)
+            if record.get("place", {}) != place:
+                moved = "; ".join(provenance.differences(record.get("place", {}), place))
+                log(f"{recipe.stage}: resumed elsewhere ({moved}): results agree to rounding, not bit for bit")
+        kept = {name: found for name, found in record.get("outputs", {}).items() if states.get(name) != "missing"}
+        manifest["stages"][recipe.stage] = {
+            **made_of,
+            "summary": recipe.summary,
+            "versions": versions,
+            "place": place,
+            "started": _now(),
+            "outputs": kept,
+        }
         manifest.update(seed=self.config.seed, **now)
         self._save(manifest)
-        return False
+        return fields
+
+    def _agreeing(self, manifest: dict[str, Any], recipe: Recipe) -> dict[str, Any]:
+        """The record of a finished stage; raises UserError where there is none, or it was made otherwise.
+
+        So it does for the stages before that one.
+        """
+        record = manifest["stages"].get(recipe.stage, {})
+        if "finished" not in record:
+            raise UserError(
+                f"not finished: run the stage `{recipe.stage}` first", file=self.path / recipe.outputs[0].name
+            )
+        for earlier in recipe.after:
+            self._agreeing(manifest, earlier)
+        now = recipe.made_of(self.checksum, lenient=True)
+        then = {
+            "settings": {key: record.get("settings", {}).get(key) for key in now["settings"]},
+            "inputs": {key: one for key, one in record.get("inputs", {}).items() if one["path"] is not None},
+        }
+        if changed := provenance.changes(then, now):
+            raise UserError(
+                f"stage `{recipe.stage}` was run with another configuration: {'; '.join(changed[:5])}. "
+                "Use that one, or another run_dir",
+                file=self.path,
+            )
+        return record
+
+    def _states(self, recipe: Recipe, record: dict[str, Any]) -> dict[str, provenance.State]:
+        """How each output is now, by its name."""
+        recorded, states = record.get("outputs", {}), {}
+        for output in recipe.outputs:
+            known = output.name in recorded
+            state = output.state(self.path, recorded[output.name], self.checksum) if known else "missing"
+            outdated = output.derived and record.get("summary", {}) != recipe.summary
+            states[output.name] = "stale" if outdated and state == "whole" else state
+        return states
+
+    def _work(self, recipe: Recipe, record: dict[str, Any]) -> list[str]:
+        """The names of outputs that are there, and of files that hold unfinished work."""
+        made = [output.name for output in recipe.outputs if output.exists(self.path)]
+        made += [name for name in record.get("outputs", {}) if name not in made and (self.path / name).exists()]
+        begun = [
+            str(path.relative_to(self.path))
+            for pattern in recipe.partial
+            for path in sorted(self.path.glob(pattern))
+            if path.is_file() and path.stat().st_size
+        ]
+        return [*made, *begun]
+
+    def _refuse_work(self, recipe: Recipe, record: dict[str, Any], changed: list[str]) -> None:
+        """Raises UserError where there is work that was not begun with this configuration."""
+        if not (work := self._work(recipe, record)):
+            return
+        names = ", ".join(work[:3])
+        if not changed:
+            raise UserError(
+                f"already exists, and no stage `{recipe.stage}` of {self.path} is on record as having made it: "
+                "use another run_dir, or move it away",
+                file=self.path / work[0],
+            )
+        raise UserError(
+            f"stage `{recipe.stage}` was started with another configuration: {'; '.join(changed[:5])}. "
+            f"Use another run_dir, or delete {names} to start the stage anew",
+            file=self.path,
+        )
+
+    def _refuse_versions(self, recipe: Recipe, old: dict[str, Any], new: dict[str, Any]) -> None:
+        if changed := provenance.differences(old, new):
+            raise UserError(
+                f"stage `{recipe.stage}` was started with other packages, which decide its results: "
+                f"{'; '.join(changed)}. Install those, or use another run_dir",
+                file=self.path,
+            )
+
+    def _record(self, recipe: Recipe, more: dict[str, Any]) -> None:
+        """Writes down a stage's outputs as they are now, and `more`."""
+        manifest = self._manifest()
+        outputs = {output.name: output.identity(self.path, self.checksum) for output in recipe.outputs}
+        manifest["stages"][recipe.stage] |= {"outputs": outputs, **more}
+        self._save_checksums()
+        self._save(manifest)
 
     def _save(self, manifest: dict[str, Any]) -> None:
         write_atomic(self.path / "run.json", json.dumps(manifest, indent=1) + "\n")
         write_atomic(self.path / "config.yaml", config_lib.dump(self.config))
+
+    def _save_checksums(self) -> None:
+        if self.checksum.known:
+            write_atomic(self.path / CHECKSUMS, json.dumps(self.checksum.known) + "\n")
+
+
+def _changes(record: dict[str, Any] | None, made_of: dict[str, Any]) -> list[str]:
+    if record is None:
+        return []
+    if not record.keys() >= {"settings", "inputs"}:
+        return ["its record is another version's"]
+    return provenance.changes(record, made_of)
+
+
+def remove(path: Path) -> None:
+    """Deletes a file or a folder, if there is one."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def _holder(lock: int) -> str:
@@ -289,21 +434,6 @@ def _holder(lock: int) -> str:
 
 def _now() -> str:
     return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-
-
-def _differences(old: Any, new: Any, path: str = "") -> list[str]:
-    """Lines `key: old -> new` for two nested values, long ones cut."""
-    if isinstance(old, list) and isinstance(new, list):
-        old, new = dict(enumerate(old)), dict(enumerate(new))
-    if isinstance(old, dict) and isinstance(new, dict):
-        keys = [*old, *(k for k in new if k not in old)]
-        return [line for k in keys for line in _differences(old.get(k), new.get(k), f"{path}.{k}" if path else k)]
-    return [] if old == new else [f"{path.removeprefix('config.')}: {_cut(old)} -> {_cut(new)}"]
-
-
-def _cut(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 class Interrupt:

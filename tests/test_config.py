@@ -32,6 +32,10 @@ BAD = {
     "train: {lora: {rnk: 3}}": "c.yaml:train.lora.rnk: unknown key; did you mean 'rank'?",
     "gamm: 1": "c.yaml:gamm: unknown key; did you mean 'train.gamma'?",
     "evaluate: {benchmarks: [{name: a, rows: {pth: x}}]}": "c.yaml:evaluate.benchmarks.0.rows.pth: unknown key; did you mean 'path'?",
+    # URLs, of which the file system would make folders
+    "traces: s3://bucket/t.jsonl": "c.yaml:traces: got 's3://bucket/t.jsonl', want a path on this machine: remote storage is not supported",
+    "data: {path: file:///rows.jsonl}": "c.yaml:data.path: got 'file:///rows.jsonl', want a path on this machine: remote storage is not supported",
+    "prompts: {negative: hf://a/b}": "c.yaml:prompts.negative: got 'hf://a/b', want a path on this machine: remote storage is not supported",
     # duplicates
     "seed: 1\nseed: 2": 'c.yaml:4: not valid YAML: found duplicate key "seed" with value "2" (original value: "1")',
     "train: {gamma: 0.1, gamma: 0.2}": 'c.yaml:3: not valid YAML: found duplicate key "gamma" with value "0.2" (original value: "0.1")',
@@ -165,3 +169,12 @@ def test_shipped_configurations_load(path):
         config_lib.with_overrides(config, {"arms": {}, **changes}, f"arms.{name}")
     for text in (config.run_dir, config.model.path):
         assert not re.match(r"/(work|home|root|tmp)\b", text)
+
+
+def test_a_remote_run_directory_is_refused(tmp_path):
+    for key in ("run_dir", "model.path", "model.tokenizer"):
+        message = complaint(tmp_path, BASE, f"{key}=gs://bucket/x")
+        assert message == (
+            f"c.yaml:{key}: got 'gs://bucket/x', want a path on this machine: remote storage is not supported"
+        )
+    assert load(tmp_path, BASE, "data.path=hub:org/name").data.path == "hub:org/name"

@@ -131,9 +131,7 @@ def test_errors_of_one_are_errors_of_all(tmp_path, programs):
     (tmp_path / "run" / "run.json").write_text("{")
     statuses, _, err = finish(start("generate", path, programs))
     assert (
-        statuses[0] == 2
-        and statuses[1] != 0
-        and f"error: {tmp_path}/run/run.json: got a damaged file, want JSON\n" in err
+        statuses[0] == 2 and statuses[1] != 0 and f"error: {tmp_path}/run/run.json: got a file that is not JSON" in err
     )
 
 

@@ -1,5 +1,8 @@
 """The run directory: one process at a time, one configuration, and files that a kill cannot spoil."""
 
+import contextlib
+import dataclasses
+import hashlib
 import json
 import os
 import select
@@ -10,7 +13,7 @@ import sys
 import pytest
 
 from dail_jax import config as config_lib
-from dail_jax import metrics, rundir
+from dail_jax import metrics, provenance, rundir
 from dail_jax.errors import UserError
 
 
@@ -76,67 +79,222 @@ def test_a_file_is_no_run_directory(tmp_path):
         pass
 
 
-def test_stages_end_once_and_changes_are_refused(tmp_path):
-    with rundir.RunDir(config(tmp_path)) as run, run.stage("generate", {"data": "aaa"}) as done:
-        assert not done() and not run.finished("generate")
-    assert run.finished("generate") and not run.finished("train")
-    with rundir.RunDir(config(tmp_path)) as run, run.stage("generate", {"data": "aaa"}) as done:
-        assert done()
-    changed = config(tmp_path, generate__tau=0.5, seed=1, mesh__fsdp=2)
-    with pytest.raises(UserError) as error, rundir.RunDir(changed) as run, run.stage("generate", {"data": "bbb"}):
-        pass
-    assert str(error.value) == (
-        f"{tmp_path}: stage 'generate' was started with another configuration: "
-        "seed: 3407 -> 1; generate.tau: 0.8 -> 0.5; inputs.data: 'aaa' -> 'bbb'. "
-        "Use another run_dir, or delete this one"
-    )
-    assert rundir._differences({"a": [1, 2, {"b": "x" * 99}]}, {"a": [1, 3]}) == [
-        "a.1: 2 -> 3",
-        "a.2: {'b': '" + "x" * 50 + "... -> None",
-    ]
-    # What a stage does not read may change; so may the devices.
-    later = config(tmp_path, train__epochs=9, mesh__fsdp=2)
-    with rundir.RunDir(later) as run, run.stage("generate", {"data": "aaa"}) as done:
-        assert done()
+def test_only_our_own_temporary_files_are_swept(tmp_path):
+    """In the places where we write, and by our whole pattern; a user's dot-folder stays."""
+    theirs = (".mydata.tmp", ".mydata.old.tmp", "mine.7.tmp", "data/.x.7.tmp")
+    ours = (".traces.jsonl.7.tmp", "plots/.a.png.7.tmp", "checkpoints/manifests/.3.json.7.tmp")
+    for name in (*theirs, *ours):
+        (tmp_path / name).mkdir(parents=True)
+        (tmp_path / name / "file").write_text("x")
+    with rundir.RunDir(config(tmp_path)):
+        assert all((tmp_path / name / "file").exists() for name in theirs)
+        assert not any((tmp_path / name).exists() for name in ours)
+
+
+# ---------------------------------------------------------------------------------------------------
+# Recipes
+# ---------------------------------------------------------------------------------------------------
+
+
+def recipe(settings=None, data="aaa", path="rows.jsonl", **more):
+    """A stage `draw` that writes out.txt, and sum.txt from it."""
+    outputs = (provenance.File("out.txt"), provenance.File("sum.txt", derived=True))
+    inputs = {"data.path": provenance.Input(path, lambda _: data)}
+    return provenance.Recipe("draw", {"seed": 1} if settings is None else settings, inputs, outputs, **more)
+
+
+def run(folder, recipe, fail=False, write=("out.txt", "sum.txt"), **changes):
+    """Whether the stage was done before."""
+    with rundir.RunDir(config(folder, **changes)) as opened, opened.stage(recipe) as stage:
+        if not stage.done:
+            for name in write:
+                (folder / name).write_text(name)
+            if fail:
+                raise rundir.Interrupted
+        return stage.done
+
+
+def test_a_stage_ends_once(tmp_path):
+    assert not run(tmp_path, recipe()) and run(tmp_path, recipe())
+    assert run(tmp_path, recipe(path="moved.jsonl"), mesh__fsdp=2)  # the same contents elsewhere; other devices
     manifest = json.loads((tmp_path / "run.json").read_text())
     assert manifest["seed"] == 3407 and manifest["versions"]["jax"] and manifest["devices"] == 8
+    record = manifest["stages"]["draw"]
+    assert record["settings"] == {"seed": 1}
+    assert record["inputs"] == {"data.path": {"path": "rows.jsonl", "sha256": "aaa"}}
+    assert record["outputs"] == {name: hashlib.sha256(name.encode()).hexdigest() for name in ("out.txt", "sum.txt")}
     assert config_lib.load(tmp_path / "config.yaml") == config(tmp_path)
 
 
-def test_a_stage_that_fails_is_not_done_and_keeps_its_scratch_files(tmp_path):
+@pytest.mark.parametrize("fail", [False, True])
+def test_changes_are_named_where_there_is_work(tmp_path, fail):
+    with contextlib.suppress(rundir.Interrupted):
+        run(tmp_path, recipe({"seed": 1, "generate": {"tau": 0.8}}), fail)
+    with pytest.raises(UserError) as error:
+        run(tmp_path, recipe({"seed": 2, "generate": {"tau": 0.5}}, "bbb"))
+    assert str(error.value) == (
+        f"{tmp_path}: stage `draw` was started with another configuration: seed: 1 -> 2; generate.tau: 0.8 -> 0.5; "
+        "data.path: the contents of 'rows.jsonl' have changed. "
+        "Use another run_dir, or delete out.txt, sum.txt to start the stage anew"
+    )
+    with pytest.raises(UserError, match=r"configuration: data\.path: 'rows\.jsonl' -> 'b\.jsonl'\. Use"):
+        run(tmp_path, recipe({"seed": 1, "generate": {"tau": 0.8}}, "bbb", "b.jsonl"))
+    assert (tmp_path / "out.txt").read_text() == "out.txt"
+
+
+def test_differences_are_cut():
+    assert provenance.differences({"a": [1, 2, {"b": "x" * 99}]}, {"a": [1, 3]}) == [
+        "a.1: 2 -> 3",
+        "a.2: {'b': '" + "x" * 50 + "... -> None",
+    ]
+
+
+def test_changes_are_taken_where_nothing_was_made(tmp_path):
+    """A first start that failed leaves a record, and perhaps an empty journal."""
+    (tmp_path / "journal").write_text("")
+    with pytest.raises(rundir.Interrupted):
+        run(tmp_path, recipe(partial=("journal",)), fail=True, write=())
+    assert not run(tmp_path, recipe({"seed": 2}, partial=("journal",)))
+    assert json.loads((tmp_path / "run.json").read_text())["stages"]["draw"]["settings"] == {"seed": 2}
+
+
+def test_work_without_a_record_is_not_taken_for_ours(tmp_path):
+    (tmp_path / "out.txt").write_text("of somebody else")
+    with pytest.raises(UserError) as error:
+        run(tmp_path, recipe())
+    assert str(error.value) == (
+        f"{tmp_path}/out.txt: already exists, and no stage `draw` of {tmp_path} is on record as having made it: "
+        "use another run_dir, or move it away"
+    )
+    assert (tmp_path / "out.txt").read_text() == "of somebody else"
+
+
+def test_done_is_said_only_of_whole_outputs(tmp_path, capsys):
+    run(tmp_path, recipe())
+    (tmp_path / "sum.txt").write_text("torn")  # derived: made again
+    assert not run(tmp_path, recipe()) and run(tmp_path, recipe())
+    (tmp_path / "out.txt").unlink()
+    assert not run(tmp_path, recipe()) and run(tmp_path, recipe())
+    assert capsys.readouterr().out.splitlines() == [
+        "draw: done before, but sum.txt is stale; made again",
+        "draw: done before, but out.txt is missing; made again",
+    ]
+    (tmp_path / "out.txt").write_text("out.tx")
+    with pytest.raises(UserError) as error:
+        run(tmp_path, recipe())
+    assert str(error.value) == (
+        f"{tmp_path}/out.txt: is not what was written here, by its SHA-256: put that back, or delete the file to make "
+        "it again"
+    )
+
+
+def test_another_summary_makes_derived_outputs_stale(tmp_path):
+    run(tmp_path, recipe(summary={"ks": [1]}))
+    with rundir.RunDir(config(tmp_path)) as opened, opened.stage(recipe(summary={"ks": [2]})) as stage:
+        assert stage.states == {"out.txt": "whole", "sum.txt": "stale"} and not stage.done
+    assert run(tmp_path, recipe(summary={"ks": [2]}))
+
+
+def test_a_stage_looks_at_what_it_reads(tmp_path):
+    """Earlier stages must be finished, made with this configuration, and whole; what is gone is not mistaken."""
+
+    def later(**more):
+        return provenance.Recipe("later", {}, {}, (provenance.File("later.txt"),), after=(recipe(**more),))
+
+    def read(recipe):
+        return run(tmp_path, recipe, write=("later.txt",))
+
+    def unreadable(_):
+        raise UserError("no such file")
+
+    with pytest.raises(UserError) as error:
+        read(later())
+    assert str(error.value) == f"{tmp_path}/out.txt: not finished: run the stage `draw` first"
+    run(tmp_path, recipe())
+    with pytest.raises(UserError) as error:
+        read(later(settings={"seed": 2}))
+    assert str(error.value) == (
+        f"{tmp_path}: stage `draw` was run with another configuration: seed: 1 -> 2. Use that one, or another run_dir"
+    )
+    with pytest.raises(UserError, match=r"the contents of 'rows\.jsonl' have changed"):
+        read(later(data="bbb"))
+    (tmp_path / "out.txt").unlink()
+    with pytest.raises(UserError, match="missing: run the stage `draw` again"):
+        read(later())
+    run(tmp_path, recipe())
+    gone = dataclasses.replace(recipe(), inputs={"data.path": provenance.Input("rows.jsonl", unreadable)})
+    assert not read(dataclasses.replace(later(), after=(gone,))) and read(later())
+    (tmp_path / "out.txt").unlink()
+    assert read(later())  # done: it reads nothing more
+    (tmp_path / "sum.txt").unlink()
+    run(tmp_path, recipe({"seed": 2}))  # the stage was run anew
+    with pytest.raises(UserError, match="stage `draw` has been run again, with another configuration"):
+        read(later(settings={"seed": 2}))
+
+
+def test_a_stage_that_fails_is_not_done_and_keeps_its_scratch(tmp_path):
     def attempt(fail):
-        with rundir.RunDir(config(tmp_path)) as run, run.stage("train", scratch=("journal",)) as done:
-            assert not done()
-            (tmp_path / "journal").write_text("work")
-            if fail:
-                raise rundir.Interrupted
-        return tmp_path / "journal"
+        (tmp_path / "kept").mkdir(exist_ok=True)
+        run(tmp_path, recipe(partial=("kept/*",), scratch=("kept", "journal")), fail=fail)
+        return (tmp_path / "kept").exists()
 
     with pytest.raises(rundir.Interrupted):
         attempt(True)
-    assert (tmp_path / "journal").exists()
-    assert not attempt(False).exists()
+    assert (tmp_path / "kept").exists()
+    assert not attempt(False)
 
 
-def test_other_devices_are_said(tmp_path, capsys):
-    def begin(devices):
-        with rundir.RunDir(config(tmp_path)) as run, run.stage("train"):
-            manifest = json.loads((tmp_path / "run.json").read_text())
-            manifest["stages"]["train"]["place"]["devices"] = devices
-            (tmp_path / "run.json").write_text(json.dumps(manifest))
-            raise rundir.Interrupted
-
-    for devices in (8, 4, 8):
-        with pytest.raises(rundir.Interrupted):
-            begin(devices)
-    said = capsys.readouterr().out.strip()
-    assert said == "train: resumed elsewhere (devices: 4 -> 8): results agree to rounding, not bit for bit"
+def change(folder, *keys, value):
+    tree = json.loads((folder / "run.json").read_text())
+    node = tree["stages"]["draw"]
+    for key in keys[:-1]:
+        node = node[key]
+    node[keys[-1]] = value
+    (folder / "run.json").write_text(json.dumps(tree))
 
 
-def test_damaged_manifest_is_the_users_error(tmp_path):
-    (tmp_path / "run.json").write_text("{")
-    with pytest.raises(UserError, match=r"run\.json: got a damaged file"):
-        rundir.RunDir(config(tmp_path)).finished("train")
+def test_other_devices_are_logged_and_other_packages_refused(tmp_path, capsys):
+    with pytest.raises(rundir.Interrupted):
+        run(tmp_path, recipe(), fail=True)
+    change(tmp_path, "place", "devices", value=4)
+    with pytest.raises(rundir.Interrupted):
+        run(tmp_path, recipe(), fail=True)
+    assert capsys.readouterr().out.strip() == (
+        "draw: resumed elsewhere (devices: 4 -> 8): results agree to rounding, not bit for bit"
+    )
+    change(tmp_path, "versions", "grain", value="0.1")
+    with pytest.raises(UserError, match=r"other packages, which decide its results: grain: '0\.1' -> '0\.2\..*Install"):
+        run(tmp_path, recipe())
+
+
+def test_digests_of_large_files_are_remembered(tmp_path, monkeypatch):
+    """Until size, inode or a time changes; a file that has just changed is read again."""
+    path, read = tmp_path / "weights", []
+    monkeypatch.setattr(provenance, "LARGE", 4)
+    monkeypatch.setattr(provenance, "sha256", lambda path: read.append(path) or f"digest {len(read)}")
+    path.write_text("12345")
+    checksum = provenance.Checksums()
+    assert [checksum(path), checksum(path)] == ["digest 1", "digest 2"] and not checksum.known
+    monkeypatch.setattr(provenance, "SETTLED", -(10**18))
+    assert [checksum(path), checksum(path)] == ["digest 3"] * 2
+    assert provenance.Checksums(json.loads(json.dumps(checksum.known)))(path) == "digest 3"  # in another process
+    stat = path.stat()
+    path.write_text("54321")
+    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))  # as a copy that keeps times would
+    assert checksum(path) == "digest 4"
+
+
+def test_damaged_manifests_are_the_users_error(tmp_path):
+    for text, message in (
+        ("{", "got a file that is not JSON"),
+        ("[]", "want a JSON object"),
+        ('{"stages": 3}', "stages: got 3, want"),
+        ('{"stages": {"draw": {"inputs": {"data": 3}}}}', r"stages\.draw\.inputs\.data: got 3, want"),
+    ):
+        (tmp_path / "run.json").write_text(text)
+        with pytest.raises(UserError, match=rf"run\.json:? ?.*{message}") as error:
+            run(tmp_path, recipe())
+        assert "\n" not in str(error.value)
 
 
 def test_atomic_writes(tmp_path, monkeypatch):

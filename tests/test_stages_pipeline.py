@@ -9,7 +9,7 @@ import tiny
 
 from dail_jax import config as config_lib
 from dail_jax import mesh as mesh_lib
-from dail_jax.checkpoint.store import Store
+from dail_jax.checkpoint.store import Store, damaged
 from dail_jax.evaluate import passk
 from dail_jax.text import load_tokenizer
 
@@ -90,7 +90,7 @@ def test_training(pipeline):
     assert np.mean([r["excess"] for r in rows[3:]]) < np.mean([r["excess"] for r in rows[:3]])
     store = Store(pipeline / "checkpoints", 2)
     assert store.steps() == [4, 6] and not (pipeline / "checkpoints" / "trash").exists()
-    assert all(store.damaged(step) is None for step in store.steps())
+    assert all(damaged(pipeline / "checkpoints", step) is None for step in store.steps())
     store.close()
 
 
@@ -148,9 +148,9 @@ def test_a_changed_configuration_is_refused_in_one_line(pipeline, capsys):
     for stage, override, line in (
         ("generate", "generate.tau=0.5", "generate.tau: 0.8 -> 0.5. "),
         ("train", "train.gamma=0.2", "train.gamma: 0.1 -> 0.2. "),
-        ("generate", "data.limit=11", "data.limit: 12 -> 11; inputs.data: "),
+        ("generate", "data.limit=11", "data.limit: 12 -> 11; data.path: the contents of "),
     ):
-        line = f"stage {stage!r} was started with another configuration: {line}"
+        line = f"stage `{stage}` was started with another configuration: {line}"
         assert tiny.run(stage, f"{pipeline}.yaml", override) == 2
         err = capsys.readouterr().err
         assert err.startswith(f"error: {pipeline}: ") and line in err and err.count("\n") == 1
@@ -180,8 +180,8 @@ def test_stages_want_what_comes_before(tmp_path, capsys):
     path = tiny.write(tmp_path / "r")
     for stage, want in (
         ("train", f"{tmp_path}/r/traces.jsonl: no traces yet: run the stage `generate` first"),
-        ("evaluate", f"{tmp_path}/r/checkpoints: training is not finished: run the stage `train` first"),
-        ("export", f"{tmp_path}/r/checkpoints: training is not finished: run the stage `train` first"),
+        ("evaluate", f"{tmp_path}/r/checkpoints: not finished: run the stage `train` first"),
+        ("export", f"{tmp_path}/r/checkpoints: not finished: run the stage `train` first"),
     ):
         assert tiny.run(stage, path) == 2
         assert capsys.readouterr().err == f"error: {want}\n"

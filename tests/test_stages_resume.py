@@ -129,7 +129,7 @@ def test_changed_traces_are_noticed(tmp_path, pipeline, monkeypatch, capsys):
     assert tiny.run("train", path) == 0
     traces.write_text("".join(traces.read_text().splitlines(keepends=True)[1:]))
     assert tiny.run("train", path) == 2
-    assert "inputs.traces: " in capsys.readouterr().err
+    assert "traces: the contents of " in capsys.readouterr().err
 
 
 # ---------------------------------------------------------------------------------------------------

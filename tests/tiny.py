@@ -70,6 +70,19 @@ def write(run_dir, **changes) -> Path:
     return path
 
 
+def write_pretrain(run_dir, corpus: Path, **changes) -> Path:
+    """A configuration of `pretrain` beside the run directory: 12 steps of 7,000 weights, written to RUN_DIR/model."""
+    architecture = json.loads((ASSETS / "model" / "config.json").read_text())
+    architecture |= {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "head_dim": 8}
+    if not corpus.exists():
+        rows = [{"prompt": r["problem"], "response": r["solution"]} for r in lines(ASSETS / "train.jsonl")[:60]]
+        corpus.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    cfg = {"rows": str(corpus), "architecture": architecture, "steps": 12, "tokens_per_step": 512, "bucket": 96}
+    cfg |= {"max_tokens": 96, "log_every": 4, "save_every": 5}
+    model = {"path": f"{run_dir}/model", "tokenizer": str(ASSETS / "tokenizer"), "dtype": "float32"}
+    return write(run_dir, **{"model": model, "pretrain": cfg, **changes})
+
+
 @contextlib.contextmanager
 def alone(programs: Path):
     """One device of this process, and programs kept in a folder: they are compiled once for all tests."""

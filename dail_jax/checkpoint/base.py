@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +22,7 @@ from dail_jax.checkpoint.store import one_line
 from dail_jax.errors import UserError
 from dail_jax.model import weights
 from dail_jax.model.families import ModelConfig, read_config
-from dail_jax.rundir import sha256
+from dail_jax.provenance import Checksums, Output, State, digest, identity, sha256
 
 PARAMS = "params"
 MANIFEST = "params.sha256.json"
@@ -31,22 +33,82 @@ def load(folder: Path, mesh: jax.sharding.Mesh, dtype: str) -> tuple[weights.Par
     if not (folder / PARAMS).is_dir():
         return hf.load(folder, mesh, dtype)
     cfg = read_config(folder)
-    hf.verify_manifest(folder)
-    try:
-        listed = json.loads((folder / MANIFEST).read_text())
-    except (OSError, ValueError):
-        raise UserError("missing or damaged: convert the model again", file=folder / MANIFEST) from None
-    for name, digest in listed.items():
-        if not (folder / PARAMS / name).is_file() or sha256(folder / PARAMS / name) != digest:
-            raise UserError(f"damaged: it differs from the SHA-256 in {MANIFEST}", file=folder / PARAMS / name)
+    verify(folder)
     target = weights.abstract(cfg, jnp.dtype(dtype), mesh)
     with ocp.StandardCheckpointer() as checkpointer:
         return checkpointer.restore((folder / PARAMS).absolute(), target), cfg
 
 
-def save(folder: Path, params: weights.Params, source: Path) -> None:
+def verify(folder: Path, checksum: Callable[[Path], str] = sha256) -> None:
+    """Raises UserError where a file of a folder differs from its manifests."""
+    hf.verify_manifest(folder, checksum)
+    if not (folder / PARAMS).is_dir():
+        return
+    try:
+        listed = json.loads((folder / MANIFEST).read_text())
+    except (OSError, ValueError):
+        raise UserError("missing or damaged: convert the model again", file=folder / MANIFEST) from None
+    for name, wanted in listed.items():
+        if not (folder / PARAMS / name).is_file() or checksum(folder / PARAMS / name) != wanted:
+            raise UserError(f"damaged: it differs from the SHA-256 in {MANIFEST}", file=folder / PARAMS / name)
+
+
+def model_digest(folder: Path, checksum: Checksums) -> str:
+    """One digest for what decides the model in a folder: its configuration and its weights.
+
+    Weights that the folder's manifest lists are not read: who loads them compares them with it.
+    """
+    read_config(folder)
+    files = [f for f in (folder / "config.json", folder / "generation_config.json") if f.is_file()]
+    tensors = [folder / MANIFEST] if (folder / PARAMS).is_dir() else hf.shards(folder)
+    for file in tensors:
+        if not file.is_file():
+            raise UserError("not found, want the model's weights", file=file)
+    return digest(
+        {file.name: checksum(file) for file in files}
+        | {file.name: hf.listed_digest(folder, file.name) or checksum(file) for file in tensors}
+    )
+
+
+class Folder(Output):
+    """An output of a stage that is a folder with a manifest, as `hf.new_folder` makes them."""
+
+    def identity(self, folder: Path, checksum: Checksums) -> str:
+        return sha256(folder / self.name / hf.MANIFEST)
+
+    def state(self, folder: Path, recorded: str, checksum: Checksums) -> State:
+        target = folder / self.name
+        if not target.exists():
+            return "missing"
+        if not (target / hf.MANIFEST).is_file() or sha256(target / hf.MANIFEST) != recorded:
+            raise UserError(NOT_OURS, file=target)
+        verify(target, checksum)
+        return "whole"
+
+
+NOT_OURS = "already exists, and is not what is written here: choose another folder, or move this one away"
+
+
+def is_made_of(folder: Path, made_of: dict[str, Any]) -> bool:
+    """Whether a folder is there and was made of just this; raises UserError if of something else.
+
+    So a kill between the folder's renaming and the record of it costs nothing.
+    """
+    if not folder.exists():
+        return False
+    try:
+        found = identity(json.loads((folder / hf.PROVENANCE).read_text()))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        found = None
+    if found != identity(made_of) or not (folder / hf.MANIFEST).is_file():
+        raise UserError(NOT_OURS, file=folder)
+    verify(folder)
+    return True
+
+
+def save(folder: Path, params: weights.Params, source: Path, made_of: dict[str, Any] | None = None) -> None:
     """Writes a converted folder; raises UserError if it exists. What is interrupted leaves nothing behind."""
-    with hf.new_folder(folder) as temporary:
+    with hf.new_folder(folder, made_of) as temporary:
         with one_line(folder / PARAMS), ocp.StandardCheckpointer() as checkpointer:
             checkpointer.save((temporary / PARAMS).absolute(), params)
         if not mesh_lib.is_first():

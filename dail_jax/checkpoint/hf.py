@@ -12,7 +12,7 @@ import functools
 import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,10 +29,12 @@ from dail_jax.errors import UserError, writing
 from dail_jax.metrics import progress
 from dail_jax.model import weights
 from dail_jax.model.families import ModelConfig, read_config
-from dail_jax.rundir import sha256, sync_folder
+from dail_jax.provenance import Checksums, digest, sha256
+from dail_jax.rundir import sync_folder
 
 INDEX = "model.safetensors.index.json"
 MANIFEST = "MANIFEST.sha256"
+PROVENANCE = "provenance.json"
 DTYPES = {"F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
 SHARD_BYTES = 4 << 30
 
@@ -71,9 +73,10 @@ def save(
     cfg: ModelConfig,
     config_json: dict[str, Any],
     tokenizer: str | Path | None = None,
+    made_of: dict[str, Any] | None = None,
 ) -> None:
     """Writes a folder that transformers and vLLM load; raises UserError if it exists. Process 0 writes."""
-    with new_folder(folder) as temporary:
+    with new_folder(folder, made_of) as temporary:
         first = mesh_lib.is_first()
         shards = list(_shards(params, cfg))
         index: dict[str, str] = {}
@@ -102,10 +105,11 @@ def save(
 
 
 @contextlib.contextmanager
-def new_folder(folder: str | Path) -> Iterator[Path]:
+def new_folder(folder: str | Path, made_of: dict[str, Any] | None = None) -> Iterator[Path]:
     """A temporary folder that takes the name `folder` when the block ends well, and vanishes otherwise.
 
     All processes come here; the first one makes and names the folder, and writes the files that are not shared out.
+    What it is `made_of` is written into it.
     """
     folder = Path(folder)
 
@@ -116,6 +120,8 @@ def new_folder(folder: str | Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
         with writing(folder):
             temporary.mkdir(parents=True)
+            if made_of is not None:
+                (temporary / PROVENANCE).write_text(json.dumps(made_of, indent=1) + "\n")
         return str(temporary)
 
     temporary = Path(mesh_lib.from_first(make))
@@ -160,24 +166,67 @@ def write_manifest(folder: Path) -> None:
     (folder / MANIFEST).write_text("".join(f"{sha256(p)}  {p.name}\n" for p in files))
 
 
-def verify_manifest(folder: Path) -> None:
+def verify_manifest(folder: Path, checksum: Callable[[Path], str] = sha256) -> None:
     """Raises UserError where a file differs from the manifest; a folder without one passes."""
     manifest = folder / MANIFEST
     if not manifest.is_file():
         return
     for number, line in enumerate(manifest.read_text(errors="replace").splitlines(), 1):
-        digest, _, name = line.partition("  ")
+        listed, _, name = line.partition("  ")
         if not name or Path(name).name != name:
             raise UserError("got a line that is not `HASH  NAME`", file=manifest, row=number)
         if not (folder / name).is_file():
             raise UserError(f"missing, but listed in {MANIFEST}", file=folder / name)
-        if sha256(folder / name) != digest:
+        if checksum(folder / name) != listed:
             raise UserError(f"damaged: its SHA-256 differs from the one in {MANIFEST}", file=folder / name)
+
+
+def listed_digest(folder: Path, name: str) -> str | None:
+    """The SHA-256 that a folder's manifest gives for a file."""
+    manifest = folder / MANIFEST
+    lines = manifest.read_text(errors="replace").splitlines() if manifest.is_file() else []
+    return next((line[:64] for line in lines if line[64:] == f"  {name}"), None)
+
+
+def tokenizer_digest(folder: Path, checksum: Checksums) -> str:
+    """One digest for what decides a folder's tokenizer and chat template."""
+    files = [folder / name for name in (*TOKENIZER_FILES, "chat_template.json") if (folder / name).is_file()]
+    files += sorted(folder.glob("additional_chat_templates/*.jinja"))
+    if not files:
+        raise UserError("got no tokenizer, want a folder with one", file=folder)
+    return digest({file.name: checksum(file) for file in files if file.name != "generation_config.json"})
 
 
 # ---------------------------------------------------------------------------------------------------
 # Reading tensors
 # ---------------------------------------------------------------------------------------------------
+
+
+def shards(folder: Path, single: str = "model.safetensors", index: str = INDEX) -> list[Path]:
+    """The files of a folder that hold its tensors; raises UserError where there are none, or the index lies."""
+    if (folder / single).exists():
+        return [folder / single]
+    path = folder / index
+    if not path.exists():
+        pickles = [p.name for p in folder.glob("*.bin")] + [p.name for p in folder.glob("*.pt")]
+        if pickles:
+            raise UserError(
+                f"only pickle weights ({pickles[0]}): convert them with transformers' "
+                "save_pretrained(safe_serialization=True)",
+                file=folder,
+            )
+        raise UserError("no safetensors weights here", file=folder)
+    listed = strict_json.read_object(path).get("weight_map")
+    if not isinstance(listed, dict) or not all(isinstance(name, str) and name for name in listed.values()):
+        raise UserError("want names of files by tensor", file=path, field="weight_map")
+    root, names = folder.resolve(), sorted(set(listed.values()))
+    for name in names:
+        target = folder / name
+        if len(name) > 255 or Path(name).name != name or (target.is_symlink() and not _is_cache_link(target, root)):
+            raise UserError(
+                f"got file {name!r:.80}, want a plain name inside the folder", file=path, field="weight_map"
+            )
+    return [folder / name for name in names]
 
 
 class Tensors:
@@ -186,7 +235,7 @@ class Tensors:
     def __init__(self, folder: Path, single: str = "model.safetensors", index: str = INDEX):
         self.folder, self.files = folder, contextlib.ExitStack()
         self.where: dict[str, tuple[Path, Any]] = {}
-        for file in self._shards(single, index):
+        for file in shards(folder, single, index):
             for name, handle in self._open(file):
                 if name in self.where:
                     raise UserError(f"tensor {name!r} is also in {self.where[name][0].name}", file=file)
@@ -197,31 +246,6 @@ class Tensors:
 
     def __exit__(self, *_: object) -> None:
         self.files.close()
-
-    def _shards(self, single: str, index: str) -> list[Path]:
-        if (self.folder / single).exists():
-            return [self.folder / single]
-        path = self.folder / index
-        if not path.exists():
-            pickles = [p.name for p in self.folder.glob("*.bin")] + [p.name for p in self.folder.glob("*.pt")]
-            if pickles:
-                raise UserError(
-                    f"only pickle weights ({pickles[0]}): convert them with transformers' "
-                    "save_pretrained(safe_serialization=True)",
-                    file=self.folder,
-                )
-            raise UserError("no safetensors weights here", file=self.folder)
-        listed = strict_json.read_object(path).get("weight_map")
-        if not isinstance(listed, dict) or not all(isinstance(name, str) and name for name in listed.values()):
-            raise UserError("want names of files by tensor", file=path, field="weight_map")
-        root, names = self.folder.resolve(), sorted(set(listed.values()))
-        for name in names:
-            target = self.folder / name
-            if len(name) > 255 or Path(name).name != name or (target.is_symlink() and not _is_cache_link(target, root)):
-                raise UserError(
-                    f"got file {name!r:.80}, want a plain name inside the folder", file=path, field="weight_map"
-                )
-        return [self.folder / name for name in names]
 
     def _open(self, file: Path) -> Iterable[tuple[str, Any]]:
         if file.exists() and not file.is_file():  # opening a FIFO would wait for ever

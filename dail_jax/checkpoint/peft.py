@@ -19,11 +19,19 @@ from dail_jax.mesh import is_first
 from dail_jax.model.families import ModelConfig
 from dail_jax.model.lora import Lora, shardings
 from dail_jax.model.weights import Weight, declare
+from dail_jax.provenance import Checksums, digest
 
 WEIGHTS = "adapter_model.safetensors"
 
 
-def save(folder: str | Path, lora: Lora, cfg: ModelConfig, lora_config: config_lib.Lora, base: str) -> None:
+def save(
+    folder: str | Path,
+    lora: Lora,
+    cfg: ModelConfig,
+    lora_config: config_lib.Lora,
+    base: str,
+    made_of: dict[str, Any] | None = None,
+) -> None:
     """Writes `adapter_config.json` and `adapter_model.safetensors`; raises UserError if the folder exists."""
     table = declare(cfg)
     tensors = {}
@@ -48,7 +56,7 @@ def save(folder: str | Path, lora: Lora, cfg: ModelConfig, lora_config: config_l
         "modules_to_save": None,
         "target_modules": [table[name].module for name in lora.tree],
     }
-    with new_folder(folder) as temporary:
+    with new_folder(folder, made_of) as temporary:
         if not is_first():
             return
         (temporary / "adapter_config.json").write_text(json.dumps(description, indent=2) + "\n")
@@ -96,12 +104,12 @@ def load(folder: str | Path, cfg: ModelConfig, mesh: jax.sharding.Mesh) -> tuple
     return Lora(placed, lora_config.alpha / rank), lora_config
 
 
-def weights_file(folder: str | Path) -> Path:
-    """The file that an adapter's weights are in; raises UserError where there is none."""
-    file = Path(folder) / WEIGHTS
+def adapter_digest(folder: Path, checksum: Checksums) -> str:
+    """One digest for an adapter's weights and description; raises UserError where there is none."""
+    file = folder / WEIGHTS
     if not file.is_file():
         raise UserError("not found: want a PEFT adapter folder", file=file)
-    return file
+    return digest([read_description(folder), checksum(file)])
 
 
 # What becomes of each field of an adapter_config.json: it is read below, or has no effect on a finished adapter, or must

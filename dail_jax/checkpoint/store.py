@@ -1,7 +1,8 @@
 """Training checkpoints: LoRA, optimiser, Grain iterator and counters, as one Orbax step, under a SHA-256 manifest.
 
 A step counts only once its manifest is there, which is written last: a step that was torn by a kill, or half
-deleted, is never restored. Corrupt steps are named and passed over for the one before.
+deleted, is never restored. While training lasts, corrupt steps are named and passed over for the one before; once it
+has ended, only the step that it ended with counts.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import logging
 import shutil
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +23,32 @@ import tensorstore
 from dail_jax import mesh as mesh_lib
 from dail_jax.errors import UserError, writing
 from dail_jax.metrics import log
-from dail_jax.rundir import sha256, write_atomic
+from dail_jax.provenance import Checksums, Output, State, sha256
+from dail_jax.rundir import write_atomic
 
 TRASH = "trash"
+MANIFESTS = "manifests"
+
+
+def steps(folder: Path) -> list[int]:
+    """Complete checkpoints, oldest first."""
+    found = (p.stem for p in (folder / MANIFESTS).glob("*.json"))
+    return sorted(int(stem) for stem in found if stem.isdigit() and (folder / stem).is_dir())
+
+
+def manifest_of(folder: Path, step: int) -> Path:
+    return folder / MANIFESTS / f"{step}.json"
+
+
+def damaged(folder: Path, step: int, checksum: Callable[[Path], str] = sha256) -> str | None:
+    """The first file of a step that is missing or differs from its manifest."""
+    root = folder / str(step)
+    try:
+        files = json.loads(manifest_of(folder, step).read_text()).items()
+    except (OSError, ValueError, AttributeError):
+        return "manifest"
+    return next((f for f, h in files if not (root / f).is_file() or checksum(root / f) != h), None)
+
 
 # Orbax asks TensorStore for its metrics at every save and restore, only to log them, and what TensorStore 0.1.86 returns
 # is never freed: some 50 KiB per save. See benchmarks/leak.py.
@@ -51,17 +75,19 @@ def one_line(path: Path) -> Iterator[None]:
 
 
 class Store:
-    """Checkpoints in a folder: `save(step, state, progress)` and `restore(abstract_state)`."""
+    """Checkpoints in a folder: `save(step, state, progress)` and `restore(abstract_state)`.
 
-    def __init__(self, folder: str | Path, keep: int):
+    `made_of` is the identity of what they are made of: those of something else are refused.
+    """
+
+    def __init__(self, folder: str | Path, keep: int, made_of: str | None = None):
         self.folder = Path(folder).absolute()
-        self.manifests = self.folder / "manifests"
-        self.keep = keep
+        self.keep, self.made_of = keep, made_of
         if mesh_lib.is_first():
-            self.manifests.mkdir(parents=True, exist_ok=True)
+            (self.folder / MANIFESTS).mkdir(parents=True, exist_ok=True)
             shutil.rmtree(self.folder / TRASH, ignore_errors=True)
             for path in self.folder.iterdir():  # what a kill left behind: not ours to restore
-                if path.is_dir() and path.name.isdigit() and not self._manifest(int(path.name)).exists():
+                if path.is_dir() and path.name.isdigit() and not manifest_of(self.folder, int(path.name)).exists():
                     shutil.rmtree(path)
         mesh_lib.barrier("store")
         # Orbax would delete the old step before the new one has its manifest: `save` does it instead.
@@ -72,6 +98,7 @@ class Store:
 
     def save(self, step: int, state: Any, progress: dict[str, Any]) -> None:
         """Durable on return. `progress` is JSON: the Grain iterator's state and what must not change."""
+        progress = {**progress, "made_of": self.made_of}
         args = ocp.args.Composite(state=ocp.args.StandardSave(state), progress=ocp.args.JsonSave(progress))
         with self._making_room(step), one_line(self.folder / str(step)):
             if not self.manager.save(step, args=args, force=True):
@@ -80,7 +107,7 @@ class Store:
         if mesh_lib.is_first():
             root = self.folder / str(step)
             files = {str(p.relative_to(root)): sha256(p) for p in sorted(root.rglob("*")) if p.is_file()}
-            write_atomic(self._manifest(step), json.dumps(files, indent=0))
+            write_atomic(manifest_of(self.folder, step), json.dumps(files, indent=0))
         mesh_lib.barrier(f"saved {step}")
         self._delete(self.steps()[: -self.keep])
 
@@ -94,49 +121,92 @@ class Store:
                 shutil.rmtree(path, ignore_errors=True)
             raise
 
-    def _delete(self, steps: list[int]) -> None:
+    def _delete(self, unwanted: list[int]) -> None:
         mesh_lib.barrier("delete")  # all have listed the steps
-        for step in steps:
+        for step in unwanted:
             if mesh_lib.is_first():
-                self._manifest(step).unlink()  # first, so that a half deleted step does not count
+                manifest_of(self.folder, step).unlink()  # first, so that a half deleted step does not count
             self.manager.delete(step)
         if mesh_lib.is_first():
             shutil.rmtree(self.folder / TRASH, ignore_errors=True)
 
     def steps(self) -> list[int]:
-        """Whole checkpoints, oldest first."""
-        return sorted(int(p.stem) for p in self.manifests.glob("*.json") if (self.folder / p.stem).is_dir())
+        return steps(self.folder)
 
     def progress(self, step: int) -> dict[str, Any]:
         return self.manager.restore(step, args=ocp.args.Composite(progress=ocp.args.JsonRestore()))["progress"]
 
     def restore(self, abstract: Any) -> tuple[int, Any, dict[str, Any]] | None:
         """(step, state, progress) of the newest undamaged checkpoint, or None if there is none yet."""
-        steps = self.steps()
-        for step in reversed(steps):
-            damaged = self.damaged(step)
-            if damaged:
-                log(f"checkpoint {step} is damaged ({damaged}); falling back to the one before")
+        found = self.steps()
+        for step in reversed(found):
+            if file := damaged(self.folder, step):
+                log(f"checkpoint {step} is damaged ({file}); falling back to the one before")
                 continue
-            args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract), progress=ocp.args.JsonRestore())
-            out = self.manager.restore(step, args=args)
-            self._delete([s for s in steps if s > step])
-            return step, out["state"], out["progress"]
-        if steps:
+            if self.progress(step).get("made_of") != self.made_of:
+                raise UserError(
+                    "was made by another run: use another run_dir, or move the checkpoints away",
+                    file=self.folder / str(step),
+                )
+            state, progress = _read(self.manager, step, abstract)
+            self._delete([s for s in found if s > step])
+            return step, state, progress
+        if found:
             raise UserError("every checkpoint is damaged: delete the folder to start anew", file=self.folder)
         return None
 
-    def damaged(self, step: int) -> str | None:
-        """The first file of a step that is missing or differs from its manifest."""
-        root = self.folder / str(step)
-        try:
-            files = json.loads(self._manifest(step).read_text())
-        except ValueError:
-            return "manifest"
-        return next((f for f, h in files.items() if not (root / f).is_file() or sha256(root / f) != h), None)
-
-    def _manifest(self, step: int) -> Path:
-        return self.manifests / f"{step}.json"
-
     def close(self) -> None:
         self.manager.close()
+
+
+def _read(manager: ocp.CheckpointManager, step: int, abstract: Any) -> tuple[Any, dict[str, Any]]:
+    args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract), progress=ocp.args.JsonRestore())
+    out = manager.restore(step, args=args)
+    out["progress"].pop("made_of", None)
+    return out["state"], out["progress"]
+
+
+# ---------------------------------------------------------------------------------------------------
+# After training
+# ---------------------------------------------------------------------------------------------------
+
+
+class Final(Output):
+    """The output of training: the checkpoint that it ended with."""
+
+    def exists(self, folder: Path) -> bool:
+        return bool(steps(folder / self.name))
+
+    def identity(self, folder: Path, checksum: Checksums) -> str:
+        root = folder / self.name
+        step = steps(root)[-1]
+        return f"{step} {sha256(manifest_of(root, step))}"
+
+    def state(self, folder: Path, recorded: str, checksum: Checksums) -> State:
+        """Nothing older takes the place of the final checkpoint, unless the user deletes it."""
+        root, step = folder / self.name, final_step(recorded)
+        found = steps(root)
+        if step not in found:
+            return "missing"
+        older = [s for s in found if s < step and not damaged(root, s, checksum)]
+        if older:
+            again = f"to train again from checkpoint {older[-1]}, delete {root / str(step)} and run the stage `train`"
+        else:
+            again = f"to train again from the beginning, delete {root} and run the stage `train`"
+        if file := damaged(root, step, checksum):
+            raise UserError(f"damaged ({file}), and it is what training ended with: {again}", file=root / str(step))
+        if self.identity(folder, checksum) != recorded:
+            raise UserError(f"is not what training ended with here: put that back; {again}", file=root)
+        return "whole"
+
+
+def final_step(recorded: str) -> int:
+    """The step in an identity of `Final`."""
+    return int(recorded.split()[0])
+
+
+def load(folder: Path, step: int, abstract: Any) -> Any:
+    """The state of a step; nothing is deleted or made in the folder."""
+    options = ocp.CheckpointManagerOptions(read_only=True)
+    with ocp.CheckpointManager(folder.absolute(), options=options) as manager:
+        return _read(manager, step, abstract)[0]

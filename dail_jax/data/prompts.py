@@ -16,7 +16,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Literal
 
-from dail_jax import config, strict_json
+from dail_jax import config, provenance, strict_json
 from dail_jax.data.records import Row
 from dail_jax.data.waypoints import final_answer, waypoints
 from dail_jax.errors import UserError
@@ -52,6 +52,9 @@ class Template:
     def messages(self, values: Values) -> list[dict[str, str]]:
         """Chat messages with the values put in."""
         return [{"role": role, "content": _fill(text, values)} for role, text in self.sections]
+
+    def digest(self) -> str:
+        return provenance.digest(self.sections)
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ Readers get plain dicts with all the keys that a shape below names, of these typ
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any
@@ -13,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, InstanceOf, Vali
 
 from dail_jax import strict_json
 from dail_jax.errors import UserError
+from dail_jax.provenance import Checksums, File, State, digest
 from dail_jax.strict_yaml import explain
 
 SCHEMA = 1  # of results.json: raised when a key that is there changes its name or meaning
@@ -21,6 +23,9 @@ Natural = Annotated[int, Field(ge=0, lt=1 << 31)]
 Count = Annotated[int, Field(ge=1, lt=1 << 31)]
 Whole = Annotated[str, Field(pattern=r"^[1-9][0-9]{0,8}$")]  # a number as a key
 Text = InstanceOf[str]  # of a model: half surrogate pairs and all
+
+
+VERDICT = ("answer", "vote", "correct", "reason")  # what grading puts into a row
 
 
 class Shape(BaseModel):
@@ -83,6 +88,33 @@ class Results(Shape):
     arm: str = ""
     objective: str = ""
     benchmarks: dict[str, dict[Whole, Cell]]
+
+
+class Samples(File):
+    """samples.jsonl as an output of `evaluate`: what was drawn must be what it was; verdicts can be given again."""
+
+    def identity(self, folder: Path, checksum: Checksums) -> str:
+        return f"{self._drawn(folder / self.name)} {checksum(folder / self.name)}"
+
+    def state(self, folder: Path, recorded: str, checksum: Checksums) -> State:
+        path = folder / self.name
+        if not path.exists():
+            return "missing"
+        drawn, whole = recorded.split()
+        if checksum(path) == whole:
+            return "whole"
+        if self._drawn(path) == drawn:
+            return "stale"
+        raise UserError(
+            "is not what was drawn here: put that back, or delete the file to draw the samples again", file=path
+        )
+
+    @staticmethod
+    def _drawn(path: Path) -> str:
+        total = hashlib.sha256()
+        for row in read_samples(path):
+            total.update(digest({k: v for k, v in row.items() if k not in VERDICT}).encode())
+        return total.hexdigest()
 
 
 def check(value: Any, shape: type[Shape], file: Path, row: int | None = None) -> dict[str, Any]:

@@ -17,6 +17,8 @@ def run(config: config_lib.Config | None, runs: list[str], out: str) -> None:
     """`runs` are run directories, or directories of arms, which are all of theirs; `config` is not needed."""
     if jax.process_index() != 0:
         return
+    if remote := [path for path in (*runs, out) if config_lib.is_remote(path)]:
+        raise UserError(f"got {remote[0]!r}, {config_lib.REMOTE}")
     folders: list[Path] = []
     for path in map(Path, runs):
         found = [path] if (path / "results.json").exists() else sorted(p.parent for p in path.glob("*/results.json"))

@@ -13,20 +13,21 @@ from dail_jax.errors import UserError
 from dail_jax.metrics import log
 from dail_jax.model import weights
 from dail_jax.rundir import RunDir
+from dail_jax.stages import recipes
 from dail_jax.text import load_tokenizer
 
 
 def run(config: config_lib.Config) -> None:
     source, target = Path(config.model.path), Path(config.run_dir) / "model"
-    mesh = mesh_lib.make_mesh(config.mesh)
-    if mesh_lib.from_first(target.exists):
-        log(f"convert: already done, see {target}")
-        return
     if (source / base.PARAMS).is_dir():
         raise UserError("is a converted folder already", file=source)
-    load_tokenizer(config.model.tokenizer or source)
-    with RunDir(config), jax.set_mesh(mesh):  # the lock: others sweep half written folders away
+    mesh = mesh_lib.make_mesh(config.mesh)
+    with RunDir(config) as run_dir, run_dir.stage(recipes.convert(config)) as stage, jax.set_mesh(mesh):
+        if stage.done or mesh_lib.from_first(lambda: base.is_made_of(target, stage.made_of)):
+            log(f"convert: already done, see {target}")
+            return
+        load_tokenizer(config.model.tokenizer or source)
         params, cfg = hf.load(source, mesh, config.model.dtype)
-        base.save(target, params, source)
+        base.save(target, params, source, stage.made_of)
     log(f"convert: {weights.count(cfg):,} weights of {cfg.family} in {config.model.dtype}, wrote {target}")
     log(f"         use it with model.path={target}")

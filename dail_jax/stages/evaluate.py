@@ -22,19 +22,19 @@ import jax
 from dail_jax import config as config_lib
 from dail_jax import mesh as mesh_lib
 from dail_jax.checkpoint import peft
-from dail_jax.data.records import Row, dataset_hash, read_rows
+from dail_jax.data.records import Row
 from dail_jax.errors import UserError
 from dail_jax.evaluate import answers, files, protocol
 from dail_jax.evaluate.grading import Grader
 from dail_jax.metrics import Metrics, console, log, progress
-from dail_jax.rundir import Interrupt, Interrupted, Journal, RunDir, json_line, sha256, write_atomic
+from dail_jax.rundir import Interrupt, Interrupted, Journal, RunDir, json_line, write_atomic
 from dail_jax.sample.sampler import Request, Sampler, checked
-from dail_jax.stages import names, samplers
+from dail_jax.stages import names, recipes, samplers
 from dail_jax.stages.generate import report_usage
 from dail_jax.stages.session import Session, open_session
 from dail_jax.text import open_tag
 
-JOURNAL, FORCED = "samples.partial.jsonl", "forced.partial.jsonl"
+JOURNAL, FORCED = recipes.DRAWN
 
 
 class DrawnSample(files.Shape):
@@ -71,20 +71,17 @@ def run(config: config_lib.Config) -> None:
         log("evaluate: nothing to do (no evaluate.benchmarks)")
         return
     samplers.find(cfg.sampler)
-    kinds = names.answer_types(cfg)
-    tables = {
-        b.name: read_rows(b.rows, ("problem", "answer") if kinds[b.name].is_graded else ("problem",))
-        for b in cfg.benchmarks
-    }
-    inputs = {name: dataset_hash(rows) for name, rows in tables.items()}
-    tables = gradable(cfg, tables)
+    names.answer_types(cfg)
+    whole = {b.name: recipes.read_benchmark(b) for b in cfg.benchmarks}
+    tables = gradable(cfg, whole)
+    if cfg.adapter:
+        peft.refuse_other_base(cfg.adapter, config.model.path)
     with RunDir(config) as run_dir:
-        if cfg.adapter:
-            inputs["evaluate.adapter"] = sha256(peft.weights_file(cfg.adapter))
-            peft.refuse_other_base(cfg.adapter, config.model.path)
-        with run_dir.stage("evaluate", inputs, scratch=(JOURNAL, FORCED)) as done:
-            if done():
+        with run_dir.stage(recipes.evaluate(config, whole)) as stage:
+            if stage.done:
                 log(f"evaluate: already done, see {run_dir.path / 'results.json'}")
+            elif stage.states[recipes.SAMPLES] != "missing":  # verdicts and figures follow from what was drawn
+                finish(config, read_drawn(run_dir.path), run_dir.path)
             else:
                 session = open_session(config)
                 with jax.set_mesh(session.mesh):
@@ -264,6 +261,11 @@ def rows_of(session: Session, p: Problem, sample: dict, forced: dict[str, list[d
             "gold": p.gold,
             "finish": finish,
         }
+
+
+def read_drawn(folder: Path) -> list[dict]:
+    """All rows of samples.jsonl, for the process that writes."""
+    return files.read_samples(folder / recipes.SAMPLES) if mesh_lib.is_first() else []
 
 
 def finish(config: config_lib.Config, samples: list[dict], folder: Path) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 from dail_jax import config as config_lib
 from dail_jax.errors import UserError
 from dail_jax.metrics import log
-from dail_jax.stages import evaluate, export, generate, names, report, train
+from dail_jax.stages import evaluate, export, generate, names, recipes, report, train
 
 
 def run(config: config_lib.Config) -> None:
@@ -18,6 +18,7 @@ def run(config: config_lib.Config) -> None:
     arms = {name: arm(config, name) for name in config.arms} or {"": config}
     for one in arms.values():
         names.check(one)
+        recipes.check(one)
     if any(a.traces for a in arms.values()) or (not config.arms and config.train.reads_traces):
         generate.run(config)
     for name, one in arms.items():

@@ -10,10 +10,11 @@ from jax.experimental.multihost_utils import process_allgather
 
 from dail_jax import config as config_lib
 from dail_jax import mesh as mesh_lib
-from dail_jax.checkpoint import hf, peft
+from dail_jax.checkpoint import base, hf, peft
 from dail_jax.metrics import log
 from dail_jax.model import lora as lora_lib
 from dail_jax.rundir import RunDir
+from dail_jax.stages import recipes
 from dail_jax.stages.session import open_session
 from dail_jax.stages.train import trained_lora
 
@@ -22,20 +23,20 @@ def run(config: config_lib.Config) -> None:
     if config.train.objective == "none":
         log("export: nothing to export (train.objective: none)")
         return
-    with RunDir(config) as run_dir, run_dir.stage("export") as done:
+    with RunDir(config) as run_dir, run_dir.stage(recipes.export(config)) as stage:
         adapter, merged = run_dir.path / "adapter", run_dir.path / "merged"
-        if done():
+        if stage.done:
             log(f"export: already done, see {adapter}")
             return
         session = open_session(config)
         lora = trained_lora(session, run_dir)
         assert lora is not None
-        if not mesh_lib.from_first(adapter.exists):
+        if not mesh_lib.from_first(lambda: base.is_made_of(adapter, stage.made_of)):
             whole = process_allgather(lora, tiled=True) if jax.process_count() > 1 else jax.device_get(lora)
-            peft.save(adapter, whole, session.model, config.train.lora, str(config.model.path))
+            peft.save(adapter, whole, session.model, config.train.lora, str(config.model.path), stage.made_of)
         log(f"export: wrote {adapter}")
-        if config.export.merged and not mesh_lib.from_first(merged.exists):
+        if config.export.merged and not mesh_lib.from_first(lambda: base.is_made_of(merged, stage.made_of)):
             tree = json.loads((Path(config.model.path) / "config.json").read_text())
             params = lora_lib.merge(session.params, lora, session.model)
-            hf.save(merged, params, session.model, tree, config.model.tokenizer or config.model.path)
+            hf.save(merged, params, session.model, tree, config.model.tokenizer or config.model.path, stage.made_of)
             log(f"export: wrote {merged}")

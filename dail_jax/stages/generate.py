@@ -18,7 +18,7 @@ from dail_jax import config as config_lib
 from dail_jax import mesh as mesh_lib
 from dail_jax import strict_json
 from dail_jax.data import filters
-from dail_jax.data.records import Row, dataset_hash, read_rows
+from dail_jax.data.records import Row, read_rows
 from dail_jax.data.waypoints import final_answer
 from dail_jax.errors import UserError
 from dail_jax.evaluate import files
@@ -26,9 +26,11 @@ from dail_jax.evaluate.grading import Grader, extract
 from dail_jax.metrics import Metrics, log, progress
 from dail_jax.rundir import Interrupt, Interrupted, Journal, RunDir, json_line, write_atomic
 from dail_jax.sample.sampler import Request, Sampler, ScoredSample
+from dail_jax.stages import recipes
+from dail_jax.stages.recipes import traces_path
 from dail_jax.stages.session import Session, open_session
 
-JOURNAL, TOLD = "traces.partial.jsonl", "told.partial.jsonl"
+JOURNAL, TOLD = recipes.JOURNALS
 
 
 class Trace(files.Shape):
@@ -46,10 +48,6 @@ class Drawn(files.Shape):
 
     problem_id: str
     traces: list[Trace]
-
-
-def traces_path(config: config_lib.Config) -> Path:
-    return Path(config.traces or Path(config.run_dir) / "traces.jsonl")
 
 
 def read_traces(config: config_lib.Config) -> list[dict]:
@@ -76,16 +74,14 @@ def run(config: config_lib.Config) -> None:
         return
     rows = read_rows(config.data)
     check_golds(config, rows)
-    star = config.train.objective == "star"
-    inputs = {"data": dataset_hash(rows), **({"passes": "star"} if star else {})}
-    with RunDir(config) as run_dir, run_dir.stage("generate", inputs, scratch=(JOURNAL, TOLD)) as done:
-        if done():
+    with RunDir(config) as run_dir, run_dir.stage(recipes.generate(config, rows)) as stage:
+        if stage.done:
             log(f"generate: already done, see {traces_path(config)}")
             return
         session = open_session(config)
         with jax.set_mesh(session.mesh):
             metrics = Metrics(run_dir.path, config.log, "generate")
-            work = rationalise if star else roll_out
+            work = rationalise if config.train.objective == "star" else roll_out
             finished = work(session, rows, run_dir.path / JOURNAL, metrics)
             metrics.close()
         traces = [trace for row in rows for trace in finished.get(row.problem_id, [])]

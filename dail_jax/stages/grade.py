@@ -16,7 +16,7 @@ from dail_jax.errors import UserError
 from dail_jax.evaluate import files, protocol
 from dail_jax.metrics import console, log
 from dail_jax.rundir import RunDir
-from dail_jax.stages import evaluate, experiment
+from dail_jax.stages import evaluate, experiment, recipes
 
 SHOWN = 20  # changed verdicts
 
@@ -30,7 +30,7 @@ def run(config: config_lib.Config) -> None:
         path = folder / "samples.jsonl"
         if not path.exists():
             raise UserError("no samples: run the stage `evaluate` first", file=path)
-        with RunDir(one):
+        with RunDir(one) as run_dir, run_dir.amend(recipes.evaluate(one)):
             rows = files.read_samples(path)
             evaluate.finish(one, rows, folder)
             compare(rows, files.read_samples(path), folder)

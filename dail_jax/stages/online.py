@@ -22,7 +22,7 @@ from dail_jax.data.waypoints import final_answer
 from dail_jax.errors import UserError
 from dail_jax.evaluate.grading import Grader, extract
 from dail_jax.metrics import Metrics, log, progress
-from dail_jax.rundir import Interrupt, Interrupted, RunDir
+from dail_jax.rundir import Interrupt, Interrupted, RunDir, Stage
 from dail_jax.sample.engine import Engine
 from dail_jax.sample.sampler import Request, ScoredSample
 from dail_jax.stages.generate import read_traces
@@ -168,7 +168,7 @@ def grade(session: Session, grader: Grader, tasks: list[Task], groups: list[list
 # ---------------------------------------------------------------------------------------------------
 
 
-def fit(session: Session, rows: list[Row], run_dir: RunDir, metrics: Metrics) -> None:
+def fit(session: Session, rows: list[Row], run_dir: RunDir, metrics: Metrics, stage: Stage) -> None:
     """Trains from the newest checkpoint to the end; the last update is always saved."""
     config, mesh = session.config, session.mesh
     cfg, online = config.train, config.train.online
@@ -177,12 +177,12 @@ def fit(session: Session, rows: list[Row], run_dir: RunDir, metrics: Metrics) ->
     rounds = -(-cfg.epochs * len(tasks) // online.problems)
     steps, micro = rounds * per_round, cfg.batch_size // cfg.accumulate
     local = mesh_lib.local_rows(mesh, micro)
-    run = prepare(session, steps, run_dir.path / "checkpoints")
+    run = prepare(session, steps, run_dir.path / "checkpoints", stage.identity)
     log(
         f"train: {cfg.objective} on {len(tasks)} problems; {rounds} rounds of {online.problems} x {online.group} "
         f"samples and {per_round} updates"
     )
-    restored = run.store.restore(abstract_state(session, run))
+    restored = run.store.restore(abstract_state(session, run.tx, run.layout))
     if restored is None:
         step, state = 0, step_lib.init(jax.random.key(config.seed), session.model, cfg, run.tx, mesh)
     else:

@@ -7,6 +7,7 @@ folder. The loss is over responses; batches hold a fixed number of tokens in len
 from __future__ import annotations
 
 import functools
+import itertools
 from pathlib import Path
 
 import jax
@@ -17,11 +18,13 @@ import optax
 from dail_jax import config as config_lib
 from dail_jax import mesh as mesh_lib
 from dail_jax import strict_json
-from dail_jax.checkpoint import hf
+from dail_jax.checkpoint import base, hf
+from dail_jax.checkpoint.store import Store
 from dail_jax.errors import UserError
 from dail_jax.metrics import Metrics, log, progress
 from dail_jax.model import families, transformer, weights
-from dail_jax.rundir import RunDir, sha256
+from dail_jax.rundir import Interrupt, Interrupted, RunDir
+from dail_jax.stages import recipes
 from dail_jax.text import load_tokenizer
 from dail_jax.train import objectives, optimizer
 
@@ -34,24 +37,25 @@ def run(config: config_lib.Config) -> None:
         raise UserError("missing: pretraining wants a tokenizer folder", field="model.tokenizer")
     model = families.from_tree(cfg.architecture, "pretrain.architecture")
     mesh = mesh_lib.make_mesh(config.mesh)
-    with RunDir(config) as run_dir, run_dir.stage("pretrain", {"rows": sha256(cfg.rows)}) as done, jax.set_mesh(mesh):
-        if done():
-            log(f"pretrain: already done, see {config.model.path}")
+    target = Path(config.model.path)
+    with RunDir(config) as run_dir, run_dir.stage(recipes.pretrain(config)) as stage, jax.set_mesh(mesh):
+        if stage.done or mesh_lib.from_first(lambda: base.is_made_of(target, stage.made_of)):
+            log(f"pretrain: already done, see {target}")
             return
-        if Path(config.model.path).exists():
-            raise UserError("already exists: choose another folder or delete this one", file=config.model.path)
         examples = read(cfg, config.model.tokenizer, model)
         metrics = Metrics(run_dir.path, config.log, "pretrain")
         params = jax.jit(weights.init, static_argnums=1, out_shardings=weights.shardings(model, mesh))(
             jax.random.key(config.seed), model
         )
         log(f"pretrain: {weights.count(model):,} weights, {len(examples):,} rows, {cfg.steps} steps")
-        params = train(params, model, cfg, examples, config.seed, metrics)
+        kept = Store(run_dir.path / recipes.PRETRAIN, 1, stage.identity)
+        params = train(params, model, cfg, examples, config.seed, metrics, kept)
+        kept.close()
         cast = jax.tree.map(lambda w: w.astype(config.model.dtype), params)
         tree = {**cfg.architecture, "dtype": config.model.dtype}
-        hf.save(config.model.path, cast, model, tree, config.model.tokenizer)
+        hf.save(target, cast, model, tree, config.model.tokenizer, stage.made_of)
         metrics.close()
-        log(f"pretrain: wrote {config.model.path}")
+        log(f"pretrain: wrote {target}")
 
 
 def read(cfg: config_lib.Pretrain, tokenizer_path: str, model: families.ModelConfig) -> list[tuple[np.ndarray, int]]:
@@ -78,8 +82,8 @@ def read(cfg: config_lib.Pretrain, tokenizer_path: str, model: families.ModelCon
     return examples
 
 
-def batches(cfg: config_lib.Pretrain, examples: list[tuple[np.ndarray, int]], seed: int):
-    """Endless batches {tokens, positions, targets, mask} [rows, bucket] with rows * bucket ~ tokens_per_step."""
+def plan(cfg: config_lib.Pretrain, examples: list[tuple[np.ndarray, int]], seed: int):
+    """Endless (rows, bucket, indices of examples) with rows * bucket ~ tokens_per_step, epoch after epoch."""
     rng = np.random.default_rng(seed)
     buckets: dict[int, list[int]] = {}
     for index, (ids, _) in enumerate(examples):
@@ -92,28 +96,38 @@ def batches(cfg: config_lib.Pretrain, examples: list[tuple[np.ndarray, int]], se
             epoch += [(size, rows, order[i : i + rows]) for i in range(0, len(order), rows)]
         for i in rng.permutation(len(epoch)):
             size, rows, chosen = epoch[i]
-            out = {k: np.zeros((rows, size), np.int32) for k in ("tokens", "targets", "mask")}
-            out["positions"] = np.full((rows, size), -1, np.int32)
-            for r, index in enumerate(chosen):
-                ids, prompt = examples[index]
-                n = len(ids) - 1
-                out["tokens"][r, :n], out["targets"][r, :n] = ids[:-1], ids[1:]
-                out["positions"][r, :n] = np.arange(n)
-                out["mask"][r, prompt - 1 : n] = 1
-            yield out
+            yield rows, size, chosen
 
 
-def train(params, model, cfg: config_lib.Pretrain, examples, seed: int, metrics: Metrics):
-    """The trained weights."""
+def batch(examples: list[tuple[np.ndarray, int]], rows: int, size: int, chosen: np.ndarray) -> dict[str, np.ndarray]:
+    """{tokens, positions, targets, mask} [rows, size]."""
+    out = {k: np.zeros((rows, size), np.int32) for k in ("tokens", "targets", "mask")}
+    out["positions"] = np.full((rows, size), -1, np.int32)
+    for r, index in enumerate(chosen):
+        ids, prompt = examples[index]
+        n = len(ids) - 1
+        out["tokens"][r, :n], out["targets"][r, :n] = ids[:-1], ids[1:]
+        out["positions"][r, :n] = np.arange(n)
+        out["mask"][r, prompt - 1 : n] = 1
+    return out
+
+
+def train(params, model, cfg: config_lib.Pretrain, examples, seed: int, metrics: Metrics, kept: Store):
+    """The trained weights, from the newest checkpoint to the last step; the loss since the last row is kept, too."""
     tx = optimizer.for_all_weights(cfg.optimizer, cfg.steps, model)
-    state = jax.jit(tx.init)(params)
+    state, total, start = jax.jit(tx.init)(params), jnp.zeros(()), 0
+    whole = {"params": params, "optimizer": state, "total": total}
+    abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), whole)
+    if (restored := kept.restore(abstract)) is not None:
+        start, whole, _ = restored
+        params, state, total = whole["params"], whole["optimizer"], whole["total"]
+        log(f"pretrain: resuming at step {start}")
+    metrics.rewind(start)
     step = functools.partial(_update, model, tx)
-    feed = batches(cfg, examples, seed)
-    total = jnp.zeros(())
-    with progress("pretraining", cfg.steps, "steps") as bar:
-        for i in range(1, cfg.steps + 1):
-            batch = next(feed)
-            params, state, loss = step(params, state, batch)
+    feed = itertools.islice(plan(cfg, examples, seed), start, cfg.steps)
+    with progress("pretraining", cfg.steps, "steps", start) as bar, Interrupt() as interrupt:
+        for i, rows in enumerate(feed, start + 1):
+            params, state, loss = step(params, state, batch(examples, *rows))
             total = total + loss
             bar.advance(note=f"loss {float(loss):.3f}" if i % cfg.log_every == 0 else "")
             if i % cfg.log_every == 0:
@@ -122,6 +136,11 @@ def train(params, model, cfg: config_lib.Pretrain, examples, seed: int, metrics:
                 if not np.isfinite(mean):
                     raise UserError(f"loss is {mean} at step {i}: lower the learning rate", field="pretrain.optimizer")
                 metrics.write(i, loss=mean)
+            stop = interrupt.wanted
+            if stop or i == cfg.steps or i % cfg.save_every == 0:
+                kept.save(i, {"params": params, "optimizer": state, "total": total}, {})
+            if stop and i < cfg.steps:
+                raise Interrupted(f"pretrain: stopped and saved at step {i} of {cfg.steps}; call again to resume")
     return params
 
 

@@ -14,7 +14,7 @@ from dail_jax.evaluate import files, protocol
 from dail_jax.metrics import console, log
 from dail_jax.report import diagnosis, page, plots
 from dail_jax.rundir import write_atomic
-from dail_jax.stages.generate import traces_path
+from dail_jax.stages.recipes import traces_path
 from dail_jax.text import Tokenizer, load_tokenizer
 
 

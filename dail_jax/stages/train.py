@@ -10,15 +10,18 @@ import numpy as np
 
 from dail_jax import config as config_lib
 from dail_jax import mesh as mesh_lib
+from dail_jax.checkpoint import store
 from dail_jax.checkpoint.store import Store
 from dail_jax.data import batches
 from dail_jax.data.batches import Example
-from dail_jax.data.records import Row, dataset_hash, read_rows
+from dail_jax.data.records import Row, read_rows
 from dail_jax.errors import UserError
 from dail_jax.metrics import Metrics, log, progress
 from dail_jax.model.lora import Lora
-from dail_jax.rundir import Interrupt, Interrupted, RunDir, json_line, sha256, write_atomic
-from dail_jax.stages.generate import check_golds, mark_drops, read_traces, traces_path
+from dail_jax.rundir import Interrupt, Interrupted, RunDir, Stage, json_line, write_atomic
+from dail_jax.stages import recipes
+from dail_jax.stages.generate import check_golds, mark_drops, read_traces
+from dail_jax.stages.recipes import traces_path
 from dail_jax.stages.session import Session, open_session, release_decoding
 from dail_jax.train import optimizer, references
 from dail_jax.train import step as step_lib
@@ -32,14 +35,13 @@ def run(config: config_lib.Config) -> None:
     if config.data is None:
         raise UserError("missing: training wants rows", field="data")
     rows = read_rows(config.data)
-    inputs = {"data": dataset_hash(rows)}
     if cfg.is_online:
         check_golds(config, rows)
     if cfg.reads_traces:
         read_traces(config)
-        inputs["traces"] = sha256(traces_path(config))
-    with RunDir(config) as run_dir, run_dir.stage("train", inputs) as done:
-        if done():
+        mesh_lib.from_first(lambda: recipes.check_traces(config))
+    with RunDir(config) as run_dir, run_dir.stage(recipes.train(config, rows)) as stage:
+        if stage.done:
             log(f"train: already done, see {run_dir.path / 'checkpoints'}")
             return
         session = open_session(config)
@@ -48,10 +50,10 @@ def run(config: config_lib.Config) -> None:
             if cfg.is_online:
                 from dail_jax.stages import online  # which builds on what is here
 
-                online.fit(session, rows, run_dir, metrics)
+                online.fit(session, rows, run_dir, metrics, stage)
             else:
                 release_decoding()
-                fit(session, examples_of(session, rows), run_dir, metrics)
+                fit(session, examples_of(session, rows), run_dir, metrics, stage)
             metrics.close()
 
 
@@ -118,20 +120,20 @@ class Run:
     store: Store
 
 
-def prepare(session: Session, steps: int, folder) -> Run:
+def prepare(session: Session, steps: int, folder, made_of: str) -> Run:
     cfg = session.config.train
     tx = optimizer.adamw(cfg.optimizer, steps)
     layout = step_lib.shardings(session.model, cfg, tx, session.mesh)
-    return Run(tx, layout, Store(folder, cfg.keep_checkpoints))
+    return Run(tx, layout, Store(folder, cfg.keep_checkpoints, made_of))
 
 
-def abstract_state(session: Session, run: Run) -> step_lib.State:
+def abstract_state(session: Session, tx: Any, layout: step_lib.State) -> step_lib.State:
     cfg = session.config.train
-    shapes = jax.eval_shape(lambda key: step_lib.init(key, session.model, cfg, run.tx, session.mesh), jax.random.key(0))
-    return jax.tree.map(lambda s, where: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=where), shapes, run.layout)
+    shapes = jax.eval_shape(lambda key: step_lib.init(key, session.model, cfg, tx, session.mesh), jax.random.key(0))
+    return jax.tree.map(lambda s, where: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=where), shapes, layout)
 
 
-def fit(session: Session, examples: list[Example], run_dir: RunDir, metrics: Metrics) -> None:
+def fit(session: Session, examples: list[Example], run_dir: RunDir, metrics: Metrics, stage: Stage) -> None:
     """Trains from the newest checkpoint to the end; the last update is always saved."""
     config, cfg, mesh = session.config, session.config.train, session.mesh
     plan = batches.Plan(examples, cfg.batch_size, cfg.epochs, config.seed)
@@ -146,19 +148,19 @@ def fit(session: Session, examples: list[Example], run_dir: RunDir, metrics: Met
     }
     assemble = batches.Assemble(examples, cfg.bucket, cfg.accumulate, local, roles_of(config))
     if cfg.objective == "dail" and cfg.cache_references:
-        cached = cache(session, examples, run_dir, recipe, identity["examples"])
+        cached = cache(session, examples, run_dir, recipe, f"{stage.sha256('model.path')} {identity['examples']}")
         if cached is not None:
             assemble = batches.Assemble(
                 examples, cfg.bucket, cfg.accumulate, local, ("student",), step_lib.REFERENCES, cached
             )
-    run = prepare(session, len(plan), run_dir.path / "checkpoints")
+    run = prepare(session, len(plan), run_dir.path / "checkpoints", stage.identity)
     feed = batches.iterator(plan, assemble, cfg.workers)
     log(
         f"train: {cfg.objective} on {len(examples)} examples, {len(plan)} updates of {cfg.batch_size}; "
         f"{batches.padding_share(plan, assemble):.0%} of trained positions are padding"
     )
 
-    restored = run.store.restore(abstract_state(session, run))
+    restored = run.store.restore(abstract_state(session, run.tx, run.layout))
     if restored is None:
         start, state = 0, step_lib.init(jax.random.key(config.seed), session.model, cfg, run.tx, mesh)
     else:
@@ -205,7 +207,7 @@ def fit(session: Session, examples: list[Example], run_dir: RunDir, metrics: Met
     log(f"train: {len(plan)} updates done; wrote {run_dir.path / 'checkpoints'}")
 
 
-def cache(session: Session, examples, run_dir: RunDir, recipe, digest: str) -> references.References | None:
+def cache(session: Session, examples, run_dir: RunDir, recipe, made_of: str) -> references.References | None:
     """The frozen roles' states on disk, if they fit the budget."""
     cfg = session.config.train
     need = references.size(examples, session.model.D, session.params["norm"].dtype)
@@ -213,7 +215,10 @@ def cache(session: Session, examples, run_dir: RunDir, recipe, digest: str) -> r
         size = f"{need / 2**30:.1f} GiB"
         log(f"train: references would take {size}, above train.references_gib; computing them in every step")
         return None
-    key = f"{session.config.model.path} {session.config.model.dtype} {digest}"
+    key = f"{session.config.model.dtype} {made_of}"
+    scores = run_dir.path / "token_scores.jsonl"  # for the report's trace viewer
+    if not mesh_lib.from_first(lambda: references.whole(run_dir.path / "references", key)):
+        scores.unlink(missing_ok=True)  # of other references
     found = references.compute(
         run_dir.path / "references",
         key,
@@ -224,7 +229,6 @@ def cache(session: Session, examples, run_dir: RunDir, recipe, digest: str) -> r
         cfg.batch_size // cfg.accumulate,
         cfg.bucket,
     )
-    scores = run_dir.path / "token_scores.jsonl"  # for the report's trace viewer
     if jax.process_count() == 1 and not scores.exists():
         ratios = references.log_ratios(found, session.params, examples, cfg.chunk)
         names = [e.name.rpartition("/") for e in examples]
@@ -248,12 +252,7 @@ def trained_lora(session: Session, run_dir: RunDir) -> Lora | None:
     """The adapter of a finished `train` stage, or None for the untrained model."""
     if session.config.train.objective == "none":
         return None
-    folder = run_dir.path / "checkpoints"
-    if not run_dir.finished("train"):
-        raise UserError("training is not finished: run the stage `train` first", file=folder)
-    run = prepare(session, 1, folder)
-    restored = run.store.restore(abstract_state(session, run))
-    run.store.close()
-    if restored is None:
-        raise UserError("got no checkpoint, want the one that training ended with", file=folder)
-    return restored[1].lora
+    cfg, step = session.config.train, store.final_step(run_dir.output("train", "checkpoints"))
+    tx = optimizer.adamw(cfg.optimizer, 1)  # its state is read, and not used
+    layout = step_lib.shardings(session.model, cfg, tx, session.mesh)
+    return store.load(run_dir.path / "checkpoints", step, abstract_state(session, tx, layout)).lora

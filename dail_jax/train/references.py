@@ -27,7 +27,8 @@ from dail_jax.errors import writing
 from dail_jax.metrics import progress
 from dail_jax.model import transformer
 from dail_jax.model.weights import Params
-from dail_jax.rundir import sha256, write_atomic
+from dail_jax.provenance import sha256
+from dail_jax.rundir import write_atomic
 from dail_jax.train import step as step_lib
 
 

@@ -1,0 +1,209 @@
+"""What each stage is made of and what it makes: the one place that says which settings and files decide an output.
+
+Left out is what changes no result: where things lie, how often is saved, where metrics go. `mesh` and `slots` are among
+it: other devices and batches give the same traces, and losses that agree to rounding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from dail_jax import config as config_lib
+from dail_jax.checkpoint import base, hf, peft, store
+from dail_jax.data.prompts import load_template
+from dail_jax.data.records import Row, dataset_hash, read_rows
+from dail_jax.errors import UserError
+from dail_jax.evaluate import answers
+from dail_jax.evaluate.files import Samples
+from dail_jax.provenance import Checksums, File, Input, Recipe, select
+from dail_jax.rundir import read_manifest
+
+TRACES, SAMPLES, RESULTS = "traces.jsonl", "samples.jsonl", "results.json"
+JOURNALS = ("traces.partial.jsonl", "told.partial.jsonl")
+DRAWN = ("samples.partial.jsonl", "forced.partial.jsonl")
+PRETRAIN = "pretrain"  # checkpoints of all weights
+
+# Compared by what lies there.
+PATHS = (
+    "model.path",
+    "model.tokenizer",
+    "data.path",
+    *(f"prompts.{role}" for role in ("student", "privileged", "negative", "expert", "hint")),
+    "evaluate.adapter",
+    "evaluate.benchmarks.rows.path",
+    "evaluate.benchmarks.template",
+    "pretrain.rows",
+)
+COMMON = ("seed", "model.dtype", "prompts.opening", "prompts.max_solution_tokens")
+SUMMARY = ("evaluate.ks", "evaluate.bootstrap")  # decide results.json alone
+
+
+def traces_path(config: config_lib.Config) -> Path:
+    return Path(config.traces or Path(config.run_dir) / TRACES)
+
+
+def convert(config: config_lib.Config) -> Recipe:
+    return Recipe("convert", select(config, "model.dtype"), _model(config), (base.Folder("model"),))
+
+
+def generate(config: config_lib.Config, rows: list[Row] | None = None) -> Recipe:
+    settings = select(config, *COMMON, "data", "generate", "filters", without=(*PATHS, "generate.slots"))
+    settings["passes"] = "star" if config.train.objective == "star" else "one"
+    return Recipe(
+        "generate",
+        settings,
+        {**_model(config), **_data(config, rows), **_templates(config, "student", "privileged")},
+        outputs=(File(TRACES),),
+        partial=JOURNALS,
+        scratch=JOURNALS,
+    )
+
+
+def train(config: config_lib.Config, rows: list[Row] | None = None) -> Recipe:
+    cfg = config.train
+    free = ("train.save_every", "train.keep_checkpoints", "train.references_gib", "train.online.slots")
+    roles = ["student"]
+    roles += ["privileged", "negative"] if cfg.objective in ("dail", "onpolicy") else []
+    roles += ["expert"] if cfg.objective == "sft" and config.prompts.expert else []
+    roles += ["hint"] if cfg.objective == "nurl" else []
+    traces = traces_path(config)
+    own = cfg.reads_traces and not config.traces
+    return Recipe(
+        "train",
+        select(config, *COMMON, "data", "waypoints", "filters", "train", without=(*PATHS, *free)),
+        {
+            **_model(config),
+            **_data(config, rows),
+            **_templates(config, *roles),
+            **(
+                {"traces": Input(config.traces or TRACES, lambda checksum: checksum(traces))}
+                if cfg.reads_traces
+                else {}
+            ),
+        },
+        outputs=(store.Final("checkpoints"),),
+        # Training filters the traces itself.
+        after=(generate(config, rows).without("filters"),) if own else (),
+    )
+
+
+def evaluate(config: config_lib.Config, tables: Mapping[str, list[Row]] | None = None) -> Recipe:
+    cfg, inputs = config.evaluate, {}
+    if cfg.adapter:
+        adapter = Path(cfg.adapter)
+        inputs["evaluate.adapter"] = Input(cfg.adapter, lambda checksum: peft.adapter_digest(adapter, checksum))
+    for one in cfg.benchmarks:
+        known = tables[one.name] if tables else None
+        inputs[f"evaluate.benchmarks.{one.name}.rows"] = Input(one.rows.path, _rows_of(one, known))
+        role = "choice" if one.rows.columns.choices else "student"
+        if one.template or role == "choice":
+            inputs[f"evaluate.benchmarks.{one.name}.template"] = _template(one.template, role)
+    return Recipe(
+        "evaluate",
+        select(config, *COMMON, "train.objective", "evaluate", without=(*PATHS, *SUMMARY, "evaluate.slots")),
+        {**_model(config), **_templates(config, "student"), **inputs},
+        outputs=(Samples(SAMPLES), File(RESULTS, derived=True)),
+        partial=DRAWN,
+        scratch=DRAWN,
+        summary=select(config, *SUMMARY),
+        after=() if config.train.objective == "none" else (train(config),),
+    )
+
+
+def export(config: config_lib.Config) -> Recipe:
+    wanted = ("adapter", "merged") if config.export.merged else ("adapter",)
+    return Recipe(
+        "export",
+        select(config, "model.dtype"),
+        _model(config),
+        outputs=tuple(map(base.Folder, wanted)),
+        after=(train(config),),
+    )
+
+
+def pretrain(config: config_lib.Config) -> Recipe:
+    cfg, target = config.pretrain, str(Path(config.model.path).absolute())
+    assert cfg is not None
+    free = ("model.path", "pretrain.log_every", "pretrain.save_every")
+    return Recipe(
+        "pretrain",
+        {**select(config, "seed", "model", "pretrain", without=(*PATHS, *free)), "writes": target},
+        {
+            "pretrain.rows": Input(cfg.rows, lambda checksum: checksum(cfg.rows)),
+            "model.tokenizer": _tokenizer(config),
+        },
+        outputs=(base.Folder(target),),
+        partial=(f"{PRETRAIN}/{store.MANIFESTS}/*.json",),
+        scratch=(PRETRAIN,),
+    )
+
+
+def check_traces(config: config_lib.Config) -> None:
+    """Raises UserError where `traces` names a run's file that is no longer what was generated there, or whose token ids
+    are another tokenizer's. A file that no run directory knows, such as one of the user's own, passes.
+    """
+    path = traces_path(config)
+    record = read_manifest(path.parent)["stages"].get("generate", {})
+    recorded = record.get("outputs", {}).get(path.name) if config.traces else None
+    if recorded is None:
+        return
+    if Checksums()(path) != recorded:
+        raise UserError(
+            "is not what `generate` wrote there: put that back, or keep what was changed on purpose in another folder",
+            file=path,
+        )
+    theirs, ours = record["inputs"].get("model.tokenizer", {}), _tokenizer(config)
+    if theirs.get("sha256") != ours.read(Checksums()):
+        raise UserError(f"was generated with another tokenizer: {theirs.get('path')!r}, not {ours.path!r}", file=path)
+
+
+def check(config: config_lib.Config) -> None:
+    """Reads what the stages of `run` will want, except for what they make and the weights; raises UserError."""
+    found = [train(config), evaluate(config)] if config.train.objective != "none" else [evaluate(config)]
+    if config.train.reads_traces and not config.traces:
+        found.insert(0, generate(config))
+    for recipe in found:
+        for name, one in recipe.inputs.items():
+            if name not in ("model.path", "traces") or (name == "traces" and config.traces):
+                one.read(Checksums())
+
+
+# ---------------------------------------------------------------------------------------------------
+# Inputs
+# ---------------------------------------------------------------------------------------------------
+
+
+def _model(config: config_lib.Config) -> dict[str, Input]:
+    folder = Path(config.model.path)
+    weights = Input(config.model.path, lambda checksum: base.model_digest(folder, checksum))
+    return {"model.path": weights, "model.tokenizer": _tokenizer(config)}
+
+
+def _tokenizer(config: config_lib.Config) -> Input:
+    folder = config.model.tokenizer or config.model.path
+    return Input(folder, lambda checksum: hf.tokenizer_digest(Path(folder), checksum))
+
+
+def _data(config: config_lib.Config, rows: list[Row] | None) -> dict[str, Input]:
+    data = config.data
+    if data is None:
+        return {}
+    return {"data.path": Input(data.path, lambda _: dataset_hash(read_rows(data) if rows is None else rows))}
+
+
+def _rows_of(benchmark: config_lib.Benchmark, rows: list[Row] | None) -> Callable[[Checksums], str]:
+    return lambda _: dataset_hash(read_benchmark(benchmark) if rows is None else rows)
+
+
+def read_benchmark(benchmark: config_lib.Benchmark) -> list[Row]:
+    graded = answers.named(benchmark.answer).is_graded
+    return read_rows(benchmark.rows, ("problem", "answer") if graded else ("problem",))
+
+
+def _templates(config: config_lib.Config, *roles: str) -> dict[str, Input]:
+    return {f"prompts.{role}": _template(getattr(config.prompts, role), role) for role in roles}
+
+
+def _template(path: str | None, role: str) -> Input:
+    return Input(path or f"the package's {role}.txt", lambda _: load_template(path, role).digest())
