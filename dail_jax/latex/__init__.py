@@ -1,6 +1,6 @@
 """LaTeX as people and models write it: a scanner, spellings, exact values, and canonical forms.
 
-Waypoints, answers and grading all read LaTeX through this package, so that a text means the same to all of them.
+Waypoints, answers and grading all read LaTeX through this package, so that a text means the same to each of them.
 """
 
 from dail_jax.latex.form import canonical

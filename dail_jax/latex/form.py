@@ -1,4 +1,4 @@
-"""The canonical form of a formula: a key that formulas of one value share."""
+"""The canonical form of a formula: a key that is the same for all formulas of equal value."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ _RELATION = re.compile(r"(<=|>=|[=<>]|\\(?:[lg]eq?|neq?|equiv|approx)(?![a-zA-Z]
 
 
 def canonical(formula: str) -> Hashable:
-    """A key that is equal for equal values: exact for polynomials over square roots, else the characters.
+    """A key for a formula's value: exact for polynomials over square roots, otherwise made of its characters.
 
-    A statement such as `x = 3` is another thing than the value 3: its key holds every side and the relations between
-    them. So do pairs and longer tuples, part by part. No two formulas of different values share a key.
+    Formulas of different values never share a key. A statement such as `x = 3` is not the same as the value 3: its key
+    holds every side and the relations between them. Pairs and longer tuples are keyed part by part.
     """
     poly = polynomial(formula)
     if poly is not None:

@@ -1,6 +1,6 @@
-r"""The scanner: where the boxes of a text are, which of it is formulas, and how to cut it outside of brackets.
+r"""The scanner: finds the boxes in a text, tells formulas from prose, and splits text outside brackets.
 
-Every rule is linear in the length of the text, since a model may write a megabyte of anything.
+Every rule takes time linear in the length of the text, since a model may write a megabyte of anything.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ from typing import NamedTuple
 
 _BOX_NAME = r"\\(?:boxed|fbox|framebox)(?![a-zA-Z])\s*+"
 _NUMBER = r"[+-]?(?:\d{1,3}(?:(?:,|\{,\})\d{3})++(?!\d)|\d++)(?:\.\d++)?+(?:/\d++)?+"
-_FOLLOWS = r"[\w^/]|[.,-]\d|[ \t]*+(?:[*+=<>^]|\\(?:cdot|times|div|pi|sqrt|[dtc]?frac|pm|mp)(?![a-zA-Z]))"  # it goes on
+# What shows that an expression continues.
+_FOLLOWS = r"[\w^/]|[.,-]\d|[ \t]*+(?:[*+=<>^]|\\(?:cdot|times|div|pi|sqrt|[dtc]?frac|pm|mp)(?![a-zA-Z]))"
 _BOX_TOKENS = re.compile(
     rf"{_BOX_NAME}(?:(?:\[[^\[\]{{}}]{{0,40}}\]\s*+){{0,2}}\{{|((?:{_NUMBER}|[A-Za-z])(?!{_FOLLOWS})))|\\.|[{{}}]",
     re.DOTALL,
@@ -34,12 +35,12 @@ class Box(NamedTuple):
 def boxes(text: str) -> list[Box]:
     r"""Every complete `\boxed{...}`, `\fbox{...}` and `\framebox{...}` of a text, in the order in which they open.
 
-    Braces must balance; escaped ones do not count. Boxes inside of boxes are listed as well. Without a brace TeX boxes
-    a single token, the 1 of `\boxed 15`; what people mean is the number, so a number or a letter that stands alone is
-    the content. Where it goes on, as in `\boxed 5\cdot 3`, nobody can tell: that is no box.
+    Braces must balance; escaped ones do not count. Nested boxes are listed as well. Without a brace, TeX boxes a single
+    token, such as the 1 of `\boxed 15`; people mean the number, so a number or letter that stands alone is taken as the
+    content. If the expression continues, as in `\boxed 5\cdot 3`, the intended content is unclear, and it is not a box.
     """
     found: list[Box] = []
-    stack: list[tuple[int, int] | None] = []  # for each open brace, where its box and its content start, if it has one
+    stack: list[tuple[int, int] | None] = []  # per open brace: the starts of its box and content, or None
     for token in _BOX_TOKENS.finditer(text):
         if token[1]:
             found.append(Box(token.start(), token.start(1), token.end(1), token.end()))
@@ -51,14 +52,14 @@ def boxes(text: str) -> list[Box]:
 
 
 def last_boxed(text: str) -> str | None:
-    """The last boxed answer: the content of the complete box that opens last among those that hold something."""
+    """The last boxed answer: the content of the last non-empty complete box (by where it opens), or None."""
     contents = (text[box.first : box.last].strip() for box in reversed(boxes(text)))
     return next((content for content in contents if content), None)
 
 
 def unbox(text: str, mark: str = "") -> str:
-    """The text with every box replaced by its content, after the mark where an outermost one stands in the open."""
-    edges: list[tuple[int, int, str]] = []  # what is cut out, and what takes its place
+    """The text with each box replaced by its content; `mark` precedes outermost boxes not directly after a bracket."""
+    edges: list[tuple[int, int, str]] = []  # (start, end) of what is cut out, and its replacement
     outer = 0
     for box in boxes(text):
         edges += [(box.start, box.first, " " if box.start < outer else f" {mark} "), (box.last, box.end, " ")]
@@ -82,9 +83,9 @@ _TWO_WORDS = re.compile(r"(?<![\\a-zA-Z{])[a-zA-Z]{2,}\s+[a-z]{3,}(?![a-zA-Z}])"
 
 
 def spans(text: str) -> Iterator[tuple[bool, str]]:
-    """(is it a formula, its text) for the pieces of a text, in order. Dollar signs of prices are prose."""
+    """Yields (is_formula, piece) for the pieces of a text, in order. Dollar signs of prices count as prose."""
     position = searched = 0
-    absent: set[str] = set()  # closers that occur no more: keeps the scan linear
+    absent: set[str] = set()  # closers that do not occur again: keeps the scan linear
     while match := _OPEN.search(text, searched):
         if match[0] == r"\$":
             searched = match.end()
@@ -110,7 +111,7 @@ def spans(text: str) -> Iterator[tuple[bool, str]]:
 
 
 def split_top(text: str, separator: str) -> list[str]:
-    """Splits at a one-character separator outside of all brackets."""
+    """Splits at a one-character separator outside all brackets."""
     parts, depth, start = [], 0, 0
     for i, char in enumerate(text):
         depth += (char in "([{") - (char in ")]}")

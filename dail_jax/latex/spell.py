@@ -1,13 +1,13 @@
-r"""Spellings: one of the many ways to write the same formula in LaTeX, and none of what only styles it.
+r"""Spellings: reduces the many ways to write a formula in LaTeX to one, without commands that only style it.
 
-Every rule is linear in the length of the text.
+Every rule takes time linear in the length of the text.
 """
 
 from __future__ import annotations
 
 import re
 
-# Unicode signs as the LaTeX that the rest of this package knows.
+# Unicode signs and the LaTeX for them that the rest of this package understands.
 _SIGNS = str.maketrans(
     {
         "\u2212": "-",
@@ -42,16 +42,16 @@ _ROOT = re.compile(r"\u221a ?(\d++|[A-Za-z])")
 
 
 def signs(text: str) -> str:
-    """The text with LaTeX for Unicode signs; a run of superscripts is one exponent, and a root takes a whole number."""
+    """The text with Unicode signs as LaTeX; superscripts in a row form one exponent, and a root covers all digits."""
     text = _RAISED_RUN.sub(lambda m: f"^{{{m[0].translate(_LEVEL)}}}", text)
     return _ROOT.sub(r"\\sqrt{\1}", text).translate(_SIGNS)
 
 
-# Digits in groups of three. A plain comma or blank is not enough here: `1,234` may be a list, `155 465` two answers.
+# Digits in groups of three. Plain commas and spaces do not join groups: `1,234` may be a list, `155 465` two answers.
 _GAP = r"(?:\\[,!:;]|\{(?:,|\\[,!:; ])\}|\{\})++"
 _GROUPS = re.compile(rf"(?<!\d)(?<!\d[.,])\d{{1,3}}(?:{_GAP}\d{{3}})++(?!\d)")
 
-# What takes no part in the formula: commands that only style it (with their own arguments), size and spacing.
+# Commands without mathematical meaning: styling (together with its own arguments), sizes and spacing.
 _STYLE = re.compile(
     r"\\(?:"
     r"(?:text)?color\s*+(?:\[[^\[\]]*\]\s*+)?\{[^{}]*\}|colorbox\s*+\{[^{}]*\}|fcolorbox\s*+\{[^{}]*\}\s*+\{[^{}]*\}"
@@ -63,7 +63,7 @@ _STYLE = re.compile(
     r"|bf|rm|it|sf|tt|bfseries|rmfamily|itshape|boldmath|normalfont|nonumber|notag|strut|mathstrut)(?![a-zA-Z]))"
     r")"
 )
-# Words in any shape are words; `{\rm cm}` as well.
+# Text in any font, `{\rm cm}` included: all of it becomes `\text`.
 _WORDS = re.compile(
     r"\\(?:text(?:bf|it|rm|sf|tt|sc|up|md|normal)|emph|[mh]box)\s*+(?=\{)|\{\s*\\(?:rm|bf|it|sf|tt)\s(?=[^{}\\]*\})"
 )
@@ -73,10 +73,10 @@ _BINOMIAL = re.compile(r"\\[dt]binom(?![a-zA-Z])")
 
 
 def plain(formula: str) -> str:
-    r"""A formula without what only styles it, in one spelling of several: `\textcolor{blue}{\dfrac12}` is `{\frac12}`.
+    r"""A formula in a standard spelling, without mere styling: `\textcolor{blue}{\dfrac12}` becomes `{\frac12}`.
 
-    Unicode signs are LaTeX, `10\,000` is `10000`, `\textbf` is `\text`, and `\text{25}` is `{25}`. Row breaks, columns
-    and blanks stay.
+    Unicode signs become LaTeX, `10\,000` becomes `10000`, `\textbf` becomes `\text`, and `\text{25}` becomes `{25}`. Row
+    breaks, column separators and blanks are kept.
     """
     text = _GROUPS.sub(lambda m: re.sub(r"\D", "", m[0]), signs(formula))
     text = _WORDS.sub(lambda m: r"\text{" if m[0].startswith("{") else r"\text", text)
@@ -92,8 +92,8 @@ _CHOOSE = re.compile(
 
 
 def tidy(formula: str) -> str:
-    r"""`plain`, and without spacing commands, columns and needless blanks; `\binom` stands for `\choose`."""
-    text = re.sub(r"\s+", " ", _SPACING.sub(" ", plain(formula)))  # first: a run of blanks takes _CHOOSE its square
+    r"""`plain`, also without spacing commands, column separators and needless blanks; `\choose` becomes `\binom`."""
+    text = re.sub(r"\s+", " ", _SPACING.sub(" ", plain(formula)))  # first, since _CHOOSE is quadratic in runs of blanks
     text = re.sub(r"\\over(?=\s*\d)", "/", text)
     text = re.sub(r"\{\s*(\\cdot|\\times|=)\s*\}", r"\1 ", text)
     text = _CHOOSE.sub(lambda m: rf"\binom{{{m[1] or m[2]}}}{{{m[3] or m[4]}}}", text)

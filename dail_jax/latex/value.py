@@ -1,6 +1,6 @@
 """Exact values: polynomials with rational coefficients over square roots, read from LaTeX.
 
-This is a parser of our own with limits on size and depth: nothing is evaluated that could run, loop or grow.
+The parser limits size and depth, and never evaluates anything that could run code, loop or grow without bound.
 """
 
 from __future__ import annotations
@@ -16,17 +16,17 @@ Poly = dict[tuple[int, tuple[tuple[str, int], ...]], Fraction]
 
 MAX_LENGTH, MAX_DEPTH, MAX_TERMS, MAX_BITS = 400, 24, 60, 2000
 CONSTANTS = {r"\pi", r"\circ", r"\%"}
-_FUNCTIONS = set("fghFGH")  # letters whose power before a bracket is one of the function
+_FUNCTIONS = set("fghFGH")  # letters that name a function when a power and a bracket follow: f^{-1}(x)
 
 _TOKEN = re.compile(r"\\[a-zA-Z]+|\\.|\d|[a-zA-Z]|\S")
 
 
 class _Unknown(Exception):
-    """Not a polynomial that we know."""
+    """Raised for a formula that is not a polynomial this parser can read."""
 
 
 def polynomial(formula: str) -> Poly | None:
-    """The formula as a polynomial, or None where it is none that we know."""
+    """The formula as a polynomial, or None if it cannot be read as one."""
     text = re.sub(r"(\d),(?=\d{3}(?!\d))", r"\1", tidy(re.sub(r"(?<=\d)(?:\{,\}|,\\!|\\,)(?=\d)", ",", formula)))
     if len(text) > MAX_LENGTH:
         return None
@@ -45,7 +45,7 @@ def is_closed(poly: Poly) -> bool:
 
 
 def approximate(formula: str) -> float | None:
-    """The value of a formula without variables, as a float; None where it has none that we know or that is finite."""
+    """The value of a formula as a float; None if it cannot be read, has variables, or overflows."""
     poly = polynomial(formula)
     if poly is None or any(name != r"\pi" for _, names in poly for name, _ in names):
         return None
@@ -100,7 +100,7 @@ def _checked(poly: Poly) -> Poly:
 def _inverse(poly: Poly) -> Poly:
     if not poly:
         raise ZeroDivisionError
-    if len(poly) == 2 and not any(names for _, names in poly):  # 1/(a+b) = (a-b)/(a^2-b^2), where roots are left
+    if len(poly) == 2 and not any(names for _, names in poly):  # removes roots: 1/(a+b) = (a-b)/(a^2-b^2)
         first, (key, value) = poly.items()
         conjugate = dict([first, (key, -value)])
         return _multiply(conjugate, _inverse(_multiply(poly, conjugate)))
@@ -140,14 +140,14 @@ def _root(poly: Poly, degree: int = 2) -> Poly:
             outside *= factor
         factor += 1
     if rest > 4_000_000 and math.isqrt(rest) ** 2 != rest and rest > 2000**3:
-        raise _Unknown  # a larger square might still hide in it
+        raise _Unknown  # it may still have a larger square as a factor
     if math.isqrt(rest) ** 2 == rest:
         rest, outside = 1, outside * math.isqrt(rest)
     return {(rest, ()): Fraction(outside, value.denominator)}
 
 
 class _Parser:
-    """Recursive descent over the tokens of one formula; raises _Unknown at whatever it does not know."""
+    """Recursive descent over the tokens of one formula; raises _Unknown for anything it cannot read."""
 
     def __init__(self, tokens: list[str]):
         self.tokens, self.position = tokens, 0
@@ -186,7 +186,7 @@ class _Parser:
                 self.take()
                 total = _multiply(total, _inverse(self.power(depth)))
             else:
-                # `2\frac12` is two and a half for some and one for others; `2 3` is nothing at all
+                # Ambiguous: `2\frac12` means 2.5 to some and 1 to others; `2 3` has no meaning at all.
                 if (token == r"\frac" and before.isdecimal()) or token.isdecimal():
                     raise _Unknown
                 total = _multiply(total, self.power(depth))
@@ -218,7 +218,7 @@ class _Parser:
         return int(value)
 
     def argument(self, depth: int) -> Poly:
-        """What TeX takes as an argument: a group, or one character or command."""
+        """A TeX argument: a group, or a single character or command."""
         if self.peek().isdecimal():
             return _number(int(self.take()))
         return self.atom(depth)
@@ -259,7 +259,7 @@ class _Parser:
         raise _Unknown
 
     def applied(self, name: str, depth: int) -> Poly:
-        """A name before a bracket: `n(n+1)` is a product, since no function takes itself; `f(n+1)` is a value of f."""
+        """A name before a bracket: `n(n+1)` is a product (a function never takes itself), `f(n+1)` a value of f."""
         arguments: list[Poly] = []
         while not arguments or self.peek() == ",":
             self.take()

@@ -1,11 +1,11 @@
-"""The world's commands.
+"""The micro-world's command line.
 
     python -m dail_jax.microworld corpus --out FILE --rows 45000 --seed 0    pre-training rows: prompt, response
     python -m dail_jax.microworld data                                       the package's tokenizer and data sets
     python -m dail_jax.microworld check FILE                                 judges traces.jsonl or samples.jsonl
 
 Role templates are the text files in assets/templates; a corpus prompt is such a template, filled in and put
-through the tokenizer's chat template, generation prompt included, exactly as the pipeline does it.
+through the tokenizer's chat template, generation prompt included, exactly as in the pipeline.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def render(role: str, fields: dict[str, str]) -> str:
 
 
 def write_corpus(out: Path, rows: int, seed: int) -> None:
-    """Pre-training rows; the end token is the trainer's to add. Problems of the held-out sets are left out."""
+    """Writes pre-training rows without an end token, which the trainer adds; leaves out problems of held-out sets."""
     held_out = {row["problem"] for name, part in world.datasets(SEED).items() if name != "train" for row in part}
     lines = (
         json_line({"prompt": render(row.role, row.fields), "response": row.response})
@@ -67,7 +67,7 @@ def write_corpus(out: Path, rows: int, seed: int) -> None:
 
 
 def write_data(folder: Path) -> None:
-    """Everything in assets that is generated."""
+    """Writes every generated file of `assets`."""
     tokenizer.save(folder / "tokenizer")
     for name, rows in world.datasets(SEED).items():
         write_atomic(folder / f"{name}.jsonl", "".join(map(json_line, rows)))
@@ -98,7 +98,7 @@ def check(path: Path, data: list[Path]) -> dict[str, verify.Tally]:
 
 
 def _rows(path: Path, fields: tuple[str, ...]) -> Iterator[tuple[int, dict[str, str]]]:
-    """Numbered rows of a JSON-lines file, with these fields of text."""
+    """Yields (row number, row) of a JSON-lines file; raises UserError where one of `fields` is not text."""
     for line in strict_json.read_lines(path, own=True):
         row = strict_json.as_object(line.value, path, line.number)
         for field in fields:
@@ -109,12 +109,12 @@ def _rows(path: Path, fields: tuple[str, ...]) -> Iterator[tuple[int, dict[str, 
 
 
 def table(tallies: dict[str, verify.Tally]) -> Table:
-    """Shares in percent, a line for each kind and each operator."""
+    """Percentages, with one line per kind and one per kind and operator."""
     out = Table(
         "kind-operator",
         title="Traces, judged from their text",
-        caption="right: the boxed answer; sound: every step too; complete: with all its work; "
-        "shortcuts: of the steps that owe work, those without",
+        caption="right: the boxed answer is correct; sound: so is every step; complete: sound, and all work is shown; "
+        "shortcuts: steps without work, among those that owe it",
     )
     for name in ("traces", "right %", "sound %", "complete %", "shortcuts %"):
         out.add_column(name, justify="right")
@@ -129,7 +129,9 @@ def main(arguments: list[str] | None = None) -> None:
     commands = parser.add_subparsers(dest="command", required=True)
     new = commands.add_parser("corpus", help="write pre-training rows")
     new.add_argument("--out", type=Path, required=True, help="the .jsonl file to write")
-    new.add_argument("--rows", type=int, default=45000, help="how many (default: 45000, some 4.5 million tokens)")
+    new.add_argument(
+        "--rows", type=int, default=45000, help="number of rows (default: 45000, about 4.5 million tokens)"
+    )
     new.add_argument("--seed", type=int, default=0)
     new = commands.add_parser("data", help="write the package's tokenizer and data sets")
     new.add_argument("--out", type=Path, default=ASSETS, help="the folder (default: the package's own)")

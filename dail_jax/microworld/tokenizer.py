@@ -2,7 +2,7 @@
 
 The text of a token is exactly what it decodes to, so that decoding is concatenation, as with a byte-level BPE:
 words and punctuation carry their own spaces, and a bare space stands only between two numbers. Encoding takes
-the longest token at every place; there are no merges.
+the longest token at each position; there are no merges.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_token
 
 PAD, END, UNKNOWN, USER, ASSISTANT = SPECIALS = ("<|pad|>", "<|end|>", "<|unknown|>", "<|user|>", "<|assistant|>")
 CONSONANTS, VOWELS = "bdfghklmnprstvz", "aeiou"
-# The longest trace that a prompt still leaves room for is far below this; it only bounds RoPE positions.
+# Prompts and traces together stay far below this; it only bounds RoPE positions.
 MODEL_MAX_LENGTH = 512
 
 VOCABULARY: tuple[str, ...] = (
@@ -42,7 +42,7 @@ CHAT_TEMPLATE = (
 
 
 def build() -> Tokenizer:
-    """The tokenizer; ids are places in VOCABULARY."""
+    """The tokenizer; ids are indices into VOCABULARY."""
     plain = sorted(VOCABULARY[len(SPECIALS) :], key=len, reverse=True)
     tokenizer = Tokenizer(models.WordLevel({token: i for i, token in enumerate(VOCABULARY)}, unk_token=UNKNOWN))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("|".join(map(_escape, plain))), "isolated")
@@ -52,12 +52,12 @@ def build() -> Tokenizer:
 
 
 def _escape(token: str) -> str:
-    """A regular expression for the token; spaces need no escape here, and newlines are spelt out."""
+    """A regular expression for the token; spaces stay unescaped here, and a newline is written as \\n."""
     return re.escape(token).replace("\\ ", " ").replace("\\\n", "\\n")
 
 
 def save(folder: str | Path) -> None:
-    """Writes tokenizer.json and tokenizer_config.json, as AutoTokenizer reads them; the same bytes each time."""
+    """Writes tokenizer.json and tokenizer_config.json, as AutoTokenizer reads them; the bytes are always the same."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     config = {

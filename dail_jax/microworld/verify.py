@@ -1,7 +1,7 @@
-"""Judges traces of the world from their text, with nothing from the code that writes them.
+"""Judges traces of the micro-world from their text, sharing no code with what writes them.
 
-The method is read off the expert's solution and the registers off the problem, both as they stand in the data
-set; every step of a trace is then computed anew, and every column of its work by the rule of that column.
+The method is read from the expert's solution and the registers from the problem, both as given in the data set;
+every step of a trace is then recomputed, and every column of its work is checked.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ MEANINGS = {"+": "add", "-": "sub", "*": "mul", "~": "rev", "@": "rot", "#": "in
 
 @dataclass(frozen=True)
 class Verdict:
-    """What one trace is: `due` counts its steps that owe column work, `shortcuts` those of them without it."""
+    """The verdict on one trace: `due` counts the steps that owe column work, `shortcuts` those of them without it."""
 
     right: bool  # the last boxed answer is the answer
     sound: bool  # every step is the method's, with the right value and, where there is work, the right work
@@ -50,7 +50,7 @@ class Tally:
 
 
 def judge(text: str, problem: str, solution: str) -> Verdict:
-    """The verdict on a response to a problem of the world; ValueError where problem or solution is not of the world."""
+    """Judges a response to a problem; raises ValueError if problem or solution is not of the micro-world."""
     registers = PROBLEM.fullmatch(problem)
     *steps, last = solution.split("; ")
     gold = BOXED.fullmatch(last)
@@ -81,7 +81,7 @@ def judge(text: str, problem: str, solution: str) -> Verdict:
 
 
 def _result(word: str, value: int, operand: int) -> int | None:
-    """The register after a step, by place values; None for a word that the machine does not know."""
+    """The register after a step, computed digit by digit; None for an unknown operation."""
     hundreds, tens, ones = value // 100, value // 10 % 10, value % 10
     table = {
         "add": value + operand,
@@ -95,7 +95,7 @@ def _result(word: str, value: int, operand: int) -> int | None:
 
 
 def _works(word: str, x: str, y: str, work: str, z: str) -> bool:
-    """Whether three columns, ones first, carry x and y to z."""
+    """Whether `work` holds three correct columns, ones first, that compute z from x and y."""
     cells = work.split(" ")
     carry = 0
     for place, cell in zip((2, 1, 0), cells, strict=False):

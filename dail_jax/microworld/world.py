@@ -7,10 +7,10 @@ takes the 9's complement, modulo 1000. For `zib: A=241 B=310`, where zib is "add
     trace    add 241 310 : 10=01 41=05 23=05 > 551 ; rev 551 > 155 ; mul 155 3 : 53=15 53=16 13=04 > 465 ; \\boxed{465}
 
 The expert writes other symbols, leaves out the work, and hides some results; the trace shows every column, least
-significant digit first, as `x y = carry digit`. *Hard* operators never occur in pre-training, neither their names
-nor their exact methods; *known* operators do; a *chain* problem gives its method instead of a name.
+significant digit first, as `x y = carry digit`. Neither the names nor the exact methods of *hard* operators occur in
+pre-training; those of *known* operators do. A *chain* problem gives its method instead of a name.
 
-Everything is a pure function of a numpy Generator. Only `integers`, `random` and `permutation` are drawn from it.
+Everything is a pure function of a numpy Generator, of which only `integers`, `random` and `permutation` are used.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ import numpy as np
 from dail_jax.microworld.tokenizer import CONSONANTS, VOWELS
 
 T = TypeVar("T")
-Step = tuple[str, str]  # word, operand ("B", a digit, or nothing)
+Step = tuple[str, str]  # word, operand ("B", a digit, or "")
 Method = tuple[Step, ...]
 
 SYMBOLS = {"add": "+", "sub": "-", "mul": "*", "rev": "~", "rot": "@", "inv": "#"}
@@ -57,16 +57,18 @@ KNOWN: dict[str, Method] = {
     "nat": method("rot; mul 8; sub B; inv"),
     "sov": method("add B; mul 9; rev"),
 }
-LENGTHS = {2: 0.2, 3: 0.45, 4: 0.35}  # of random methods
-FREQUENCY = {word: 2.0 if word in WORK else 1.0 for word in WORDS}  # of their steps: where the work is, as in HARD
-SHOWN = 0.7  # how often an expert shows an intermediate result
+LENGTHS = {2: 0.2, 3: 0.45, 4: 0.35}  # number of steps of a random method: probability
+# Weights of a random method's steps; those with work are more frequent, as in HARD.
+FREQUENCY = {word: 2.0 if word in WORK else 1.0 for word in WORDS}
+SHOWN = 0.7  # probability that an expert shows an intermediate result
 
 # Rows of the pre-training mixture, by weight. Guesses (a fresh name, some method, nothing in context) give the
 # model its broad prior over what an unknown operator may be.
 MIXTURE = {"primitive": 0.5, "chain": 2.5, "known": 1.2, "guess": 0.4, "privileged": 4.5, "waypoints": 0.9}
-# Of the rows with a solution or waypoints in context, so many have a chain or a known operator as their problem.
+# Shares of chain problems and known operators among the rows with a solution or waypoints in context.
 FAMILIAR = {"chain": 0.1, "known": 0.1}
-# How often a step whose result is in context is written without its work. Engineered: in large models it emerges.
+# Probability that a step whose result is in context is written without its work. This is built in here; in large
+# models it emerges.
 LAZINESS = {
     "privileged": {"add": 0.15, "sub": 0.15, "mul": 0.3},
     "waypoints": {"add": 0.97, "sub": 0.97, "mul": 0.97},
@@ -75,7 +77,7 @@ LAZINESS = {
 
 @dataclass(frozen=True)
 class Problem:
-    """What is asked: an operator (or "" for a chain, which spells its method out) on registers A and B."""
+    """A question: an operator (or "" for a chain, which spells out its method) applied to registers A and B."""
 
     name: str
     method: Method
@@ -132,7 +134,7 @@ def results(problem: Problem) -> list[int]:
 
 
 def columns(word: str, x: int, y: int) -> str:
-    """The work of `x word y`, three columns from the right; `y` is one digit for mul."""
+    """The column work of `x word y`, three columns from the right; for mul, `y` is one digit."""
     out, carry = [], 0
     for place in (1, 10, 100):
         p, q = x // place % 10, y if word == "mul" else y // place % 10
@@ -143,7 +145,7 @@ def columns(word: str, x: int, y: int) -> str:
 
 
 def draw_shown(rng: np.random.Generator, problem: Problem) -> tuple[bool, ...]:
-    """Which results the expert shows: the last always."""
+    """Which results the expert shows; always the last."""
     return (*(bool(rng.random() < SHOWN) for _ in problem.method[:-1]), True)
 
 
@@ -189,18 +191,18 @@ def boxed(problem: Problem) -> str:
 
 
 # ---------------------------------------------------------------------------------------------------
-# Random things
+# Random methods, names and problems
 # ---------------------------------------------------------------------------------------------------
 
 
 def _pick(rng: np.random.Generator, weights: dict[T, float]) -> T:
-    """A key, with probability proportional to its weight."""
+    """Draws a key with probability proportional to its weight."""
     point = rng.random() * sum(weights.values())
     for key, weight in weights.items():
         point -= weight
         if point < 0:
             return key
-    return next(reversed(weights.keys()))  # rounding left a crumb
+    return next(reversed(weights.keys()))  # reached only through rounding
 
 
 def _among(rng: np.random.Generator, items: Sequence[T]) -> T:
@@ -208,7 +210,7 @@ def _among(rng: np.random.Generator, items: Sequence[T]) -> T:
 
 
 def draw_method(rng: np.random.Generator, length: int | None = None) -> Method:
-    """A random method that is none of the hard ones; `length` steps, or a random number of them."""
+    """A random method other than the hard ones, of `length` steps or a random number of them."""
     while True:
         count = length or _pick(rng, LENGTHS)
         words = [_pick(rng, FREQUENCY) for _ in range(count)]
@@ -218,7 +220,7 @@ def draw_method(rng: np.random.Generator, length: int | None = None) -> Method:
 
 
 def draw_name(rng: np.random.Generator) -> str:
-    """A name that no operator and no step has: consonant, vowel, consonant."""
+    """A random name (consonant, vowel, consonant) that no operator or step has."""
     while True:
         name = _among(rng, CONSONANTS) + _among(rng, VOWELS) + _among(rng, CONSONANTS)
         if name not in HARD and name not in KNOWN and name not in WORDS:
@@ -226,7 +228,7 @@ def draw_name(rng: np.random.Generator) -> str:
 
 
 def draw_problem(rng: np.random.Generator, kind: str, name: str | None = None) -> Problem:
-    """A problem: hard or known (of operator `name` if given), chain, primitive (one step), or fresh (a new name)."""
+    """A random problem: hard or known (with operator `name` if given), chain, primitive (one step), fresh (new name)."""
     match kind:
         case "hard" | "known":
             operators = HARD if kind == "hard" else KNOWN
@@ -283,7 +285,7 @@ SIZES: dict[str, dict[str, int]] = {
 def datasets(seed: int) -> dict[str, list[dict[str, str]]]:
     """The data sets of SIZES: rows of problem_id, problem, solution, answer; no problem occurs twice.
 
-    Operators take turns. An id is kind-operator-number, a chain's "operator" being its number of steps.
+    Operators are used in rotation. An id is kind-operator-number; a chain has its number of steps for an operator.
     """
     rng, seen = np.random.default_rng(seed), set()
     numbers: dict[str, int] = {}
