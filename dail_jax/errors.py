@@ -1,4 +1,4 @@
-"""The one kind of error that is the user's to mend: a single line, exit status 2, no traceback."""
+"""The one kind of error that is for the user to fix: a single line, exit status 2, no traceback."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ class UserError(Exception):
 
 
 def visible(text: str) -> str:
-    """A text that a terminal only shows: whatever would move its cursor, colour it or turn its direction is spelt out.
+    """The text made safe for a terminal: characters that would move its cursor, colour or reverse text are escaped.
 
-    Line ends and tabs stay.
+    Newlines and tabs are kept.
     """
     if text.isprintable():
         return text
@@ -44,7 +44,7 @@ def visible(text: str) -> str:
 def writing(path: str | Path, *others: type[Exception]) -> Iterator[None]:
     """Turns a failure to write `path` (the disk is full, over quota, read-only or broken) into a UserError.
 
-    `others` are exceptions that mean the same where a library writes and raises its own.
+    `others` are exceptions to treat in the same way, for libraries that raise their own.
     """
     try:
         yield
@@ -53,7 +53,7 @@ def writing(path: str | Path, *others: type[Exception]) -> Iterator[None]:
 
 
 def reason(error: Exception) -> str:
-    """What the system said, also where a library has wrapped it, as Orbax and safetensors do."""
+    """The system's own message, even if a library has wrapped it, as Orbax and safetensors do."""
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     number = re.search(r"os_error_code='(\d+)'|\(os error (\d+)\)", str(error))

@@ -1,4 +1,4 @@
-"""Device meshes, the letters of array axes, and the one table that says which of them lives on which mesh axis."""
+"""Device meshes, the letters of array axes, and the one table that maps letters to mesh axes."""
 
 from __future__ import annotations
 
@@ -39,8 +39,8 @@ LETTERS = {
     "Q": "queries per row and kv head: T * N / K",
 }
 
-# By letter of a layout, in lower case; letters that are not listed are replicated. `a` and `w` lay out B and V in
-# another way.
+# The mesh axes of each letter, in lower case as in layouts; axes with other letters are replicated. `a` and `w` are
+# alternative layouts of B and V.
 RULES: dict[str, str | tuple[str, ...]] = {
     "b": ("data", "fsdp"),
     "a": "data",  # B, while D is spread over fsdp
@@ -54,7 +54,7 @@ RULES: dict[str, str | tuple[str, ...]] = {
 
 
 def make_mesh(cfg: config_lib.Mesh, devices=None) -> jax.sharding.Mesh:
-    """The mesh `data` x `fsdp` x `tensor` over all devices (or `devices`); raises UserError if it cannot be."""
+    """The mesh `data` x `fsdp` x `tensor` over all devices (or `devices`); raises UserError if the sizes do not fit."""
     devices = np.asarray(jax.devices() if devices is None else devices)
     sizes = [cfg.data, cfg.fsdp, cfg.tensor]
     if -1 in sizes:
@@ -72,7 +72,7 @@ def spec(axes: str) -> PartitionSpec:
 
 
 def _rule(letter: str) -> str | tuple[str, ...] | None:
-    """The mesh axes of one letter, or of `_` for an axis that has none."""
+    """The mesh axes of a letter, if any; `_` stands for an axis that has none."""
     assert letter == "_" or letter in RULES or letter.upper() in LETTERS, f"axis letter {letter!r} is not declared"
     return RULES.get(letter)
 
@@ -86,49 +86,52 @@ def replicated(mesh: jax.sharding.Mesh) -> NamedSharding:
 
 
 def axis_size(mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh, letter: str) -> int:
-    """Into how many parts axis `letter` is divided."""
+    """The number of parts that axis `letter` is divided into."""
     names = RULES.get(letter, ())
     names = (names,) if isinstance(names, str) else names
     return int(np.prod([mesh.shape[name] for name in names], dtype=int))
 
 
 def compiler_options(mesh: jax.sharding.Mesh) -> dict[str, str] | None:
-    """For the train step. On a TPU, sharded products gather their weights whole, behind other work: in a loop over
-    shards, as the compiler would have it, each turn reads and writes the result (2.2 times the step's traffic)."""
+    """XLA's options for the train step, or None.
+
+    On a TPU, they make sharded products gather whole weights, overlapped with other work. By default XLA loops over
+    shards, and each iteration reads and writes the result (2.2 times the step's memory traffic).
+    """
     tpu = mesh.devices.flat[0].platform == "tpu"
     return {"xla_jf_spmd_threshold_for_windowed_einsum_mib": "1000000"} if tpu else None
 
 
 def constrain(x: jax.Array, axes: str) -> jax.Array:
-    """Asks the compiler to lay `x` out by the rules, where a mesh is set; elsewhere a no-op.
+    """Asks the compiler to lay `x` out by the rules if a mesh is set; otherwise a no-op.
 
-    An axis that does not divide, as the few rows of a prefill, is left whole.
+    An axis that does not divide evenly, such as the few rows of a prefill, is not sharded.
     """
     mesh = jax.sharding.get_abstract_mesh()
     return x if mesh.empty else jax.lax.with_sharding_constraint(x, fitting(mesh, axes, x.shape))
 
 
 def fitting(mesh: jax.sharding.AbstractMesh, axes: str, shape: tuple[int, ...]) -> PartitionSpec:
-    """`spec(axes)`, with the axes that do not divide left whole."""
+    """`spec(axes)`, with axes that do not divide evenly left unsharded."""
     return PartitionSpec(
         *(_rule(a) if size % axis_size(mesh, a) == 0 else None for a, size in zip(axes, shape, strict=True))
     )
 
 
 def check_rows(mesh: jax.sharding.Mesh, count: int) -> None:
-    """Raises UserError if `count` batch rows do not divide among the devices."""
+    """Raises UserError if `count` batch rows do not divide evenly among the devices."""
     parts = axis_size(mesh, "b")
     if count % parts:
         raise UserError(
-            f"got {count} rows a step, want a multiple of the {parts} devices along data and fsdp",
+            f"got {count} rows per step, want a multiple of the {parts} devices along data and fsdp",
             field="train.batch_size",
         )
 
 
 def local_rows(mesh: jax.sharding.Mesh, count: int) -> np.ndarray:
-    """Which of `count` batch rows this process holds, ascending; raises UserError if they do not divide.
+    """Which of `count` batch rows this process holds, ascending; raises UserError if they do not divide evenly.
 
-    They need not lie side by side: a mesh follows the wires of a TPU slice, not the order of its hosts.
+    They need not be contiguous: a mesh follows the interconnect of a TPU slice, not the order of its hosts.
     """
     check_rows(mesh, count)
     slices = sharding(mesh, "b").addressable_devices_indices_map((count,)).values()
@@ -146,12 +149,12 @@ def to_devices(batch: dict[str, np.ndarray], mesh, rows: int) -> dict[str, jax.A
 
 
 # ---------------------------------------------------------------------------------------------------
-# Several processes run one program: each of these must be reached by all of them, in the same order
+# Several processes run one program: all of them must call each of these, in the same order
 # ---------------------------------------------------------------------------------------------------
 
 
 def is_first() -> bool:
-    """Whether this is the process that writes files and talks."""
+    """Whether this is the process that writes files and logs."""
     return jax.process_index() == 0
 
 
@@ -162,12 +165,12 @@ def barrier(name: str) -> None:
 
 
 def any_process(wish: bool) -> bool:
-    """Whether some process has the wish."""
+    """Whether `wish` is true in any process."""
     return bool(multihost_utils.process_allgather(np.array(wish)).any()) if jax.process_count() > 1 else wish
 
 
 def from_first(work: Callable[[], Any]) -> Any:
-    """What `work()` returns on the first process, which alone does it: JSON. Its UserError is raised everywhere."""
+    """Calls `work` in the first process only; its result (JSON) is returned, or its UserError raised, in all of them."""
     if jax.process_count() == 1:
         return work()
     reply, failure = {}, None

@@ -212,4 +212,4 @@ def test_rows_that_do_not_divide_are_refused(tmp_path, pipeline, capsys, monkeyp
     monkeypatch.setattr(mesh_lib, "make_mesh", mesh_lib.make_mesh.func)  # all eight fake devices
     path = tiny.write(tmp_path / "r", traces=str(pipeline / "traces.jsonl"), train__batch_size=12)
     assert tiny.run("train", path) == 2
-    assert "train.batch_size: got 12 rows a step, want a multiple of the 8 devices" in capsys.readouterr().err
+    assert "train.batch_size: got 12 rows per step, want a multiple of the 8 devices" in capsys.readouterr().err

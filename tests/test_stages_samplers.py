@@ -92,8 +92,8 @@ def sample(index, tokens=3, finish="stop"):
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ((sample(0), sample(0)), "sample 0 of p, which was not asked for or came before"),
-        ((sample(2),), "sample 2 of p, which was not asked for"),
+        ((sample(0), sample(0)), "sample 0 of p, which was not requested or was given before"),
+        ((sample(2),), "sample 2 of p, which was not requested"),
         ((sample(0, tokens=6),), "with 6 tokens and finish 'stop', want 1 to 5 tokens"),
         ((sample(0, tokens=0),), "with 0 tokens"),
         ((sample(0, finish="eos"),), "finish 'eos', want 1 to 5 tokens and stop or length"),
@@ -104,5 +104,5 @@ def test_a_sampler_that_breaks_its_promise_is_stopped(given, message):
     request = Request("p", ((1, 2),), (0, 1), 5)
     with pytest.raises(ValueError, match=message):
         list(checked(Given(*given), [request]))
-    whole = (sample(1), sample(0, tokens=5, finish="length"))
-    assert list(checked(Given(*whole), [request])) == list(whole)
+    complete = (sample(1), sample(0, tokens=5, finish="length"))
+    assert list(checked(Given(*complete), [request])) == list(complete)

@@ -1,4 +1,4 @@
-"""Attention. Who sees whom follows from positions alone: -1 marks padding, and a query sees positions <= its own."""
+"""Attention. Masks follow from positions alone: -1 marks padding, and a query sees the positions up to its own."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from jax.sharding import PartitionSpec
 
 from dail_jax import mesh as mesh_lib
 
-NEGATIVE = -1e30  # finite, so that a row that sees nothing gives zeros and not NaN
+NEGATIVE = -1e30  # finite, so that a row that sees nothing yields zeros and not NaN
 QUERIES = 2048  # per einsum
-LANES, MAX_BLOCK = 128, 512  # of the splash kernel's tiles, in tokens
+LANES, MAX_BLOCK = 128, 512  # tile sizes of the splash kernel, in tokens
 BLOCKS = ("block_q", "block_kv", "block_q_dkv", "block_kv_dkv", "block_q_dq", "block_kv_dq")
 
 
@@ -18,8 +18,8 @@ def attend(q: jax.Array, k: jax.Array, v: jax.Array, positions: jax.Array) -> ja
     """Causal self-attention within rows. q [B,T,N,H], k and v [B,T,K,H], positions [B,T] -> [B,T,N,H].
 
     A row's real tokens are contiguous. The output at padding is finite and meaningless.
-    On a TPU this is the splash kernel, on a GPU in half precision cuDNN's flash attention, elsewhere an einsum with
-    a float32 softmax. The choice follows the mesh that the program is compiled for, not the host.
+    It runs the splash kernel on a TPU, cuDNN's flash attention on a GPU in half precision, and otherwise an einsum with
+    a float32 softmax. The choice depends on the mesh that the program is compiled for, not on the host.
     """
     target = _target()
     if target == "tpu":
@@ -35,7 +35,7 @@ def attend(q: jax.Array, k: jax.Array, v: jax.Array, positions: jax.Array) -> ja
     b, t = positions.shape
     if t <= QUERIES:
         return some((q, positions))
-    more = -t % QUERIES  # long texts in turns: [T,T] logits of 16,384 tokens are gigabytes per head
+    more = -t % QUERIES  # long rows in chunks: [T,T] logits of 16,384 tokens take gigabytes per head
     at = jnp.pad(positions, ((0, 0), (0, more)), constant_values=-1).reshape(b, -1, QUERIES)
     queries = jnp.pad(q, ((0, 0), (0, more), (0, 0), (0, 0))).reshape(b, -1, QUERIES, *q.shape[2:])
     out = jax.lax.map(jax.checkpoint(some), (queries.swapaxes(0, 1), at.swapaxes(0, 1)))
@@ -45,7 +45,8 @@ def attend(q: jax.Array, k: jax.Array, v: jax.Array, positions: jax.Array) -> ja
 def splash(q: jax.Array, k: jax.Array, v: jax.Array, positions: jax.Array, interpret: bool = False) -> jax.Array:
     """`attend` by the TPU's splash kernel: no [T,T] logits, no repeated keys, no work above the diagonal.
 
-    It runs in manual sharding, rows and heads where the mesh's rules put them. `interpret` emulates it elsewhere.
+    It runs under manual sharding, with rows and heads placed by the mesh's rules. `interpret` emulates the kernel on
+    other platforms.
     """
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernels
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
@@ -63,12 +64,12 @@ def splash(q: jax.Array, k: jax.Array, v: jax.Array, positions: jax.Array, inter
         out: jax.Array = jax.vmap(kernel)(*by_head, segment_ids=kernels.SegmentIds(segments, segments))  # pyright: ignore
         return out.swapaxes(1, 2)[:, :t].astype(q.dtype)
 
-    segments = (positions >= 0).astype(jnp.int32)  # real tokens see real tokens, and causal by index is by position
+    segments = (positions >= 0).astype(jnp.int32)  # real tokens see only real ones; index order is position order
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return local(q, k, v, segments)
     rows, heads = mesh_lib.spec("bn")
-    if q.shape[0] % mesh_lib.axis_size(mesh, "b"):  # the few rows of a prefill
+    if q.shape[0] % mesh_lib.axis_size(mesh, "b"):  # such as the few rows of a prefill
         rows = None
     by_head, by_row = PartitionSpec(rows, None, heads, None), PartitionSpec(rows, None)
     return jax.shard_map(local, in_specs=(by_head, by_head, by_head, by_row), out_specs=by_head, check_vma=False)(
@@ -77,12 +78,12 @@ def splash(q: jax.Array, k: jax.Array, v: jax.Array, positions: jax.Array, inter
 
 
 def attend_cached(q: jax.Array, parts: list[tuple[jax.Array, jax.Array, jax.Array, int]]) -> jax.Array:
-    """Attention of q [B,T,N,H] to the union of several sets: keys, values [G,K,S,H], mask [B,T,S], entries E.
+    """Attention of q [B,T,N,H] to the union of several sets: keys and values [G,K,S,H], mask [B,T,S], entries E.
 
-    Rows stand in G consecutive blocks of M = B/G, which share a set's keys; these are read once per block, which is
+    Rows form G consecutive blocks of M = B/G rows that share a set's keys. The keys are read once per block, which is
     what makes n samples of one problem cheap. A set is E entries of S/E keys side by side, of which a row sees one.
-    Sums run over each entry alone and only then over the entries, one by one: so a row gets the same bits wherever
-    its entry stands, while one sum over all of S would round differently with the place of the visible keys in S.
+    Sums are taken within each entry and only then across entries, one by one, so that a row gets the same bits wherever
+    its entry is placed: one sum over all of S would round differently depending on where the visible keys are.
     """
     b, t, n, h = q.shape
     heads = parts[0][0].shape[1]
@@ -91,10 +92,10 @@ def attend_cached(q: jax.Array, parts: list[tuple[jax.Array, jax.Array, jax.Arra
     def by_block(x, g):  # [B,K,...] -> [G,K,M,...]
         return x.reshape(g, b // g, *x.shape[1:]).swapaxes(1, 2)
 
-    def by_row(x):  # and back
+    def by_row(x):  # its inverse
         return x.swapaxes(1, 2).reshape(b, heads, *x.shape[3:])
 
-    # Products are batched matrices, [Q, H] x [H, S] and [Q, S] x [S, H], so that no cache is transposed.
+    # These are batched matrix products, [Q, H] x [H, S] and [Q, S] x [S, H], so that no cache is transposed.
     query = q.reshape(b, t, heads, -1, h).swapaxes(1, 2).reshape(b, heads, each, h)
     logits = []
     for k, _, mask, e in parts:
@@ -115,7 +116,7 @@ def attend_cached(q: jax.Array, parts: list[tuple[jax.Array, jax.Array, jax.Arra
 
 
 def visible(query: jax.Array, key: jax.Array) -> jax.Array:
-    """mask [B,T,S] from positions [B,T] and [B,S]."""
+    """The mask [B,T,S] of which keys each query sees, from the positions of queries [B,T] and keys [B,S]."""
     return (key[:, None, :] <= query[:, :, None]) & (key >= 0)[:, None, :]
 
 
@@ -130,12 +131,12 @@ def _apart(x: jax.Array, entries: int) -> jax.Array:
 
 
 def _one_by_one(x: jax.Array) -> jax.Array:
-    """The sum over the last axis but one, which is short, unrolled so that XLA cannot reassociate it."""
+    """The sum over the second-to-last axis, which is short, unrolled so that XLA cannot reassociate it."""
     return sum((x[..., i, :] for i in range(1, x.shape[-2])), start=x[..., 0, :])
 
 
 def _target() -> str:
-    """The platform (cpu, tpu, gpu) of the mesh in force, or of the default backend where there is none."""
+    """The platform (cpu, tpu, gpu) of the current mesh, or of the default backend if there is no mesh."""
     mesh = jax.sharding.get_abstract_mesh()
     device = None if mesh.empty else mesh.abstract_device
     platform = jax.default_backend() if device is None else device.platform

@@ -1,4 +1,4 @@
-"""Reads a Hugging Face config.json into the few numbers that describe a model, and refuses what it cannot be.
+"""Reads a Hugging Face config.json into the few numbers that describe a model, and rejects what is not supported.
 
 Supported: Qwen2 / Qwen2.5, Qwen3 (dense), Llama 3.x. To add a family, add a reader to FAMILIES and, if its
 weights differ, a row to `weights.declare`.
@@ -65,7 +65,7 @@ class Rope:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Sizes by axis letter, and the switches in which the families differ."""
+    """Sizes by axis letter, and the switches by which families differ."""
 
     family: str
     V: int
@@ -86,7 +86,7 @@ class ModelConfig:
         return getattr(self, letter.upper())
 
 
-# The largest sizes that are taken for real; anything above is a damaged or hostile file.
+# The largest plausible sizes; anything larger comes from a damaged or hostile file.
 LIMITS = {
     "vocab_size": 2**21,
     "hidden_size": 2**16,
@@ -228,7 +228,7 @@ FAMILIES: dict[str, Callable[[Reader], ModelConfig]] = {"qwen2": _qwen2, "qwen3"
 
 
 def from_tree(tree: dict[str, Any], file: str | Path) -> ModelConfig:
-    """The model that a config.json describes; raises UserError for what is not supported, by name."""
+    """The model that a config.json describes; raises UserError that names what is not supported."""
     family = tree.get("model_type")
     if not isinstance(family, str) or family not in FAMILIES:
         known = ", ".join(FAMILIES)
@@ -239,7 +239,7 @@ def from_tree(tree: dict[str, Any], file: str | Path) -> ModelConfig:
 
 
 def read_config(folder: str | Path) -> ModelConfig:
-    """The model in a Hugging Face folder."""
+    """The model that a Hugging Face folder's config.json describes; raises UserError."""
     file = Path(folder) / "config.json"
     if not file.is_file():
         raise UserError("not found: want a Hugging Face model folder", file=file)

@@ -1,6 +1,6 @@
-"""Low-rank adapters (arXiv 2106.09685) as a pytree of their own, so that `jax.grad` over it is the whole freeze.
+"""Low-rank adapters (arXiv 2106.09685) as a separate pytree: differentiating with respect to it alone freezes the model.
 
-tree: {target: {"a": [L, *inputs, R], "b": [L, R, *outputs]}}, float32. `b` starts at zero: a no-op.
+tree: {target: {"a": [L, *inputs, R], "b": [L, R, *outputs]}}, float32. `b` starts at zero, so a new adapter is a no-op.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ class Lora:
 
 
 def axes(weight: Weight) -> dict[str, str]:
-    """Axis letters of the stacked pair of a linear map."""
+    """The axis letters of a linear map's `a` and `b`, stacked over layers."""
     return {"a": "l" + weight.axes[: weight.inputs] + "r", "b": "lr" + weight.axes[weight.inputs :]}
 
 
 def init(key: jax.Array, cfg: ModelConfig, lora: config_lib.Lora) -> Lora:
-    """As peft does it: `a` uniform in +-1/sqrt(inputs), `b` zero."""
+    """A new adapter, initialised as in peft: `a` uniform in +-1/sqrt(inputs), `b` zero."""
     table = declare(cfg)
     tree = {}
     for index, name in enumerate(lora.targets):
@@ -63,7 +63,7 @@ def abstract(cfg: ModelConfig, lora: config_lib.Lora, mesh: jax.sharding.Mesh) -
 
 
 def merge(params: dict, lora: Lora, cfg: ModelConfig) -> dict:
-    """Stacked weights with the adapter added in: the model that the adapter makes."""
+    """The stacked weights with the adapter merged in: summed in float32, in the weights' own dtype."""
     table, layers = declare(cfg), dict(params["layers"])
     for name, pair in lora.tree.items():
         weight = table[name]

@@ -26,12 +26,13 @@ from dail_jax.model.weights import Params
 class Cache:
     """Keys and values of B rows, one array per layer.
 
-    Rows stand in G blocks of M; the rows of a block share one prompt buffer. The buffer may hold several prompts
-    (`entries`) side by side: `prompt_owner` names each slot's prompt and `row_prompt` each row's.
+    Rows form G blocks of M; the rows of a block share one prompt buffer. The buffer may hold several prompts
+    (`entries`) side by side: `prompt_owner` gives the prompt that each slot belongs to, `row_prompt` the one that each
+    row continues.
 
     Attributes:
       k, v: L arrays [B, K, S, H], the rows' own tokens from slot 0 on, with RoPE already applied to the keys.
-      count: [B] int32, how many own tokens each row has.
+      count: [B] int32, the number of own tokens of each row.
       prompt_k, prompt_v: L arrays [G, K, P, H].
       prompt_owner: [G, P] int32, -1 on padding.
       row_prompt: [B] int32.
@@ -56,12 +57,12 @@ class Cache:
 class Recent:
     """The newest tokens of B rows, which `commit` moves to the cache.
 
-    Here all rows write to the same slot, and the cache is only read: writing at each row's own place is a loop over
-    rows on a TPU, too slow for every token.
+    Here all rows write to the same slot, and the cache is only read: on a TPU, writing each row at its own position is
+    a loop over rows, too slow to run for every token.
 
     Attributes:
       k, v: L arrays [B, K, C, H].
-      held: [B, C] int32, the position that each slot holds, -1 if none.
+      held: [B, C] int32, the position of the token in each slot, -1 if the slot is empty.
     """
 
     k: tuple[jax.Array, ...]
@@ -72,7 +73,7 @@ class Recent:
 def empty_cache(
     cfg: ModelConfig, rows: int, slots: int, blocks: int, prompt_slots: int, dtype, entries: int = 1
 ) -> Cache:
-    """A cache that holds nothing. `slots`: a row's own tokens, and room for one `Recent` behind the last."""
+    """An empty cache. `slots` must hold a row's own tokens, plus room for one `Recent` after the last of them."""
     own, prompt = (rows, cfg.K, slots, cfg.H), (blocks, cfg.K, prompt_slots, cfg.H)
     return Cache(
         k=tuple(jnp.zeros(own, dtype) for _ in range(cfg.L)),
@@ -94,9 +95,9 @@ def empty_recent(cache: Cache, slots: int) -> Recent:
 
 
 def commit(cache: Cache, recent: Recent) -> Cache:
-    """The cache with each row's recent tokens, which fill its first slots of `recent`, appended to its own.
+    """The cache with each row's recent tokens, which fill its first slots of `recent`, appended to its own tokens.
 
-    A hand-written loop over each device's rows: XLA turns a batched update into a scatter, which copies the caches.
+    It is an explicit loop over each device's rows: XLA turns a batched update into a scatter, which copies the caches.
     """
 
     def local(own, new, count):
@@ -126,9 +127,9 @@ def encode(
     lora: Lora | None = None,
     remat: str = "none",
 ) -> jax.Array:
-    """Final hidden states [B,T,D] (after the last norm) of tokens [B,T] at positions [B,T]; rows see themselves.
+    """Final hidden states [B,T,D] (after the last norm) of tokens [B,T] at positions [B,T].
 
-    Layers are scanned if they are stacked. `remat` names what the backward pass recomputes: none, full, or dots (all
+    Attention stays within rows. Layers are scanned if they are stacked. `remat` names what the backward pass recomputes: none, full, or dots (all
     but matrix products).
     """
     x, angles, layers = _embed(params, tokens), _angles(positions, cfg), params["layers"]
@@ -153,7 +154,7 @@ def encode(
 def prefill(
     params: Params, tokens: jax.Array, positions: jax.Array, cfg: ModelConfig, lora: Lora | None = None
 ) -> tuple[jax.Array, list[jax.Array], list[jax.Array]]:
-    """Final hidden states [B,T,D] of prompts, and for each layer the keys and the values [B,K,T,H] to cache."""
+    """Final hidden states [B,T,D] of prompts, and the keys and values [B,K,T,H] of each layer, to be cached."""
     x, angles, kept = _embed(params, tokens), _angles(positions, cfg), []
 
     def attend(q, k, v):
@@ -204,7 +205,7 @@ def decode_step(
 
 
 def unembedding(params: Params) -> jax.Array:
-    """[V, D]."""
+    """The matrix [V, D] that projects to logits: the embedding itself where the two are tied."""
     return params.get("unembed", params["embed"])
 
 
@@ -218,13 +219,16 @@ def unembed(params: Params, hidden: jax.Array) -> jax.Array:
 
 
 def _embed(params: Params, tokens: jax.Array) -> jax.Array:
-    """[B,T,D] of tokens [B,T]. Each device looks up its share of D for all rows, so that rows move and not the table."""
+    """Embeddings [B,T,D] of tokens [B,T].
+
+    Each device looks up its share of D for all rows, so that devices exchange rows rather than the table.
+    """
     x = constrain(params["embed"], "vd").at[constrain(tokens, "at")].get(mode="clip")
     return constrain(constrain(x, "atd"), "bt_")
 
 
 def _each_layer(params: Params, cfg: ModelConfig, lora: Lora | None) -> Iterator[tuple[dict, tuple | None]]:
-    """(weights, LoRA pair with its scale or None) of every layer, of stacked weights or of a list."""
+    """Yields each layer's (weights, (LoRA weights, scale) or None), whether layers are stacked or a list."""
     layers = params["layers"]
     for i in range(cfg.L):
         weights = layers[i] if isinstance(layers, list) else {k: w[i] for k, w in layers.items()}
@@ -267,14 +271,17 @@ def _linear(x, weights, name, pair):
 
 
 def _times(x: jax.Array, w: jax.Array) -> jax.Array:
-    """x [B,T,*inputs] times w [*inputs,*outputs]. Inputs become one axis first: with two, XLA may transpose the weight."""
+    """x [B,T,*inputs] times w [*inputs,*outputs]. Inputs are flattened first: with two axes XLA may transpose w."""
     return jnp.tensordot(x.reshape(*x.shape[:2], -1), w.reshape(-1, *w.shape[x.ndim - 2 :]), 1)
 
 
 @jax.custom_vjp
 def _expand(z: jax.Array, b: jax.Array) -> jax.Array:
-    """z [B,T,R] times b [R,*outputs], with a gradient of its own for b: JAX's has the wide cotangent first in the
-    product, which XLA on a CPU transposes (and recomputes, transposed), for 25% of a training step."""
+    """z [B,T,R] times b [R,*outputs], with a custom gradient.
+
+    JAX's own gradient for b puts the wide cotangent first in the product. XLA on a CPU then transposes it (and
+    recomputes it, transposed), which takes 25% of a training step.
+    """
     return jnp.tensordot(z, b, 1)
 
 
@@ -302,14 +309,14 @@ def _angles(positions: jax.Array, cfg: ModelConfig) -> tuple[jax.Array, jax.Arra
 
 
 def _rotate(x: jax.Array, angles: tuple[jax.Array, jax.Array]) -> jax.Array:
-    """RoPE on [B,T,heads,H], halves paired as Hugging Face pairs them."""
+    """RoPE on [B,T,heads,H], with halves paired as in Hugging Face."""
     cos, sin = angles
     a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
 
 
 def _store(recent: jax.Array, new: jax.Array, slot: jax.Array | int) -> jax.Array:
-    """Writes new [B,T,K,H] into recent [B,K,C,H] from a slot on."""
+    """Writes new [B,T,K,H] into recent [B,K,C,H], starting at a slot."""
     return jax.lax.dynamic_update_slice(recent, new.swapaxes(1, 2).astype(recent.dtype), (0, 0, slot, 0))
 
 

@@ -1,8 +1,8 @@
 """Every weight, declared once. Shapes, initialisation, sharding, import, export and LoRA derive from here.
 
-`declare(cfg)` lists one `Weight` per name. `axes` are ours, `torch` are Hugging Face's, both in axis letters
-(see `dail_jax.mesh`); a parenthesis is a flattened group: q is `dnh` here and `(nh)d` there. Weights with
-`{l}` in their Hugging Face name exist once per layer and are stacked on a leading L axis.
+`declare(cfg)` lists one `Weight` per name. `axes` is our layout and `torch` is Hugging Face's, both in axis letters (see
+`dail_jax.mesh`); parentheses mark a flattened group: q is `dnh` here and `(nh)d` there. Weights with `{l}` in their
+Hugging Face name exist once per layer and are stacked on a leading L axis.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class Weight:
     torch: str
     inputs: int = 0  # how many leading axes a linear map contracts; 0: not a linear map
     init: str = "normal"
-    place: str = ""  # the letters to shard by, where they are not `axes`
+    place: str = ""  # the letters to shard by, where these differ from `axes`
 
     @property
     def layered(self) -> bool:
@@ -73,7 +73,7 @@ def _groups(axes: str) -> list[str]:
 
 
 def declare(cfg: ModelConfig) -> dict[str, Weight]:
-    """The weights of a model by our name, in the order of the forward pass."""
+    """The weights of a model by our names, in the order of the forward pass."""
     attention, mlp = "model.layers.{l}.self_attn.", "model.layers.{l}.mlp."
     table = {
         "embed": Weight("vd", "model.embed_tokens.weight", "vd"),
@@ -128,7 +128,7 @@ def abstract(cfg: ModelConfig, dtype, mesh: jax.sharding.Mesh | None = None) -> 
 
 
 def shardings(cfg: ModelConfig, mesh: jax.sharding.Mesh) -> Params:
-    """The NamedSharding of every weight; raises UserError where an axis does not divide."""
+    """The NamedSharding of every weight; raises UserError where an axis does not divide evenly."""
 
     def leaf(name, weight):
         spread = weight.place and cfg.size(weight.axes[0]) % mesh_lib.axis_size(mesh, weight.place[0]) == 0

@@ -1,7 +1,7 @@
 """The device side of sampling: a fixed grid of slots, prompts shared by slots, and a scan over tokens.
 
-Slots stand in blocks. A block holds `entries` prompts side by side, and each of its slots continues one of them,
-so that n samples of one problem read its keys and values once. A slot's two roles are two rows of one batch:
+Slots are grouped into blocks. A block holds `entries` prompts side by side, and each of its slots continues one of
+them, so that n samples of one problem read its keys and values once. A slot's two roles are two rows of one batch:
 
     rows = [block, role, slot in block]        prompt buffers = [block, role], each of entries * prompt_slots
 
@@ -26,7 +26,7 @@ from dail_jax.model.weights import Params
 from dail_jax.sample import mixture
 
 RUNNING, STOPPED, CUT, BROKEN = 0, 1, 2, 3
-TILE = 16  # cache slots come in multiples of this: a TPU lays out other arrays differently and copies them every call
+TILE = 16  # cache slots come in multiples of this: a TPU lays out other sizes differently and copies them on every call
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class Grid:
 
 @struct.dataclass
 class Rules:
-    """What bounds a response, by token id: `bias` [V] (-inf: never drawn) and `stops` [V] bool."""
+    """Constraints on responses, by token id: `bias` [V] is added to logits (-inf: never drawn), `stops` [V] bool."""
 
     bias: jax.Array
     stops: jax.Array
@@ -56,7 +56,7 @@ class Rules:
 
 @struct.dataclass
 class DecodeState:
-    """Everything that lives between decode calls. n slots, B = roles * n rows, T response tokens.
+    """Everything that persists between decode calls. n slots, B = roles * n rows, T response tokens.
 
     Attributes:
       cache: keys and values of B rows and of the prompts.
@@ -66,11 +66,11 @@ class DecodeState:
       start: [B] int32, the position of each row's first response token.
       key: [n, 2] uint32, one threefry key per slot, folded with the token's index at each draw.
       length: [n] int32, tokens drawn so far.
-      limit: [n] int32, tokens to draw at most.
+      limit: [n] int32, the most tokens to draw.
       status: [n] int32, RUNNING, STOPPED, CUT, or BROKEN where the logits were not finite; nothing is drawn then.
       live: [n] bool, false once finished or never admitted.
       seen: [n, V] bool, tokens of the response so far (presence penalty).
-      tokens, logq, log_student, log_privileged, by_student: [n, T], the response.
+      tokens, logq, log_student, log_privileged, by_student: [n, T], the responses so far.
     """
 
     cache: transformer.Cache
@@ -216,7 +216,7 @@ def decode(
     rules: Rules,
     sampling: mixture.SamplingParams,
 ) -> DecodeState:
-    """`chunk` steps of every live slot, one token each."""
+    """Runs `grid.chunk` steps, each of which draws one token per live slot."""
 
     def step(carry, slot):
         state, recent = carry
@@ -238,7 +238,7 @@ def _step(
     rules: Rules,
     sampling: mixture.SamplingParams,
 ) -> tuple[DecodeState, transformer.Recent]:
-    """Draws a token per live slot and adds it to the rows' caches, in slot `at` of `recent`."""
+    """Draws one token per live slot and adds it to the rows' keys and values, in slot `at` of `recent`."""
     index = state.length
     logits = transformer.unembed(params, _to_slots(grid, state.hidden)) + rules.bias
     drawn = mixture.draw_tokens(logits, _uniform(state.key, index), sampling, state.seen)
@@ -250,12 +250,12 @@ def _step(
 
 
 def _record(grid: Grid, state: DecodeState, rules: Rules, drawn: mixture.DrawnTokens) -> DecodeState:
-    """The state with the drawn tokens in the responses of live slots, and those slots ended whose response is over."""
+    """The state with the drawn tokens appended to live slots' responses, and with finished slots no longer live."""
     now, index = state.live & drawn.finite, state.length
     stopped, cut = rules.stops[drawn.token], index + 1 >= state.limit
     status = jnp.where(stopped, STOPPED, jnp.where(cut, CUT, RUNNING))
     status = jnp.where(drawn.finite, status, BROKEN)
-    place = (jnp.arange(grid.slots), jnp.where(now, index, grid.max_tokens))  # out of bounds: written nowhere
+    place = (jnp.arange(grid.slots), jnp.where(now, index, grid.max_tokens))  # out of bounds: dropped
     return replace(
         state,
         length=jnp.where(now, index + 1, index),

@@ -1,8 +1,8 @@
-"""The host side of sampling: a queue of requests over a grid of slots.
+"""The host side of sampling: a queue of requests, served by a grid of slots.
 
 Finished slots are refilled between chunks, so that no slot waits for the longest response. A sample's text depends on
 (seed, name, sample) and on the padded shapes of its program, which follow from its prompt's length and from the run's
-settings: never on its neighbours.
+settings. It never depends on its neighbours.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ CHUNK = 4
 
 
 def bucket(length: int) -> int:
-    """The padded length of a prompt: powers of two and the halves between them, from 32 on."""
+    """The padded length of a prompt: the next of 32, 48, 64, 96, 128, ... (powers of two and their midpoints)."""
     size = 32
     while size < length:
         size *= 2
@@ -36,14 +36,14 @@ def bucket(length: int) -> int:
 
 
 def key_data(name: str, sample: int) -> tuple[int, int, int]:
-    """What a sample's key is folded with: 64 bits of its request's name hashed, and its index."""
+    """The data folded into a sample's key: 64 bits of the hash of its request's name, and its index."""
     digest = hashlib.sha256(name.encode("utf-8")).digest()
     return int.from_bytes(digest[:4], "big"), int.from_bytes(digest[4:8], "big"), sample
 
 
 @dataclass
 class Usage:
-    """What a run did: `live` tokens in `steps` forward passes over all slots, `drawn` slot-steps in all."""
+    """What a run did: `steps` passes over all slots; of their `drawn` slot-steps, `live` drew a token of a sample."""
 
     live: int = 0
     drawn: int = 0
@@ -52,13 +52,13 @@ class Usage:
 
     @property
     def occupancy(self) -> float:
-        """The share of slot-steps that drew a token of a sample."""
+        """The share of slot-steps that drew a sample's token."""
         return self.live / max(self.drawn, 1)
 
 
 @dataclass
 class _Entry:
-    """A loaded prompt and the samples of it that have not started or finished."""
+    """A loaded prompt, its samples that have not started, and the number of those that are running."""
 
     request: Request
     waiting: collections.deque[int]
@@ -80,7 +80,7 @@ class Engine:
     roles: int = 1
     lora: Lora | None = None
     never: tuple[int, ...] = ()  # token ids that are never drawn
-    usable: int | None = None  # ids from here on are padding of the embedding
+    usable: int | None = None  # ids from here on only pad the embedding
     usage: Usage = field(default_factory=Usage)
 
     def __post_init__(self):
@@ -99,10 +99,10 @@ class Engine:
     def grid(self, samples: int, prompt_slots: int) -> decode.Grid:
         """The shapes for requests of up to `samples` samples.
 
-        A block has a slot for each sample of a prompt, and room for more prompts, whose samples start where others
-        have ended: while the longest sample of a prompt runs, every slot has work three times over. There is room for
-        fewer where prompts would take a quarter of the memory of the slots' own tokens; where not even 2 fit, blocks
-        are twice as wide.
+        A block has one slot per sample of a prompt, and room for more prompts, whose samples start as others end:
+        while a prompt's longest sample runs, the others hold enough work to fill every slot three times. There is room
+        for fewer where prompts would take over a quarter of the memory of the slots' own tokens; where not even 2 fit,
+        blocks are twice as wide.
         """
         shards = axis_size(self.mesh, "b")
         share = max(self.slots // shards, 1)
@@ -117,7 +117,7 @@ class Engine:
         return decode.Grid(self.roles, blocks * shards, width, max(entries, 2), prompt_slots, self.max_tokens, CHUNK)
 
     def figures(self) -> dict[str, float]:
-        """What was drawn and at what cost; empty where nothing was."""
+        """Metrics on what was drawn and at what cost; empty if nothing was drawn."""
         usage = self.usage
         if not usage.steps:
             return {}
@@ -129,9 +129,9 @@ class Engine:
         }
 
     def run(self, requests: Iterable[Request]) -> Iterator[ScoredSample]:
-        """Yields samples as they finish, bucket by bucket; the order depends on the slots, the samples do not.
+        """Yields samples as they finish, bucket by bucket; the slots determine their order, but not their content.
 
-        Raises UserError where the model's logits are not finite.
+        Raises UserError if the model's logits are not finite.
         """
         queues: dict[int, collections.deque[Request]] = collections.defaultdict(collections.deque)
         most = 1
@@ -193,7 +193,7 @@ class Engine:
         return decode.admit(grid, state, self.key, chosen, entry_of, data, limit)
 
     def _entry_with_work(self, grid, state, queue, entries: list[_Entry | None], block: int):
-        """(index of an entry of this block that has waiting samples, or None; the state), loading one if need be."""
+        """(index of an entry in this block with waiting samples, or None; the state). Loads a prompt if necessary."""
         for index, entry in enumerate(entries):
             if entry is not None and entry.waiting:
                 return index, state
@@ -213,10 +213,10 @@ class Engine:
 
 
 def _refuse_broken(running: list[tuple[_Entry, int] | None], status: np.ndarray, length: np.ndarray) -> None:
-    """Raises UserError where a running slot met logits that are not finite.
+    """Raises UserError if a running slot met logits that are not finite.
 
-    It names the one that broke earliest: a prompt whose keys are NaN breaks the other rows of its block, too, since
-    they share its buffer, but itself it breaks at its first token.
+    The error names the slot that broke earliest. A prompt whose keys are NaN also breaks the other rows of its block,
+    which share its buffer, but its own rows break at their first token.
     """
     broken = [slot for slot, work in enumerate(running) if work is not None and status[slot] == decode.BROKEN]
     if not broken:

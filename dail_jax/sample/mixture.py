@@ -1,9 +1,9 @@
-"""The distribution that a token is drawn from, in closed form, and drawing from it.
+"""The distribution that tokens are drawn from, in closed form, and how to draw from it.
 
-The student proposes, the privileged student keeps a proposal v when p_T(v) >= tau, and writes the token itself
-after n refusals. With S and T their distributions after temperature and truncation, A = {v : p_T(v) >= tau}
-measured on the full softmax of the privileged student (temperature 1, nothing truncated, presence penalty and tokens
-that are never drawn as in S and T), and a = S(A):
+The student proposes tokens; the privileged student accepts a proposal v if p_T(v) >= tau, and writes the token itself
+after n rejections. Let S and T be their distributions after temperature and truncation, A = {v : p_T(v) >= tau}
+measured on the full softmax of the privileged student (temperature 1, no truncation, but the same presence penalty and
+excluded tokens as in S and T), and a = S(A). Then:
 
     q(v) = (1 - (1-a)^n) * S(v) [v in A] / a  +  (1-a)^n * T(v)          (q = T where a = 0)
 
@@ -21,7 +21,7 @@ from flax import struct
 
 from dail_jax import config as config_lib
 
-LOG_FLOOR = -100.0  # what is recorded as the log-probability of a token that truncation removed
+LOG_FLOOR = -100.0  # recorded as the log-probability of a token that truncation removed
 _LANES = 128
 _ONE_AS_BITS = 0x3F800000
 
@@ -52,7 +52,7 @@ def sampling_params(sampling: config_lib.Sampling, tau: float = 0.0, proposals: 
 def truncated(logits: jax.Array, k: SamplingParams) -> jax.Array:
     """Probabilities [..., V] of float32 logits after temperature, top-k, then top-p (ties at the edge are kept).
 
-    Temperature 0 is all mass on the first largest logit.
+    Temperature 0 puts all mass on the first of the largest logits.
     """
     probs = jax.nn.softmax(logits / jnp.where(k.temperature > 0, k.temperature, 1.0), axis=-1)
     probs = _cut(probs, k.top_k > 0, lambda kept, _: kept.sum(-1) >= k.top_k)
@@ -63,11 +63,11 @@ def truncated(logits: jax.Array, k: SamplingParams) -> jax.Array:
 
 
 def _cut(probs: jax.Array, wanted: jax.Array, enough: Callable[[jax.Array, jax.Array], jax.Array]) -> jax.Array:
-    """The smallest upper set that is `enough`, normalised, where that is wanted; found without sorting.
+    """Where `wanted`, the fewest largest probabilities that are `enough`, normalised; found without sorting.
 
-    What a branch returns is copied, so a branch finds only the threshold: copying [n, V] costs as much as drawing.
+    The result of a branch is copied, so the branch only finds the threshold: copying [n, V] costs as much as drawing.
     """
-    bits = jax.lax.bitcast_convert_type(probs, jnp.int32)  # of non-negative floats: same order as the floats
+    bits = jax.lax.bitcast_convert_type(probs, jnp.int32)  # the bits of non-negative floats sort as the floats do
     least = jnp.zeros((*bits.shape[:-1], 1), jnp.int32)
     least = jax.lax.cond(wanted, lambda: _largest(bits, lambda kept: enough(kept, probs)), lambda: least)
     kept = jnp.where(bits >= least, probs, 0)
@@ -75,7 +75,7 @@ def _cut(probs: jax.Array, wanted: jax.Array, enough: Callable[[jax.Array, jax.A
 
 
 def _largest(bits: jax.Array, enough: Callable[[jax.Array], jax.Array]) -> jax.Array:
-    """The largest threshold [..., 1] for which `enough(bits >= threshold)`, by bisection over float patterns."""
+    """The largest threshold [..., 1] with `enough(bits >= threshold)`, by bisection over the floats' bit patterns."""
 
     def halve(_, bounds):
         low, high = bounds
@@ -88,7 +88,7 @@ def _largest(bits: jax.Array, enough: Callable[[jax.Array], jax.Array]) -> jax.A
 
 
 def accepted_mass(student: jax.Array, acceptance: jax.Array, k: SamplingParams) -> jax.Array:
-    """a = S(A) [...]: how likely a proposal is kept. `acceptance` is p_T on the full softmax; both are [..., V]."""
+    """a = S(A) [...], how likely a proposal is accepted. `acceptance` is p_T on the full softmax; both are [..., V]."""
     return jnp.minimum(jnp.where(acceptance >= k.tau, student, 0).sum(-1), 1.0)
 
 
@@ -116,7 +116,7 @@ def inverse_cdf(weights: jax.Array, u: jax.Array) -> jax.Array:
 
 
 def _pass(weights: jax.Array, target: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """The first positive entry whose running sum exceeds target (otherwise the last positive one), and what is left."""
+    """The first positive entry whose running sum exceeds target (or the last positive one), and the remaining target."""
     running = jnp.cumsum(weights, -1)
     positive = weights > 0
     hit = positive & (running > target[..., None])
@@ -128,25 +128,25 @@ def _pass(weights: jax.Array, target: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 @struct.dataclass
 class DrawnTokens:
-    """A token for each of n slots, and how it came about."""
+    """One token per slot, for n slots, and how it was drawn."""
 
     token: jax.Array  # [n] int32
     logq: jax.Array  # [n] log-probability under the distribution that was drawn from
-    log_student: jax.Array  # [n]; equals logq where one role runs alone
+    log_student: jax.Array  # [n]; equals logq if there is only one role
     log_privileged: jax.Array  # [n]
-    by_student: jax.Array  # [n] bool: an accepted proposal, otherwise written by the privileged student
-    finite: jax.Array  # [n] bool: whether no role's logits held NaN or +inf; where False, the rest means nothing
+    by_student: jax.Array  # [n] bool: an accepted proposal; otherwise the privileged student wrote it
+    finite: jax.Array  # [n] bool: no role's logits held NaN or +inf; if False, the other fields are meaningless
 
 
 def draw_tokens(logits: jax.Array, u: jax.Array, k: SamplingParams, seen: jax.Array | bool = False) -> DrawnTokens:
     """Draws from logits [roles, n, V] (roles: student, or student and privileged student) with u [n, 2] in [0, 1).
 
-    `seen` [n, V] bool are the tokens that the presence penalty falls on.
+    `seen` [n, V] bool marks the tokens that the presence penalty applies to.
     """
 
     def plain(logits):
         probs = jax.nn.softmax(logits, axis=-1)
-        # One bad logit makes its whole softmax NaN, so looking at one entry is enough, and costs no pass over V.
+        # One bad logit makes its whole softmax NaN, so checking one entry is enough and saves a pass over V.
         return replace(_draw(probs, probs[-1], u, k), finite=jnp.isfinite(probs[..., 0]).all(0))
 
     def altered(logits):
@@ -155,13 +155,13 @@ def draw_tokens(logits: jax.Array, u: jax.Array, k: SamplingParams, seen: jax.Ar
         drawn = _draw(truncated(logits, k), jax.nn.softmax(logits[-1], axis=-1), u, k)
         return replace(drawn, finite=finite)
 
-    # Chosen out here, so that the branches return small arrays: copying [n, V] costs as much as drawing.
+    # Each branch draws as well, so that it returns small arrays: copying [n, V] costs as much as drawing.
     is_plain = (k.temperature == 1) & (k.top_k <= 0) & (k.top_p >= 1) & (k.presence_penalty == 0)
     return jax.lax.cond(is_plain, plain, altered, logits)
 
 
 def _draw(probs: jax.Array, acceptance: jax.Array, u: jax.Array, k: SamplingParams) -> DrawnTokens:
-    """`probs` [roles, n, V] are S and T, `acceptance` [n, V] is p_T on the full softmax; `finite` is not looked at."""
+    """`probs` [roles, n, V] are S and T, `acceptance` [n, V] is p_T on the full softmax; the caller sets `finite`."""
     if probs.shape[0] == 1:
         token = inverse_cdf(probs[0], u[:, 0])
         logq, yes = _log(_at(probs[0], token)), jnp.ones_like(token, bool)

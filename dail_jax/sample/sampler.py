@@ -1,4 +1,4 @@
-"""What a sampler is: requests go in, samples come out. `engine` is ours; another can stand behind the evaluation."""
+"""The sampler protocol: requests go in, samples come out. `engine` is our own; evaluation can also use another."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Request:
-    """One problem.
+    """A request for samples of one problem.
 
     Attributes:
-      name: unique within a run; with the seed and a sample's index, it decides that sample's randomness.
-      prompts: token ids, one tuple per role; the evaluation has one role.
+      name: unique within a run; with the seed and a sample's index, it determines that sample's randomness.
+      prompts: token ids, one tuple per role; an evaluation has one role.
       samples: the indices of the samples to draw.
-      limit: tokens to draw at most, the stop token included.
+      limit: the most tokens to draw per sample, including the stop token.
     """
 
     name: str
@@ -33,7 +33,7 @@ class Sample:
     Attributes:
       sample: its index in the request.
       tokens: [T] int, 1 to `limit` ids; a stop token is the last one.
-      finish: `stop` where a stop token ended it, `length` where the limit did.
+      finish: `stop` if a stop token ended it, `length` if the limit did.
     """
 
     name: str
@@ -44,12 +44,12 @@ class Sample:
 
 @dataclass(frozen=True)
 class ScoredSample(Sample):
-    """A sample and how it came about, per token: what rollouts need and evaluation does not.
+    """A sample with scores per token, which rollouts need and evaluation does not.
 
     Attributes:
       logq: [T] float32, log-probability under the distribution that the token was drawn from.
-      log_student, log_privileged: [T] float32, each role's log-probability; equal to `logq` where one role runs alone.
-      by_student: [T] bool, whether an accepted proposal, otherwise written by the privileged student.
+      log_student, log_privileged: [T] float32, each role's log-probability; equal to `logq` if there is only one role.
+      by_student: [T] bool, true for an accepted proposal; otherwise the privileged student wrote the token.
     """
 
     logq: np.ndarray
@@ -62,22 +62,24 @@ class Sampler(Protocol):
     """Draws samples for requests."""
 
     def run(self, requests: Iterable[Request]) -> Iterator[Sample]:
-        """Yields every sample of every request once, in any order, as they finish."""
+        """Yields each requested sample exactly once, as it finishes, in any order."""
         ...
 
     def figures(self) -> dict[str, float]:
-        """What its work so far cost, for metrics.jsonl; empty where there is nothing to report."""
+        """Metrics on its work so far, for metrics.jsonl; empty if there is nothing to report."""
         ...
 
 
 def checked(sampler: Sampler, requests: Iterable[Request]) -> Iterator[Sample]:
-    """What `sampler.run` yields. Raises ValueError where it breaks the promises above."""
+    """Yields what `sampler.run` yields; raises ValueError if that breaks the protocol above."""
     requests = list(requests)
     missing = {(r.name, index): r.limit for r in requests for index in r.samples}
     for s in sampler.run(requests):
         limit = missing.pop((s.name, s.sample), None)
         if limit is None:
-            raise ValueError(f"the sampler gave sample {s.sample} of {s.name}, which was not asked for or came before")
+            raise ValueError(
+                f"the sampler gave sample {s.sample} of {s.name}, which was not requested or was given before"
+            )
         if not 1 <= len(s.tokens) <= limit or s.finish not in ("stop", "length"):
             raise ValueError(
                 f"the sampler gave sample {s.sample} of {s.name} with {len(s.tokens)} tokens and finish {s.finish!r}, "
