@@ -1,8 +1,8 @@
-"""JSON as data sets and runs need it: one strict parser, one reader of whole files and one of JSON lines.
+"""Strict JSON for data sets and runs: one parser, one reader of whole files and one of JSON lines.
 
-Python's own parser takes the last of two equal keys, `NaN` for a number, half of a surrogate pair for text, and any
-depth that its stack happens to survive. Here each of them is a UserError of one line with file, row and field. So are
-files that are missing, cut off, or no text at all.
+Python's own parser keeps the last of two equal keys, and accepts `NaN` as a number, half of a surrogate pair as text,
+and any depth that its stack happens to survive. Here each of these is a one-line UserError with file, row and field, and
+so are files that are missing, truncated or not text at all.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _OVERFLOW = re.compile(r"[eE]\+?\d{3}")
 
 
 class Line(NamedTuple):
-    """One row: its number, from 1; its place in the file, in bytes; and its value."""
+    """One row: its number, from 1; its offset and size in the file, in bytes; and its value."""
 
     number: int
     offset: int
@@ -37,7 +37,7 @@ class Line(NamedTuple):
 def parse(data: bytes | str, file: str | Path, row: int | None = None, *, own: bool = False) -> Any:
     """One JSON value in UTF-8; raises UserError.
 
-    `own` marks what this package wrote. There `NaN` is a loss that diverged, and a model's text may hold any character.
+    `own` marks what this package wrote: there, `NaN` is a loss that diverged, and a model's text may contain anything.
     """
 
     def wrong(message: str, field: str | None = None) -> UserError:
@@ -54,7 +54,7 @@ def parse(data: bytes | str, file: str | Path, row: int | None = None, *, own: b
     def constant(name: str) -> float:
         if own:
             return float(name)
-        raise wrong(f"got {name}, which is no JSON value, want a number, text or null")
+        raise wrong(f"got {name}, which is not a JSON value, want a number, text or null")
 
     def integer(digits: str) -> int:
         if len(digits) > MAX_DIGITS:
@@ -70,7 +70,7 @@ def parse(data: bytes | str, file: str | Path, row: int | None = None, *, own: b
     kind = "a line" if row is not None else "a file"
     try:
         text = data if isinstance(data, str) else data.decode("utf-8")
-        if not own or _OVERFLOW.search(text):  # a call per number, which triples the time for rows of numbers
+        if not own or _OVERFLOW.search(text):  # one call per number, which triples the time for rows of numbers
             hooks |= {"parse_int": integer, "parse_float": real}
         value = json.loads(text, **hooks)
     except UnicodeDecodeError as error:
@@ -103,9 +103,9 @@ def read_lines(
 ) -> Iterator[Line]:
     r"""The rows of a JSON-lines file, parsed one by one; raises UserError at the first that is bad.
 
-    Lines end at \n alone: other separators of Unicode are ordinary characters inside texts. A byte order mark and
-    blank lines are passed over. `torn` says what a last line without \n is: a row like any
-    other, damage, or what a crash left of a row and is passed over. `advice` ends every complaint.
+    Only \n ends a line: Unicode's other line separators are ordinary characters in texts. A byte order mark and blank
+    lines are skipped. `torn` says how to treat a last line without \n: as a row like any other ("row"), as damage
+    ("refuse"), or as what a crash left of a row, to be skipped ("drop"). `advice` is appended to every error message.
     """
     limit, offset, number = MAX_OWN_LINE if own else MAX_LINE, 0, 0
     with _open(path) as file:
@@ -129,7 +129,7 @@ def read_lines(
 
 
 def read_at(path: str | Path, offsets: Sequence[int]) -> Iterator[Any]:
-    """The rows of one of our own files at these places, as `read_lines` told them."""
+    """The rows of one of our own files at these byte offsets, as given by `read_lines`."""
     with _open(path) as file:
         for offset in offsets:
             file.seek(offset)
@@ -144,7 +144,7 @@ def as_object(value: Any, file: str | Path, row: int | None = None) -> dict[str,
 
 
 def refuse_odd_text(text: str, file: str | Path, row: int | str | None = None, field: str | None = None) -> None:
-    """Raises UserError where a text holds what no file or terminal takes: a NUL, or half of a surrogate pair."""
+    """Raises UserError if a text contains what files and terminals cannot: a NUL, or half of a surrogate pair."""
     if "\0" in text:
         raise UserError("got a NUL character, want plain text", file=file, row=row, field=field)
     try:
@@ -157,7 +157,7 @@ def refuse_odd_text(text: str, file: str | Path, row: int | str | None = None, f
 
 
 def kind_of(value: Any) -> str:
-    """What a JSON value is, in words."""
+    """The kind of a JSON value, as named in messages."""
     names = {
         type(None): "null",
         bool: "a truth value",
@@ -171,15 +171,15 @@ def kind_of(value: Any) -> str:
 
 
 def printable(text: str) -> str:
-    """The start of a text from a file, fit for a message."""
+    """The start of a text from a file, made safe to show in a message."""
     return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text[:80])
 
 
 def _open(path: str | Path) -> Any:
-    """A regular file: a FIFO would wait for ever."""
+    """Opens a regular file for reading; raises UserError for others, since reading a FIFO could block forever."""
     path = Path(path)
     if not path.is_file():
-        got = "a folder" if path.is_dir() else "something that is no regular file" if path.exists() else None
+        got = "a folder" if path.is_dir() else "something that is not a regular file" if path.exists() else None
         raise UserError(f"got {got}, want a file" if got else "no such file", file=path)
     try:
         return open(path, "rb")
@@ -197,7 +197,7 @@ def _depth(value: Any) -> int:
 
 
 def _refuse_odd_text(value: Any, file: str | Path, row: int | None) -> None:
-    """`refuse_odd_text` for all texts in a value, under the name of the column that they are in."""
+    """`refuse_odd_text` for all texts in a value, each reported under the name of its column."""
     columns = value.items() if isinstance(value, dict) else [(None, value)]
     for column, content in columns:
         if column is not None:

@@ -1,4 +1,4 @@
-"""YAML 1.2 as configurations need it: plain mappings, lists and values, read with line numbers for what is wrong."""
+"""Strict YAML 1.2 for configurations: plain mappings, lists and values, with line numbers in error messages."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def assign(tree: dict[str, Any], key: str, value: Any) -> None:
 
 
 def included(value: Any) -> Any:
-    """A mapping with the key `from`, replaced by the mapping in that file with the other keys laid over it."""
+    """A mapping with the key `from` becomes the mapping in that file, overridden by the other keys."""
     if not isinstance(value, dict) or "from" not in value:
         return value
     tree = read_yaml(str(value["from"]))
@@ -90,7 +90,7 @@ def included(value: Any) -> Any:
 
 
 def lay_over(tree: dict[str, Any], other: dict[str, Any]) -> None:
-    """Puts the keys of `other` into `tree`, section by section, in place."""
+    """Merges the keys of `other` into `tree`, section by section, in place."""
     for key, value in other.items():
         if isinstance(value, dict) and isinstance(tree.get(key), dict):
             lay_over(tree[key], value)
@@ -99,13 +99,13 @@ def lay_over(tree: dict[str, Any], other: dict[str, Any]) -> None:
 
 
 # ---------------------------------------------------------------------------------------------------
-# What a typed configuration finds wrong with a tree
+# Errors found by a typed configuration
 # ---------------------------------------------------------------------------------------------------
 
 
 def explain(error: ValidationError, source: str | Path, root: type[BaseModel]) -> UserError:
-    """The first complaint of pydantic about a tree of sections under `root`, as one line of ours."""
-    # (an unknown key before what is missing: it may be the missing one, misspelt)
+    """The first of pydantic's errors about a tree of sections under `root`, as a UserError of one line."""
+    # An unknown key comes before a missing one: it may be the missing one, misspelt.
     first = min(error.errors(), key=lambda e: e["type"] != "extra_forbidden")
     field = ".".join(str(part) for part in first["loc"] if part != "[key]")
     if first["type"] == "extra_forbidden":
@@ -116,14 +116,14 @@ def explain(error: ValidationError, source: str | Path, root: type[BaseModel]) -
     if first["type"] in ("model_type", "dict_type"):
         want = "want a mapping of keys"
     want = re.sub(r"^(Input|Keys|String|.*items) should (be|match) ", "want ", want)
-    if not want.startswith("want ") and isinstance(first["input"], dict):  # keys that do not go together
+    if not want.startswith("want ") and isinstance(first["input"], dict):  # keys that contradict each other
         return UserError(want, file=source, field=field or None)
     got = repr(first["input"])
     return UserError(f"got {got if len(got) <= 80 else got[:77] + '...'}, {want}", file=source, field=field or None)
 
 
 def _nearest(loc: tuple[str | int, ...], root: type[BaseModel]) -> str:
-    """The known key most like the unknown one at `loc`: in its section, or else in any."""
+    """The known key most like the unknown one at `loc`: in its section, otherwise in any."""
     key = str(loc[-1])
     here = _keys_at(loc[:-1], root)
     if near := difflib.get_close_matches(key, here, 1):
@@ -134,7 +134,7 @@ def _nearest(loc: tuple[str | int, ...], root: type[BaseModel]) -> str:
 
 
 def _paths(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
-    """Every key, dotted."""
+    """Yields every key as a dotted path."""
     for name, field in model.model_fields.items():
         yield prefix + name
         section = _section_in(field.annotation)

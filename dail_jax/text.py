@@ -1,6 +1,6 @@
 """Text and token ids: a model folder's own tokenizer and chat template, and the ids that end a reply.
 
-Both are programs by whoever made the folder, and run in `tokenizer_worker`, under limits.
+Both are in effect programs by whoever made the folder, so they run in `tokenizer_worker`, under limits.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ FILES = ("tokenizer.json", "tokenizer.model")
 class Tokenizer:
     """A tokenizer with its chat template. Make one with `load_tokenizer`.
 
-    Every method raises UserError where the folder's tokenizer or template fails, or meets a limit on time or memory.
+    Every method raises UserError if the folder's tokenizer or template fails, or exceeds a limit on time or memory.
     """
 
     folder: Path
     key: int  # the worker's
     template: str | None  # the chat template's source
-    size: int  # the highest token id, plus one: the embedding needs at least so many rows
+    size: int  # the highest token id, plus one: the embedding needs at least this many rows
     eos: int | None
     pad: int | None
     controls: tuple[str, ...]  # the texts of control tokens
@@ -46,7 +46,7 @@ class Tokenizer:
     def encode(self, text: str, marked: bool = False) -> list[int]:
         """Token ids of a text; nothing is added before or after, and control tokens in it are recognised.
 
-        With `marked`, except those that `mark` has marked, which are encoded as the plain text that they are.
+        With `marked`, those that `mark` has marked are encoded as plain text instead.
         """
         return self._ask("encode", text=text, marked=marked)
 
@@ -55,12 +55,12 @@ class Tokenizer:
         return self._ask("decode", ids=[int(i) for i in ids], special=keep_special)
 
     def mark(self, text: str, keep: bool = False) -> tuple[str, list[str]]:
-        """A text by others, such as a problem, with its control tokens marked unless `keep`; and these tokens.
+        """Marks the control tokens in foreign text, such as a problem, unless `keep`: (marked text, tokens marked).
 
-        The result is for texts that are rendered or encoded as `marked`.
+        The marked text is for `render` and `encode` with `marked=True`.
         """
         simple = (text if text.isascii() else unicodedata.normalize("NFKC", text)).casefold()
-        if keep or not any(control in simple for control in self._folded):  # the worker knows for certain
+        if keep or not any(control in simple for control in self._folded):  # if one may be in it, the worker decides
             return text.replace(MARK, 2 * MARK), []
         marked, found = self._ask("mark", text=text)
         return marked, found
@@ -68,7 +68,7 @@ class Tokenizer:
     def render_text(self, messages: Messages, opening: str = "") -> str:
         """The chat template's text for `messages`, ready for the assistant's turn, which begins with `opening`.
 
-        Raises UserError where there is no template or it fails (a template may refuse a system message).
+        Raises UserError if there is no template or it fails (a template may refuse a system message).
         """
         return self._render(messages, opening, "text")
 
@@ -85,14 +85,14 @@ class Tokenizer:
 
     @property
     def eos_id(self) -> int:
-        """The token that ends a turn; raises UserError where the tokenizer names none."""
+        """The token that ends a turn; raises UserError if the tokenizer has none."""
         if self.eos is None:
             raise UserError("got a tokenizer without an end-of-sequence token, want eos_token", file=self.folder)
         return self.eos
 
     @property
     def pad_id(self) -> int:
-        """What padding is filled with: masked everywhere, so any valid id serves."""
+        """The id used for padding, which is masked everywhere, so that any valid id will do."""
         return next((i for i in (self.pad, self.eos) if i is not None), 0)
 
     @functools.cached_property
@@ -106,7 +106,8 @@ class Tokenizer:
 def load_tokenizer(path: str | Path) -> Tokenizer:
     """The tokenizer in a folder: `tokenizer.json` or a SentencePiece `tokenizer.model`.
 
-    Nothing is fetched and no code of the folder runs. Its chat template, if any, is tried once. Raises UserError.
+    Nothing is downloaded and no Python code in the folder is run. Its chat template, if any, is tried once. Raises
+    UserError.
     """
     folder = Path(path)
     if not folder.is_dir():
@@ -126,8 +127,10 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
 
 
 def stop_ids(model_folder: str | Path, tokenizer: Tokenizer) -> tuple[int, ...]:
-    """Every token id that ends a reply, ascending: those of generation_config.json and config.json, and the
-    tokenizer's own. Raises UserError where there is none."""
+    """Every token id that ends a reply, ascending; raises UserError if there is none.
+
+    These are the ids in generation_config.json and config.json, and the tokenizer's own.
+    """
     found: set[int] = set()
     for name in ("generation_config.json", "config.json"):
         path = Path(model_folder) / name
@@ -144,7 +147,7 @@ def stop_ids(model_folder: str | Path, tokenizer: Tokenizer) -> tuple[int, ...]:
 
 
 def mention(text: str, phrases: Iterable[str]) -> str | None:
-    """The first of `phrases` that a text has, whatever its case and spacing, as words (also in the plural)."""
+    """The first of `phrases` that a text contains as whole words, in any case and spacing, also in the plural."""
     plain = " ".join(text.casefold().split())
     for phrase in phrases:
         wanted = " ".join(phrase.casefold().split())
@@ -154,7 +157,7 @@ def mention(text: str, phrases: Iterable[str]) -> str | None:
 
 
 def _refuse_placeholder(path: Path) -> None:
-    """Raises UserError where a file was not downloaded but only stands for one."""
+    """Raises UserError if a file is only a placeholder for one that was not downloaded."""
     with open(path, "rb") as file:
         head = file.read(200).lstrip()
     if head.startswith(b"version https://git-lfs"):
@@ -164,15 +167,15 @@ def _refuse_placeholder(path: Path) -> None:
 
 
 # ---------------------------------------------------------------------------------------------------
-# The worker, which all tokenizers of this process share
+# The worker, shared by all tokenizers of this process
 # ---------------------------------------------------------------------------------------------------
 
 
 class _Server:
-    """Puts questions to the worker process, and turns whatever befalls it into a UserError."""
+    """Sends requests to the worker process, and turns its failures into UserErrors."""
 
     def __init__(self, memory_mib: int = 2048, seconds: int = 5) -> None:
-        self.memory_mib, self.seconds = memory_mib, seconds  # of CPU time, for each message but the first
+        self.memory_mib, self.seconds = memory_mib, seconds  # of CPU time, per message other than `load`
         script = Path(__file__).with_name("tokenizer_worker.py")
         self.worker = Worker(script, [str(memory_mib), str(seconds)], wall_seconds=1800.0)
         self.lock = threading.Lock()
@@ -181,7 +184,7 @@ class _Server:
     def ask(self, folder: Path, key: int, what: str, fields: dict[str, Any]) -> Any:
         with self.lock:
             reply = self._ask(folder, key, what, fields)
-            if reply.get("unknown"):  # a worker that has replaced another, or has forgotten
+            if reply.get("unknown"):  # a new worker process, or one that has dropped this tokenizer
                 self._ask(folder, key, "load", {"folder": str(folder)})
                 reply = self._ask(folder, key, what, fields)
         return reply["ok"]

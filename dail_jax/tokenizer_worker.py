@@ -1,9 +1,9 @@
-"""The process that runs a model folder's tokenizer and chat template; started by `text`, which has the way in.
+"""The process that runs a model folder's tokenizer and chat template; started and called by `text`.
 
-A chat template is a program, and a tokenizer.json nearly one: normalizers may double a text at each step, patterns may
-panic. So both run here, always, within an address space (`argv[1]`: MiB beyond what Python and its imports take) and
-within CPU seconds renewed for each message (`argv[2]`), at a clock that stands still. A message is an object `{do, key, ...}`; the
-answer is `{ok}` or `{fault, line}`, and `{unknown}` for a key that is not loaded (any more).
+A chat template is a program, and a tokenizer.json nearly one: its normalizers can double a text at each step, and its
+patterns can panic. So both always run here, with a fixed clock and with limits on address space (`argv[1]`: MiB beyond
+what Python and its imports take) and on CPU time (`argv[2]`: seconds, renewed for each message). A message is an object
+`{do, key, ...}`; the answer is `{ok}` or `{fault, line}`, or `{unknown}` for a key that is not, or no longer, loaded.
 """
 
 from __future__ import annotations
@@ -22,29 +22,29 @@ import sys
 from typing import Any
 
 LOAD_SECONDS = 60  # of CPU time
-KEEP = 4  # tokenizers
-GROWTH = 16  # characters or tokens made of each character
-ALLOWANCE = 1_000_000  # and so many more
+KEEP = 4  # tokenizers kept loaded
+GROWTH = 16  # characters or tokens that each input character may become
+ALLOWANCE = 1_000_000  # and this many more in total
 
-# The day that templates fall back to which print today's date: a prompt must be the same when training resumes.
+# The date given to templates that print today's: a prompt must stay the same when training resumes.
 TODAY = datetime.datetime(2024, 7, 26)
 
-# Marks a control token in a text as mere text, by standing behind its first character; doubled, it stands for itself.
-# A noncharacter: Unicode keeps it for such internal uses.
+# Placed after a control token's first character, it marks the token as plain text; doubled, it stands for itself. It is
+# a noncharacter, which Unicode reserves for internal uses like this.
 MARK = "\ufdd0"
 
 
 class Refused(Exception):
-    """What a folder's program did is not acceptable; the message says why."""
+    """Raised when the folder's program does something unacceptable; the message says what."""
 
 
 class Loaded:
-    """A tokenizer of `transformers`, and what it takes to encode control tokens as text."""
+    """A `transformers` tokenizer, and what is needed to encode control tokens as plain text."""
 
     def __init__(self, hf: Any):
         self.hf = hf
         self.backend: Any = hf.backend_tokenizer if hf.is_fast else None
-        if self.backend is not None:  # which a tokenizer.json may ask for
+        if self.backend is not None:  # a tokenizer.json may have switched both on
             self.backend.no_truncation()
             self.backend.no_padding()
         template = hf.chat_template
@@ -55,7 +55,7 @@ class Loaded:
         self._known: Any = None
 
     def _controls(self, token: Any) -> bool:
-        """Whether an added token gives a text its structure; others merely stand for frequent texts."""
+        """Whether an added token gives a text its structure; others only abbreviate frequent strings."""
         text = token.content.strip()
         structural = token.special or text in (self.template or "") or re.fullmatch(r"<\|.*\|>", text)
         return len(text) > 1 and bool(structural)
@@ -68,38 +68,38 @@ class Loaded:
         else:
             ids = self.hf.encode(text, add_special_tokens=False, verbose=False)
         if len(ids) > ALLOWANCE + GROWTH * len(text):
-            raise Refused(f"it makes {len(ids):,} tokens of {len(text):,} characters")
+            raise Refused(f"it turns {len(text):,} characters into {len(ids):,} tokens")
         return ids
 
     def spans(self, text: str) -> list[tuple[int, int, int]]:
         """(start, end, id) of each control token in a text."""
         if self.backend is None:
-            raise Refused("it has no tokenizer.json, which encoding control tokens as plain text takes")
+            raise Refused("it has no tokenizer.json, which is needed to encode control tokens as plain text")
         encoding = self.backend.encode(text, add_special_tokens=False)
         found = []
         for i, (start, end) in zip(encoding.ids, encoding.offsets, strict=True):
-            if i in self.controls:  # which may take the blanks beside it
+            if i in self.controls:  # whose span may include adjacent blanks
                 piece = text[start:end]
                 start, end = end - len(piece.lstrip()), start + len(piece.rstrip())
                 found.append((start, end, i))
         return found
 
     def mark(self, text: str) -> tuple[str, list[str]]:
-        """The text with its control tokens marked, and these in order of appearance."""
+        """The text with its control tokens marked, and those tokens in order of appearance."""
         text, found = text.replace(MARK, 2 * MARK), []
-        for _ in range(20):  # for breaking one may form another
+        for _ in range(20):  # since breaking one may form another
             spans = self.spans(text)
             if not spans:
                 return text, found
             found += [self.controls[i] for _, _, i in spans]
             for start, _, _ in reversed(spans):
                 text = text[: start + 1] + MARK + text[start + 1 :]
-        raise Refused(f"it makes the control token {found[0]!r} of any text like it")
+        raise Refused(f"it finds the control token {found[0]!r} even in text that was altered to avoid it")
 
     def _encode_marked(self, text: str) -> list[int]:
-        """Token ids of a text whose marked control tokens are mere text, and whose others are not.
+        """Token ids of a text, in which marked control tokens are plain text and others are control tokens.
 
-        The others get a spelling that no text can know, and a copy of the tokenizer knows them by no other.
+        The others are replaced by secret spellings, the only ones by which a copy of the tokenizer recognises them.
         """
         pieces, end = [], 0
         for start, stop, i in self.spans(text):
@@ -110,15 +110,15 @@ class Loaded:
         ids: list[int] = copy.encode(text, add_special_tokens=False).ids
         for i in ids:
             if i not in names and i in self.controls:
-                raise Refused(f"its model makes the control token {self.controls[i]!r} of plain text")
+                raise Refused(f"its model produces the control token {self.controls[i]!r} from plain text")
         return [names.get(i, i) for i in ids]
 
     def _copy(self) -> tuple[Any, dict[Any, int]]:
-        """The copy, and {its id of an added token: the tokenizer's own}."""
+        """The copy, and a map from its ids of added tokens to the tokenizer's own."""
         if self._known is None:
             from tokenizers import Tokenizer
 
-            allow(2 * LOAD_SECONDS)  # once, also for what the message asks
+            allow(2 * LOAD_SECONDS)  # needed only once; it also covers the rest of this message
             tree = json.loads(self.backend.to_str())
             for token in tree["added_tokens"]:
                 if token["id"] in self.private:
@@ -129,18 +129,18 @@ class Loaded:
         return self._known
 
     def render(self, messages: list[dict[str, str]]) -> str:
-        random.seed(0)  # templates have a filter `random`
+        random.seed(0)  # templates can use the filter `random`
         text = self.hf.apply_chat_template(
             messages, tokenize=False, add_generation_prompt=True, date_string=TODAY.strftime("%d %b %Y")
         )
         size = sum(len(message["content"]) for message in messages)
         if len(text) > ALLOWANCE + GROWTH * size:
-            raise Refused(f"it makes {len(text):,} characters of {size:,}, over a megabyte more")
+            raise Refused(f"it turns {size:,} characters into {len(text):,}, over a megabyte more")
         return text
 
 
 class Clock(datetime.datetime):
-    """A clock that stands still."""
+    """A clock that always shows TODAY."""
 
     @classmethod
     def now(cls, tz: Any = None) -> datetime.datetime:
@@ -153,7 +153,7 @@ LOADED: collections.OrderedDict[int, Loaded] = collections.OrderedDict()
 
 
 def load(task: dict[str, Any]) -> dict[str, Any]:
-    """Loads a folder's tokenizer under a key, and tells what the parent needs to know of it."""
+    """Loads a folder's tokenizer under a key, and returns what the parent process needs to know about it."""
     hf = read(task["folder"])
     loaded = LOADED[task["key"]] = Loaded(hf)
     while len(LOADED) > KEEP:
@@ -169,7 +169,7 @@ def load(task: dict[str, Any]) -> dict[str, Any]:
 
 
 def read(folder: str) -> Any:
-    """The folder's tokenizer as `transformers` has it."""
+    """The folder's tokenizer, loaded by `transformers`."""
     from transformers import AutoTokenizer, LlamaTokenizer
 
     options: Any = {"local_files_only": True, "trust_remote_code": False}
@@ -177,7 +177,7 @@ def read(folder: str) -> Any:
     names = ("tokenizer.json", "tokenizer_config.json", "config.json", "vocab.json")
     if any(os.path.isfile(os.path.join(folder, name)) for name in names):
         return hf
-    # A bare SentencePiece model: without a class name the conversion can miss the space that the model puts in front.
+    # A bare SentencePiece model: without a class name the conversion can miss the space that the model prepends.
     from sentencepiece import SentencePieceProcessor
 
     theirs, probe = SentencePieceProcessor(os.path.join(folder, "tokenizer.model")), "x is 12,  so  y"
@@ -197,7 +197,7 @@ def attempt(loaded: Loaded) -> None:
         loaded.render(turns)
     except TemplateError as error:
         if type(error) is not TemplateError:
-            raise  # what a template raises itself, as one may that refuses system messages, has this very type
+            raise  # exactly TemplateError is what a template itself raises, for example to refuse system messages
 
 
 def answer(task: dict[str, Any]) -> dict[str, Any]:
@@ -230,7 +230,7 @@ def open_tag(opening: str) -> str | None:
 
 
 def opened(text: str, opening: str) -> str:
-    """A rendered prompt with `opening` at its end, unless the template itself has opened the turn that way."""
+    """A rendered prompt with `opening` appended, unless the template itself has opened the turn that way."""
     if not opening or text.endswith(opening):
         return text
     tag = open_tag(opening)
@@ -244,7 +244,7 @@ def opened(text: str, opening: str) -> str:
 
 
 def fault(error: BaseException, memory_mib: int) -> dict[str, Any]:
-    """An error in words, with the line of the template that it came from."""
+    """Describes an error, with the line of the template that raised it, if any."""
     if isinstance(error, MemoryError):
         return {"fault": f"it ran out of memory ({memory_mib} MiB)", "line": None}
     line, frame = getattr(error, "lineno", None), error.__traceback__
@@ -257,7 +257,7 @@ def fault(error: BaseException, memory_mib: int) -> dict[str, Any]:
 
 
 def allow(seconds: float) -> None:
-    """So much CPU time from now on; then SIGXCPU, also in the middle of compiled code."""
+    """Allows this much CPU time from now on; then comes SIGXCPU, even in the middle of compiled code."""
     used = resource.getrusage(resource.RUSAGE_SELF)
     limit = math.ceil(used.ru_utime + used.ru_stime + seconds)
     resource.setrlimit(resource.RLIMIT_CPU, (limit, resource.getrlimit(resource.RLIMIT_CPU)[1]))
@@ -265,13 +265,13 @@ def allow(seconds: float) -> None:
 
 def main() -> None:
     memory_mib, seconds = int(sys.argv[1]), int(sys.argv[2])
-    replies = os.dup(1)  # the pipe is ours alone: whatever a library prints goes to stderr
+    replies = os.dup(1)  # the pipe is for replies only: whatever a library prints goes to stderr
     os.dup2(2, 1)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     os.environ |= {"TOKENIZERS_PARALLELISM": "false", "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
-    sys.modules["torch"] = None  # pyright: ignore[reportArgumentType]  # which transformers would import in vain
+    sys.modules["torch"] = None  # pyright: ignore[reportArgumentType]  # transformers would import it for nothing
     import transformers.utils.chat_template_utils as templates
-    from transformers import AutoTokenizer  # noqa: F401  (imported lazily: before the limits)
+    from transformers import AutoTokenizer  # noqa: F401  (a lazy import, forced before the limits apply)
 
     templates.datetime = Clock  # pyright: ignore[reportPrivateImportUsage]
     with contextlib.suppress(OSError), open("/proc/self/statm") as file:  # Linux; elsewhere the limit is not enforced
@@ -281,10 +281,10 @@ def main() -> None:
     write(replies, "ready")
     for line in sys.stdin.buffer:
         task = json.loads(line)
-        allow(LOAD_SECONDS if task["do"] == "load" else seconds + len(line) / 1e6)  # a megabyte a second
+        allow(LOAD_SECONDS if task["do"] == "load" else seconds + len(line) / 1e6)  # one second more per megabyte
         try:
             result = answer(task)
-        except BaseException as error:  # the parsers' panics are no Exceptions
+        except BaseException as error:  # panics of the Rust parsers are not Exceptions
             result = fault(error, memory_mib)
         write(replies, result)
 

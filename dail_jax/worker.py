@@ -1,4 +1,4 @@
-"""Work that foreign data could make endless, huge or fatal, in a process that may be killed at any time.
+"""Runs work that foreign data could make endless, huge or fatal, in a process that may be killed at any time.
 
 Each worker is a file run by path, so that nothing of this package (JAX above all) is imported. It sets its own limits,
 which the kernel enforces, writes `"ready"`, and then answers each JSON line with one JSON line.
@@ -21,7 +21,7 @@ from typing import Any
 from dail_jax.errors import UserError
 
 START_SECONDS = 120.0  # imports, on a busy machine
-ATTEMPTS = 3  # to start: a system short of memory kills what is young, too
+ATTEMPTS = 3  # to start: a system short of memory also kills new processes
 
 
 class Lost(Exception):
@@ -33,10 +33,10 @@ class Lost(Exception):
 
 
 class Worker:
-    """One process at a time, started when first asked and again after it was lost.
+    """One process at a time, started on the first request and again after it was lost.
 
-    The wall clock (`wall_seconds` per answer) only ends what sleeps: busy work meets the worker's own limit on CPU time
-    first, however busy the machine is.
+    The limit on wall-clock time (`wall_seconds` per answer) only ends a process that hangs: a busy one reaches the
+    worker's own limit on CPU time first, however loaded the machine is.
     """
 
     def __init__(self, script: Path, arguments: Sequence[str] = (), wall_seconds: float = 60.0):
@@ -46,7 +46,7 @@ class Worker:
         self.closed = False
 
     def ask(self, message: Any) -> Any:
-        """The answer to a message. Raises Lost; the next message then goes to another process."""
+        """The answer to a message. Raises Lost if there is none; the next message then goes to a new process."""
         process = self.process or self._start()
         assert process.stdin is not None
         try:
@@ -59,7 +59,7 @@ class Worker:
             raise Lost(reason) from None
 
     def close(self) -> None:
-        """Ends the process from another thread than the one that asks; there will be no other."""
+        """Kills the process for good; may be called from a thread other than the one that asks."""
         self.closed = True
         if process := self.process:
             process.kill()
@@ -87,7 +87,7 @@ class Worker:
             try:
                 if self._read(self.process, START_SECONDS) == "ready":
                     return self.process
-                reason = "it is not ready"
+                reason = "it did not report that it is ready"
             except Lost as error:
                 reason = error.reason
             self.stop()
@@ -109,7 +109,7 @@ class Worker:
 
 
 def _death(process: subprocess.Popen[bytes]) -> str:
-    """What ended a process: its CPU limit, the system for want of memory, or itself."""
+    """What ended a process: its CPU limit (timeout), the system when short of memory (memory), or itself (crash)."""
     try:
         return {-signal.SIGXCPU: "timeout", -signal.SIGKILL: "memory"}.get(process.wait(timeout=10), "crash")
     except subprocess.TimeoutExpired:

@@ -60,7 +60,7 @@ def test_bootstrap():
     assert low == pytest.approx(mean - error, abs=0.02) and high == pytest.approx(mean + error, abs=0.02)
     assert passk.bootstrap(values, 1, 300) == passk.bootstrap(values, 1, 300) != passk.bootstrap(values, 2, 300)
     assert passk.bootstrap([0.25], 1, 50) == (0.25, 0.25, 0.25)
-    with pytest.raises(ValueError, match="one value a problem"):
+    with pytest.raises(ValueError, match="one value per problem"):
         passk.bootstrap([], 1, 50)
 
 

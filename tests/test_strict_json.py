@@ -13,8 +13,8 @@ DEEP = b"[" * 50 + b"]" * 50
 BAD = {
     b'{"a": 1, "b": 2, "a": 3}': "f:7:a: got the key twice, want it once",
     b'[{"x": {"\\u0007": 1, "\\u0007": 1}}]': "f:7:\ufffd: got the key twice, want it once",
-    b"NaN": "f:7: got NaN, which is no JSON value, want a number, text or null",
-    b"[-Infinity]": "f:7: got -Infinity, which is no JSON value, want a number, text or null",
+    b"NaN": "f:7: got NaN, which is not a JSON value, want a number, text or null",
+    b"[-Infinity]": "f:7: got -Infinity, which is not a JSON value, want a number, text or null",
     b"1e400": "f:7: got the number 1e400, which is too large",
     b"9" * 309 + b".5": "f:7: got the number " + "9" * 40 + ", which is too large",
     b"9" * 1001: "f:7: got a number of 1001 digits, want at most 1000",
@@ -72,7 +72,7 @@ def test_files_that_cannot_be_read(tmp_path):
     for name, message in (
         ("none", "no such file"),
         (".", "got a folder, want a file"),
-        ("pipe", "got something that is no regular file, want a file"),
+        ("pipe", "got something that is not a regular file, want a file"),
     ):
         for read in (strict_json.read_object, lambda path: list(strict_json.read_lines(path))):
             with pytest.raises(UserError) as error:

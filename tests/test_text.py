@@ -173,7 +173,7 @@ def test_templates_that_are_slow_only_for_real_messages(tmp_path):
     assert text.startswith("fine 2024-07-26 00:00 ")  # and the same whenever it is rendered
     for word, complaint in (
         ("slow", "it did not end within 1 seconds of CPU time"),
-        ("large", "it makes 2,000,0.. characters of 5, over a megabyte more"),
+        ("large", "it turns 5 characters into 2,000,0.., over a megabyte more"),
         ("huge", r"it ran out of memory \(2048 MiB\)"),
     ):
         with pytest.raises(UserError, match=f"{tmp_path}:.*chat_template: got a chat template that fails: {complaint}"):
@@ -199,7 +199,7 @@ def test_a_tokenizer_that_grows_without_bound(tmp_path):
     )
     assert len(tokenizer.encode("fine")) == 4
     with pytest.raises(
-        UserError, match=r"got a tokenizer that fails: it (ran out of memory|did not end|makes)"
+        UserError, match=r"got a tokenizer that fails: it (ran out of memory|did not end|turns)"
     ) as error:
         tokenizer.encode("quiet")
     assert "\n" not in str(error.value)

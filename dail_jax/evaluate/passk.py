@@ -1,4 +1,4 @@
-"""Estimates from n graded samples a problem: pass@k, majority vote, and their intervals over problems."""
+"""Estimates from n graded samples per problem: pass@k, majority vote, and their intervals over problems."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-SIGNIFICANT = 0.05  # a smaller p value
+SIGNIFICANT = 0.05  # p values below this count as significant
 MAJORITY_DRAWS = 200  # subsets of k samples behind one maj@k
 
 
@@ -21,7 +21,7 @@ class Interval(NamedTuple):
 
 
 class Difference(NamedTuple):
-    """The mean of b - a over problems, its 95% interval, a two-sided p value, and on how many problems b is ..."""
+    """The mean of b - a over problems, its 95% interval, a two-sided p value, and how often b is better or worse."""
 
     mean: float
     low: float
@@ -33,9 +33,9 @@ class Difference(NamedTuple):
 
     @property
     def sign(self) -> int:
-        """1 where b is better beyond chance, -1 where it is worse, else 0.
+        """1 if b is significantly better, -1 if it is significantly worse, otherwise 0.
 
-        Both the interval and the test must say so: the bootstrap of a few problems that happen to agree has no width.
+        The interval and the test must agree: the bootstrap of a few problems that happen to agree has no width.
         """
         return (self.low > 0) - (self.high < 0) if self.p < SIGNIFICANT else 0
 
@@ -49,8 +49,8 @@ def pass_at_k(n: ArrayLike, c: ArrayLike, k: int) -> NDArray[np.float64]:
     """The probability that k samples, drawn without replacement from n of which c are right, hold a right one.
 
     1 - C(n-c, k) / C(n, k), the unbiased estimator of Chen et al. 2021 (arXiv 2107.03374), as a product of k factors
-    in [0, 1]. `n` and `c` are numbers or arrays (one entry a problem), and so is the result. Raises ValueError where
-    k > n: n samples say nothing unbiased about more than n.
+    in [0, 1]. `n` and `c` are numbers or arrays (one entry per problem), and so is the result. Raises ValueError if
+    k > n: n samples give no unbiased estimate for more than n.
     """
     n, c = np.broadcast_arrays(np.asarray(n), np.asarray(c))
     if not (np.issubdtype(n.dtype, np.integer) and np.issubdtype(c.dtype, np.integer)):
@@ -58,7 +58,7 @@ def pass_at_k(n: ArrayLike, c: ArrayLike, k: int) -> NDArray[np.float64]:
     if k < 1:
         raise ValueError(f"got k = {k}, want at least 1")
     if np.any(n < k):
-        raise ValueError(f"got k = {k} and n = {n.min()}, want k <= n: pass@k needs at least k samples a problem")
+        raise ValueError(f"got k = {k} and n = {n.min()}, want k <= n: pass@k needs at least k samples per problem")
     if np.any(c < 0) or np.any(c > n):
         raise ValueError("got a count of right samples outside 0..n")
     i = np.arange(k)
@@ -67,13 +67,13 @@ def pass_at_k(n: ArrayLike, c: ArrayLike, k: int) -> NDArray[np.float64]:
 
 
 def bootstrap(values: ArrayLike, seed: int, resamples: int) -> Interval:
-    """The mean of one value a problem, and the 2.5 and 97.5 percentiles of the means of resampled problems.
+    """The mean of one value per problem, and the 2.5 and 97.5 percentiles of the means of resampled problems.
 
-    The same seed draws the same problems for every list of one length, so that runs are comparable.
+    The same seed draws the same problems for all lists of the same length, so that runs are comparable.
     """
     values = np.asarray(values, np.float64)
     if values.ndim != 1 or not len(values):
-        raise ValueError(f"got values of shape {values.shape}, want one value a problem")
+        raise ValueError(f"got values of shape {values.shape}, want one value per problem")
     rng = np.random.default_rng(seed)
     means = [values[rng.integers(0, len(values), len(values))].mean() for _ in range(resamples)]
     low, high = np.percentile(means, [2.5, 97.5])
@@ -83,8 +83,8 @@ def bootstrap(values: ArrayLike, seed: int, resamples: int) -> Interval:
 def paired_difference(a: Mapping[str, float], b: Mapping[str, float], seed: int, resamples: int) -> Difference:
     """How much better b is than a on the same problems; `a` and `b` map a problem's id to its value.
 
-    The interval resamples problems with both their values; p is from random sign flips of the differences. Raises
-    ValueError where the problems are not the same.
+    The interval resamples problems with both their values; p comes from random sign flips of the differences. Raises
+    ValueError if the problems are not the same.
     """
     if a.keys() != b.keys():
         odd = sorted(a.keys() ^ b.keys())
@@ -99,11 +99,11 @@ def paired_difference(a: Mapping[str, float], b: Mapping[str, float], seed: int,
 
 
 def maj_at_k(votes: Sequence[int | None], ks: Sequence[int], seed: int) -> list[float]:
-    """For each k, how probable it is that the majority of k of one problem's n samples is right.
+    """For each k, the probability that the majority among k of one problem's n samples is right.
 
     `votes` are those of `Grader.votes`: 0 for the gold answer, another number for each other value, None for no answer,
-    which has no vote. A tie between values counts by the share of them that is right: the expectation of a fair draw
-    among them. k = 1 and k = n are exact, others the mean over `MAJORITY_DRAWS` random subsets.
+    which has no vote. A tie between values counts as the share of them that is right, the expectation of a fair draw
+    among them. k = 1 and k = n are exact; others are the mean over `MAJORITY_DRAWS` random subsets.
     """
     n = len(votes)
     if any(not 1 <= k <= n for k in ks):

@@ -1,14 +1,14 @@
-"""The process that compares answers by math-verify; started by `grading.Grader`, which may kill it at any time.
+"""The process that compares answers with math-verify; started by `grading.Grader`, which may kill it at any time.
 
-It is run as a file, so that nothing else of this package is imported. One JSON line comes in for each question, and one
-goes out:
+It is run as a file, so that nothing else of this package is imported. Each question is one JSON line, and so is each
+reply:
 
     ["equal", gold, answer]    the reason of the verdict
     ["read", formula, null]    "equal" where the formula can be read, else the reason why not
-    ["size", formula, null]    what it is and its numbers, as in "number 0.5 0.0" (real and imaginary part), or a reason
+    ["size", formula, null]    its kind and numbers, as in "number 0.5 0.0" (real and imaginary part), or a reason
 
-The limits are the kernel's: an address space that holds, and CPU seconds renewed for each line, whose end is SIGXCPU,
-also in the middle of C code. `argv`: address space in MiB, CPU seconds per question.
+The kernel enforces the limits: on address space, and on CPU time per question. When that is used up comes SIGXCPU, even
+in the middle of C code. `argv`: address space in MiB, CPU seconds per question.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from typing import Any
 
 def main() -> None:
     memory_mib, cpu_seconds = int(sys.argv[1]), int(sys.argv[2])
-    replies = os.dup(1)  # the pipe is ours alone: whatever a library prints goes to stderr
+    replies = os.dup(1)  # the pipe is for replies only: whatever a library prints goes to stderr
     os.dup2(2, 1)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     resource.setrlimit(resource.RLIMIT_AS, (memory_mib * 2**20, memory_mib * 2**20))
@@ -40,14 +40,14 @@ def main() -> None:
         resource.setrlimit(resource.RLIMIT_CPU, (limit, resource.getrlimit(resource.RLIMIT_CPU)[1]))
         question, formula, other = json.loads(line)
         reason = size(math_verify, formula) if question == "size" else compare(math_verify, formula, other)
-        # Most of math-verify and sympy takes a MemoryError for one more way to fail: the peak gives it away.
+        # Most of math-verify and sympy handles a MemoryError like any other failure; the peak memory reveals it.
         if reason != "equal" and peak_mib() > memory_mib / 4:
             reason = "memory"
         os.write(replies, json.dumps(reason).encode() + b"\n")
 
 
 def peak_mib() -> float:
-    """The most address space that this process ever had, where the system tells (Linux)."""
+    """This process's peak address space in MiB; 0 where the system does not report it (only Linux does)."""
     try:
         with open("/proc/self/status") as file:
             return next(int(line.split()[1]) / 1024 for line in file if line.startswith("VmPeak"))
@@ -56,7 +56,7 @@ def peak_mib() -> float:
 
 
 def compare(math_verify: Any, gold: str, prediction: str | None) -> str:
-    """The reason of a verdict; math-verify is not symmetric, the gold answer goes first."""
+    """The reason of a verdict. math-verify is not symmetric: the gold answer goes first."""
     try:
         parsed_gold = parse(math_verify, gold)
         if parsed_gold is None:
@@ -67,9 +67,9 @@ def compare(math_verify: Any, gold: str, prediction: str | None) -> str:
         if parsed is None:
             return "unparseable"
         pairs = [(parsed_gold, parsed)]
-        if has_i(parsed_gold) or has_i(parsed):  # a variable to math-verify; -1 is e^{i\\pi} all the same
+        if has_i(parsed_gold) or has_i(parsed):  # a variable to math-verify, yet e^{i\\pi} is -1
             pairs.append((with_i(parsed_gold), with_i(parsed)))
-        equal = any(  # an interval may be answered by an inequality, too
+        equal = any(  # an inequality may also answer for an interval
             math_verify.verify(one, two, allow_set_relation_comp=True, timeout_seconds=None, raise_on_error=True)
             for one, two in pairs
         )
@@ -85,7 +85,7 @@ def has_i(parsed: Any) -> bool:
 
 
 def with_i(parsed: Any) -> Any:
-    """The formula with the imaginary unit for the letter i."""
+    """The formula with the imaginary unit in place of the letter i."""
     import sympy
 
     letters = {symbol: sympy.I for symbol in getattr(parsed, "free_symbols", ()) if symbol.name == "i"}
@@ -93,7 +93,7 @@ def with_i(parsed: Any) -> Any:
 
 
 def size(math_verify: Any, text: str) -> str:
-    """What a formula is, and its numbers; equal formulas have nearly equal ones."""
+    """A formula's kind and its numbers, or a reason; equal formulas have nearly equal numbers."""
     try:
         parsed = parse(math_verify, text)
         if parsed is None:
@@ -107,10 +107,10 @@ def size(math_verify: Any, text: str) -> str:
 
 
 def sizes(parsed: Any) -> tuple[str, list[complex]]:
-    """(`number`, its value) or (`set`, the sorted values of its members); `other` things have no size.
+    """(`number`, its value) or (`set`, the sorted values of its members); anything else is (`other`, 0).
 
-    Every variable has a value of its own, the same in all formulas. An equation counts as its right side and a set of
-    one as its member, as in math-verify.
+    Each variable has a fixed value that depends on its name alone. As in math-verify, an equation counts as its right
+    side, and a set of one member as that member.
     """
     import sympy
 
@@ -130,7 +130,7 @@ def sizes(parsed: Any) -> tuple[str, list[complex]]:
 
 
 def parse(math_verify: Any, text: str) -> Any:
-    """A sympy object, or None. Its own timeouts, which are alarms, are off: ours is the kernel's."""
+    """A sympy object, or None. math-verify's own timeouts, which are alarms, are off: the kernel limits CPU time."""
     # Only what is in the box counts: the looser patterns would pick one fraction out of a sentence.
     latex = math_verify.LatexExtractionConfig(try_extract_without_anchor=False, boxed_match_priority=0)
     try:
