@@ -1,9 +1,10 @@
 """Prompts of the three roles: one builder for generation, training and evaluation, so that they cannot differ.
 
-A template is a text file. `{{problem}}`, `{{solution}}`, `{{waypoints}}` and `{{answer}}` stand for a row's values,
-put in once and never scanned again; control tokens in them are plain text (`data.special_tokens`); `{{waypoints:, }}` chooses what stands between waypoints (`{{hint:, }}` likewise,
-where the hint is waypoints). A line whose values are all empty is left out. A file that begins with a line `[system]`
-continues with a line `[user]`; any other is the user's message as a whole.
+A template is a text file. `{{problem}}`, `{{solution}}`, `{{waypoints}}` and `{{answer}}` stand for a row's values. These
+are filled in once and not scanned again; control tokens in them are plain text (`data.special_tokens`).
+`{{waypoints:, }}` sets the separator between waypoints, and so does `{{hint:, }}` if the hint is a list of waypoints. A
+line whose values are all empty is left out. A file that begins with a line `[system]` must also have a line `[user]`; any
+other file is the user's message as a whole.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from dail_jax.text import Tokenizer, open_tag
 
 NAMES = ("problem", "solution", "waypoints", "answer")
 
-# What each role may see. The student must not be told anything of the solution.
+# What each role may see. The student must not see any part of the solution.
 ALLOWED = {
     "student": ("problem",),
     "privileged": NAMES,
@@ -71,7 +72,7 @@ class Prompts:
 class PromptBuilder:
     """Builds every prompt of a run from its templates and chat template; raises UserError for bad templates.
 
-    `special_tokens` says what becomes of control tokens in rows.
+    `special_tokens` says how to treat control tokens in rows.
     """
 
     def __init__(
@@ -83,14 +84,14 @@ class PromptBuilder:
     ):
         self.tokenizer, self.cfg, self.waypoint_cfg = tokenizer, cfg, waypoint_cfg
         self.special_tokens: Policy = special_tokens
-        self.found: Counter[str] = Counter()  # control tokens that were encoded as text: the texts that hold each
+        self.found: Counter[str] = Counter()  # control token encoded as text -> how many texts contain it
         self.student = load_template(cfg.student, "student")
         self.privileged = load_template(cfg.privileged, "privileged")
         self.negative = load_template(cfg.negative, "negative")
         self.expert = load_template(cfg.expert, "expert") if cfg.expert else None
 
     def build(self, row: Row) -> Prompts:
-        """All prompts of a row. Where the solution is cut, every role sees the cut one; the final answer stays."""
+        """All prompts of a row. If the solution is cut, every role sees the cut one, but the same final answer."""
         raw, cut = self.values(row)
         values = self._safe(raw, self.special_tokens, row.problem_id)
         reply = self.reply({**values, "solution": self._own_thoughts(str(raw["solution"]))}, cut)
@@ -103,7 +104,7 @@ class PromptBuilder:
         )
 
     def values(self, row: Row) -> tuple[Values, bool]:
-        """What the placeholders stand for, and whether the solution was cut."""
+        """The values of the placeholders, and whether the solution was cut."""
         solution, cut = self.cut(row.solution)
         answer = final_answer(row)
         seen = Row(row.problem_id, row.problem, solution, answer, row.index, row.waypoints)
@@ -117,10 +118,10 @@ class PromptBuilder:
     def student_only(
         self, problem: str, template: str | None = None, choices: str = "", special_tokens: Policy | None = None
     ) -> list[int]:
-        """The prompt of an evaluation: the student's, or that of a benchmark's own template file.
+        """An evaluation's prompt: the student's, or that of a benchmark's own template file.
 
-        `choices` are those of a multiple-choice question, a line each; their template shows them. `special_tokens` is
-        the benchmark's own policy.
+        `choices` are those of a multiple-choice question, one per line; they use the template for choices.
+        `special_tokens` is the benchmark's own policy.
         """
         own = template is None and not choices
         found = self.student if own else _template(template, "choice" if choices else "student")
@@ -128,12 +129,12 @@ class PromptBuilder:
         return self._render(found, self._safe(values, special_tokens or self.special_tokens, problem[:40]))
 
     def hinted(self, problem: str, hint: str | list[str]) -> list[int]:
-        """The student's prompt with a hint, or with waypoints as one."""
+        """The student's prompt with a hint: a text, or a list of waypoints."""
         values = self._safe({"problem": problem, "hint": hint}, self.special_tokens, problem[:40])
         return self._render(_template(self.cfg.hint, "hint"), values)
 
     def cut(self, solution: str) -> tuple[str, bool]:
-        """The longest prefix of a solution (to within a character) of at most max_solution_tokens tokens."""
+        """The solution cut to at most max_solution_tokens tokens (to within a character), and whether it was cut."""
         limit = self.cfg.max_solution_tokens
         if self._length(solution) <= limit:
             return solution, False
@@ -149,8 +150,8 @@ class PromptBuilder:
     def reply(self, values: Values, cut: bool) -> str:
         """The text that SFT imitates: the `expert` template's, or the solution, after the prompt's opening.
 
-        Without a template, a solution that the opening puts inside of a tag such as <think> is followed by the
-        closing tag and the boxed answer; a cut one ends where it was cut.
+        Without a template, a solution that the opening puts inside a tag such as <think> is followed by the closing tag
+        and the boxed answer; a cut solution ends where it was cut.
         """
         if self.expert is not None:
             text = self.expert.messages(values)[-1]["content"]
@@ -175,7 +176,7 @@ class PromptBuilder:
         return self.tokenizer.mark(text, keep=self.special_tokens == "keep")
 
     def _safe(self, values: Values, policy: Policy, name: str) -> Values:
-        """The values with their control tokens marked as text, and counted; raises UserError where they are refused."""
+        """The values with their control tokens marked as text, and counted; raises UserError if they are refused."""
         safe: Values = {}
         for field, value in values.items():
             parts = [value] if isinstance(value, str) else value
@@ -193,7 +194,7 @@ class PromptBuilder:
         return safe
 
     def _own_thoughts(self, solution: str) -> str:
-        """A solution as a reply: control tokens are marked, but for the tags around thoughts with which it begins."""
+        """A solution as a reply: control tokens are marked, except the tags around thoughts at its beginning."""
         tag = open_tag(self.cfg.opening) or "think"
         thoughts, end, rest = solution.partition(f"</{tag}>")
         start = next(iter(re.findall(rf"\A\s*<{tag}>", thoughts)), "")
@@ -237,7 +238,7 @@ def load_template(path: str | None, role: str) -> Template:
 
 
 def _sections(text: str, source: str, role: str) -> tuple[tuple[str, str], ...]:
-    """Splits at the lines [system] and [user], in this order, where the file begins with one of them."""
+    """Splits at the lines [system] and [user], in this order, if the file begins with one of them."""
     if not _SECTION.match(text):
         return (("user", text.strip()),)
     marks = list(re.finditer(r"^\[(system|user)\][ \t]*$", text, re.MULTILINE))
@@ -251,7 +252,7 @@ def _sections(text: str, source: str, role: str) -> tuple[tuple[str, str], ...]:
 
 
 def _fill(text: str, values: Values) -> str:
-    """Puts the values in, in one pass, line by line."""
+    """Fills in the values, line by line, in one pass; leaves out lines whose values are all empty."""
 
     def value(match: re.Match[str]) -> str:
         found = values[match[1]]

@@ -1,6 +1,6 @@
 """Rows of a dataset: problems with expert solutions, from JSON lines, parquet or a hub, checked one by one.
 
-Whatever is wrong with a row is a UserError that names file, row (counted from 1) and column.
+Anything wrong with a row raises a UserError that names file, row (counted from 1) and column.
 """
 
 from __future__ import annotations
@@ -21,22 +21,22 @@ from dail_jax.errors import UserError
 
 @dataclass(frozen=True)
 class Row:
-    """One problem. `index` is its place in the dataset, from 0; absent texts are empty, absent answers None."""
+    """One problem. `index` is its place in the dataset, from 0; a missing text is empty, a missing answer is None."""
 
     problem_id: str
     problem: str
     solution: str
     answer: str | None
     index: int
-    waypoints: str | None = None  # one a line, for the extractor `file`
-    choices: tuple[str, ...] = ()  # of a multiple-choice question, the right one first; then `answer` is its text
+    waypoints: str | None = None  # one per line, for the extractor `file`
+    choices: tuple[str, ...] = ()  # of a multiple-choice question, the right one first; `answer` is then its text
 
 
 def read_rows(cfg: config.Rows, need: Sequence[str] = ("problem", "solution")) -> list[Row]:
     """The rows of a dataset, in its order, at most `cfg.limit`.
 
-    `need` are the fields of Row that must hold text; the others may be missing. Where there is no problem_id, the
-    row's content hash takes its place. Raises UserError at the first fault.
+    `need` names the fields of Row that must hold text; the others may be missing. A row without a problem_id gets the
+    hash of its content for one. Raises UserError at the first fault.
     """
     rows: list[Row] = []
     seen: dict[str, int] = {}
@@ -110,7 +110,7 @@ def _row(raw: Any, cfg: config.Rows, need: Sequence[str], number: int, index: in
 
 
 def _choices(raw: dict[str, Any], cfg: config.Rows, number: int) -> tuple[str, ...]:
-    """The texts of a question's choices, the right one first; none where the dataset is not asked for them."""
+    """The texts of a question's choices, the right one first; empty if the configuration names no column for them."""
     columns, answer = cfg.columns.choices, raw.get(cfg.columns.answer)
     if columns is None:
         return ()
@@ -137,10 +137,10 @@ def _choices(raw: dict[str, Any], cfg: config.Rows, number: int) -> tuple[str, .
 
 
 def _text(value: Any, number_allowed: bool, path: str, row: int, column: str) -> str:
-    """A field as text. Answers and ids may be numbers, as many datasets have them."""
+    """A field as text. Answers and ids may be numbers, as they are in many datasets."""
     if number_allowed and type(value) is int:
         return str(value)
-    if number_allowed and type(value) is float:  # what a table makes of integers when one is missing
+    if number_allowed and type(value) is float:  # a table turns integers into these if one is missing
         return str(int(value)) if value.is_integer() and abs(value) < 2**53 else repr(value)
     if not isinstance(value, str):
         want = "text or a number" if number_allowed else "text"
@@ -175,7 +175,7 @@ def _from_lines(cfg: config.Rows) -> Iterator[tuple[int, Any]]:
 
 
 def _from_parquet(cfg: config.Rows, cap: int = 2 << 30) -> Iterator[tuple[int, Any]]:
-    """Parquet, of at most `cap` bytes when unfolded."""
+    """Parquet, of at most `cap` bytes when decompressed."""
     *columns, choices = cfg.columns.model_dump().values()
     columns += [choices] if isinstance(choices, str) else choices or ()
     with tempfile.TemporaryFile() as out:
@@ -186,7 +186,7 @@ def _from_parquet(cfg: config.Rows, cap: int = 2 << 30) -> Iterator[tuple[int, A
             reason = done.stderr.decode("utf-8", "replace").rpartition("\x1e")[2]
             raise UserError(reason[:300], file=cfg.path)
         if done.returncode:
-            raise UserError("got a damaged parquet file: its reader crashed or ran past its limits", file=cfg.path)
+            raise UserError("got a damaged parquet file: its reader crashed or exceeded its limits", file=cfg.path)
         out.seek(0)
         for number, line in enumerate(out, 1):
             yield number, strict_json.parse(line, cfg.path, number)

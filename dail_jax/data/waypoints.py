@@ -1,6 +1,6 @@
-"""Waypoints: the coarse intermediate results of an expert solution, which the negative reference is told.
+"""Waypoints: the coarse intermediate results of an expert solution, which the negative reference is given.
 
-An extractor is a function from a Row to texts in a sensible order; name it in EXTRACTORS and configs can use it.
+An extractor is a function from a Row to texts in a sensible order; once it is in EXTRACTORS, configs can name it.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from dail_jax.errors import UserError
 
 
 def waypoints(row: Row, cfg: config.Waypoints) -> list[str]:
-    """The row's waypoints, each once and without its final answer: at most `cfg.limit`, spread over all of them."""
+    """The row's waypoints, each once and without the final answer; at most `cfg.limit`, spread evenly over them all."""
     extract = named(cfg.extractor)
     answer = final_answer(row)
     final = _values(answer) if answer else set()
@@ -39,24 +39,24 @@ def named(name: str) -> Callable[[Row], list[str]]:
 
 
 def final_answer(row: Row) -> str | None:
-    """The row's answer, else what its solution boxes last, else None."""
+    """The row's answer, otherwise the last box in its solution, otherwise None."""
     return row.answer.strip() if row.answer else latex.last_boxed(row.solution)
 
 
 _STATES = re.compile(
     r"[=<>]|\\(?:approx|equiv|[lg]eq?|implies|(?:Long|long)?[rR]ightarrow|to)(?![a-zA-Z])|(?<![\\a-zA-Z])[a-zA-Z]{2,}[\s:]|(?<!\\)\$"
 )
-_FORMULA = re.compile(r"(?<!\\)\$([^$]*)\$")  # inside of prose
+_FORMULA = re.compile(r"(?<!\\)\$([^$]*)\$")  # inside prose
 _UNIT = re.compile(
     r"\\pmod\s*\{[^{}]*\}|\^\s*\{?\s*\\circ\s*\}?|\\[%$]|%|(?<=\d)\s+(?:[a-zA-Z]+/[a-zA-Z]|[a-zA-Z]{2})(?s:.*)\Z"
 )
 
 
 def _values(text: str) -> set[Hashable]:
-    """Keys of what a text, be it an answer or a waypoint, can be read to state.
+    """The keys of every value that a text, an answer or a waypoint, can be read to state.
 
-    That is all of it, a formula in it, or the end of these behind a relation or a word; and each without its unit, for
-    `19.8` gives away `v = 19.8\\text{ m/s}`.
+    These are the values of the whole text, of each formula in it, and of what follows a relation or a word near the end
+    of either; each with and without its unit, since `v = 19.8\\text{ m/s}` gives away `19.8`.
     """
     text = collapsed(text).strip()
     parts = [text, *_FORMULA.findall(text)]
@@ -75,8 +75,8 @@ def _digits(match: re.Match[str]) -> str:
 # `reference`: the categories of the reference implementation (method.md), sorted as text
 # ---------------------------------------------------------------------------------------------------
 
-# The reference implementation's categories. A neighbour that is a letter, digit or underscore rules a number or a term
-# out; a power may stand anywhere. Nothing is scanned twice: every run of characters is taken as a whole.
+# The reference implementation's categories. A number or a term must not touch a letter, digit or underscore; a power may
+# stand anywhere. No character is scanned twice, since every run of characters is matched possessively.
 _NUMBER = re.compile(
     r"""(?<!\w)[-+]?
     (?: \d*+\.\d++ (?:[eE][-+]?\d++)?+ (?!\w)  # 3.5, .5, 1.5e-3
@@ -88,7 +88,7 @@ _POWER = re.compile(  # x^2, 2^{10}, e^{-x}; of x^{a b}, x^{a; of (n+1)^2, nothi
     r"""(?<![a-zA-Z0-9.])[a-zA-Z0-9.]++ \^ \{?+ [a-zA-Z0-9.+-]++ \}?+""",
     re.VERBOSE,
 )
-_TERM = re.compile(  # a letter, perhaps with a coefficient before it and a constant behind it
+_TERM = re.compile(  # a letter, optionally with a coefficient before it and a constant after it
     r"""(?<!\w)(?P<product> \d*+[a-zA-Z] ) (?!\w) (?: [-+]\d++(?!\w) )?+""",
     re.VERBOSE,
 )
@@ -106,10 +106,10 @@ def reference(row: Row) -> list[str]:
 
 
 def given(row: Row) -> list[str]:
-    """The row's own waypoints, one a line; raises UserError where it has none."""
+    """The row's own waypoints, one per line; raises UserError if it has none."""
     if row.waypoints is None:
         raise UserError(
-            "got no waypoints, want one a line, as the extractor 'file' reads them",
+            "got no waypoints, want one per line, as the extractor 'file' reads them",
             row=row.problem_id,
             field="waypoints",
         )

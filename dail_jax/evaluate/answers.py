@@ -1,7 +1,7 @@
-"""Answer types: where an answer stands in a completion, and when it equals the gold answer.
+"""Answer types: how to find an answer in a completion, and when it equals the gold answer.
 
-A configuration names one for each benchmark (`answer: math`). A new one is a subclass of `AnswerType` and an entry in
-`ANSWERS`: docs/extending.md shows one from outside of this package.
+A configuration names one per benchmark (`answer: math`). A new one is a subclass of `AnswerType` and an entry in
+`ANSWERS`: docs/extending.md shows one from outside this package.
 """
 
 from __future__ import annotations
@@ -24,25 +24,25 @@ class Algebra(Protocol):
         ...
 
     def unreadable(self, formula: str) -> str | None:
-        """Why a formula cannot be compared with (the reason of a verdict), or None."""
+        """Why nothing can be compared with a formula (the reason of a verdict), or None if it can."""
         ...
 
     def size(self, formula: str) -> tuple[str, tuple[float, ...]] | None:
-        """What a formula is, and its numbers; its value at a fixed point where it has variables. None: no telling."""
+        """A formula's kind and its numbers, taken at a fixed point if it has variables; None if they are unknown."""
         ...
 
 
 class AnswerType:
     """How answers of one kind are read and compared. Methods may be called from several threads."""
 
-    is_graded = True  # False: samples are drawn and kept, and nothing is said about them
+    is_graded = True  # False: samples are drawn and kept, but not graded
 
     def extract(self, part: str) -> str | None:
-        """The answer in the answer part of a completion (its thoughts are gone), or None."""
+        """The answer in the answer part of a completion (what follows its thoughts), or None."""
         raise NotImplementedError
 
     def gold_problem(self, gold: str, algebra: Algebra) -> str | None:
-        """Why a text cannot be a gold answer, as in "want one letter"; None where it can. Asked before anything is drawn."""
+        """Why a text cannot be a gold answer, as in "want one letter"; None if it can. Called before sampling."""
         return None if gold.strip() else "want an answer"
 
     def compare(self, gold: str, answer: str, algebra: Algebra) -> Verdict:
@@ -50,19 +50,19 @@ class AnswerType:
         raise NotImplementedError
 
     def key(self, answer: str) -> Hashable:
-        """In a majority vote, answers with equal keys are the same. Must be cheap: no algebra."""
+        """A key for majority votes, where answers with equal keys are the same. It must be cheap: no algebra."""
         return answer.strip()
 
     def neighbourhood(self, answer: str, algebra: Algebra) -> Hashable | None:
-        """In a majority vote, answers of one neighbourhood may be equal although their keys differ, and are compared.
+        """A second key for majority votes: answers that share it may be equal although their keys differ.
 
-        None: they are not.
+        Such answers are compared with each other; an answer whose neighbourhood is None is not.
         """
         return None
 
 
 class Math(AnswerType):
-    """Mathematics in the last box, equal in value."""
+    """Mathematics in the last box, compared by value."""
 
     def extract(self, part: str) -> str | None:
         return latex.last_boxed(part)
@@ -90,7 +90,7 @@ class Math(AnswerType):
 
 
 def _rough(number: float) -> str:
-    """Four digits, of an odd multiple: what people write as answers is never where rounding up and down meet."""
+    """Four digits of an arbitrary multiple, so that no answer that people write lies on the border of rounding."""
     return f"{number * 1.0372953:.4g}" if abs(number) > 1e-9 else "0"
 
 
@@ -99,7 +99,7 @@ class Integer(Math):
 
     def extract(self, part: str) -> str | None:
         box = latex.last_boxed(part)
-        if box is not None or "\\boxed" in part:  # one that was never closed: the answer may have gone on
+        if box is not None or "\\boxed" in part:  # an unclosed box: its answer may have been cut
             return box
         return rules.stated_integer(part)
 
@@ -130,7 +130,7 @@ class Choice(AnswerType):
 
 
 class Ungraded(AnswerType):
-    """No answers: samples are drawn and kept."""
+    """No answers: samples are drawn and kept, but not graded."""
 
     is_graded = False
 
@@ -150,11 +150,11 @@ def named(name: str, field: str = "answer") -> AnswerType:
 
 
 def extract(text: str, answer: str = "math", *, forced: str | None = None, tag: str = "think") -> str | None:
-    """The answer in a completion, for the answer type of that name; None where there is none.
+    """The answer in a completion, for the answer type of that name; None if there is none.
 
-    The answer part follows the last `</think>` (or other `tag`). Where a text opens its thoughts and never closes
-    them there is none: an answer among thoughts is not an answer. `forced` is the text that closed the thoughts of a
-    cut sample and what was drawn after it; then only this counts.
+    The answer part follows the last `</think>` (or other `tag`). A text that opens its thoughts and never closes them
+    has none, since what stands among thoughts is not an answer. `forced` is the text that closed the thoughts of a cut
+    sample, with what was drawn after it; if it is given, only it counts.
     """
     _, closed, after = text.rpartition(f"</{tag}>")
     if forced is None and not closed and f"<{tag}>" in text:

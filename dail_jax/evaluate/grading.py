@@ -8,8 +8,8 @@ and CPU time, so that no answer can stop or bring down the caller. A verdict is 
     no answer          nothing was extracted
     unparseable        not mathematics that can be read
     incomparable       it can be read, but the comparison fails
-    too long, too deep, too large    refused by a look at the text
-    timeout, memory, crash           the worker met its limit, or died
+    too long, too deep, too large    refused because of its text alone
+    timeout, memory, crash           the worker reached its limit, or died
     gold               the gold answer cannot be read: see `Grader.check_gold`
 """
 
@@ -33,20 +33,20 @@ _R = TypeVar("_R")
 
 FAILURES = {"timeout", "memory", "crash"}  # of a worker
 MAX_REPRESENTATIVES = 8  # values of one neighbourhood that an answer is compared with
-MAX_FAILURES = 3  # among the answers to one problem: then their keys alone decide
+MAX_FAILURES = 3  # of workers, per problem: after that, keys alone decide
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What one comparison may use. The wall clock only ends what sleeps: busy work meets the CPU limit first."""
+    """What one comparison may use. The wall clock only ends workers that hang: busy ones reach the CPU limit first."""
 
     memory_mib: int = 1024
     cpu_seconds: int = 5
     wall_seconds: float = 60.0
-    comparisons: int = 500  # then the worker is replaced, since sympy's caches grow
+    comparisons: int = 500  # per worker, which is then replaced: sympy's caches grow
 
 
-Question = tuple[str, str, str | None]  # what to do, a formula, and perhaps another
+Question = tuple[str, str, str | None]  # what to do, a formula, and for some a second one
 
 
 class _Judge:
@@ -77,12 +77,12 @@ class _Judge:
 
 
 class _Failed(Exception):
-    """A worker met its limit."""
+    """Raised when a worker reached its limit, or died."""
 
 
 @dataclass(frozen=True)
 class _Algebra:
-    """`answers.Algebra`: questions to the workers, whom `ask` reaches."""
+    """`answers.Algebra` by way of `ask`, which passes questions on to the workers."""
 
     ask: Callable[[Question], str]
 
@@ -101,9 +101,9 @@ class _Algebra:
 
 @dataclass
 class Grader:
-    """Grades answers; a context manager, since it may have started processes (never more than `workers`).
+    """Grades answers; a context manager, since it may start processes (at most `workers`).
 
-    `grade`, `grade_many` and `votes` may be called from one thread at a time. What the workers said is remembered.
+    `grade`, `grade_many` and `votes` must be called from one thread at a time. Replies of workers are cached.
     """
 
     workers: int = 2
@@ -111,7 +111,7 @@ class Grader:
 
     def __post_init__(self) -> None:
         self._all = [_Judge(self.limits) for _ in range(max(1, self.workers))]
-        self._free: queue.LifoQueue[_Judge] = queue.LifoQueue()  # last in, first out: one at a time needs one process
+        self._free: queue.LifoQueue[_Judge] = queue.LifoQueue()  # last in, first out: serial use starts one process
         for judge in reversed(self._all):
             self._free.put(judge)
         self._threads: ThreadPoolExecutor | None = None
@@ -122,7 +122,7 @@ class Grader:
 
     def __exit__(self, *_: object) -> None:
         for judge in self._all:
-            judge.worker.close()  # ends what a thread may still be waiting for
+            judge.worker.close()  # ends the reply that a thread may still be waiting for
         if self._threads is not None:
             self._threads.shutdown(cancel_futures=True)
         for judge in self._all:
@@ -133,7 +133,7 @@ class Grader:
         """How many worker processes are alive."""
         return sum(judge.worker.process is not None for judge in self._all)
 
-    # What is decided for all answer types
+    # Grading, for all answer types
 
     def grade(self, prediction: str | None, gold: str, answer_type: str = "math") -> Verdict:
         return self.grade_many([(prediction, gold, answer_type)])[0]
@@ -145,16 +145,16 @@ class Grader:
         return [found[item] for item in items]
 
     def check_gold(self, gold: str, answer_type: str = "math") -> str | None:
-        """Why a gold answer cannot be graded against, in words for an error message; None where it can."""
+        """Why a gold answer is of no use for grading, worded for an error message; None if it can be used."""
         problem = answers.named(answer_type).gold_problem(gold, _Algebra(self._ask))
         return problem and f"got {gold if len(gold) <= 60 else gold[:57] + '...'!r}, {problem}"
 
     def votes(self, problems: Sequence[tuple[str, Sequence[str | None], Sequence[Verdict]]]) -> list[list[int | None]]:
-        """For each problem (name of an answer type, answers, their verdicts), whom every answer votes for.
+        """For each problem (name of an answer type, answers, their verdicts), the value that each answer votes for.
 
         0 is the gold answer; 1, 2, ... are other values in order of first appearance; None is no answer. Wrong answers
-        vote for the same value where one is right by the other: the comparison of grading, with its limits. Those that
-        a worker failed on, or that could not be read, are one value only where they are one text.
+        vote for the same value if one would be graded right with the other as the gold answer, under the same limits.
+        Those that a worker failed on, or that could not be read, share a value only if their keys are equal.
         """
         return self._map(self._votes, problems)
 
@@ -188,7 +188,7 @@ class Grader:
         return found
 
     def _value(self, kind: AnswerType, answer: str, near: dict[Hashable, list[tuple[str, int]]], number: int) -> int:
-        """The number of the value among those known that an answer equals, or `number` for a new one."""
+        """The number of the known value that an answer equals, or `number` if its value is new."""
         algebra = _Algebra(self._ask_or_fail)
         place = kind.neighbourhood(answer, algebra)
         if place is None:
@@ -216,7 +216,7 @@ class Grader:
         return reply
 
     def _map(self, function: Callable[[_T], _R], items: Sequence[_T]) -> list[_R]:
-        """`function` of every item, in as many threads as there are workers: what needs none does not wait."""
+        """Applies `function` to all items, in one thread per worker, so that items that need no worker do not wait."""
         if len(items) < 2 or len(self._all) < 2:
             return [function(item) for item in items]
         if self._threads is None:

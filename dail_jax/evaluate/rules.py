@@ -1,6 +1,6 @@
-"""Answers as text: what a completion states, spellings that mean the same, and what needs no algebra.
+"""Answers as text: answers stated in a completion, equivalent spellings, and comparisons that need no algebra.
 
-Every rule is linear in the length of the text, since a model may write a megabyte of anything.
+Every rule takes time linear in the length of the text, since a model may write a megabyte of anything.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class Verdict(NamedTuple):
 # Statements and letters
 # ---------------------------------------------------------------------------------------------------
 
-# Statements are read without markup. Item numbers of a list are markup, too.
+# Markup is removed before statements are read; the item numbers of a list count as markup.
 _MARKUP = re.compile(
     r"[*_`#$~{}]|\\(?:text|math)?(?:bf|it|rm|sf|tt)?(?![A-Za-z])[()\[\],;:! ]?|^[ \t*]*\d+[.)]\**[ \t]+(?=\S)", re.M
 )
@@ -54,7 +54,7 @@ def stated_choice(text: str) -> str | None:
 
 
 def _stated(text: str, pattern: re.Pattern[str]) -> str | None:
-    """What the last statement of an answer says; it ends with the number or choice, or is none."""
+    """The number or choice in the last statement of an answer; only statements that end with one count."""
     for piece in reversed(_ANSWER.split(_plain(text))[1:]):
         if match := pattern.match(piece):
             return match[1]
@@ -66,7 +66,7 @@ def _plain(text: str) -> str:
 
 
 def choice_letter(text: str) -> str | None:
-    """The letter of a box, of which trailing text is the choice's; None where there are several."""
+    """The letter of the choice in a box, perhaps followed by the text of the choice; None if there are several."""
     match = _LETTER.fullmatch(_plain(spelled(text)).strip())
     return (match[1] or match[2]).upper() if match else None
 
@@ -75,7 +75,7 @@ def choice_letter(text: str) -> str | None:
 # Forms that need no algebra
 # ---------------------------------------------------------------------------------------------------
 
-# Words that lead to a number: `\text{The answer is }25`. Words that take it back are none of these: "The answer is not".
+# Words that introduce a number, as in `\text{The answer is }25`, unless they negate it: "The answer is not".
 _NOUN = (
     r"(?:answer|result|solution|value|total|sum|difference|product|quotient|remainder|ratio|number|count|probability"
     r"|maximum|minimum|area|volume|perimeter|length|distance|radius)s?"
@@ -91,7 +91,7 @@ _HEDGE_WORDS = re.compile(
 )
 _BEFORE = re.compile(r"\A(?:=|\\(?:approx|therefore|implies|(?:Long)?[rR]ightarrow|to)(?![A-Za-z])| )+")
 _BEHIND = re.compile(r"(?: |\\(?:checkmark|blacksquare|blacklozenge|square|Box|qed|qedhere)(?![A-Za-z])){1,6}\Z")
-# Spellings that math-verify does not read, or reads as something else.
+# Spellings that math-verify cannot read, or reads as something else.
 _SPELLINGS = [
     (re.compile(pattern), instead)
     for pattern, instead in (
@@ -109,11 +109,11 @@ _SPELLINGS = [
 ]
 _TRIGONOMETRY = re.compile(r"\\(?:sin|cos|tan|cot|sec|csc)(?![A-Za-z])")
 _DEGREES = re.compile(r"(?<![\d.])(\d+(?:\.\d+)?) ?\^ ?(?:\\circ|\{ ?\\circ ?\})")
-_ROW_BREAK = r"(\\\\)"  # stays: it is not a backslash and a blank
+_ROW_BREAK = r"(\\\\)"  # kept: it is not a backslash followed by a blank
 _DROP = re.compile(_ROW_BREAK + r"(?:\*? ?\[-?[\d.]+ ?[a-z]{2}\])?|\\[!()\[\]]|\\?\$")
 _BLANK = re.compile(_ROW_BREAK + r"|(?:\\[,;: ]|\\q?quad(?![A-Za-z])|~|\s)+")
 _TEXT = re.compile(r"\\(?:text|mathrm|mathit|operatorname)\s*\{([^{}]*)\}")
-_INTEGER = re.compile(r"([+-]?)(\d++)(?:\.0++)?")  # possessive, as below: linear in hostile lengths
+_INTEGER = re.compile(r"([+-]?)(\d++)(?:\.0++)?")  # possessive, like those below: linear on hostile input
 _THOUSANDS = re.compile(r"[+-]?\d{1,3}(?:,\d{3})+(?:\.\d+)?")
 _GROUPED = re.compile(r"[+-]?\d{1,3}(?: \d{3})+")
 _ROW = re.compile(r"[+-]?\d+(?: [+-]?\d+)+")
@@ -131,7 +131,7 @@ _TOWER = re.compile(r"\^[{(]*\d+\^[{(]*\d+\^|\^[{(]*\d{7}|\d{6}[})]*!|!!!")
 
 
 def normalise(text: str) -> str:
-    """A form in which spellings of the same answer agree: spaces, delimiters, `\\dfrac`, `1,234`, `(007)`, `5.0`."""
+    """One form for all spellings of an answer: spaces, delimiters, `\\dfrac`, `1,234`, `(007)`, `5.0`."""
     text = _unwrap(spelled(text))
     if _ROW.fullmatch(text):
         return text
@@ -143,7 +143,7 @@ def normalise(text: str) -> str:
 
 
 def spelled(answer: str) -> str:
-    """An answer in one spelling of several, without what only lays it out or leads to it; blanks are single spaces."""
+    """An answer in a standard spelling, without layout and introductory words; runs of blanks become one space."""
     answer = re.sub(r"[ \t\r\n\f\v]+", " ", answer)
     lead = _LEAD.match(answer)
     text = answer if lead is None or _HEDGE_WORDS.search(lead[0]) else lead["open"] + answer[lead.end() :]
@@ -152,13 +152,13 @@ def spelled(answer: str) -> str:
     text = _outside_in(_BEHIND.sub("", _BEFORE.sub("", text)))
     for pattern, instead in _SPELLINGS:
         text = pattern.sub(instead, text)
-    if _TRIGONOMETRY.search(text):  # elsewhere 90 degrees are as good as 90
+    if _TRIGONOMETRY.search(text):  # elsewhere the degree sign makes no difference
         text = _DEGREES.sub(r"\\frac{\1\\pi}{180}", text)
     return text[:-1].rstrip() if text.endswith(".") else text
 
 
 def _outside_in(text: str) -> str:
-    """The text without braces around the whole of it."""
+    """The text without any braces that enclose all of it."""
     opened: list[int] = []
     closing: dict[int, int] = {}
     if not text.startswith("{"):
@@ -177,13 +177,13 @@ def _outside_in(text: str) -> str:
 
 
 def _unwrap(text: str) -> str:
-    """The inside of `\\text{...}` where that is all."""
+    """The content of `\\text{...}` if that is the whole text; otherwise the text."""
     match = _TEXT.fullmatch(text)
     return match[1].strip() if match else text
 
 
 def canonical_integer(text: str) -> str | None:
-    """A canonical integer, as text: Python refuses to convert very long ones."""
+    """An integer in canonical form, or None; it stays text, since Python refuses to convert very long ones."""
     match = _INTEGER.fullmatch(text)
     if not match:
         return None
@@ -192,9 +192,10 @@ def canonical_integer(text: str) -> str | None:
 
 
 def marks_agree(gold: str, prediction: str) -> bool | None:
-    """For the marks that math-verify skips: dots, a number's base, the order of points in ABC, a unit; None for others.
+    """Compares marks that math-verify ignores: dots, a number's base, the order of points in ABC, a unit.
 
-    Units are abbreviations of one or two letters: longer words have too many spellings to tell two units from one.
+    None if these do not decide. Units are abbreviations of one or two letters: longer words have too many spellings to
+    tell whether two units differ.
     """
     if (r"\ldots" in gold) != (r"\ldots" in prediction):
         return False
@@ -209,7 +210,7 @@ def marks_agree(gold: str, prediction: str) -> bool | None:
 
 
 def rows_agree(gold: str, prediction: str) -> bool | None:
-    """For integers that stand side by side, which math-verify would add; None where neither answer is such a row."""
+    """Compares rows of integers side by side, which math-verify would add; None if neither answer is such a row."""
     if not _ROW.fullmatch(gold) and not _ROW.fullmatch(prediction):
         return None
 
@@ -217,16 +218,18 @@ def rows_agree(gold: str, prediction: str) -> bool | None:
         match = _LIST.fullmatch(text)
         return [canonical_integer(part) for part in re.split(r"[ ,;]+", match[1])] if match else [text]
 
-    if canonical_integer(gold) and _GROUPED.fullmatch(prediction):  # 10 000; but a row that is asked for stays a row
+    if canonical_integer(gold) and _GROUPED.fullmatch(
+        prediction
+    ):  # 10 000 is a number, unless the gold answer is a row
         return canonical_integer(gold) == canonical_integer(prediction.replace(" ", ""))
     return parts(gold) == parts(prediction)
 
 
 def residues_agree(gold: str, prediction: str) -> bool | None:
-    """For integers with a modulus, as in `25 \\pmod{1000}`; None where neither answer is such a thing.
+    """Compares integers with a modulus, as in `25 \\pmod{1000}`; None if neither answer has one.
 
-    A gold answer without one asks for the remainder itself: 25 and no other representative. A gold answer with one
-    asks for the class, which a bare number does not name.
+    A gold answer without a modulus asks for the remainder itself: 25 and no other representative. A gold answer with a
+    modulus asks for the residue class, which a bare number does not name.
     """
     one, other = _RESIDUE.fullmatch(gold), _RESIDUE.fullmatch(prediction)
     if one is None:
@@ -241,13 +244,13 @@ def residues_agree(gold: str, prediction: str) -> bool | None:
 
 
 def _remainder(text: str) -> str | None:
-    """The remainder that `25 \\pmod{1000}` names, as text; None for others, such as `1025 \\pmod{1000}`."""
+    """The remainder that `25 \\pmod{1000}` names, as text; None if it names none, such as `1025 \\pmod{1000}`."""
     match = _RESIDUE.fullmatch(text)
     return str(int(match["value"])) if match and 0 <= int(match["value"]) < int(match["modulus"]) else None
 
 
 def words_agree(gold: str, prediction: str) -> bool | None:
-    """For answers in words, which math-verify would multiply letter by letter; None where it is not about words."""
+    """Compares answers in words, which math-verify would read as products of letters; None if they are not words."""
     plain = [_TEXT.sub(r" \1 ", text) for text in (gold, prediction)]
     words = [re.split(r"[ ,-]+", text.strip().casefold()) for text in plain]
     if not all(_WORDS.fullmatch(" ".join(w)) for w in words):
@@ -258,7 +261,7 @@ def words_agree(gold: str, prediction: str) -> bool | None:
 
 
 def refusal(text: str) -> str | None:
-    """Why an answer should not be computed with, from a look at it; None where it may."""
+    """Why an answer must not reach the algebra, judged from its text alone; None if it may."""
     if len(text) > MAX_LENGTH or re.search(rf"\d{{{MAX_DIGITS + 1}}}", text):
         return "too long"
     depth = braces = deepest = 0
@@ -277,7 +280,7 @@ def refusal(text: str) -> str | None:
 
 
 def quick(gold: str, prediction: str) -> Verdict | None:
-    """The verdict on a mathematical answer where no algebra is needed, or None."""
+    """The verdict on a mathematical answer if that needs no algebra, otherwise None."""
     if prediction.strip() == gold.strip():
         return Verdict(True, "equal")
     if len(prediction) > MAX_LENGTH:
@@ -301,19 +304,19 @@ def quick(gold: str, prediction: str) -> Verdict | None:
 
 
 def is_certain(text: str) -> bool:
-    """Whether the rules here can compare with an answer (as `spelled`): no algebra has to read it."""
+    """Whether these rules can compare other answers with this one (as `spelled`), without any algebra."""
     if canonical_integer(normalise(text)) or _RESIDUE.fullmatch(text):
         return True
     return bool(rows_agree(text, text) or words_agree(text, text))
 
 
 def is_small(answer: str) -> bool:
-    """Whether an answer may be computed with at all."""
+    """Whether an answer may reach the algebra at all."""
     return len(answer) <= MAX_LENGTH and refusal(answer) is None
 
 
 def key(answer: str) -> Hashable:
-    """A cheap key that answers share only where they are the same."""
+    """A cheap key that answers share only if they are the same."""
     text = normalise(answer)
     if not is_small(answer):
         return text
