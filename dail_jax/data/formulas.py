@@ -10,7 +10,8 @@ from typing import NamedTuple
 from dail_jax import latex
 from dail_jax.data.records import Row
 
-# Drawings, tables, pictures, code and HTML. No alternative may read on where another could begin: see _COLLAPSE.
+# Drawings, tables, pictures, code and HTML. No alternative may run past where another could begin, so that searching
+# stays linear: see _COLLAPSE.
 _FIGURES = re.compile(
     r"\\?\[asy\\?\].*?(?:\\?\[/asy\\?\]|\Z)|<asy>.*?(?:</asy>|\Z)|```.*?(?:```|\Z)|\\includegraphics[^{}\\]*\{[^{}]*\}"
     r"|\\begin\{(?:asy|tikzpicture|center|tabular|array|[bpvV]?matrix)\}.*?"
@@ -20,18 +21,18 @@ _FIGURES = re.compile(
     r"|su[bp]|t[dhr]|table|tbody|tt|u|ul)(?:\s+[\w:-]+=(?:\"[^\"<>]*\"|'[^'<>]*'|[^\s\"'<>]+))*\s*/?>",
     re.DOTALL | re.IGNORECASE,
 )
-_EQUATIONS = re.compile(r"\\begin\{array\}\s*(?:\[\w\]\s*)?\{[rlc\s]*\}[^=]*=")  # an array that is no table
+_EQUATIONS = re.compile(r"\\begin\{array\}\s*(?:\[\w\]\s*)?\{[rlc\s]*\}[^=]*=")  # an array that is not a table
 _LIST_MARK = re.compile(r"^[ \t]*(?:\(?\d{1,3}[.)]|\(?[a-zA-Z][.)]|\(?[ivx]{1,4}\)|[*-])[ \t]+", re.MULTILINE)
 _THOUSANDS = re.compile(r"(?<![\d,.])\d{1,3}(?:(?:,|\{,\}|,\\!|\\,)\d{3})++(?P<rest>(?:,*\d)*+)")
-# Nearly every pattern here allows for blanks. Where these come in runs of thousands, each of which a pattern tries from
-# every one of its blanks, time would grow with the square of the run: so no text is read before they are collapsed.
+# Nearly every pattern here allows blanks. In a run of thousands of them, a pattern would try every blank as a start, in
+# time quadratic in the length of the run. So runs are collapsed before any text is read.
 _COLLAPSE = re.compile(r"\s{2,}|[\t\r\f\v]")
-_COMMA = "\ue000"  # stands for the comma inside of 10,000 while commas separate
+_COMMA = "\ue000"  # stands for the comma in 10,000, since other commas separate
 
-CONTINUED = re.compile(r"\\\\(?:\[[^\[\]\\]*\])?(?=[&\s]*(?:=|\\equiv|\\approx))")  # a row break inside of a chain
-_COLUMN = re.compile(r"(?<=[\w})\]!])\s*&[&\s]*(?=[\w({\[]|\\(?:[dt]?frac|sqrt|text|mathrm|mbox|left))")  # no `&=`
+CONTINUED = re.compile(r"\\\\(?:\[[^\[\]\\]*\])?(?=[&\s]*(?:=|\\equiv|\\approx))")  # a row break inside a chain
+_COLUMN = re.compile(r"(?<=[\w})\]!])\s*&[&\s]*(?=[\w({\[]|\\(?:[dt]?frac|sqrt|text|mathrm|mbox|left))")  # not `&=`
 _ROWS = re.compile(r"\\\\(?:\[[^\[\]\\]*\])?|\\(?:newline|cr)(?![a-zA-Z])|\n\s*\n")
-# Words inside of a formula, and the exponent of a unit behind them, as in `\text{ m/s}^2`.
+# Words inside a formula, and the exponent of a unit after them, as in `\text{ m/s}^2`.
 WORDS = re.compile(
     r"\\(?:text(?:rm|bf|it|sf)?|mbox|hbox|intertext|mathrm|operatorname|mathit)\s*\{([^{}]*)\}(\s*\^\s*(?:\d|\{-?\d\}))?"
 )
@@ -103,7 +104,7 @@ _NAME = re.compile(
     r"(?:\\(?:angle|triangle|overline|Delta|sin|cos|tan)\s*)?\{?(?:\\?[a-zA-Z]+'*|\[[A-Z]+\]|\|[^|]*\|)\}?"
     r"(?:_(?:\w|\{[^{}]*\}))?(?:\([^()]*\))?|\[[A-Z']+\]|"
 )
-# Words before a value that say it is a result, and words before one that say it is none.
+# Words before a value that mark it as a result, and words that mark it as something else.
 _RESULT = re.compile(
     r"\b(?:is|are|be|was|equals?|gets?|gives?|giving|gave|obtain(?:s|ed|ing)?|yields?|yielding|totals?|totall?ing|we\s+have"
     r"|find|makes?|making|become[s]?|leaves?|leaving|into|approximately|result[s]?|(?:total|sum|value|area|length"
@@ -138,16 +139,16 @@ _PLAIN = [
         (r"%", r"\\%"),
     )
 ]
-_GOES_ON = re.compile(r"\s*=\s*[-+]?\s*(?:[\d(\\]|sqrt)")  # a chain that has another value to come
+_GOES_ON = re.compile(r"\s*=\s*[-+]?\s*(?:[\d(\\]|sqrt)")  # a chain with another value to come
 _PROSE_EVENT = re.compile(rf"\\(?:approx|equiv)(?![a-zA-Z])|(?<![<>!])=+(?!>)|(?<![\w.{{{_COMMA}$/-])(?:\d|sqrt)")
 
 
 def mathematical(row: Row) -> list[str]:
     """Right-hand sides, fractions, roots, powers and stated numbers, in order of appearance.
 
-    Numbers that only number something (steps, cases, lists, years) are left out, and so is what the problem gives. Of
-    equal values, the one that is written most briefly stands for all. Where a sum or a product comes to the final
-    answer, what it is made of counts as well: the answer itself says nothing about the way to it.
+    Numbers that only label something (steps, cases, lists, years) are left out, and so is what the problem gives. Of
+    equal values, the shortest spelling is kept. If a sum or a product yields the final answer, its parts count as well:
+    the answer itself says nothing about how it was reached.
     """
     answer = row.answer or latex.last_boxed(row.solution)
     known = _Known(_givens(row.problem), _key(answer.strip()) if answer else None)
@@ -173,7 +174,7 @@ def without_figures(text: str) -> str:
 
 
 def collapsed(text: str) -> str:
-    """The text with one blank for each run of them, one line break for each run of blanks that has one, or two."""
+    """The text with each run of whitespace as a space, a line break if it has one, or two if it has more."""
     return _COLLAPSE.sub(lambda m: "\n\n" if m[0].count("\n") > 1 else "\n" if "\n" in m[0] else " ", text)
 
 
@@ -183,12 +184,12 @@ def _prepared(text: str) -> str:
 
 
 def _joined(match: re.Match[str]) -> str:
-    """A number with one sign for the commas between its thousands; `1,000,00` is none."""
+    """A number with _COMMA for any separator of its thousands; `1,000,00` is not one and stays."""
     return match[0] if match["rest"] else re.sub(r"\{,\}|,\\!|\\,|,", _COMMA, match[0])
 
 
 def _chained(text: str) -> Iterator[tuple[bool, str]]:
-    """`latex.spans`, with the formulas of one chain as one: `$a = b$ $= c$`, and `$a =$ $b$`."""
+    """`latex.spans`, with the formulas of a chain joined: `$a = b$ $= c$`, and `$a =$ $b$`."""
     chain: list[str] = []
     for is_formula, piece in latex.spans(text):
         if is_formula:
@@ -206,7 +207,7 @@ def _chained(text: str) -> Iterator[tuple[bool, str]]:
 
 
 class _Known(NamedTuple):
-    """What is no result: keys of what the problem states, and that of the final answer."""
+    """What does not count as a result: the keys of what the problem states, and that of the final answer."""
 
     given: frozenset[Hashable]
     answer: Hashable
@@ -217,7 +218,7 @@ class _Known(NamedTuple):
 
 @lru_cache(maxsize=4)
 def _givens(problem: str) -> frozenset[Hashable]:
-    """What the problem states: keys of its numbers and formulas, and the characters of its equations."""
+    """What the problem states: the keys of its numbers and formulas, and its equations as text."""
     keys: set[Hashable] = set()
     text = _prepared(problem)
     for is_formula, piece in latex.spans(text):
@@ -252,19 +253,19 @@ def _statements(formula: str) -> list[list[tuple[str, str]]]:
 
 
 def _trimmed(side: str) -> str:
-    """A side of an equation without what punctuates it, and without braces around all of it."""
+    """A side of an equation without punctuation around it, and without braces around all of it."""
     side = _BEFORE.sub("", side).rstrip().rstrip("?$. \n")
     return re.sub(r"\A\{([^{},]*)\}\Z", r"\1", side)
 
 
 def _word(match: re.Match[str]) -> str:
-    """What stays of a word in a formula: a letter or a number is a part of it, anything else breaks it."""
+    """What remains of a word in a formula: a letter or number is part of the formula, anything else splits it."""
     word = match[1].strip()
     return word + (match[2] or "") if len(match[1]) < 2 or word.isdecimal() else ";"
 
 
 def _balanced(side: str) -> bool:
-    """Whether every bracket has its partner, as in half-open intervals too."""
+    """Whether all brackets match; those of half-open intervals count as matching."""
     waiting: list[str] = []
     for piece in _PIECE.findall(side):
         if piece in _UP:
@@ -275,7 +276,7 @@ def _balanced(side: str) -> bool:
 
 
 def _kind(side: str) -> str | None:
-    """`number`, `closed` (a value that is more than a number), `symbolic`, or None: nothing to go by."""
+    """`number`, `closed` (a value that is more than a number), `symbolic`, or None for what cannot be a result."""
     if not side or len(side) > 70 or not _balanced(side) or re.search(r"\\[lc]?dots|\\infty|\.\.\.|\\sum|\\prod", side):
         return None
     if _NUMBER.fullmatch(side):
@@ -322,7 +323,7 @@ def _from_formula(formula: str, before: str, known: _Known) -> list[str]:
 
 
 def _is_named(side: str) -> bool:
-    """Whether `0-9` means "from 0 to 9", or `30-60-90` a triangle: as a difference it comes to nothing positive."""
+    """Whether a difference names something, as `0-9` a range and `30-60-90` a triangle: its value is not positive."""
     chain = re.sub(r"\^\{?\\circ\}?", "", side)
     if not re.fullmatch(r"\d+(?: ?-+ ?\d+)+", chain):
         return False
@@ -331,7 +332,7 @@ def _is_named(side: str) -> bool:
 
 
 def _results(statement: list[tuple[str, str]], conditional: bool, known: _Known) -> list[str]:
-    """What a chain such as `a = b = c \\approx d < e` comes to: one value for each run of equal sides."""
+    """The results of a chain such as `a = b = c \\approx d < e`: one value per run of equal sides."""
     left = statement[0][1]
     name = _NAME.fullmatch(left) is not None
     if re.sub(r"[\s{}]", "", "".join(r + side for r, side in statement)) in known.given:
@@ -351,9 +352,9 @@ def _results(statement: list[tuple[str, str]], conditional: bool, known: _Known)
 
 
 def _result(run: list[str], name: bool, conditional: bool, known: _Known) -> list[str]:
-    """The value of one run of equal sides, `[left, side, side, ...]`; an empty list where there is none.
+    """The value of one run of equal sides, `[left, side, side, ...]`; an empty list if there is none.
 
-    Where that is the final answer, the parts of the last sum or product before it as well.
+    If the value is the final answer, the parts of the last sum or product before it are listed as well.
     """
     left, sides = run[0], [side for side in run[1:] if side]
     kinds = [_kind(side) for side in sides]
@@ -377,9 +378,9 @@ def _result(run: list[str], name: bool, conditional: bool, known: _Known) -> lis
 
 
 def _parts(side: str, known: _Known) -> list[str]:
-    """The values that a side adds up, or else multiplies, without those that the problem gives.
+    """The values that a side adds up, otherwise those that it multiplies, without those that the problem gives.
 
-    None where there is nothing to add: `2+3\\sqrt{5}` is as short as it gets.
+    Empty if there is nothing to work out: `2+3\\sqrt{5}` is as short as it gets.
     """
     poly = latex.polynomial(side.replace(_COMMA, ""))
     if poly is None:
@@ -399,7 +400,7 @@ def _parts(side: str, known: _Known) -> list[str]:
 
 
 def _from_prose(text: str, known: _Known) -> list[str]:
-    """Results in plain writing: what follows an equals sign, and numbers, fractions and roots that are stated."""
+    """Results in plain text: what follows an equals sign, and stated numbers, fractions and roots."""
     found: list[str] = []
     end, left = 0, ""  # the side before an equals sign
     for event in _PROSE_EVENT.finditer(text):

@@ -1,4 +1,4 @@
-"""The extractor `text`: salient short spans of a solution in prose, without any symbols."""
+"""The extractor `text`: short salient spans of a solution in prose; the solution need not contain any symbols."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ from dail_jax import latex
 from dail_jax.data.formulas import CONTINUED, WORDS, collapsed, without_figures
 from dail_jax.data.records import Row
 
-_FIRST, _LAST = 0xF0000, 0xFFFFD  # characters for private use, each of which stands for a formula
+_FIRST, _LAST = 0xF0000, 0xFFFFD  # private-use characters, each of which stands for a formula
 _FORMULA = re.compile("[\U000f0000-\U0010ffff]")
-_DOT = "\ue001"  # stands for the full stop of an abbreviation, which ends no sentence
+_DOT = "\ue001"  # stands for the full stop of an abbreviation, which does not end a sentence
 
 _SENTENCE = re.compile(r"[^.!?\n]+(?:[.!?](?=\w)[^.!?\n]+)*")
 _ABBREVIATION = re.compile(r"\b(Mr|Mrs|Ms|Dr|St|Prof|vs|cf|Fig|Eq|i\.e|e\.g)\.")
-_WRAP = re.compile(r"(?<![.!?:;\n])\n(?=[a-z\U000f0000-\U0010ffff])")  # a line break inside of a sentence
-_NEXT = re.compile(r"\s*[A-Z](?:[a-z]+)? [a-z]")  # how a new sentence begins behind a formula
+_WRAP = re.compile(r"(?<![.!?:;\n])\n(?=[a-z\U000f0000-\U0010ffff])")  # a line break inside a sentence
+_NEXT = re.compile(r"\s*[A-Z](?:[a-z]+)? [a-z]")  # how a new sentence begins after a formula
 _STATEMENT = re.compile(r"[=<>]|\\(?:equiv|approx|[lg]eq?)(?![a-zA-Z])")
-# Who wrote a solution, at the end of it or of a line, and whose problems these are.
+# Signatures of authors, at the end of a solution or of a line, and copyright notices.
 _SIGNATURE = re.compile(
     r"(?:(?<=[\s.!?$}\])])|^)~ ?[A-Za-z][^\n~$\\]{0,60}$|(?<=[.!?$}\])] )[-\u2013\u2014]{1,2} ?\w+ ?$"
     r"|^ ?[-\u2013\u2014]{1,2} ?(?:Solution|LaTeX|Edit|Credit|Written|Minor)\w*\b[^\n]*$|^[^\n]*\bcopyrighted by\b[^\n]*$",
@@ -39,7 +39,7 @@ _MEASURE = re.compile(
     rf"(?<![\w.,])(?P<amount>[$\u20ac\u00a3]?(?P<number>{_NUMBER})) ?"
     r"(?:%|(?P<unit>(?:[^\W\d_]{2,}+|[mgshlLKNJVWAC](?![^\W\d_]))(?:/[^\W\d_]+)?)(?P<noun> [^\W\d_]{3,}+)?)"
 )
-_FACTOR = re.compile(r" ?(?:[*/\u00d7=]|x\b)")  # what is multiplied, divided or converted is where a result comes from
+_FACTOR = re.compile(r" ?(?:[*/\u00d7=]|x\b)")  # a number before one of these is an input to a result
 _PROPER = re.compile(r"(?<!\A)(?<=[a-z,;] )[A-Z][\w'\u2019-]+(?:\s+(?:of\s+|the\s+|de\s+)?[A-Z][\w'\u2019-]+)*")
 _NO_NAME = frozenset(
     [
@@ -60,7 +60,7 @@ _NO_NAME = frozenset(
         "Theorem",
     ]
 )
-# TeX outside of formulas: what only lays the text out, what sets words, and values.
+# TeX outside formulas: commands that only lay out the text, and all others, which are treated as formulas.
 _LAYOUT = re.compile(
     r"\\(?:begin|end|label|ref|[vh]space|section|subsection|paragraph)\*?\s*\{[^{}]*\}|\\(?:item|noindent|par|\\)(?![a-zA-Z])"
 )
@@ -88,9 +88,9 @@ _Span = tuple[int, int, str]  # start, end, text
 
 
 def salient(row: Row) -> list[str]:
-    """Salient short spans of a prose solution, in order: conclusions, names, quotations, measures, recurring phrases.
+    """Short salient spans of a prose solution, in order: conclusions, names, quotations, measures, recurring phrases.
 
-    It needs no symbols. What the problem says already is no result; the length of the list follows the text's.
+    What the problem already says does not count. The longer the solution, the longer the list.
     """
     solution, formulas = _masked(_SIGNATURE.sub(" ", without_figures(collapsed(row.solution))))
     solution = _WRAP.sub(" ", re.sub(r" ?\n+ ?", "\n", collapsed(solution)))
@@ -120,9 +120,9 @@ def salient(row: Row) -> list[str]:
 
 
 def _conclusions(sentence: re.Match[str], formulas: list[str], known: set[str]) -> list[_Span]:
-    """The last clause of a sentence that a cue leads to and that says something; and those that are a formula."""
+    """The last informative clause of a sentence that follows a cue, and all such clauses that state a formula."""
     found: list[_Span] = []
-    end = len(sentence[0])  # of the clause: where the next cue is
+    end = len(sentence[0])  # of the clause: the start of the next cue
     for cue in reversed(list(_CUE.finditer(sentence[0]))):
         window = sentence[0][cue.end() : min(cue.end() + _WINDOW, end)]
         before_cue, end = end < len(sentence[0]), cue.start()
@@ -131,7 +131,7 @@ def _conclusions(sentence: re.Match[str], formulas: list[str], known: set[str]) 
         cut = len(words) > _WORDS_MAX or (before_cue and len(clause) == len(window))
         words = words[:_WORDS_MAX]
         if len(_shown(" ".join(words), formulas)) > _LONGEST and _FORMULA.match(clause):
-            words = words[:1]  # a displayed formula, behind which the sentence runs on
+            words = words[:1]  # a displayed formula, after which the sentence continues
         while cut and words and words[-1].casefold() in _STOP:
             words.pop()
         shown = _shown(" ".join(words), formulas)
@@ -150,14 +150,14 @@ def _conclusions(sentence: re.Match[str], formulas: list[str], known: set[str]) 
 
 
 def _measures(solution: str, problem: str) -> list[_Span]:
-    """Numbers with what they count or measure, where the problem does not give them or they are what comes out."""
+    """Numbers with what they count or measure, unless the problem gives them and no equals sign precedes them."""
     given = {number.replace(",", "") for number in re.findall(_NUMBER, problem)}
     found: list[_Span] = []
     for match in _MEASURE.finditer(solution):
         unit, noun = match["unit"], match["noun"] or ""
         span, end = match[0].removesuffix(noun), match.end() - len(noun)
         if unit and unit.casefold() in _STOP:
-            continue  # `3 of` is none
+            continue  # `3 of` measures nothing
         if unit and not unit.endswith("s") and noun and noun.strip().casefold() not in _STOP:
             span, end = match[0], match.end()  # `27 dandelion puffs`
         computed = solution[max(0, match.start() - 2) : match.start()] in ("= ", " =", "=")
@@ -168,7 +168,7 @@ def _measures(solution: str, problem: str) -> list[_Span]:
 
 
 def _masked(text: str) -> tuple[str, list[str]]:
-    """The text with one character for each formula, so that nothing can cut it or take words from it; the formulas."""
+    """(the text with one character per formula, so that no formula is cut or read as words; the formulas)."""
     formulas: list[str] = []
 
     def mask(formula: str) -> str:
@@ -209,7 +209,7 @@ def _closed(span: str) -> str:
 
 
 def _phrases(solution: str, known: set[str]) -> list[_Span]:
-    """Runs of 2 to 4 content words that recur, where they first stand; the longest and most frequent."""
+    """The longest and most frequent of the recurring runs of 2 to 4 content words, each where it first occurs."""
     runs: list[list[re.Match[str]]] = [[]]
     end = 0
     for word in re.finditer(r"[^\W\d_][\w'-]*", solution):

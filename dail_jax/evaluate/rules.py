@@ -218,9 +218,8 @@ def rows_agree(gold: str, prediction: str) -> bool | None:
         match = _LIST.fullmatch(text)
         return [canonical_integer(part) for part in re.split(r"[ ,;]+", match[1])] if match else [text]
 
-    if canonical_integer(gold) and _GROUPED.fullmatch(
-        prediction
-    ):  # 10 000 is a number, unless the gold answer is a row
+    # `10 000` is one number, unless the gold answer is itself a row.
+    if canonical_integer(gold) and _GROUPED.fullmatch(prediction):
         return canonical_integer(gold) == canonical_integer(prediction.replace(" ", ""))
     return parts(gold) == parts(prediction)
 
