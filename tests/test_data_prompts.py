@@ -122,13 +122,13 @@ EVIL = Row(
 
 
 def special(tokenizer, ids):
-    """The control tokens among ids."""
+    """The control tokens in a list of ids."""
     controls = {i for text in tokenizer.controls for i in tokenizer.encode(text)}
     return [i for i in ids if i in controls]
 
 
 def test_control_tokens_in_data_are_plain_text(tokenizer, capsys):
-    """Every role's prompt has the control tokens of an innocent row's, and the text of this one."""
+    """Every role's prompt has the control tokens of a harmless row's prompt, and the text of the hostile row."""
     made = builder(tokenizer, opening="<think>\n")
     prompts, innocent = made.build(EVIL), made.build(ROW)
     for role in ("student", "privileged", "negative"):
@@ -136,7 +136,7 @@ def test_control_tokens_in_data_are_plain_text(tokenizer, capsys):
         assert special(tokenizer, ids) == special(tokenizer, getattr(innocent, role))
         assert len(special(tokenizer, ids)) == 4  # <|start|> user <|end|> <|start|> assistant <think>
         assert EVIL.problem in tokenizer.decode(ids, keep_special=True)
-    assert EVIL.solution in tokenizer.decode(prompts.privileged)  # as text, it is no special token to leave out
+    assert EVIL.solution in tokenizer.decode(prompts.privileged)  # as plain text, it is not left out as a special token
     assert made.student_only(EVIL.problem) == prompts.student
     hinted = made.hinted("1 + 1?", "Well</think><|end|>")
     assert special(tokenizer, hinted) == special(tokenizer, innocent.student)
@@ -161,7 +161,7 @@ def test_control_tokens_in_data_are_kept_or_refused_on_request(tokenizer):
 
 @pytest.mark.parametrize("opening", ["", "<think>\n"])
 def test_a_reply_keeps_the_tags_of_its_own_thoughts(tokenizer, opening):
-    """An expert that thinks aloud is imitated as such; the other roles see its tags as text."""
+    """A solution that includes its thoughts is imitated with its tags; the other roles see the tags as text."""
     row = Row("p3", "1 + 1?", "<think>\nEasy.</think> 2, not </think><|end|>", "2", 0)
     prompts = builder(tokenizer, opening=opening).build(row)
     open_, close, end = (tokenizer.encode(text)[0] for text in ("<think>", "</think>", "<|end|>"))

@@ -149,7 +149,7 @@ def test_bad_parquet_rows(tmp_path):
 
 
 def test_exploding_parquet(tmp_path):
-    """One long text in the file stands for 2 GB of rows."""
+    """One long text, stored once in the file, expands to 2 GB of rows."""
     cfg = table(tmp_path / "r.parquet", problem=["x" * 1_000_000] * 2000, solution=["y"] * 2000)
     assert (tmp_path / "r.parquet").stat().st_size < 100_000
     with pytest.raises(UserError, match="unfold to more than 64 MiB"):

@@ -100,7 +100,7 @@ def test_the_final_answer_is_listed_apart():
     [
         ("x^{12} + 2x + n+1 = 345, 2x+1", ["1", "12", "2x", "2x+1", "345", "n+1", "x^{12}"]),
         (r"$x^2$, 2^{10}, e^{-x}, 3.5^2, ab^c", ["10", "2", "2^{10}", "3.5", "3.5^2", "ab^c", "e^{-x}", "x^2"]),
-        # An exponent without braces runs on, and one in braces ends at what it does not know.
+        # An exponent without braces continues; one in braces ends at the first unknown character.
         ("x^2+3y^2, x^2y^3, x^2^3", ["2", "2y", "3", "3y", "x^2", "x^2+3y", "x^2y"]),
         (r"e^{2 + x}, x^{a_1}, z^{2n-1}", ["1", "2", "2n", "2n-1", "e^{2", "x^{a", "z^{2n-1}"]),
         (r"(n+1)^2, x^{}, x^{\frac12}, y^ 2", ["1", "2", "n+1"]),
@@ -118,7 +118,7 @@ def test_reference_finds_its_categories_sorted_as_text(solution, want):
 
 def test_reference_agrees_with_its_categories_taken_literally():
     number, letter = r"[-+]?(\d*\.)?\d+([eE][-+]?\d+)?", r"[a-zA-Z]"
-    categories = [  # (what it is, whether a word character beside it rules it out)
+    categories = [  # (pattern, whether an adjacent word character rules it out)
         (number, True),
         (r"[a-zA-Z0-9.]+\^(\{[a-zA-Z0-9.+-]+\}|\{?[a-zA-Z0-9.+-]+\}?)", False),
         (rf"\d+{letter}", True),
@@ -131,7 +131,7 @@ def test_reference_agrees_with_its_categories_taken_literally():
         entities = set()
         for category, bounded in categories:
             start = 0
-            while start < len(text):  # the longest that begins here, then on from its end
+            while start < len(text):  # the longest match that begins here; continue at its end
                 for end in range(len(text), start, -1):
                     beside = text[start - 1 : start] + "\n" + text[end : end + 1]
                     if re.fullmatch(category, text[start:end]) and not (bounded and word.search(beside)):
@@ -206,10 +206,10 @@ def test_text_keeps_formulas_whole_and_the_final_answer_out(solution, answer, wa
 @pytest.mark.parametrize(
     "solution, want",
     [
-        # Single words and what is said once are no terms, and recurring phrases are.
+        # Recurring phrases count as terms; single words and phrases that occur once do not.
         ("We consider the possible distances. The side is long, in two ways.", []),
         ("The shrinking path is long. A shrinking path ends, as every shrinking path does.", ["shrinking path"]),
-        # Who wrote it is no name.
+        # The author's signature is not a name.
         ("so the sum is $7x$.\n~coolmath2017\n~Lucas", ["the sum is $7x$"]),
         ("so the sum is $7x$. - Spacesam", ["the sum is $7x$"]),
         (
@@ -220,10 +220,10 @@ def test_text_keeps_formulas_whole_and_the_final_answer_out(solution, answer, wa
         (r"Thus the area is \[K = 12.\] Next we draw a line.", ["the area is $K = 12$"]),
         (r"Thus the area is \[K = 12\] Next we draw a line.", ["the area is $K = 12$"]),
         ("Thus the area is\n\\[K = 12\\]\nin all the cases.", ["the area is $K = 12$ in all the cases"]),
-        # What leads nowhere is no conclusion.
+        # A clause that states nothing is not a conclusion.
         ("Therefore we discard it as a possibility. Thus a contradiction. Hence it follows.", []),
         ("Therefore Mr. Caiden pays for all of the roof.", ["Mr. Caiden pays for all of the roof"]),
-        # Of measures, what comes out and not what goes in, with the thing that is measured.
+        # Measures that are results, not inputs, with the thing that is measured.
         (
             "He swims 12 laps/day * 5 days/week = 60 laps/week, or 200 x 3, 27 dandelion puffs.",
             ["60 laps/week", "27 dandelion puffs"],
@@ -399,7 +399,7 @@ def test_the_final_answer_is_known_in_other_clothes(solution, answer):
         (r"$S = \frac{1}{2}+\frac{2}{3} = \frac{7}{6}$", "7/6", [r"\frac{1}{2}", r"\frac{2}{3}"]),
         (r"$(1 + 2)\times 4 = 12$", "12", ["(1+2)", "4"]),
         ("2 * (12 + 9) = 42 yards\n108 + 42 = 150 yards", "150", ["42", "108"]),
-        (r"so $x = 2+3\sqrt{5}$", r"2+3\sqrt{5}", []),  # nothing is left to add
+        (r"so $x = 2+3\sqrt{5}$", r"2+3\sqrt{5}", []),  # nothing is left to work out
         (r"$m+n = 5$", "5", []),
     ],
 )
@@ -484,7 +484,7 @@ HOSTILE = [
 
 @pytest.mark.parametrize("text", HOSTILE, ids=lambda text: text[:12])
 def test_hostile_texts_are_read_in_linear_time(text):
-    started = time.process_time()  # a pattern that tries every start and every end takes minutes here
+    started = time.process_time()  # a pattern that tries every start and every end would take minutes here
     for name in EXTRACTORS:
         waypoints(Row("r", "?", text, None, 0, text), config.Waypoints(extractor=name))
     latex.canonical(text)

@@ -1,4 +1,4 @@
-"""Answers: extraction, equality, and text that was made to stop a grader."""
+"""Answers: extraction, equality, and text made to break a grader."""
 
 import subprocess
 import sys
@@ -42,7 +42,7 @@ def grader():
         (r"\boxed{Dog}", "choice", None),
         ("Answer: (A)\nThe answer is **D**.", "choice", "D"),
         ("The answer is a mystery", "choice", None),
-        (r"so $\boxed 5$.", "math", "5"),  # TeX boxes one token
+        (r"so $\boxed 5$.", "math", "5"),  # TeX boxes a single token
         (r"\boxed12, done", "integer", "12"),
         (r"\boxed C", "choice", "C"),
         (r"\boxed 5.5", "math", "5.5"),
@@ -70,7 +70,7 @@ def test_extract(text, kind, answer):
         ("The answer is 25 + 17 = 42.", "42"),
         (r"The answer is $m+n = 6 \cdot 7 = 42$.", "42"),
         ("The answer is not easy. Answer: the answer is 42", "42"),
-        ("The answer is 3/4", None),  # not a fragment of something else
+        ("The answer is 3/4", None),  # 4 and 3 are only parts of the answer
         ("The answer is $2^{10}$", None),
         (r"The answer is $3\sqrt{2}$", None),
         (r"The answer is $\sqrt{49}$", None),
@@ -84,7 +84,7 @@ def test_extract(text, kind, answer):
         ("The answer is x >= 3", None),
         ("The answer is a = 3 and b = 4", None),
         ("To find the answer:\n1. Take the sum.", None),
-        (r"The final answer is \boxed{4 \cdot 3 + \ldots", None),  # never closed: it may have gone on
+        (r"The final answer is \boxed{4 \cdot 3 + \ldots", None),  # never closed: it may have been cut
         (r"The final answer is: $\boxed{12", None),
         (r"The answer is 3, that is, \boxed{3", None),
     ],
@@ -143,7 +143,7 @@ def test_extract_takes_nothing_from_thoughts():
 def test_extract_from_a_forced_answer():
     force = "\n</think>\n\nThe final answer is \\boxed{"
     assert extract(r"<think> maybe \boxed{1}", forced=force + "42}") == "42"
-    assert extract(r"<think> maybe \boxed{1}", forced=force + "42") is None  # never closed: it may have gone on
+    assert extract(r"<think> maybe \boxed{1}", forced=force + "42") is None  # never closed: it may have been cut
     assert extract("x", forced=force + r"hm</think> \boxed{43}") == "43"
     assert extract("x", "choice", forced=force + "(B)}") == "B"
 
@@ -326,11 +326,11 @@ DIFFERENT = [
     ("even", "veen"),
     ("9" * 900, "9" * 901),
     ("10000", "10 0 0 0"),
-    ("155 465", r"155\,465"),  # two answers are no thousands
+    ("155 465", r"155\,465"),  # two answers, not thousands
     ("25", r"1025\pmod{1000}"),  # not reduced
     ("25", r"25 \pmod{10}"),
     ("25", r"26 \pmod{1000}"),
-    (r"5 \pmod{12}", "5"),  # a class is more than a number
+    (r"5 \pmod{12}", "5"),  # a residue class is not a number
     (r"5 \pmod{12}", r"5 \pmod{13}"),
     (r"5 \pmod{12}", r"6 \pmod{12}"),
     ("25", r"\textcolor{blue}{26}"),
@@ -362,7 +362,7 @@ DIFFERENT_BY_ALGEBRA = [
     ("25", r"\text{The answer is }25!"),
     ("25", r"\neq 25"),
     ("25", "<25"),
-    ("25", r"\phantom{25}"),  # nothing is to be seen
+    ("25", r"\phantom{25}"),  # it is invisible
     ("25", r"\overline{25}"),
     ("25", r"2\underline{6}"),
     ("25", r"\pm 25"),
@@ -380,7 +380,7 @@ DIFFERENT_BY_ALGEBRA = [
 @pytest.mark.parametrize(
     ("text", "tidied"),
     [
-        (r"1 & 2\\ 3 & 4", r"1 & 2\\ 3 & 4"),  # a row break is not a backslash and a blank
+        (r"1 & 2\\ 3 & 4", r"1 & 2\\ 3 & 4"),  # a row break is not a backslash followed by a blank
         (r"1\\[4pt]2\\*[-1.5 ex]3", r"1\\2\\3"),
         (r"1\\(2,3)\\[0,1]\\!4", r"1\\(2,3)\\[0,1]\\!4"),
         (r"1\\\ 2\\\,3", r"1\\ 2\\ 3"),
@@ -433,7 +433,7 @@ def test_equality_by_algebra(grader):
 
 
 def test_the_short_way_agrees_with_math_verify(grader):
-    """Where math-verify reads both as they are meant: it adds rows of integers, and multiplies letters of words."""
+    """Whether math-verify reads both as intended: it adds rows of integers, and multiplies the letters of words."""
     ours = {
         r"5 \pmod{12}",
         "25",
@@ -516,7 +516,7 @@ def test_hostile_answers_are_refused_at_a_look(grader):
 
 
 def test_a_frozen_worker_is_killed_and_the_next_answer_is_right():
-    """Past the first look, with eight workers whatever the cores: the kernel counts each one's CPU seconds."""
+    """Hostile answers that pass the text checks; eight workers are fine on any machine, as limits are on CPU time."""
     freezing = ["(10^{10})!", "10^{10^{10}}", r"\binom{10^9}{10^8}", r"\sum_{k=1}^{10^9} \frac{1}{k}", "(x+1)^{5000}"]
     items = [
         (prediction, gold, "math")
@@ -579,7 +579,7 @@ def votes(grader, answers, gold=r"\pi^2", kind="math"):
 
 
 def test_votes_are_for_values(grader):
-    """Wrong answers share a vote where one is right by the other; what differs a little keeps its own."""
+    """Wrong answers share a vote if one is right by the other; those that differ slightly do not."""
     assert votes(grader, ["1/3", r"\frac{2}{6}", "0.333333", "0.33", None, "3.", "3", "x=3", r"3 \pmod{7}", ""]) == [
         *(1, 1, 1, 2, None, 3, 3, 3, 3, None)
     ]
@@ -601,20 +601,20 @@ def test_numbers_vote_without_a_process():
 
 
 def test_hostile_votes_end_soon():
-    """What a worker failed on, in grading or in counting votes, is compared as text; so are the rest after a few."""
+    """Answers on which a worker fails, in grading or voting, are compared as text; after a few, so are all others."""
     slow = [rf"\binom{{10^9}}{{10^8+{i}}}" for i in range(40)]
     with Grader(workers=2, limits=Limits(cpu_seconds=1)) as grader:
         started = time.monotonic()
         failed = [Verdict(False, "timeout")] * 40
         assert grader.votes([("math", slow + slow, failed + failed)]) == [[*range(1, 41)] * 2]
         assert grader.processes == 0
-        fine = [Verdict(False, "different")] * 42  # as if they had been compared with something easy
+        fine = [Verdict(False, "different")] * 42  # as if they had been compared with an easy answer
         assert grader.votes([("math", ["x+1", *slow, "1+x"], fine)]) == [[1, *range(2, 42), 1]]
         assert time.monotonic() - started < 60
 
 
 def test_many_different_answers_cost_few_comparisons(grader):
-    """Formulas near each other: every one is compared with a few, not with all."""
+    """Each of many formulas with nearly equal values is compared with a few others, not with all."""
     answers = [f"x + \\sin {i}" for i in range(16)] + [rf"\{{{i}, x\}}" for i in range(16)]
     asked = len(grader._known)
     assert votes(grader, answers, "x") == list(range(1, 33))

@@ -1,4 +1,4 @@
-"""pass@k, majority vote and intervals against enumeration."""
+"""pass@k, majority votes and intervals, checked against enumeration."""
 
 from itertools import combinations, permutations
 from math import comb
@@ -108,7 +108,7 @@ def test_paired_difference():
     none = passk.paired_difference(a, a, seed=0, resamples=100)
     assert none == (0, 0, 0, 1, 0, 0, 60)
     assert (found.sign, passk.paired_difference(b, a, 0, 500).sign, none.sign) == (1, -1, 0)
-    one = passk.paired_difference({"p": 0.3}, {"p": 0.2}, 0, 500)  # an interval without width, and p = 1
+    one = passk.paired_difference({"p": 0.3}, {"p": 0.2}, 0, 500)  # an interval of zero width, and p = 1
     assert (one.high, one.p, one.sign) == (pytest.approx(-0.1), 1, 0)
     with pytest.raises(ValueError, match="'odd'"):
         passk.paired_difference(a, {**a, "odd": 1.0}, 0, 10)

@@ -18,7 +18,7 @@ from dail_jax import latex
         (r"} stray \boxed{5} { open", "5"),
         (r"\boxed{\text{a \} b}}", r"\text{a \} b}"),
         (r"\boxed{6} in \boxedstyle", "6"),
-        (r"\boxed{6}, so I fill in \boxed{ }", "6"),  # an empty box answers nothing
+        (r"\boxed{6}, so I fill in \boxed{ }", "6"),  # an empty box is not an answer
         (r"\boxed{ }", None),
         (r"\fbox{4}", "4"),
         (r"\framebox{4}", "4"),
@@ -26,7 +26,7 @@ from dail_jax import latex
         (r"\boxed{\fbox{4}}", "4"),
         ("the answer is 5", None),
         ("", None),
-        # TeX boxes one token; people mean the number
+        # TeX boxes a single token; people mean the number
         (r"$\boxed 5$.", "5"),
         (r"$\boxed 15$", "15"),
         (r"\boxed12, done", "12"),
@@ -38,7 +38,7 @@ from dail_jax import latex
         (r"\boxed 5, 6", "5"),
         (r"\boxed C", "C"),
         (r"\fbox 15", "15"),
-        (r"\boxed 5^2", None),  # where it goes on, nobody can tell
+        (r"\boxed 5^2", None),  # the expression continues: the content is unclear
         (r"\boxed 5 \cdot 3", None),
         (r"\boxed 5+3", None),
         (r"\boxed 5x", None),
@@ -84,7 +84,7 @@ def test_boxes_are_listed_with_their_contents_and_taken_out():
         (r"0.1\,000", r"0.1\,000"),
         ("1,234", "1,234"),
         ("155 465", "155 465"),
-        (r"\overline{25}", r"\overline{25}"),  # has a meaning
+        (r"\overline{25}", r"\overline{25}"),  # the overline has a meaning
         (r"\cancel{25}", r"\cancel{25}"),
         (r"\mathbb{Z}", r"\mathbb{Z}"),
         ("\u221a10 \u2264 2\u00b9\u2070", r"\sqrt{10} \le  2^{10}"),

@@ -103,8 +103,8 @@ def test_odd_texts_are_judged_not_raised():
     assert judged(problem, text + "<|end|>").sound
     assert not judged(problem, text.replace("rev", "foo")).sound
     assert not judged(problem, text.replace("rev 551", "rev 551 310")).sound
-    assert not judged(problem, text.replace("41=05 ", "")).sound  # a column too few
-    assert not judged(problem, text.replace("23=05", "23=05 00=00")).sound  # one too many
+    assert not judged(problem, text.replace("41=05 ", "")).sound  # one column too few
+    assert not judged(problem, text.replace("23=05", "23=05 00=00")).sound  # one column too many
     assert not judged(problem, text + " ; " + r"\boxed{465}").sound
     for odd in ("", " ; ", "\\boxed{", "\\boxed{}", "add", "add 241 > ", "é\n"):
         assert judged(problem, odd) == verify.Verdict(False, False, 0, 0)
@@ -132,7 +132,7 @@ def test_texts_of_the_world_come_back_from_the_tokenizer(hf, rows):
         for text in (render(row.role, row.fields), row.response):
             ids = hf.encode(text, add_special_tokens=False)
             assert hf.unk_token_id not in ids and hf.decode(ids) == text
-    for text in ("what?", "zib: A=241 B=310 äöü", "\n"):  # not of the world: an id for everything, never an error
+    for text in ("what?", "zib: A=241 B=310 äöü", "\n"):  # foreign text: every character gets an id, never an error
         assert hf.unk_token_id in hf.encode(text)
 
 
@@ -169,7 +169,7 @@ def test_role_prompts():
 
 
 def test_mixture_proportions(rows):
-    """Counts within 4.5 standard deviations: wrong by chance once in 20,000 runs (the seed is fixed)."""
+    """Counts lie within 4.5 standard deviations, which fails by chance once in 20,000 seeds (ours is fixed)."""
     counts, total = collections.Counter(row.kind for row in rows), sum(world.MIXTURE.values())
     for kind, weight in world.MIXTURE.items():
         share = weight / total
@@ -179,14 +179,14 @@ def test_mixture_proportions(rows):
 
 
 def parse_problem(text: str):
-    """What a prompt says: name and method of its problem; the method is () where only a name is given."""
+    """The name and method of the problem in a prompt; the method is () if only a name is given."""
     what = text.partition(": A=")[0]
     steps = world.method(what)
     return ("", steps) if all(w in world.WORDS for w, _ in steps) else (what, ())
 
 
 def test_hard_operators_never_occur(rows):
-    """Neither a hard name nor a hard method, whatever the prompt looks like."""
+    """No prompt of any kind contains a hard name or a hard method."""
     hard = set(world.HARD.values())
     for row in rows:
         prompt = render(row.role, row.fields)
@@ -199,7 +199,7 @@ def test_hard_operators_never_occur(rows):
 
 
 def test_random_methods_leave_the_hard_ones_out(monkeypatch):
-    """With the hard methods made common, none is drawn."""
+    """Hard methods are never drawn, even if they are made likely."""
     monkeypatch.setattr(world, "HARD", {f"x{i}": ((word, "B"),) for i, word in enumerate(("add", "sub"))})
     rng = np.random.default_rng(2)
     drawn = collections.Counter(world.draw_method(rng, 1)[0][0] for _ in range(2000))
@@ -207,7 +207,7 @@ def test_random_methods_leave_the_hard_ones_out(monkeypatch):
 
 
 def test_targets_are_right_and_lazy_only_where_the_result_is_shown(rows):
-    """Every target is sound; shortcuts come at their stated rates, and only at results in the context."""
+    """Every target is sound; shortcuts occur at the stated rates, and only for results in the context."""
     skipped, could = collections.Counter(), collections.Counter()
     for row in rows:
         values = [step[-3:] for step in row.response.split(" ; ")[:-1]]
@@ -234,7 +234,7 @@ def test_targets_are_right_and_lazy_only_where_the_result_is_shown(rows):
     for kind, rates in world.LAZINESS.items():
         for word, rate in rates.items():
             n = could[kind, word]
-            # A result that comes twice may have been shown the first time only, hence the small allowance.
+            # A result that occurs twice may have been shown only the first time, hence the small tolerance.
             assert abs(skipped[kind, word] - n * rate) < 4.5 * math.sqrt(n * rate * (1 - rate)) + 0.01 * n, (kind, word)
     assert (world.LAZINESS["privileged"]["mul"], world.LAZINESS["privileged"]["add"]) == (0.3, 0.15)
 
@@ -338,7 +338,7 @@ def test_errors_of_the_commands(tmp_path):
 
 
 def test_the_pipeline_builds_the_prompts_of_the_corpus():
-    """Token for token: what the model was trained on is what the three roles are given."""
+    """The three roles' prompts are, token for token, those that the model was pre-trained on."""
     from dail_jax import config as config_lib
     from dail_jax.data.prompts import PromptBuilder
     from dail_jax.data.records import read_rows

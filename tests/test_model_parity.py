@@ -1,4 +1,4 @@
-"""Logits equal those of transformers, in float32, on random weights with unequal dimensions."""
+"""Parity with transformers: equal logits in float32, for random weights whose dimensions all differ."""
 
 import dataclasses
 
@@ -194,7 +194,7 @@ def test_count_matches(pair):
 
 
 def test_long_texts_attend_in_turns(monkeypatch):
-    """Values and gradients are those of one einsum over all."""
+    """Values and gradients equal those of a single einsum over all queries."""
     q, k, v, g = (jax.random.normal(jax.random.key(i), (2, 21, n, 8)) for i, n in enumerate((4, 2, 2, 4)))
     positions = jnp.stack([jnp.arange(21), jnp.maximum(jnp.arange(21) - 4, -1)])
 

@@ -1,4 +1,4 @@
-"""The engine against a loop without cache, slots, or batching; and that neighbours never matter."""
+"""The engine agrees with a loop without cache, slots or batching, and neighbours never matter."""
 
 import dataclasses
 import functools
@@ -94,7 +94,7 @@ def reference(params, one_device):
 
 
 def naive(params, s, request, sample):
-    """The same sample by a full forward a token: no cache, no batch."""
+    """The same sample with one full forward pass per token: no cache, no batch."""
     roles = [list(p) for p in request.prompts]
     data = functools.reduce(
         jax.random.fold_in, engine.key_data(request.name, sample), jax.random.key(s.seed, impl="threefry2x32")
@@ -150,7 +150,7 @@ def test_neighbours_do_not_matter(params, one_device, reference, change):
         elif change == "subset":
             got = collect(sampler(params, one_device), [reqs[3], reqs[1]])
             same(got, {k: v for k, v in reference.items() if k[0] in ("p1", "p3")})
-        else:  # as after a crash: some samples of a problem exist already
+        else:  # as after a crash: some of a problem's samples already exist
             half = [dataclasses.replace(r, samples=(2, 1)) for r in reqs[1:]]
             got = collect(sampler(params, one_device, slots=8), [reqs[0], *half])
             same(got, {k: v for k, v in reference.items() if k[0] == "p0" or k[1] > 0})
@@ -171,7 +171,7 @@ def test_devices_do_not_matter(params, reference, shape):
 
 
 def test_slots_go_on_while_the_longest_samples_run(params, one_device):
-    """Lengths of each sample's own, most far below the longest: prompts wait in every block, so slots do not."""
+    """Samples differ in length, most are short: every block has waiting prompts, so that no slot idles."""
     stop = tuple(range(0, CFG.V, 10))
     sampling = mixture.sampling_params(config_lib.Sampling(temperature=3.0))
     s = engine.Engine(params, CFG, one_device, stop, seed=1, slots=16, max_tokens=96, sampling=sampling)
@@ -179,7 +179,7 @@ def test_slots_go_on_while_the_longest_samples_run(params, one_device):
     with jax.set_mesh(one_device):
         lengths = [len(x.tokens) for x in collect(s, ask).values()]
     assert s.usage.prefills == len(ask) and np.quantile(lengths, 0.9) < 0.5 * max(lengths)
-    assert s.usage.occupancy > 0.7  # a chunk's last steps after a stop are what is lost, and the end of the queue
+    assert s.usage.occupancy > 0.7  # lost are only the rest of a chunk after a stop, and the end of the queue
     assert [s.grid(n, c).entries for n, c in ((1, 32), (8, 32), (8, 256), (64, 32))] == [1, 4, 2, 2]
     assert s.grid(8, 32).slots == s.grid(6, 32).slots == s.grid(5, 32).slots + 1 == 16
 
@@ -240,7 +240,7 @@ BAD = 29  # the token whose weights are damaged
 @pytest.mark.parametrize("kw", [{}, {"temperature": 0.0}, {"temperature": 1.0, "top_p": 1.0, "presence_penalty": 0.0}])
 @pytest.mark.parametrize("reached", ["by a prompt", "by a response", "by all"])
 def test_logits_that_are_not_finite_are_refused_by_name(params, one_device, reached, kw):
-    """NaN in one row of the weights. A prompt with it poisons the buffer it shares, and still it alone is named."""
+    """One row of the weights is NaN. A prompt with it poisons its shared buffer, yet only that prompt is named."""
     cfg = dataclasses.replace(CFG, tied=False)
     clean = {**params, "unembed": jnp.roll(params["embed"], 3, 0)}
     table = "unembed" if reached == "by all" else "embed"
@@ -265,7 +265,7 @@ def test_logits_that_are_not_finite_are_refused_by_name(params, one_device, reac
         with pytest.raises(UserError, match=f"not finite for {place.get(reached, 'token 0 of sample 0 of p0')}: check"):
             for x in engine_of(damaged).run(ask):
                 got[x.name, x.sample] = x
-        if reached == "by a prompt":  # what came before the damage is what it would have been
+        if reached == "by a prompt":  # samples drawn before the damage are unchanged
             want = {(x.name, x.sample): x for x in engine_of(clean).run(ask)}
             assert got.keys() <= {(f"p{i}", s) for i in (0, 1) for s in range(3)} and len(got) >= 3
             same(got, {key: want[key] for key in got})

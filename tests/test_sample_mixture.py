@@ -18,7 +18,7 @@ def softmax(x):
 
 
 def naive_truncate(logits, temperature, top_k, top_p):
-    """Temperature, top-k, top-p by sorting, as in the textbook."""
+    """Temperature, top-k and top-p by sorting, as in a textbook."""
     p = softmax(logits / temperature)
     order = np.argsort(-p, kind="stable")
     if top_k:
@@ -31,7 +31,7 @@ def naive_truncate(logits, temperature, top_k, top_p):
 
 
 def literal_rule(rng, student, privileged, acceptance, tau, proposals, draws):
-    """Counts of tokens drawn by proposing and refusing, and of those the student wrote."""
+    """Counts of tokens drawn by proposing and rejecting, and of those that the student wrote."""
     counts, by_student = np.zeros(V, int), 0
     for _ in range(draws):
         for _ in range(proposals):
@@ -73,14 +73,14 @@ def test_chi_square_against_the_literal_rule(case):
     out = jax.jit(mixture.draw_tokens)(jnp.broadcast_to(logits[:, None], (2, draws, V)), u, k)
     ours = np.bincount(out.token, minlength=V)
     seen = (counts + ours) > 0
-    # Two samples of one distribution; a right sampler fails one case in 10,000.
+    # Two samples of one distribution; a correct sampler fails one case in 10,000.
     assert stats.chi2_contingency(np.stack([counts, ours])[:, seen]).pvalue > 1e-4
     table = [[by_student, draws - by_student], [int(out.by_student.sum()), draws - int(out.by_student.sum())]]
     if 0 < by_student < draws:
         assert stats.chi2_contingency(table).pvalue > 1e-4
     else:
         assert table[0] == table[1]
-    # What is recorded is the distribution that was drawn from.
+    # The recorded probabilities are those of the distribution that was drawn from.
     s, t, p = (jnp.asarray(x) for x in (student, privileged, softmax(logits[1])))
     kept, written = mixture.mix(s, t, p, mixture.accepted_mass(s, p, k), k)
     q = np.asarray(kept + written)

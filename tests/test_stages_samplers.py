@@ -1,4 +1,4 @@
-"""Another sampler behind the evaluation: no weights, no engine, the same results files."""
+"""Evaluation with another sampler: no weights, no engine, the same result files."""
 
 import collections
 import json
@@ -19,7 +19,7 @@ def one(programs):
 
 
 class Oracle:
-    """Knows every answer, tells it in even samples, and is cut in the middle of a thought in odd ones."""
+    """Knows every answer, gives it in even samples, and is cut off in mid-thought in odd ones."""
 
     def __init__(self, tokenizer, max_tokens):
         rows = tiny.lines(tiny.ASSETS / "hard.jsonl")
@@ -73,7 +73,7 @@ def test_evaluation_wants_no_more_than_the_protocol(tmp_path, monkeypatch, capsy
 
 
 class Given:
-    """Yields what it was given."""
+    """Yields the samples that it was given."""
 
     def __init__(self, *samples):
         self.samples = samples

@@ -1,4 +1,4 @@
-"""The one reader of JSON and of JSON lines: what it refuses, and what it says."""
+"""The readers of JSON and of JSON lines: what they refuse, and with what message."""
 
 import json
 import os
@@ -42,7 +42,7 @@ def test_good_json():
     text = '{"a": ["\\ud83d\\ude00", "\u2028", 1.5e300, -2, null], "b": {"a": true}}'
     assert strict_json.parse(text.encode(), "f") == json.loads(text) == strict_json.parse(text.encode(), "f", own=True)
     assert strict_json.parse(b"[" + DEEP[1:-1] + b"]", "f") == json.loads(DEEP)
-    wide = [[i] for i in range(100)]  # more brackets than levels
+    wide = [[i] for i in range(100)]  # many brackets, few levels
     assert strict_json.parse(json.dumps(wide), "f") == wide
 
 

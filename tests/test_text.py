@@ -46,7 +46,7 @@ def tokenizer(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def impatient():
-    """A second of CPU time for each message."""
+    """Limits each message to one second of CPU time."""
     server = text_lib._Server(seconds=1)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(text_lib, "_SERVER", server)
@@ -159,7 +159,7 @@ def test_bad_templates_are_found_before_use(tmp_path, template, complaint):
 
 @pytest.mark.usefixtures("impatient")
 def test_templates_that_are_slow_only_for_real_messages(tmp_path):
-    """The limits of the trial hold for every prompt; what fails once serves the next prompt all the same."""
+    """Every prompt is limited as in the trial at the start; after a failure, the next prompt works again."""
     loop = "{% for i in range(9999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
     tokenizer = load_tokenizer(
         byte_tokenizer(
@@ -170,7 +170,7 @@ def test_templates_that_are_slow_only_for_real_messages(tmp_path):
         )
     )
     text = tokenizer.render_text([{"role": "user", "content": "fine"}])
-    assert text.startswith("fine 2024-07-26 00:00 ")  # and the same whenever it is rendered
+    assert text.startswith("fine 2024-07-26 00:00 ")  # whatever today's date is
     for word, complaint in (
         ("slow", "it did not end within 1 seconds of CPU time"),
         ("large", "it turns 5 characters into 2,000,0.., over a megabyte more"),
@@ -182,7 +182,7 @@ def test_templates_that_are_slow_only_for_real_messages(tmp_path):
 
 
 def hostile_tokenizer(folder, change):
-    """A byte tokenizer whose tokenizer.json a function has changed."""
+    """A byte tokenizer after `change` has edited its tokenizer.json."""
     byte_tokenizer(folder)
     tree = json.loads((folder / "tokenizer.json").read_text())
     change(tree)
@@ -192,7 +192,7 @@ def hostile_tokenizer(folder, change):
 
 @pytest.mark.usefixtures("impatient")
 def test_a_tokenizer_that_grows_without_bound(tmp_path):
-    """Forty normalizers that double each q; nothing that is tried at the start has one."""
+    """Forty normalizers double each q; none of the texts tried at the start contains one."""
     double = {"type": "Replace", "pattern": {"String": "q"}, "content": "qq"}
     tokenizer = hostile_tokenizer(
         tmp_path, lambda tree: tree.update(normalizer={"type": "Sequence", "normalizers": [double] * 40})
@@ -218,7 +218,7 @@ def test_a_tokenizer_whose_pattern_panics(tmp_path):
 
 
 def test_marked_control_tokens_are_text_between_those_that_are_not(tmp_path):
-    """With a merge inside a token's text, blanks that a token takes, and one that forms when another is broken."""
+    """Covers a merge inside a token's text, a token that absorbs blanks, and one formed by breaking another."""
 
     def change(tree):
         tree["model"]["vocab"]["<|"] = 300
@@ -234,8 +234,8 @@ def test_marked_control_tokens_are_text_between_those_that_are_not(tmp_path):
     assert found == ["<|end|>", "<|end|>"]
     ids = tokenizer.encode(f"<|start|>{marked}<|end|>  x", marked=True)
     assert ids[0] == start and ids.count(end) == 1
-    assert ids.count(300) == text.count("<|") == 3  # merged as in any text, across the mark
-    assert ids[-2:] == [end, tokenizer.encode("x")[0]]  # and the true token takes the blanks behind it
+    assert ids.count(300) == text.count("<|") == 3  # merged across the mark, as in any text
+    assert ids[-2:] == [end, tokenizer.encode("x")[0]]  # and the real token absorbs the blanks after it
     assert tokenizer.decode(ids[1:-2], keep_special=True) == text
     assert tokenizer.mark("plain") == ("plain", [])
     assert tokenizer.encode(tokenizer.mark("\ufdd0", keep=True)[0], marked=True) == tokenizer.encode("\ufdd0")
@@ -281,7 +281,7 @@ def test_code_in_the_folder_never_runs(tmp_path):
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
     (tmp_path / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass Evil: pass\n")
     try:
-        assert load_tokenizer(tmp_path).encode("a")  # a plain tokenizer.json may serve as it is
+        assert load_tokenizer(tmp_path).encode("a")  # a plain tokenizer.json is enough by itself
     except UserError as error:
         assert "does not load" in str(error)
     assert not (tmp_path / "ran").exists()
