@@ -139,7 +139,7 @@ _PLAIN = [
         (r"%", r"\\%"),
     )
 ]
-_GOES_ON = re.compile(r"\s*=\s*[-+]?\s*(?:[\d(\\]|sqrt)")  # a chain with another value to come
+_CONTINUES = re.compile(r"\s*=\s*[-+]?\s*(?:[\d(\\]|sqrt)")  # a chain with another value to come
 _PROSE_EVENT = re.compile(rf"\\(?:approx|equiv)(?![a-zA-Z])|(?<![<>!])=+(?!>)|(?<![\w.{{{_COMMA}$/-])(?:\d|sqrt)")
 
 
@@ -413,7 +413,7 @@ def _from_prose(text: str, known: _Known) -> list[str]:
             continue
         end = match.end()
         value = " ".join(match[0].split())
-        if _GOES_ON.match(text, end):
+        if _CONTINUES.match(text, end):
             left = value
             continue
         date = _DATE.fullmatch(value) is not None

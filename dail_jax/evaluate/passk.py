@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 SIGNIFICANT = 0.05  # p values below this count as significant
-MAJORITY_DRAWS = 200  # subsets of k samples behind one maj@k
+MAJORITY_DRAWS = 200  # random subsets of k samples per maj@k
 
 
 class Interval(NamedTuple):

@@ -149,7 +149,7 @@ def spelled(answer: str) -> str:
     text = answer if lead is None or _HEDGE_WORDS.search(lead[0]) else lead["open"] + answer[lead.end() :]
     text = latex.plain(text).replace("{,}", ",")
     text = _BLANK.sub(lambda m: m[1] or " ", _DROP.sub(r"\1", text)).strip()
-    text = _outside_in(_BEHIND.sub("", _BEFORE.sub("", text)))
+    text = _without_outer_braces(_BEHIND.sub("", _BEFORE.sub("", text)))
     for pattern, instead in _SPELLINGS:
         text = pattern.sub(instead, text)
     if _TRIGONOMETRY.search(text):  # elsewhere the degree sign makes no difference
@@ -157,7 +157,7 @@ def spelled(answer: str) -> str:
     return text[:-1].rstrip() if text.endswith(".") else text
 
 
-def _outside_in(text: str) -> str:
+def _without_outer_braces(text: str) -> str:
     """The text without any braces that enclose all of it."""
     opened: list[int] = []
     closing: dict[int, int] = {}

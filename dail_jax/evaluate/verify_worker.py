@@ -4,7 +4,7 @@ It is run as a file, so that nothing else of this package is imported. Each ques
 reply:
 
     ["equal", gold, answer]    the reason of the verdict
-    ["read", formula, null]    "equal" where the formula can be read, else the reason why not
+    ["read", formula, null]    "equal" if the formula can be read, otherwise the reason why not
     ["size", formula, null]    its kind and numbers, as in "number 0.5 0.0" (real and imaginary part), or a reason
 
 The kernel enforces the limits: on address space, and on CPU time per question. When that is used up comes SIGXCPU, even

@@ -75,7 +75,7 @@ def judge(text: str, problem: str, solution: str) -> Verdict:
             wanted = f"{b:03d}" if meant == "B" else meant
             sound = (word, int(before), operand or "") == (MEANINGS[symbol], value, wanted)
             sound = sound and int(after) == _result(word, value, int(operand or 0)) and (owes or work is None)
-            sound = sound and (work is None or _works(word, before, operand, work, after))
+            sound = sound and (work is None or _is_right_work(word, before, operand, work, after))
             value = int(after)
     return Verdict(bool(boxes) and boxes[-1] == gold[1], sound, due, shortcuts)
 
@@ -94,7 +94,7 @@ def _result(word: str, value: int, operand: int) -> int | None:
     return table[word] % 1000 if word in table else None
 
 
-def _works(word: str, x: str, y: str, work: str, z: str) -> bool:
+def _is_right_work(word: str, x: str, y: str, work: str, z: str) -> bool:
     """Whether `work` holds three correct columns, ones first, that compute z from x and y."""
     cells = work.split(" ")
     carry = 0

@@ -28,17 +28,17 @@ def attend(q: jax.Array, k: jax.Array, v: jax.Array, positions: jax.Array) -> ja
         mask = visible(positions, positions)[:, None]
         return jax.nn.dot_product_attention(q, k, v, mask=mask, implementation="cudnn")
 
-    def some(turn: tuple[jax.Array, jax.Array]) -> jax.Array:
-        queries, at = turn
+    def attend_chunk(chunk: tuple[jax.Array, jax.Array]) -> jax.Array:
+        queries, at = chunk
         return attend_cached(queries, [(_by_row(k), _by_row(v), visible(at, positions), 1)])
 
     b, t = positions.shape
     if t <= QUERIES:
-        return some((q, positions))
-    more = -t % QUERIES  # long rows in chunks: [T,T] logits of 16,384 tokens take gigabytes per head
-    at = jnp.pad(positions, ((0, 0), (0, more)), constant_values=-1).reshape(b, -1, QUERIES)
-    queries = jnp.pad(q, ((0, 0), (0, more), (0, 0), (0, 0))).reshape(b, -1, QUERIES, *q.shape[2:])
-    out = jax.lax.map(jax.checkpoint(some), (queries.swapaxes(0, 1), at.swapaxes(0, 1)))
+        return attend_chunk((q, positions))
+    padding = -t % QUERIES  # long rows in chunks: [T,T] logits of 16,384 tokens take gigabytes per head
+    at = jnp.pad(positions, ((0, 0), (0, padding)), constant_values=-1).reshape(b, -1, QUERIES)
+    queries = jnp.pad(q, ((0, 0), (0, padding), (0, 0), (0, 0))).reshape(b, -1, QUERIES, *q.shape[2:])
+    out = jax.lax.map(jax.checkpoint(attend_chunk), (queries.swapaxes(0, 1), at.swapaxes(0, 1)))
     return out.swapaxes(0, 1).reshape(b, -1, *q.shape[2:])[:, :t]
 
 
@@ -53,14 +53,14 @@ def splash(q: jax.Array, k: jax.Array, v: jax.Array, positions: jax.Array, inter
 
     t = q.shape[1]
     block = min(MAX_BLOCK, -(-t // LANES) * LANES)
-    more = -t % block
+    padding = -t % block
     sizes = kernels.BlockSizes(**dict.fromkeys(BLOCKS, block))
 
     def local(q, k, v, segments):
-        causal = masks.MultiHeadMask([masks.CausalMask((t + more, t + more))] * q.shape[2])
+        causal = masks.MultiHeadMask([masks.CausalMask((t + padding, t + padding))] * q.shape[2])
         kernel = kernels.make_splash_mha(causal, block_sizes=sizes, head_shards=1, q_seq_shards=1, interpret=interpret)
-        by_head = (jnp.pad(_by_row(x), ((0, 0), (0, 0), (0, more), (0, 0))) for x in (q * q.shape[-1] ** -0.5, k, v))
-        segments = jnp.pad(segments, ((0, 0), (0, more)))
+        by_head = (jnp.pad(_by_row(x), ((0, 0), (0, 0), (0, padding), (0, 0))) for x in (q * q.shape[-1] ** -0.5, k, v))
+        segments = jnp.pad(segments, ((0, 0), (0, padding)))
         out: jax.Array = jax.vmap(kernel)(*by_head, segment_ids=kernels.SegmentIds(segments, segments))  # pyright: ignore
         return out.swapaxes(1, 2)[:, :t].astype(q.dtype)
 
@@ -108,9 +108,11 @@ def attend_cached(q: jax.Array, parts: list[tuple[jax.Array, jax.Array, jax.Arra
     total, out = jnp.zeros((), jnp.float32), jnp.zeros((), jnp.float32)
     for (_, v, _, e), x in zip(parts, logits, strict=True):
         x = jnp.exp(x - by_block(top, v.shape[0])[..., None, None])
-        y = jnp.einsum("gkmqes,gkesh->gkemqh", x.astype(v.dtype), _apart(v, e), preferred_element_type=jnp.float32)
-        total = total + by_row(_one_by_one(x.sum(-1, keepdims=True)))
-        out = out + by_row(_one_by_one(jnp.moveaxis(y, 2, -2)))
+        y = jnp.einsum(
+            "gkmqes,gkesh->gkemqh", x.astype(v.dtype), _split_entries(v, e), preferred_element_type=jnp.float32
+        )
+        total = total + by_row(_sum_in_order(x.sum(-1, keepdims=True)))
+        out = out + by_row(_sum_in_order(jnp.moveaxis(y, 2, -2)))
     out = out / jnp.maximum(total, 1e-30)
     return out.reshape(b, heads, t, -1, h).swapaxes(1, 2).reshape(b, t, n, h).astype(q.dtype)
 
@@ -124,13 +126,13 @@ def _by_row(x: jax.Array) -> jax.Array:
     return x.swapaxes(1, 2)
 
 
-def _apart(x: jax.Array, entries: int) -> jax.Array:
+def _split_entries(x: jax.Array, entries: int) -> jax.Array:
     """[G,K,S,H] -> [G,K,E,S/E,H]."""
     g, heads, s, h = x.shape
     return x.reshape(g, heads, entries, s // entries, h)
 
 
-def _one_by_one(x: jax.Array) -> jax.Array:
+def _sum_in_order(x: jax.Array) -> jax.Array:
     """The sum over the second-to-last axis, which is short, unrolled so that XLA cannot reassociate it."""
     return sum((x[..., i, :] for i in range(1, x.shape[-2])), start=x[..., 0, :])
 

@@ -109,13 +109,13 @@ def inverse_cdf(weights: jax.Array, u: jax.Array) -> jax.Array:
     pad = -weights.shape[-1] % _LANES
     blocks = jnp.pad(weights, [(0, 0)] * (weights.ndim - 1) + [(0, pad)]).reshape(*weights.shape[:-1], -1, _LANES)
     sums = blocks.sum(-1)
-    block, rest = _pass(sums, u * sums.sum(-1))
+    block, rest = _first_past(sums, u * sums.sum(-1))
     inner = jnp.take_along_axis(blocks, block[..., None, None], axis=-2)[..., 0, :]
-    lane, _ = _pass(inner, rest)
+    lane, _ = _first_past(inner, rest)
     return block * _LANES + lane
 
 
-def _pass(weights: jax.Array, target: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _first_past(weights: jax.Array, target: jax.Array) -> tuple[jax.Array, jax.Array]:
     """The first positive entry whose running sum exceeds target (or the last positive one), and the remaining target."""
     running = jnp.cumsum(weights, -1)
     positive = weights > 0
@@ -164,8 +164,8 @@ def _draw(probs: jax.Array, acceptance: jax.Array, u: jax.Array, k: SamplingPara
     """`probs` [roles, n, V] are S and T, `acceptance` [n, V] is p_T on the full softmax; the caller sets `finite`."""
     if probs.shape[0] == 1:
         token = inverse_cdf(probs[0], u[:, 0])
-        logq, yes = _log(_at(probs[0], token)), jnp.ones_like(token, bool)
-        return DrawnTokens(token, logq, logq, logq, by_student=yes, finite=yes)
+        logq, always = _log(_at(probs[0], token)), jnp.ones_like(token, bool)
+        return DrawnTokens(token, logq, logq, logq, by_student=always, finite=always)
     student, privileged = probs
     a = accepted_mass(student, acceptance, k)
     kept, written = mix(student, privileged, acceptance, a[:, None], k)
