@@ -290,10 +290,20 @@ class Train(Section):
 
 
 class Force(Section):
-    """The forced answer of a sample that its budget cut: this text, then at most `max_tokens` more."""
+    """The forced answer of a sample that holds no complete one: this text, then at most `max_tokens` more.
 
-    text: str = "\n</think>\n\nThe final answer is \\boxed{"
+    Thoughts that are still open are closed first, so that one text serves models that think and models that do not.
+    """
+
+    text: str = "\n\nThe final answer is \\boxed{"
     max_tokens: Count = 100
+
+    @field_validator("text")
+    @classmethod
+    def _leaves_thoughts_alone(cls, text: str) -> str:
+        if "</" in text:
+            raise ValueError("want a text without a closing tag: thoughts that are still open are closed before it")
+        return text
 
 
 class Benchmark(Section):
@@ -311,7 +321,12 @@ class Benchmark(Section):
 
 
 class Evaluate(Section):
-    """pass@k with n samples a problem, cut at each budget."""
+    """pass@k with n samples per problem, cut at each of `budgets`.
+
+    `budget` names what a budget covers. `all`: every token of a reply. `thoughts`: the thoughts alone, as in the paper;
+    a reply whose thoughts end within the budget has `force.max_tokens` more for its answer. A reply without thoughts
+    is covered as a whole either way. With `force`, a reply that is left without a complete answer is asked for one.
+    """
 
     benchmarks: tuple[Annotated[Benchmark, BeforeValidator(included)], ...] = ()
     # A PEFT folder to evaluate (with train.objective: none); null = what this run trained
@@ -320,6 +335,7 @@ class Evaluate(Section):
     samples: Count = 128
     ks: tuple[Count, ...] = ()  # empty = powers of two up to samples
     budgets: tuple[Count, ...] = ()  # empty = sampling.max_tokens alone
+    budget: Literal["thoughts", "all"] = "all"
     slots: Count = 64
     max_prompt_tokens: Count = 4096
     force: Force | None = None
@@ -332,9 +348,21 @@ class Evaluate(Section):
             raise ValueError(f"ks must not exceed samples ({self.samples})")
         if any(b > self.sampling.max_tokens for b in self.budgets):
             raise ValueError(f"budgets must not exceed sampling.max_tokens ({self.sampling.max_tokens})")
+        if self.budget == "thoughts" and self.force is None:
+            raise ValueError("budget: thoughts wants force, whose max_tokens are the answer's")
         if len({b.name for b in self.benchmarks}) != len(self.benchmarks):
             raise ValueError("benchmark names must differ")
         return self
+
+    @property
+    def cuts(self) -> list[int]:
+        """The budgets, rising."""
+        return sorted(set(self.budgets)) or [self.sampling.max_tokens]
+
+    @property
+    def room(self) -> int:
+        """Tokens for an answer that the budget does not cover."""
+        return self.force.max_tokens if self.budget == "thoughts" and self.force is not None else 0
 
 
 class Export(Section):

@@ -178,3 +178,15 @@ def test_a_remote_run_directory_is_refused(tmp_path):
             f"c.yaml:{key}: got 'gs://bucket/x', want a path on this machine: remote storage is not supported"
         )
     assert load(tmp_path, BASE, "data.path=hub:org/name").data.path == "hub:org/name"
+
+
+def test_the_papers_presets_evaluate_as_the_reference_does():
+    """Budgets of thoughts, and 100 tokens for the answer of a reply that has none."""
+    presets = [CONFIGS / f"{name}.yaml" for name in ("qwen3_8b_reasoning", "qwen2_5_7b_instruct")]
+    for preset in presets:
+        for overlay in ("", *sorted((CONFIGS / "paper").glob("*.yaml"))):
+            cfg = config_lib.load(preset, (), [str(overlay)] if overlay else []).evaluate
+            assert cfg.budget == "thoughts" and cfg.force is not None and cfg.force.max_tokens == 100
+            assert "think" not in cfg.force.text and cfg.room == 100
+    assert config_lib.load(presets[0]).evaluate.cuts == [512, 1024, 2048, 4096]
+    assert config_lib.load(presets[1]).evaluate.cuts == [4096]

@@ -69,7 +69,7 @@ def world(tmp_path_factory, programs):
             "slots": 64,
             "bootstrap": 20,
             "budgets": list(BUDGETS),
-            "force": {"text": "</think>\\boxed{", "max_tokens": 3},
+            "force": {"text": "\\boxed{", "max_tokens": 3},
             "sampling": {"temperature": 0.6, "top_p": 0.95, "presence_penalty": 1.5, "max_tokens": 16},
             "benchmarks": [
                 {"name": "sums", "rows": {"path": sums}},
@@ -97,16 +97,29 @@ def long_run(world):
     return world[1]("long")
 
 
-@pytest.mark.parametrize("budget", BUDGETS)
-def test_one_long_generation_cut_is_a_run_at_that_budget(world, long_run, budget):
+@pytest.fixture(scope="module")
+def thoughts_run(world):
+    return world[1]("thoughts", evaluate__budget="thoughts")
+
+
+@pytest.mark.parametrize(("kind", "budget"), [("all", 8), ("all", 16), ("thoughts", 8)])
+def test_one_long_generation_cut_is_a_run_at_that_budget(world, long_run, thoughts_run, kind, budget):
     """All of a sample's row is the same: its tokens, its forced answer, its verdict; and so are the results."""
-    alone = world[1](f"at{budget}", evaluate__budgets=[budget], evaluate__sampling__max_tokens=budget)
+    long = {"all": long_run, "thoughts": thoughts_run}[kind]
+    alone = world[1](
+        f"{kind}{budget}",
+        evaluate__budget=kind,
+        evaluate__budgets=[budget],
+        evaluate__sampling__max_tokens=budget,
+    )
     rows = {(r["benchmark"], r["problem_id"], r["sample"]): r for r in tiny.lines(alone / "samples.jsonl")}
-    cut = [r for r in tiny.lines(long_run / "samples.jsonl") if r["budget"] == budget]
+    cut = [r for r in tiny.lines(long / "samples.jsonl") if r["budget"] == budget]
     assert len(rows) == len(cut) == 4 * SAMPLES
     assert all(rows[r["benchmark"], r["problem_id"], r["sample"]] == r for r in cut)
-    mine, theirs = (json.loads((run / "results.json").read_text())["benchmarks"] for run in (long_run, alone))
-    assert {name: found[str(budget)] for name, found in mine.items()} == {n: f[str(budget)] for n, f in theirs.items()}
+    mine, theirs = (json.loads((run / "results.json").read_text()) for run in (long, alone))
+    assert mine["budget"] == theirs["budget"] == kind
+    for name, found in mine["benchmarks"].items():
+        assert found[str(budget)] == theirs["benchmarks"][name][str(budget)]
 
 
 def test_thoughts_and_forced_answers(long_run):
@@ -114,21 +127,38 @@ def test_thoughts_and_forced_answers(long_run):
     # raw: with the tag that the prompt opened and those that the model wrote, which this tokenizer has as control
     # tokens, but without the token that ended the reply
     assert all(r["text"].startswith("<think>\n") and not r["text"].endswith("<|end|>") for r in rows)
-    kinds = {kind: [r for r in rows if r["finish"] == kind] for kind in ("stop", "length", "forced")}
-    assert all(kinds.values())
-    for r in kinds["forced"]:  # cut while thinking
-        assert "</think>" not in r["text"] and r["tokens"] == r["budget"] and 1 <= r["forced_tokens"] <= 3
-        assert r["forced_text"].startswith("</think>\\boxed{")
-    for r in kinds["length"]:  # cut in the answer part
-        assert "</think>" in r["text"] and r["tokens"] == r["budget"] and r["forced_text"] is None
-    for r in kinds["stop"]:
-        assert r["forced_tokens"] == 0 and r["tokens"] <= r["budget"]
+    # This model answers nothing by itself: it is always asked, but where nothing is graded.
+    assert {r["finish"] for r in rows if r["benchmark"] != "proofs"} == {"forced"}
+    assert {r["finish"] for r in rows if r["benchmark"] == "proofs"} == {"stop", "length"}
+    for r in rows:
+        assert r["tokens"] <= r["budget"] and r["answer_tokens"] == 0
+        if r["finish"] == "forced":
+            close = "" if "</think>" in r["text"] else "\n</think>"
+            assert r["forced_text"].startswith(close + "\\boxed{") and 1 <= r["forced_tokens"] <= 3
+        else:
+            assert r["forced_text"] is None and r["forced_tokens"] == 0
+            assert (r["finish"] == "stop") == (r["tokens"] < r["budget"]) or r["tokens"] == r["budget"]
+    forced = [r for r in rows if r["finish"] == "forced"]
     short, full = (
-        {(r["benchmark"], r["problem_id"], r["sample"]): r for r in rows if r["budget"] == b} for b in BUDGETS
+        {(r["benchmark"], r["problem_id"], r["sample"]): r for r in forced if r["budget"] == b} for b in BUDGETS
     )
-    both = [(short[key], full[key]) for key in short if short[key]["finish"] == full[key]["finish"] == "forced"]
-    # drawn for each budget, each from its own tokens
-    assert len(both) > 50 and sum(a["forced_text"] == b["forced_text"] for a, b in both) < len(both) / 4
+    # drawn once for each cut, from its own tokens: the same answer where the larger budget cuts nothing more
+    other = [(short[key], full[key]) for key in short if short[key]["tokens"] < full[key]["tokens"]]
+    assert len(other) > 50 and sum(a["forced_text"] == b["forced_text"] for a, b in other) < len(other) / 4
+    same = [(short[key], full[key]) for key in short if short[key]["tokens"] == full[key]["tokens"]]
+    assert same and all({**a, "budget": 16} == b for a, b in same)
+    # cut in its thoughts, ended in them, cut in its answer
+    found = {("</think>" in r["text"], r["tokens"] < r["budget"]) for r in forced}
+    assert found == {(False, False), (False, True), (True, False)}
+
+
+def test_a_budget_of_thoughts_leaves_room_for_the_answer(thoughts_run):
+    rows = [r for r in tiny.lines(thoughts_run / "samples.jsonl") if "</think>" in r["text"]]
+    assert {r["answer_tokens"] for r in rows} == {3} and all(r["tokens"] <= r["budget"] for r in rows)
+    at = {(r["benchmark"], r["problem_id"], r["sample"]): r for r in rows if r["budget"] == 8}
+    later = [r for r in rows if r["budget"] == 16 and (r["benchmark"], r["problem_id"], r["sample"]) in at]
+    assert len(later) == len(at) > 5  # what has thought in 8 tokens is the same in 16
+    assert all({**at[r["benchmark"], r["problem_id"], r["sample"]], "budget": 16} == r for r in later)
 
 
 def test_choices_are_shown_as_letters_and_graded(world, long_run):

@@ -15,6 +15,7 @@ from matplotlib import image
 
 from dail_jax import config as config_lib
 from dail_jax import launch
+from dail_jax.data import batches
 from dail_jax.errors import UserError
 from dail_jax.evaluate import protocol
 from dail_jax.report import charts, collect, diagnosis, page, plots
@@ -588,6 +589,26 @@ def test_diagnosis_of_training_curves(tmp_path):
     found = seen_in({"dail": run})
     assert found["Loss spikes"] == "dail (gamma 0.1): 1 spikes at updates 30, 1 losses not finite, in 100 updates"
     assert found["Excess not falling"].startswith("dail (gamma 0.1): ")
+
+
+def test_batches_of_another_length_are_no_spikes(tmp_path):
+    """Traces are cut at 256 tokens, some end before: those make batches of their own, whose loss is another."""
+    rng, run = np.random.default_rng(5), make_run(tmp_path / "dail", "dail")
+    lengths = np.where(rng.random(640) < 0.9, 256, rng.integers(20, 200, 640))
+    examples = [batches.Example(str(i), {"student": (1,)}, (1,) * int(n)) for i, n in enumerate(lengths)]
+    plan, rows = batches.Plan(examples, 16, 12, seed=3), []
+    for step in range(len(plan)):
+        own = lengths[plan[step]]
+        loss = (own * (0.5 + 20 / own)).sum() / own.sum() + rng.normal() / 200  # the first tokens are the hardest
+        rows.append({"stage": "train", "step": step + 1, "time": 0, "loss": loss, "tokens": float(own.sum())})
+    dump(run / "metrics.jsonl", rows)
+    assert "Loss spikes" not in seen_in({"dail": run})
+    dump(run / "metrics.jsonl", [{k: v for k, v in row.items() if k != "tokens"} for row in rows])
+    assert int(seen_in({"dail": run})["Loss spikes"].split()[3]) > 30  # which is what they look like without
+    at = next(i for i in range(300, 480) if rows[i]["tokens"] == 16 * 256)
+    rows[at]["loss"] += 0.2
+    dump(run / "metrics.jsonl", rows)
+    assert f"1 spikes at updates {at + 1}, 0 losses" in seen_in({"dail": run})["Loss spikes"]
 
 
 def test_few_problems_show_nothing(tmp_path):

@@ -19,7 +19,7 @@ THINKING = {
     "train__objective": "none",
     "prompts__opening": "<think>\n",
     "evaluate__benchmarks": [{"name": "hard", "rows": {"path": str(tiny.ASSETS / "hard.jsonl"), "limit": 3}}],
-    "evaluate__force": {"text": "\n</think>\n\\boxed{", "max_tokens": 6},
+    "evaluate__force": {"text": "\n\\boxed{", "max_tokens": 6},
 }
 
 

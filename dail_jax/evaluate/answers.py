@@ -41,6 +41,14 @@ class AnswerType:
         """The answer in the answer part of a completion (what follows its thoughts), or None."""
         raise NotImplementedError
 
+    def complete(self, part: str, is_cut: bool) -> str | None:
+        """The first answer in an answer part that nothing which may follow it can change, or None: then it is asked for.
+
+        A part that `is_cut` may go on. Whatever is complete there must be returned for every longer part as well, so
+        that a larger budget takes back no answer.
+        """
+        return None if is_cut else self.extract(part)
+
     def gold_problem(self, gold: str, algebra: Algebra) -> str | None:
         """Why a text cannot be a gold answer, as in "want one letter"; None if it can. Called before sampling."""
         return None if gold.strip() else "want an answer"
@@ -61,7 +69,25 @@ class AnswerType:
         return None
 
 
-class Math(AnswerType):
+class Boxed(AnswerType):
+    """Answers that are asked for in a box."""
+
+    def complete(self, part: str, is_cut: bool) -> str | None:
+        """The first box that can be read; in a part that is cut, with its brace closed, and that of every box before."""
+        outer, rest = 0, "}" * (part.count("{") + 1) if is_cut else ""  # an open box is one that ends in the rest
+        found = latex.boxes(part + rest)
+        for box in found:
+            if box.end > len(part):
+                return None
+            if box.start < outer:  # inside of one that was looked at
+                continue
+            outer, braced = box.end, box.last < box.end
+            if braced and (answer := self.extract(part[box.start : box.end])) is not None:
+                return answer
+        return self.extract(part) if found and not is_cut else None
+
+
+class Math(Boxed):
     """Mathematics in the last box, compared by value."""
 
     def extract(self, part: str) -> str | None:
@@ -107,7 +133,7 @@ class Integer(Math):
         return None if rules.canonical_integer(rules.normalise(gold)) else "want an integer"
 
 
-class Choice(AnswerType):
+class Choice(Boxed):
     """A capital letter, in the last box or in a statement such as "Answer: (C)"."""
 
     def extract(self, part: str) -> str | None:

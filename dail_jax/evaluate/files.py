@@ -40,6 +40,7 @@ class Sample(Shape):
     sample: Natural
     budget: Count
     tokens: Natural
+    answer_tokens: Natural = 0
     forced_tokens: Natural
     text: Text
     forced_text: Text | None

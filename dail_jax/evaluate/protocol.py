@@ -18,7 +18,7 @@ from rich.text import Text
 
 from dail_jax import config as config_lib
 from dail_jax.errors import UserError, visible
-from dail_jax.evaluate import answers, passk
+from dail_jax.evaluate import answers, passk, replies
 from dail_jax.evaluate.grading import Grader, Verdict
 
 Results = dict[str, Any]
@@ -40,7 +40,7 @@ def grade(rows: Sequence[Mapping[str, Any]], benchmarks: Sequence[config_lib.Ben
         kind = kinds[row["benchmark"]]
         found.append({**row, "answer": None, "correct": None, "reason": NOT_GRADED, "vote": None})
         if answers.named(kind).is_graded:
-            found[-1]["answer"] = answers.extract(row["text"], kind, forced=row["forced_text"], tag=tag)
+            found[-1]["answer"] = answer_of(row, kind, tag)
             problems[row["benchmark"], row["problem_id"]].append(found[-1])
     graded = [row for drawn in problems.values() for row in drawn]
     with Grader() as grader:
@@ -60,6 +60,12 @@ def grade(rows: Sequence[Mapping[str, Any]], benchmarks: Sequence[config_lib.Ben
     for row, vote in zip(graded, itertools.chain.from_iterable(votes), strict=True):
         row["vote"] = vote
     return found
+
+
+def answer_of(row: Mapping[str, Any], kind: str, tag: str) -> str | None:
+    """The answer of a row of samples.jsonl, from its texts and from how it ended."""
+    cut = row["finish"] == "length"
+    return replies.answer(row["text"], answers.named(kind), tag, forced=row["forced_text"], cut=cut)
 
 
 def summarise(samples: Sequence[Mapping[str, Any]], cfg: config_lib.Evaluate, seed: int) -> Results:
@@ -107,6 +113,7 @@ def _one(problems: Mapping[str, Mapping[int, Mapping[str, Any]]], cfg: config_li
         "mean_tokens": round(float(tokens.mean()), DIGITS),
         "median_tokens": float(np.median(tokens)),
         "forced": round(len(forced) / len(rows), DIGITS),
+        "answer_tokens": round(float(np.mean([row.get("answer_tokens", 0) for row in rows])), DIGITS),
         "forced_tokens": round(float(np.mean(forced)), DIGITS) if forced else 0.0,
         "answered": round(sum(row["answer"] is not None for row in rows) / len(rows), DIGITS),
         "reasons": dict(sorted(Counter(row["reason"] for row in rows).items())),
@@ -133,6 +140,11 @@ def differences(results: Mapping[str, Results], seed: int, resamples: int) -> li
     base, lines = results[first], []
     for arm, other in results.items():
         if arm == first:
+            continue
+        protocols = [one.get("budget", "all") for one in (other, base)]
+        if len(set(protocols)) > 1:
+            covered = ", ".join(protocols)
+            lines.append(f"{arm} against {first}: not compared, for their budgets cover other tokens ({covered})")
             continue
         for name, budgets in base["benchmarks"].items():
             for budget, found in budgets.items():

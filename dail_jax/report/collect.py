@@ -189,6 +189,7 @@ def _run(name: str, folder: Path) -> Run:
 
 def _sample(row: dict[str, Any]) -> dict[str, Any]:
     limits = dict.fromkeys(files.Sample.model_fields, MAX_ANSWER) | {"text": MAX_TEXT, "forced_text": MAX_TEXT}
+    row = {"answer_tokens": 0, **row}  # which older files lack
     return {key: clip(row[key], limit) if isinstance(row[key], str) else row[key] for key, limit in limits.items()}
 
 

@@ -15,7 +15,8 @@ from dail_jax.report.collect import Run, Traces, setting
 
 RESAMPLES = 1000
 ARTEFACTS = 0.05  # a larger share of traces that mention the reference is a warning
-WINDOW, MADS = 20, 10.0  # a loss this many deviations above the median of this many updates before is a spike
+WINDOW, MADS = 20, 10.0  # a loss this many deviations above the median of this many earlier updates is a spike
+ALIKE = 1.25  # ... of those whose batches had as many tokens, to within this factor
 
 
 @dataclass(frozen=True)
@@ -156,7 +157,8 @@ def _losses(runs: Sequence[Run]) -> Iterator[Check]:
         steps, loss = list(rows.get("loss", {})), np.array(list(rows.get("loss", {}).values()), np.float64)
         gamma = f" (gamma {setting(run.config, 'train.gamma')})" if run.objective == "dail" else ""
         if len(loss) > WINDOW:
-            spikes = [step for i, step in enumerate(steps) if i >= WINDOW and _spike(loss[i - WINDOW : i], loss[i])]
+            tokens = rows.get("tokens", {})
+            spikes = [steps[i] for i in _spikes(loss, np.array([tokens.get(step, 1) for step in steps], np.float64))]
             broken = int((~np.isfinite(loss)).sum())
             where = f" at updates {', '.join(map(str, spikes[:8]))}{', …' * (len(spikes) > 8)}" if spikes else ""
             detail = f"{len(spikes)} spikes{where}, {broken} losses not finite, in {len(loss):,} updates"
@@ -169,10 +171,20 @@ def _losses(runs: Sequence[Run]) -> Iterator[Check]:
             yield bool(end.mean() > start.mean() - 2 * error), "Excess not falling", f"{run.name}{gamma}: {detail}"
 
 
-def _spike(before: np.ndarray, value: float) -> bool:
-    before = before[np.isfinite(before)]
-    if not len(before):
-        return False
-    middle = float(np.median(before))
-    spread = 1.4826 * float(np.median(np.abs(before - middle)))  # the standard deviation, were it Gaussian
-    return value > middle + MADS * max(spread, 1e-6)
+def _spikes(loss: np.ndarray, tokens: np.ndarray) -> list[int]:
+    """Places where the loss stands out from the last WINDOW before it on batches of about as many tokens.
+
+    Examples of like length are trained on together, and the loss of short responses is not that of long ones: most
+    batches of a run may be alike and some few be far off, at every update that takes them. Batches of a kind that has
+    not come often enough are not judged.
+    """
+    spikes = []
+    for i, (value, count) in enumerate(zip(loss, tokens, strict=True)):
+        alike = (tokens[:i] <= count * ALIKE) & (tokens[:i] >= count / ALIKE) & np.isfinite(loss[:i])
+        before = loss[:i][alike][-WINDOW:]
+        if len(before) == WINDOW:
+            middle = float(np.median(before))
+            spread = 1.4826 * float(np.median(np.abs(before - middle)))  # the standard deviation, were it Gaussian
+            if value > middle + MADS * max(spread, 1e-6):
+                spikes.append(i)
+    return spikes

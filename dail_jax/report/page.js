@@ -287,7 +287,7 @@ if (samplesRoot) {
     (s, query) => [
       make("h3", {}, `${s.benchmark}: ${s.problem_id}, sample ${s.sample} `, make("span", { class: sign(s) }, verdict(s))),
       facts([["arm", data.runs[s.arm]], ["answer", s.answer ?? "none"], ["gold", s.gold], ["verdict's reason", s.reason], ["finish", s.finish],
-        ["tokens", `${whole(s.tokens)} of ${whole(s.budget)}`], ["forced tokens", s.forced_tokens || null]]),
+        ["tokens", `${whole(s.tokens)} of ${whole(s.budget)}`], ["answer's tokens", s.answer_tokens || null], ["forced tokens", s.forced_tokens || null]]),
       marked(s.text, query),
       ...(s.forced_text ? [make("h4", {}, "Forced answer"), marked(s.forced_text, query)] : [])]);
 }

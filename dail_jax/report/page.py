@@ -39,6 +39,7 @@ SETTINGS = (
     "generate.tau",
     "generate.sampling.temperature",
     "evaluate.samples",
+    "evaluate.budget",
     "evaluate.sampling.temperature",
 )
 SECTIONS = {"pass": "pass@k", "budget": "Accuracy and tokens", "lengths": "Token lengths", "training": "Training"}

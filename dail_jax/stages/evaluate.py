@@ -1,19 +1,19 @@
-"""evaluate: n samples a problem, cut at every budget, graded -> samples.jsonl and results.json.
+"""evaluate: n samples per problem, cut at every budget, graded -> samples.jsonl and results.json.
 
 One generation to the largest budget serves all smaller ones, since a sample's tokens do not depend on where it
-will be cut. A sample that is still thinking when its budget ends has its thoughts closed by a fixed text and is
-asked for its answer (`evaluate.force`): those tokens are drawn for each budget and counted apart.
+will be cut. `evaluate.budget` names what a budget covers. A sample without a complete answer has its thoughts closed,
+if they are open, and is asked for its answer (`evaluate.force`): those tokens are drawn for each cut and counted apart.
 What the two files hold is written in docs/results.md.
 """
 
 from __future__ import annotations
 
+import bisect
 import collections
 import hashlib
 import json
 import random
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,7 +24,7 @@ from dail_jax import mesh as mesh_lib
 from dail_jax.checkpoint import peft
 from dail_jax.data.records import Row
 from dail_jax.errors import UserError
-from dail_jax.evaluate import answers, files, protocol
+from dail_jax.evaluate import answers, files, protocol, replies
 from dail_jax.evaluate.grading import Grader
 from dail_jax.metrics import Metrics, console, log, progress
 from dail_jax.rundir import Interrupt, Interrupted, Journal, RunDir, json_line, write_atomic
@@ -174,26 +174,25 @@ def draw(session: Session, todo: list[Problem], run_dir: RunDir) -> list[dict]:
     config, cfg = session.config, session.config.evaluate
     open_sampler = samplers.find(cfg.sampler)(session, run_dir)
     metrics = Metrics(run_dir.path, config.log, "evaluate")
-    sampler = open_sampler(cfg.sampling.max_tokens)
-    requests = [Request(p.key, (p.prompt,), tuple(range(cfg.samples)), cfg.sampling.max_tokens) for p in todo]
+    limit = cfg.cuts[-1] + cfg.room
+    sampler = open_sampler(limit)
+    requests = [Request(p.key, (p.prompt,), tuple(range(cfg.samples)), limit) for p in todo]
     drawn = collect(sampler, requests, run_dir.path / JOURNAL, "evaluating", cfg.samples)
     report_usage(sampler, metrics)
 
+    cuts = [c for p in todo for s in drawn[p.key] for c in cuts_of(session, p, s)]
     forced: dict[str, list[dict]] = {}
-    if cfg.force is not None:
-        text = tuple(session.tokenizer.encode(cfg.force.text))
-        requests = [
-            Request(forced_name(p, s, budget), ((*p.prompt, *s["ids"][:budget], *text),), (0,), cfg.force.max_tokens)
-            for p in todo
-            for s in drawn[p.key]
-            for budget in budgets(cfg)
-            if must_force(session, p, s, budget)
-        ]
-        if requests:
-            sampler = open_sampler(cfg.force.max_tokens)
-            forced = collect(sampler, requests, run_dir.path / FORCED, "forcing answers", 1)
+    if cfg.force is not None and any(c.ask for c in cuts):
+        limit = cfg.force.max_tokens
+        asked = {  # where a sample is the same at several budgets, it is asked once
+            c.name: Request(c.name, ((*c.problem.prompt, *c.kept, *session.tokenizer.encode(c.ask)),), (0,), limit)
+            for c in cuts
+            if c.ask
+        }
+        sampler = open_sampler(limit)
+        forced = collect(sampler, list(asked.values()), run_dir.path / FORCED, "forcing answers", 1)
     metrics.close()
-    return [row for p in todo for s in drawn[p.key] for row in rows_of(session, p, s, forced)]
+    return [row_of(session, c, forced[c.name][0]["ids"] if c.ask else None) for c in cuts]
 
 
 def collect(sampler: Sampler, requests: list[Request], path: Path, label: str, count: int) -> dict[str, list[dict]]:
@@ -217,50 +216,79 @@ def collect(sampler: Sampler, requests: list[Request], path: Path, label: str, c
     return finished
 
 
-def budgets(cfg: config_lib.Evaluate) -> list[int]:
-    return sorted(set(cfg.budgets)) or [cfg.sampling.max_tokens]
+@dataclass(frozen=True)
+class Cut:
+    """A sample as a budget leaves it: `ids` with the token that ended it, `kept` without; `ask` forces an answer."""
+
+    problem: Problem
+    sample: int
+    budget: int
+    spent: int  # tokens that the budget covers; those after them are the answer's
+    ids: list[int]
+    kept: list[int]
+    finish: str
+    text: str
+    ask: str
+
+    @property
+    def name(self) -> str:
+        """Of the request that forces its answer: equal cuts of a sample get the same one, whatever their budgets."""
+        return f"force/{len(self.kept)}/{self.problem.key}/{self.sample}"
 
 
-def forced_name(p: Problem, sample: dict, budget: int) -> str:
-    return f"force/{budget}/{p.key}/{sample['sample']}"
+def cuts_of(session: Session, p: Problem, sample: dict) -> list[Cut]:
+    """A sample at every budget: where `evaluate.budget` ends it, and whether an answer is missing."""
+    cfg, tag, kind = session.config.evaluate, thought_tag(session.config), answers.named(p.benchmark.answer)
+    closed = thought_tokens(session, p, sample["ids"]) if cfg.budget == "thoughts" else None
+    cuts = []
+    for budget in cfg.cuts:
+        end = spent = min(budget, len(sample["ids"]))
+        if closed is not None and closed <= budget:
+            end, spent = closed + cfg.room, closed
+        ids, finish = sample["ids"][:end], sample["finish"] if len(sample["ids"]) <= end else "length"
+        kept = ids[:-1] if ids and ids[-1] in session.stops else ids
+        text, ask, is_cut = raw_text(session, p, kept), "", finish == "length"
+        # (where nothing is graded, nothing is asked)
+        if cfg.force and kind.is_graded and kind.complete(replies.answer_part(text, tag), is_cut) is None:
+            ask = (f"\n</{tag}>" if replies.is_thinking(text, tag) else "") + cfg.force.text
+        cuts.append(Cut(p, sample["sample"], budget, spent, ids, kept, finish, text, ask))
+    return cuts
 
 
-def must_force(session: Session, p: Problem, sample: dict, budget: int) -> bool:
-    """Whether a sample is cut by `budget` while it is still thinking (or, for a model without thoughts, at all)."""
-    if len(sample["ids"]) <= budget and sample["finish"] == "stop":
-        return False
-    return f"</{thought_tag(session.config)}>" not in raw_text(session, p, sample["ids"][:budget])
+def thought_tokens(session: Session, p: Problem, ids: list[int]) -> int | None:
+    """How many of a sample's tokens its thoughts take, with the tag that closes them; None where they do not end."""
+    tag = thought_tag(session.config)
+
+    def closed(count: int) -> bool:
+        return replies.has_thought(raw_text(session, p, ids[:count]), tag)
+
+    mark = session.tokenizer.encode(f"</{tag}>")
+    if len(mark) == 1 and mark[0] in ids and closed(count := ids.index(mark[0]) + 1):
+        return count  # usually the tag is a token of its own: found without decoding prefix after prefix
+    return bisect.bisect_left(range(len(ids)), True, key=closed) if closed(len(ids)) else None
 
 
 def raw_text(session: Session, p: Problem, ids: list[int]) -> str:
-    """A sample's text with its tags, which some tokenizers take for control tokens; without the token that ends it."""
-    kept = ids[:-1] if ids and ids[-1] in session.stops else ids
-    return p.opening + session.tokenizer.decode(kept, keep_special=True)
+    """A sample's text with its tags, which some tokenizers take for control tokens."""
+    return p.opening + session.tokenizer.decode(ids, keep_special=True)
 
 
-def rows_of(session: Session, p: Problem, sample: dict, forced: dict[str, list[dict]]) -> Iterator[dict]:
-    """A sample's rows of samples.jsonl, one a budget, not yet graded."""
-    cfg = session.config.evaluate
-    for budget in budgets(cfg):
-        ids = sample["ids"][:budget]
-        finish = sample["finish"] if len(sample["ids"]) <= budget else "length"
-        more = forced.get(forced_name(p, sample, budget))
-        forced_text = None
-        if more is not None and cfg.force is not None:
-            finish, forced_text = "forced", cfg.force.text + session.tokenizer.decode(more[0]["ids"])
-        yield {
-            "benchmark": p.benchmark.name,
-            "problem_id": p.row.problem_id,
-            "sample": sample["sample"],
-            "budget": budget,
-            "tokens": len(ids),
-            "forced_tokens": len(more[0]["ids"]) if more else 0,
-            "text": raw_text(session, p, ids),
-            "forced_text": forced_text,
-            "answer": None,
-            "gold": p.gold,
-            "finish": finish,
-        }
+def row_of(session: Session, c: Cut, forced: list[int] | None) -> dict:
+    """A row of samples.jsonl, not yet graded; `forced` are the tokens drawn after `c.ask`."""
+    return {
+        "benchmark": c.problem.benchmark.name,
+        "problem_id": c.problem.row.problem_id,
+        "sample": c.sample,
+        "budget": c.budget,
+        "tokens": c.spent,
+        "answer_tokens": len(c.ids) - c.spent,
+        "forced_tokens": 0 if forced is None else len(forced),
+        "text": c.text,
+        "forced_text": None if forced is None else c.ask + session.tokenizer.decode(forced),
+        "answer": None,
+        "gold": c.problem.gold,
+        "finish": c.finish if forced is None else "forced",
+    }
 
 
 def read_drawn(folder: Path) -> list[dict]:
@@ -279,6 +307,7 @@ def finish(config: config_lib.Config, samples: list[dict], folder: Path) -> None
         "arm": folder.name,
         "objective": objective,
         "seed": config.seed,
+        "budget": config.evaluate.budget,
         **protocol.summarise(graded, config.evaluate, config.seed),
     }
     write_atomic(folder / "samples.jsonl", "".join(map(json_line, graded)))
