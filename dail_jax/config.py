@@ -120,7 +120,8 @@ class Prompts(Section):
     """Templates of the three roles (files; null = the package's own) and how a solution is cut.
 
     `opening` is what the assistant's turn starts with, e.g. "<think>\\n" for a thinking model.
-    A solution longer than `max_solution_tokens` is cut to its first tokens, for every role alike.
+    A solution is cut to its first tokens, for every role alike, where it has more than `max_solution_tokens` or where
+    the privileged student's prompt would not fit `generate.max_prompt_tokens`.
     """
 
     student: LocalPath | None = None
@@ -129,7 +130,7 @@ class Prompts(Section):
     expert: LocalPath | None = None  # the reply that SFT imitates; null = the solution as it is
     hint: LocalPath | None = None  # the student's prompt with a hint, for nurl
     opening: str = ""
-    max_solution_tokens: Count = 4096
+    max_solution_tokens: Count | None = None  # null = what generate.max_prompt_tokens leaves
 
 
 class Waypoints(Section):
@@ -318,6 +319,7 @@ class Benchmark(Section):
     template: LocalPath | None = None  # null = the student's, or with choices the package's own for these
     answer: str = "math"  # a name in dail_jax.evaluate.answers.ANSWERS: math, integer, choice, none, or your own
     ungradable: Literal["refuse", "skip"] = "refuse"  # what to do with rows whose gold answer cannot be read
+    pool: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]+$")] | None = None  # a row over all benchmarks of this pool
 
 
 class Evaluate(Section):
@@ -352,6 +354,10 @@ class Evaluate(Section):
             raise ValueError("budget: thoughts wants force, whose max_tokens are the answer's")
         if len({b.name for b in self.benchmarks}) != len(self.benchmarks):
             raise ValueError("benchmark names must differ")
+        if pools := {b.pool for b in self.benchmarks} & {b.name for b in self.benchmarks}:
+            raise ValueError(f"got {sorted(map(str, pools))[0]!r} as a pool and as a benchmark, want names that differ")
+        if any(b.pool is not None and b.answer == "none" for b in self.benchmarks):
+            raise ValueError("a pool's benchmarks must be graded: answer: none has no verdicts to pool")
         return self
 
     @property
@@ -363,6 +369,11 @@ class Evaluate(Section):
     def room(self) -> int:
         """Tokens for an answer that the budget does not cover."""
         return self.force.max_tokens if self.budget == "thoughts" and self.force is not None else 0
+
+    @property
+    def longest(self) -> int:
+        """Tokens that a sample is drawn to, which all budgets are cut from."""
+        return self.cuts[-1] + self.room
 
 
 class Export(Section):

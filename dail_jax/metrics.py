@@ -74,15 +74,29 @@ class Metrics:
     def write(self, step: int, **values: float | int | str | list) -> None:
         if jax.process_index() != 0:
             return
-        row = {"stage": self.stage, "step": step, "time": round(time.time(), 3), **values}
-        with writing(self.path), open(self.path, "a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
+        self._append(values, step)
         numbers = {f"{self.stage}/{k}": v for k, v in values.items() if isinstance(v, (int, float))}
         if self.board is not None:
             for name, value in numbers.items():
                 self.board.add_scalar(name, value, step)
         if self.wandb is not None:
             self.wandb.log({**numbers, f"{self.stage}/step": step})
+
+    def _append(self, values: dict[str, Any], step: int) -> None:
+        if jax.process_index() == 0:
+            row = {"stage": self.stage, "step": step, "time": round(time.time(), 3), **values}
+            with writing(self.path), open(self.path, "a", encoding="utf-8") as file:
+                file.write(json.dumps(row) + "\n")
+
+    def left_out(self, what: str, count: int, total: int, detail: str = "") -> None:
+        """Records that `count` of `total` things were cut, skipped or dropped, for the report to list; and logs it.
+
+        `what` names the things and what was done to them, such as "solutions cut to fit"; the last record of a stage
+        with the same words counts. `detail` is for the log alone.
+        """
+        self._append({"left_out": what, "count": count, "of": total}, 0)
+        if count:
+            log(f"{self.stage}: {count} of {total} {what}{detail}")
 
     def close(self) -> None:
         if self.board is not None:

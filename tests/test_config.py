@@ -188,5 +188,54 @@ def test_the_papers_presets_evaluate_as_the_reference_does():
             cfg = config_lib.load(preset, (), [str(overlay)] if overlay else []).evaluate
             assert cfg.budget == "thoughts" and cfg.force is not None and cfg.force.max_tokens == 100
             assert "think" not in cfg.force.text and cfg.room == 100
+            assert {b.pool for b in cfg.benchmarks if b.name.startswith("aime_")} in ({"aime_24_25"}, set())
     assert config_lib.load(presets[0]).evaluate.cuts == [512, 1024, 2048, 4096]
     assert config_lib.load(presets[1]).evaluate.cuts == [4096]
+
+
+PRESETS = [CONFIGS / "qwen3_8b_reasoning.yaml", CONFIGS / "qwen2_5_7b_instruct.yaml"]
+
+
+def arms_of(preset, overlay):
+    config = config_lib.load(preset, (), [str(CONFIGS / "paper" / f"{overlay}.yaml")])
+    return {
+        name: config_lib.with_overrides(config, {"arms": {}, **changes}, name) for name, changes in config.arms.items()
+    }
+
+
+@pytest.mark.parametrize("preset", PRESETS, ids=lambda p: p.stem)
+def test_the_papers_presets_train_on_what_fits(preset):
+    """Of a prompt as long as its limit and a response as long as its own, in every arm that learns from traces."""
+    paths = sorted((CONFIGS / "paper").glob("*.yaml"))
+    for overlay in (path.stem for path in paths if f"configs/{preset.name}" in path.read_text()):
+        for name, own in arms_of(preset, overlay).items():
+            if own.train.reads_traces and own.train.objective != "star":
+                longest = own.generate.max_prompt_tokens + own.generate.sampling.max_tokens
+                assert longest <= own.train.max_tokens, (overlay, name)
+            assert own.prompts.max_solution_tokens is None  # they are cut to fit the prompt
+
+
+@pytest.mark.parametrize("preset", PRESETS, ids=lambda p: p.stem)
+def test_the_papers_presets_drop_nothing_that_the_paper_keeps(preset):
+    for overlay in sorted(p.stem for p in (CONFIGS / "paper").glob("*.yaml")):
+        for own in arms_of(preset, overlay).values():
+            assert own.filters.artefacts == () and own.filters.max_repetition == 1
+            assert own.filters.correct == own.filters.finished == ("qwen2_5" in preset.stem)
+
+
+def test_the_papers_ablations():
+    assert {"base", "grpo", "dail"} == set(arms_of(PRESETS[1], "gpqa"))
+    assert [own.generate.tau for own in arms_of(PRESETS[0], "tau").values()] == [
+        0,
+        0.1,
+        0.2,
+        0.3,
+        0.5,
+        0.7,
+        0.8,
+        0.9,
+        0.99,
+    ]
+    arms = arms_of(PRESETS[0], "open_questions")
+    rooms = {n: a.train.max_tokens - a.generate.sampling.max_tokens for n, a in arms.items() if n.startswith("length")}
+    assert rooms["length_512"] == rooms["length_1024"] == 1792 and rooms["length_128"] >= 1792

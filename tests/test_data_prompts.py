@@ -94,14 +94,31 @@ def test_long_solutions_are_cut_alike_for_every_role(tokenizer):
     row = Row("p", "x?", "a = 11, " * 30 + "é" * 50 + " b = 22, \\boxed{33}", None, 0)
     for limit in (8, 20, 241, 242):
         made = builder(tokenizer, max_solution_tokens=limit, opening="<think>\n")
-        cut, was = made.cut(row.solution)
-        assert was and row.solution.startswith(cut) and limit - 1 <= len(tokenizer.encode(cut)) <= limit
+        cut = str(made.values(row)[0]["solution"])
+        assert row.solution.startswith(cut) and limit - 1 <= len(tokenizer.encode(cut)) <= limit
         prompts = made.build(row)
         _, privileged, negative, expert = texts(tokenizer, prompts)
         assert prompts.cut and cut.strip() in privileged and cut.strip() + "é" not in privileged
         assert "22" not in negative and "Final answer: 33" in negative and "</think>" not in expert
         assert expert == cut.strip()  # no stop token: the solution does not end there
     assert not builder(tokenizer).build(row).cut
+
+
+@pytest.mark.parametrize("room", [20, 100, 333])
+def test_solutions_are_cut_to_fit_the_prompt(tokenizer, room):
+    """Not to a length of their own, which the prompt around them would still exceed."""
+    row = Row("p", "x?", "a = 11, " * 60 + "\\boxed{33}", None, 0)
+    limit = len(builder(tokenizer, max_solution_tokens=1).build(row).privileged) + room
+    made = PromptBuilder(tokenizer, config.Prompts(), config.Waypoints(), max_tokens=limit)
+    prompts = made.build(row)
+    assert prompts.cut and limit - 2 <= len(prompts.privileged) <= limit  # (prompts end without blanks)
+    assert "Final answer: 33" in tokenizer.decode(prompts.negative)
+    both = PromptBuilder(tokenizer, config.Prompts(max_solution_tokens=5), config.Waypoints(), max_tokens=limit)
+    assert both.values(row)[0]["solution"] == "a = 1"
+    # with a problem that leaves no room, cutting cannot help: the prompt stays too long, and its row is skipped
+    long = Row("p", "x" * limit, row.solution, None, 0)
+    assert not made.build(long).cut and len(made.build(long).privileged) > limit
+    assert not PromptBuilder(tokenizer, config.Prompts(), config.Waypoints(), max_tokens=10_000).build(row).cut
 
 
 def test_expert_template_and_repeated_opening(tokenizer, tmp_path):

@@ -70,6 +70,32 @@ def test_summarise(results):
     assert cut["per_problem"] == {"a": [2, 4], "b": [0, 4]}
 
 
+def test_a_pool_is_over_the_union_of_problems():
+    tree = CFG.model_dump()
+    for benchmark in tree["benchmarks"]:
+        benchmark["pool"] = "both"
+    cfg = config.Evaluate.model_validate(tree)
+    samples = [*rows({"a": 2, "b": 0}, "hard", 64), *rows({"a": 3}, "chain", 64), *rows({"a": 4}, "chain", 8)]
+    samples += rows({"a": 0, "b": 0}, "hard", 8)
+    found = protocol.summarise(samples, cfg, seed=1)["benchmarks"]
+    assert list(found) == ["hard", "chain", "both"] and list(found["both"]) == ["8", "64"]
+    cell = found["both"]["64"]
+    assert cell["problems"] == 3 and cell["per_problem"] == {"chain/a": [3, 4], "hard/a": [2, 4], "hard/b": [0, 4]}
+    assert cell["pass@k"]["1"]["mean"] == pytest.approx(5 / 12, abs=1e-6)
+    assert cell["pass@k"]["2"]["mean"] == pytest.approx((1 + 5 / 6) / 3, abs=1e-6)
+    assert found["hard"]["64"]["problems"] == 2 and "both" in protocol.one_line({"benchmarks": found})
+    # one that has no other beside it is not shown twice
+    tree["benchmarks"][1]["pool"] = None
+    assert list(protocol.summarise(samples, config.Evaluate.model_validate(tree), seed=1)["benchmarks"]) == [
+        "hard",
+        "chain",
+    ]
+    for change in ({"pool": "hard"}, {"pool": "both", "answer": "none"}):
+        tree["benchmarks"][1].update(change)
+        with pytest.raises(ValueError, match=r"want names that differ|must be graded"):
+            config.Evaluate.model_validate(tree)
+
+
 def test_summarise_does_not_depend_on_the_order_of_rows(results):
     samples = [*rows({"a": 2, "b": 0}, "hard", 8), *rows({"a": 3, "b": 1}, "hard", 64), *rows({"c": 3}, "chain", 64)]
     again = protocol.summarise(samples, CFG, seed=1)

@@ -338,7 +338,7 @@ def test_gold_answers_that_cannot_be_graded_against(world, long_run, capsys):
     cfg["benchmarks"][0] = {"name": "sums", "ungradable": "skip", "rows": {"path": path}}
     capsys.readouterr()
     skipping = run("skipping", evaluate=cfg)
-    said = "evaluate: sums: skipped 1 of 3 problems, whose gold answers cannot be graded against: odd\n"
+    said = "evaluate: 1 of 3 problems of sums skipped: their gold answers cannot be graded against: odd\n"
     assert said in capsys.readouterr().out
     assert (skipping / "samples.jsonl").read_bytes() == (long_run / "samples.jsonl").read_bytes()
     refused = ["run_dir=nowhere", "evaluate.benchmarks.0.ungradable=refuse"]

@@ -2,6 +2,7 @@
 
 import base64
 import hashlib
+import html
 import itertools
 import json
 import math
@@ -14,17 +15,19 @@ import pytest
 from matplotlib import image
 
 from dail_jax import config as config_lib
-from dail_jax import launch
+from dail_jax import launch, metrics
 from dail_jax.data import batches
 from dail_jax.errors import UserError
 from dail_jax.evaluate import protocol
 from dail_jax.report import charts, collect, diagnosis, page, plots
+from dail_jax.stages import report
 
 HOSTILE = (
     "</script><script>alert(1)</script><img src=x onerror=alert(2)> <!-- \" ' & \u2028 \ud800 https://evil.example/x"
 )
 SKILL = {"base": 0.02, "nll": 0.5, "dail": 0.7}
 PROBLEMS, SAMPLES, BUDGETS = 12, 8, (64, 256)
+NAMES = (("", "generate"), ("dail", "train"))  # run directories and stages that leave something out
 
 
 def dump(path: Path, rows: list) -> None:
@@ -609,6 +612,32 @@ def test_batches_of_another_length_are_no_spikes(tmp_path):
     rows[at]["loss"] += 0.2
     dump(run / "metrics.jsonl", rows)
     assert f"1 spikes at updates {at + 1}, 0 losses" in seen_in({"dail": run})["Loss spikes"]
+
+
+def test_what_was_left_out_is_in_the_report(tmp_path, capsys):
+    """Not on the terminal alone; the last record of a stage counts, and none that says 0."""
+    arms = {arm: make_run(tmp_path / "r" / arm, arm) for arm in ("base", "dail")}
+    root, arm = (metrics.Metrics(tmp_path / "r" / name, config_lib.Log(), stage) for name, stage in NAMES)
+    for count in (12, 34):
+        root.left_out("solutions cut to fit <b>", count, 669)
+    root.left_out("problems skipped", 0, 669)
+    arm.left_out("examples dropped", 2, 1669, ": a, b")
+    assert (
+        "generate: 34 of 669 solutions cut to fit <b>\ntrain: 2 of 1669 examples dropped: a, b\n"
+        in capsys.readouterr().out
+    )
+    report.show(arms, tmp_path / "r", "r", make_traces(tmp_path / "r" / "traces.jsonl"))
+    lines = [
+        "all arms, generate: 34 of 669 solutions cut to fit <b>",
+        "dail, train: 2 of 1,669 examples dropped",
+    ]
+    listed = "".join(f"- {protocol.markdown_text(line)}\n" for line in lines)
+    assert (tmp_path / "r" / "results.md").read_text().endswith(f"\n\nLeft out:\n\n{listed}")
+    page_text = (tmp_path / "r" / "report.html").read_text()
+    assert all(f'<li class="fine">{html.escape(line)}</li>' in page_text for line in lines)
+    assert "problems skipped" not in page_text
+    (root_run,), _ = collect.read({"root": tmp_path / "r"})
+    assert not root_run.metrics  # these are no curves
 
 
 def test_few_problems_show_nothing(tmp_path):

@@ -24,19 +24,20 @@ THINKING = {
 
 
 def test_forced_answers_at_budgets(tmp_path, programs):
-    """A sample cut at budget b is that of a run with max_tokens b; those still thinking are asked for an answer."""
+    """A sample cut at budget b is that of a run with max_tokens b; those without an answer are asked for one."""
     assert tiny.run("evaluate", tiny.write(tmp_path / "all", evaluate__budgets=[24, 96], **THINKING)) == 0
     samples = tiny.lines(tmp_path / "all" / "samples.jsonl")
     rows = {(s["problem_id"], s["sample"], s["budget"]): s for s in samples}
     assert len(rows) == len(samples) == 3 * 4 * 2
     assert {s["finish"] for s in samples if s["budget"] == 24} == {"forced"}
     for s in samples:
-        assert s["finish"] in ("forced", "stop")
-        if s["finish"] == "stop":  # it ended by itself: it is not asked
+        assert s["finish"] in ("forced", "stop") and s["answer_tokens"] == 0
+        if s["finish"] == "stop":  # it ended by itself, with an answer: it is not asked
             assert s["tokens"] <= s["budget"] and s["forced_text"] is None and s["forced_tokens"] == 0
-        else:
+            assert s["answer"] is not None
+        else:  # (this tokenizer has no tags, so that no thoughts are open)
             assert s["tokens"] == s["budget"] and 1 <= s["forced_tokens"] <= 6
-            assert s["forced_text"].startswith("\n</think>\n\\boxed{")
+            assert s["forced_text"].startswith("\n\\boxed{")
         longest = rows[s["problem_id"], s["sample"], 96]
         assert longest["text"].startswith(s["text"])
     cells = json.loads((tmp_path / "all" / "results.json").read_text())["benchmarks"]["hard"]
@@ -45,7 +46,10 @@ def test_forced_answers_at_budgets(tmp_path, programs):
         np.mean([s["finish"] == "forced" for s in samples if s["budget"] == 96]), abs=1e-6
     )
     assert tiny.run("evaluate", tiny.write(tmp_path / "short", evaluate__sampling__max_tokens=24, **THINKING)) == 0
-    assert tiny.lines(tmp_path / "short" / "samples.jsonl") == [s for s in samples if s["budget"] == 24]
+    short = tiny.lines(tmp_path / "short" / "samples.jsonl")
+    for s in (*short, *samples):
+        del s["vote"]  # counts the values of all budgets
+    assert short == [s for s in samples if s["budget"] == 24]
 
 
 def test_the_exported_adapter_answers_alike_in_transformers(tmp_path, pipeline, capsys):
@@ -58,7 +62,7 @@ def test_the_exported_adapter_answers_alike_in_transformers(tmp_path, pipeline, 
     assert tiny.run("evaluate", config, adapter) == 2
     assert "want train.objective: none" in capsys.readouterr().err
     assert tiny.run("evaluate", config, adapter, "train.objective=none") == 2
-    assert "adapter_model.safetensors: not found" in capsys.readouterr().err
+    assert "adapter_config.json: not found: want a PEFT adapter folder" in capsys.readouterr().err
     adapter = f"evaluate.adapter={pipeline / 'adapter'}"
     assert tiny.run("evaluate", config, adapter, "train.objective=none") == 0
     samples = tiny.lines(tmp_path / "run" / "samples.jsonl")

@@ -101,7 +101,7 @@ def lengths(config: config_lib.Config) -> tuple[int, int]:
     """The longest prompt and response, padded, of which `train.max_tokens` admits a batch."""
     cfg = config.train
     longest = (
-        config.prompts.max_solution_tokens
+        config.prompts.max_solution_tokens or config.generate.max_prompt_tokens
         if cfg.objective == "sft"
         else (cfg.online if cfg.is_online else config.generate).sampling.max_tokens
     )
@@ -284,7 +284,8 @@ def sampler_programs(config: config_lib.Config, model: ModelConfig, mesh: Mesh) 
         jobs.append(("evaluation", cfg, cfg.samples, cfg.max_prompt_tokens, 1, lora))
     for name, cfg, samples, longest, roles, lora in jobs:
         sampling = mixture.sampling_params(cfg.sampling)
-        sampler = engine.Engine(params, model, mesh, (), 0, cfg.slots, cfg.sampling.max_tokens, sampling, roles, lora)
+        limit = cfg.longest if isinstance(cfg, config_lib.Evaluate) else cfg.sampling.max_tokens
+        sampler = engine.Engine(params, model, mesh, (), 0, cfg.slots, limit, sampling, roles, lora)
         grid = sampler.grid(samples, engine.bucket(longest))
         made = lower(mesh, decode.empty, grid, model, dtype).compile()
         shapes = jax.eval_shape(lambda grid=grid: decode.empty(grid, model, dtype))

@@ -12,6 +12,7 @@ from __future__ import annotations
 import functools
 import re
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -66,13 +67,14 @@ class Prompts:
     privileged: list[int]
     negative: list[int]
     expert: list[int]
-    cut: bool  # the solution was longer than max_solution_tokens
+    cut: bool  # the solution was longer than the limits allow
 
 
 class PromptBuilder:
     """Builds every prompt of a run from its templates and chat template; raises UserError for bad templates.
 
-    `special_tokens` says how to treat control tokens in rows.
+    `special_tokens` says how to treat control tokens in rows. Solutions are cut so that the privileged student's prompt
+    has at most `max_tokens` tokens.
     """
 
     def __init__(
@@ -81,8 +83,9 @@ class PromptBuilder:
         cfg: config.Prompts,
         waypoint_cfg: config.Waypoints,
         special_tokens: Policy = "text",
+        max_tokens: int | None = None,
     ):
-        self.tokenizer, self.cfg, self.waypoint_cfg = tokenizer, cfg, waypoint_cfg
+        self.tokenizer, self.cfg, self.waypoint_cfg, self.max_tokens = tokenizer, cfg, waypoint_cfg, max_tokens
         self.special_tokens: Policy = special_tokens
         self.found: Counter[str] = Counter()  # control token encoded as text -> how many texts contain it
         self.student = load_template(cfg.student, "student")
@@ -105,15 +108,35 @@ class PromptBuilder:
 
     def values(self, row: Row) -> tuple[Values, bool]:
         """The values of the placeholders, and whether the solution was cut."""
-        solution, cut = self.cut(row.solution)
         answer = final_answer(row)
-        seen = Row(row.problem_id, row.problem, solution, answer, row.index, row.waypoints)
-        return {
-            "problem": row.problem,
-            "solution": solution,
-            "waypoints": waypoints(seen, self.waypoint_cfg),
-            "answer": answer or "",
-        }, cut
+
+        def of(solution: str) -> Values:
+            seen = Row(row.problem_id, row.problem, solution, answer, row.index, row.waypoints)
+            return {
+                "problem": row.problem,
+                "solution": solution,
+                "waypoints": waypoints(seen, self.waypoint_cfg),
+                "answer": answer or "",
+            }
+
+        def is_short(solution: str) -> bool:
+            limit = self.cfg.max_solution_tokens
+            return limit is None or self._length(solution) <= limit
+
+        def fits(solution: str) -> bool:
+            if not is_short(solution) or self.max_tokens is None:
+                return is_short(solution)
+            marked: Values = {
+                field: self._mark(value)[0] if isinstance(value, str) else [self._mark(part)[0] for part in value]
+                for field, value in of(solution).items()
+            }
+            return len(self._render(self.privileged, marked)) <= self.max_tokens
+
+        if fits(row.solution):
+            return of(row.solution), False
+        # (a prompt that is too long without any solution is not helped by cutting: its row is skipped and counted)
+        solution = longest_prefix(row.solution, fits if fits("") else is_short)
+        return of(solution), solution != row.solution
 
     def student_only(
         self, problem: str, template: str | None = None, choices: str = "", special_tokens: Policy | None = None
@@ -132,20 +155,6 @@ class PromptBuilder:
         """The student's prompt with a hint: a text, or a list of waypoints."""
         values = self._safe({"problem": problem, "hint": hint}, self.special_tokens, problem[:40])
         return self._render(_template(self.cfg.hint, "hint"), values)
-
-    def cut(self, solution: str) -> tuple[str, bool]:
-        """The solution cut to at most max_solution_tokens tokens (to within a character), and whether it was cut."""
-        limit = self.cfg.max_solution_tokens
-        if self._length(solution) <= limit:
-            return solution, False
-        low, high = 0, len(solution)  # a prefix of `low` characters fits, one of `high` does not
-        while high - low > 1:
-            middle = (low + high) // 2
-            if self._length(solution[:middle]) <= limit:
-                low = middle
-            else:
-                high = middle
-        return solution[:low], True
 
     def reply(self, values: Values, cut: bool) -> str:
         """The text that SFT imitates: the `expert` template's, or the solution, after the prompt's opening.
@@ -206,6 +215,20 @@ class PromptBuilder:
             tokens = ", ".join(f"{token} in {count}" for token, count in self.found.most_common(8))
             log(f"{stage}: control tokens in texts of the data are encoded as plain text (special_tokens): {tokens}")
         self.found.clear()
+
+
+def longest_prefix(text: str, fits: Callable[[str], bool]) -> str:
+    """The longest prefix of a text that fits (to within a character where more characters may be fewer tokens)."""
+    if fits(text):
+        return text
+    low, high = 0, len(text)  # a prefix of `low` characters fits, one of `high` does not
+    while high - low > 1:
+        middle = (low + high) // 2
+        if fits(text[:middle]):
+            low = middle
+        else:
+            high = middle
+    return text[:low]
 
 
 @functools.lru_cache(maxsize=64)

@@ -71,7 +71,8 @@ def answer_of(row: Mapping[str, Any], kind: str, tag: str) -> str | None:
 def summarise(samples: Sequence[Mapping[str, Any]], cfg: config_lib.Evaluate, seed: int) -> Results:
     """The `benchmarks` part of results.json from the rows of samples.jsonl (in any order).
 
-    Raises UserError where a problem has not exactly `cfg.samples` samples at a budget.
+    Benchmarks of a `pool` are followed by one over all their problems, which are named BENCHMARK/PROBLEM there. Raises
+    UserError where a problem has not exactly `cfg.samples` samples at a budget.
     """
     groups: dict[tuple[str, int], dict[str, dict[int, Mapping[str, Any]]]] = defaultdict(lambda: defaultdict(dict))
     for row in samples:
@@ -79,11 +80,25 @@ def summarise(samples: Sequence[Mapping[str, Any]], cfg: config_lib.Evaluate, se
         if row["sample"] in drawn:
             raise UserError(f"got sample {row['sample']} twice", file="samples.jsonl", row=row["problem_id"])
         drawn[row["sample"]] = row
-    order = {benchmark.name: i for i, benchmark in enumerate(cfg.benchmarks)}
+    order = {benchmark.name: float(i) for i, benchmark in enumerate(cfg.benchmarks)}
+    for pool, members in pools(cfg.benchmarks).items():
+        order[pool] = order[members[-1]] + 0.5
+        for name, budget in [key for key in groups if key[0] in members]:
+            problems = {f"{name}/{problem}": drawn for problem, drawn in groups[name, budget].items()}
+            groups[pool, budget].update(problems)
     benchmarks: Results = {}
     for name, budget in sorted(groups, key=lambda key: (order.get(key[0], len(order)), key)):
         benchmarks.setdefault(name, {})[str(budget)] = _one(groups[name, budget], cfg, seed)
     return {"benchmarks": benchmarks}
+
+
+def pools(benchmarks: Sequence[config_lib.Benchmark]) -> dict[str, list[str]]:
+    """The benchmarks of every pool that has several."""
+    found: dict[str, list[str]] = {}
+    for benchmark in benchmarks:
+        if benchmark.pool is not None:
+            found.setdefault(benchmark.pool, []).append(benchmark.name)
+    return {pool: members for pool, members in found.items() if len(members) > 1}
 
 
 def _one(problems: Mapping[str, Mapping[int, Mapping[str, Any]]], cfg: config_lib.Evaluate, seed: int) -> Results:

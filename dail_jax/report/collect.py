@@ -41,6 +41,9 @@ class Manifest(files.Shape):
 class Metric(files.Shape):
     stage: str
     step: int
+    left_out: files.Text | None = None  # what was cut, skipped or dropped: `count` of `of`
+    count: int = 0
+    of: int = 0
 
 
 class Trace(files.Shape):
@@ -132,6 +135,26 @@ def read(runs: Mapping[str, Path], traces: Path | None = None) -> tuple[list[Run
     return read_runs, found
 
 
+def left_out(runs: Mapping[str, Path], traces: Path | None = None) -> list[str]:
+    """What the stages of these runs cut, skipped or dropped, and how much of it: a line for each.
+
+    `traces` is the traces.jsonl that they share, whose own stage is counted as well.
+    """
+    folders = {name: Path(folder) for name, folder in runs.items()}
+    if traces is not None and Path(traces).parent.resolve() not in {f.resolve() for f in folders.values()}:
+        folders = {"all arms": Path(traces).parent, **folders}
+    found: dict[tuple[str, str, str], tuple[int, int]] = {}
+    for name, folder in folders.items():
+        for _, row in lines(folder / "metrics.jsonl", Metric):
+            if row.get("left_out") is not None:  # after a resume, the later one
+                found[name, row["stage"], row["left_out"]] = row.get("count", 0), row.get("of", 0)
+    return [
+        f"{name}, {stage}: {count:,} of {total:,} {what}"
+        for (name, stage, what), (count, total) in found.items()
+        if count
+    ]
+
+
 def setting(tree: Mapping[str, Any], key: str) -> Any:
     """The value at a dotted key, or None."""
     node: Any = tree
@@ -165,7 +188,7 @@ def _run(name: str, folder: Path) -> Run:
     metrics: dict[str, Rows] = defaultdict(lambda: defaultdict(dict))
     for _, row in lines(folder / "metrics.jsonl", Metric):
         for key, value in row.items():
-            if key not in ("stage", "step", "time") and isinstance(value, int | float):
+            if key not in ("stage", "step", "time", "count", "of") and isinstance(value, int | float):
                 metrics[row["stage"]][key][row["step"]] = value  # after a resume, the later one
     lengths, groups = defaultdict(list), defaultdict(list)
     for offset, row in lines(folder / "samples.jsonl", files.Sample):

@@ -63,11 +63,12 @@ def write(
         ids = trace.pop("ids")
         if decode is not None and not trace["pieces"]:
             trace["pieces"] = decode(ids)
-    write_atomic(out, render(found, shown, title).encode("utf-8", "replace"))
+    html = render(found, shown, title, collect.left_out(runs, traces))
+    write_atomic(out, html.encode("utf-8", "replace"))
     return out
 
 
-def render(runs: Sequence[Run], traces: Sequence[Traces], title: str) -> str:
+def render(runs: Sequence[Run], traces: Sequence[Traces], title: str, left_out: Sequence[str] = ()) -> str:
     """The page's HTML; the same for the same runs."""
     room = resources.files("dail_jax.report")
     html, css, js = (room.joinpath(f"page.{kind}").read_text("utf-8") for kind in ("html", "css", "js"))
@@ -96,6 +97,7 @@ def render(runs: Sequence[Run], traces: Sequence[Traces], title: str) -> str:
             header=_header(runs),
             results=_results(runs),
             findings=diagnosis.find(runs, traces),
+            left_out=left_out,
             sections={key: name for key, name in SECTIONS.items() if key in present},
             samples=(len(data["samples"]), sum(run.total for run in runs)),
             shown=(len(data["traces"]), sum(t.total for t in traces)),

@@ -48,11 +48,16 @@ def run(config: config_lib.Config, tau: str) -> None:
 
 
 def measure(traces: list[dict], rows: list[Row], cfg: config_lib.Filters, seed: int) -> dict:
-    """Shares with 95% intervals over problems, and mean tokens; `right` only if every row has an answer."""
+    """Shares of all traces, dropped or not, with 95% intervals over problems, and mean tokens.
+
+    `right` only if every row has an answer. `artefacts` are the filters' phrases and the default ones, so that a
+    configuration that drops nothing for them is told how many there are.
+    """
+    phrases = (*cfg.artefacts, *config_lib.Filters().artefacts)
     golds = {row.problem_id: final_answer(row) or "" for row in rows}
     of: dict[str, Callable[[dict], float]] = {
         "student's tokens": lambda t: t["acceptance"],
-        "artefacts": lambda t: mention(t["text"], cfg.artefacts) is not None,
+        "artefacts": lambda t: mention(t["text"], phrases) is not None,
         "finished": lambda t: t["finish"] == "stop",
     }
     with Grader() as grader:

@@ -72,12 +72,12 @@ def run(config: config_lib.Config) -> None:
         return
     samplers.find(cfg.sampler)
     names.answer_types(cfg)
-    whole = {b.name: recipes.read_benchmark(b) for b in cfg.benchmarks}
-    tables = gradable(cfg, whole)
+    tables = {b.name: recipes.read_benchmark(b) for b in cfg.benchmarks}
+    skipped = ungradable(cfg, tables)
     if cfg.adapter:
         peft.refuse_other_base(cfg.adapter, config.model.path)
     with RunDir(config) as run_dir:
-        with run_dir.stage(recipes.evaluate(config, whole)) as stage:
+        with run_dir.stage(recipes.evaluate(config, tables)) as stage:
             if stage.done:
                 log(f"evaluate: already done, see {run_dir.path / 'results.json'}")
             elif stage.states[recipes.SAMPLES] != "missing":  # verdicts and figures follow from what was drawn
@@ -85,7 +85,9 @@ def run(config: config_lib.Config) -> None:
             else:
                 session = open_session(config)
                 with jax.set_mesh(session.mesh):
-                    samples = draw(session, problems(session, tables), run_dir)
+                    metrics = Metrics(run_dir.path, config.log, "evaluate")
+                    samples = draw(session, problems(session, tables, skipped, metrics), run_dir, metrics)
+                    metrics.close()
                 finish(config, samples, run_dir.path)
         results = files.read_results(run_dir.path / "results.json")
     if jax.process_index() == 0:
@@ -93,28 +95,20 @@ def run(config: config_lib.Config) -> None:
         log(protocol.one_line(results))
 
 
-def gradable(cfg: config_lib.Evaluate, tables: dict[str, list[Row]]) -> dict[str, list[Row]]:
-    """The rows whose gold answer can be graded against; the others are skipped and named, or refused.
+def ungradable(cfg: config_lib.Evaluate, tables: dict[str, list[Row]]) -> dict[str, list[str]]:
+    """By benchmark, the problem_ids whose gold answer cannot be graded against; raises UserError where none may be so.
 
     The processes must sample the same problems, so the first decides: a time limit may strike in one alone.
     """
 
     def check() -> dict[str, list[str]]:
         with Grader() as grader:
-            return {b.name: ungradable(b, tables[b.name], grader) for b in cfg.benchmarks}
+            return {b.name: ungradable_ids(b, tables[b.name], grader) for b in cfg.benchmarks}
 
-    kept = dict(tables)
-    for name, ids in mesh_lib.from_first(check).items():
-        if ids:
-            kept[name] = [row for row in tables[name] if row.problem_id not in ids]
-            log(
-                f"evaluate: {name}: skipped {len(ids)} of {len(tables[name])} problems, whose gold answers cannot be "
-                f"graded against: {', '.join(ids)}"
-            )
-    return kept
+    return mesh_lib.from_first(check)
 
 
-def ungradable(benchmark: config_lib.Benchmark, rows: list[Row], grader: Grader) -> list[str]:
+def ungradable_ids(benchmark: config_lib.Benchmark, rows: list[Row], grader: Grader) -> list[str]:
     """The problem_ids to skip; raises UserError at the first where none may be, at the last where no row is left."""
     ids: list[str] = []
     if not answers.named(benchmark.answer).is_graded:
@@ -146,12 +140,15 @@ def thought_tag(config: config_lib.Config) -> str:
     return open_tag(config.prompts.opening) or "think"
 
 
-def problems(session: Session, tables: dict[str, list[Row]]) -> list[Problem]:
-    """All problems whose prompt fits; the others are skipped and counted."""
-    cfg, out, too_long = session.config.evaluate, [], 0
+def problems(
+    session: Session, tables: dict[str, list[Row]], ungradable: dict[str, list[str]], metrics: Metrics
+) -> list[Problem]:
+    """All problems that can be graded and whose prompt fits; the others are skipped and counted."""
+    cfg, out = session.config.evaluate, []
     opening = re.compile(rf"<{thought_tag(session.config)}>\s*\Z")
     for benchmark in cfg.benchmarks:
-        for row in tables[benchmark.name]:
+        name, ids, too_long = benchmark.name, ungradable[benchmark.name], 0
+        for row in (row for row in tables[name] if row.problem_id not in ids):
             choices, gold = question(row)
             prompt = tuple(
                 session.prompts.student_only(row.problem, benchmark.template, choices, benchmark.rows.special_tokens)
@@ -161,22 +158,23 @@ def problems(session: Session, tables: dict[str, list[Row]]) -> list[Problem]:
             else:
                 opened = opening.search(session.tokenizer.decode(prompt[-16:], keep_special=True))
                 out.append(Problem(benchmark, row, gold, prompt, opened[0] if opened else ""))
+        total = len(tables[name])
+        what = f"problems of {name} skipped: their gold answers cannot be graded against"
+        metrics.left_out(what, len(ids), total, f": {', '.join(ids)}")
+        what = f"problems of {name} skipped: their prompts are above max_prompt_tokens={cfg.max_prompt_tokens}"
+        metrics.left_out(what, too_long, total)
     session.prompts.report("evaluate")
-    if too_long:
-        log(f"evaluate: skipped {too_long} problems with prompts above max_prompt_tokens={cfg.max_prompt_tokens}")
     if not out:
         raise UserError("every prompt is above max_prompt_tokens", field="evaluate.max_prompt_tokens")
     return out
 
 
-def draw(session: Session, todo: list[Problem], run_dir: RunDir) -> list[dict]:
+def draw(session: Session, todo: list[Problem], run_dir: RunDir, metrics: Metrics) -> list[dict]:
     """Ungraded rows of samples.jsonl, drawing what the journals do not have."""
-    config, cfg = session.config, session.config.evaluate
+    cfg = session.config.evaluate
     open_sampler = samplers.find(cfg.sampler)(session, run_dir)
-    metrics = Metrics(run_dir.path, config.log, "evaluate")
-    limit = cfg.cuts[-1] + cfg.room
-    sampler = open_sampler(limit)
-    requests = [Request(p.key, (p.prompt,), tuple(range(cfg.samples)), limit) for p in todo]
+    sampler = open_sampler(cfg.longest)
+    requests = [Request(p.key, (p.prompt,), tuple(range(cfg.samples)), cfg.longest) for p in todo]
     drawn = collect(sampler, requests, run_dir.path / JOURNAL, "evaluating", cfg.samples)
     report_usage(sampler, metrics)
 
@@ -191,7 +189,6 @@ def draw(session: Session, todo: list[Problem], run_dir: RunDir) -> list[dict]:
         }
         sampler = open_sampler(limit)
         forced = collect(sampler, list(asked.values()), run_dir.path / FORCED, "forcing answers", 1)
-    metrics.close()
     return [row_of(session, c, forced[c.name][0]["ids"] if c.ask else None) for c in cuts]
 
 

@@ -106,8 +106,8 @@ def roll_out(
     names = {f"{name}/{row.problem_id}": row for row in rows}
     prompts = {row.problem_id: session.prompts.build(row) for row in rows}
     session.prompts.report("generate")
-    if cut := sum(p.cut for p in prompts.values()):
-        log(f"generate: {cut} solutions were cut at {session.config.prompts.max_solution_tokens} tokens")
+    of = "" if name == "generate" else f" ({name})"
+    metrics.left_out(f"solutions cut to fit{of}", sum(p.cut for p in prompts.values()), len(prompts))
     roles = {0.0: ("student",), 1.0: ("privileged",)}.get(cfg.tau, ("student", "privileged"))
     requests, too_long = [], 0
     for key, row in names.items():
@@ -116,8 +116,8 @@ def roll_out(
             too_long += 1
         elif row.problem_id not in finished:
             requests.append(Request(key, contexts, tuple(range(cfg.samples)), cfg.sampling.max_tokens))
-    if too_long:
-        log(f"generate: skipped {too_long} problems with prompts above max_prompt_tokens={cfg.max_prompt_tokens}")
+    skipped = f"problems skipped: their prompts are above max_prompt_tokens={cfg.max_prompt_tokens}{of}"
+    metrics.left_out(skipped, too_long, len(rows))
     sampler = session.sampler(
         cfg.sampling,
         slots=cfg.slots,

@@ -14,7 +14,7 @@ from dail_jax.checkpoint import base, hf, peft, store
 from dail_jax.data.prompts import load_template
 from dail_jax.data.records import Row, dataset_hash, read_rows
 from dail_jax.errors import UserError
-from dail_jax.evaluate import answers
+from dail_jax.evaluate import answers, protocol
 from dail_jax.evaluate.files import Samples
 from dail_jax.provenance import Checksums, File, Input, Recipe, select
 from dail_jax.rundir import read_manifest
@@ -36,6 +36,7 @@ PATHS = (
     "pretrain.rows",
 )
 COMMON = ("seed", "model.dtype", "prompts.opening", "prompts.max_solution_tokens")
+PROMPT = ("generate.max_prompt_tokens",)  # which solutions are cut to fit
 SUMMARY = ("evaluate.ks", "evaluate.bootstrap")  # decide results.json alone
 
 
@@ -71,7 +72,7 @@ def train(config: config_lib.Config, rows: list[Row] | None = None) -> Recipe:
     own = cfg.reads_traces and not config.traces
     return Recipe(
         "train",
-        select(config, *COMMON, "data", "waypoints", "filters", "train", without=(*PATHS, *free)),
+        select(config, *COMMON, *PROMPT, "data", "waypoints", "filters", "train", without=(*PATHS, *free)),
         {
             **_model(config),
             **_data(config, rows),
@@ -90,6 +91,7 @@ def train(config: config_lib.Config, rows: list[Row] | None = None) -> Recipe:
 
 def evaluate(config: config_lib.Config, tables: Mapping[str, list[Row]] | None = None) -> Recipe:
     cfg, inputs = config.evaluate, {}
+    free = ("evaluate.slots", "evaluate.benchmarks.pool")
     if cfg.adapter:
         adapter = Path(cfg.adapter)
         inputs["evaluate.adapter"] = Input(cfg.adapter, lambda checksum: peft.adapter_digest(adapter, checksum))
@@ -101,12 +103,12 @@ def evaluate(config: config_lib.Config, tables: Mapping[str, list[Row]] | None =
             inputs[f"evaluate.benchmarks.{one.name}.template"] = _template(one.template, role)
     return Recipe(
         "evaluate",
-        select(config, *COMMON, "train.objective", "evaluate", without=(*PATHS, *SUMMARY, "evaluate.slots")),
+        select(config, *COMMON, "train.objective", "evaluate", without=(*PATHS, *SUMMARY, *free)),
         {**_model(config), **_templates(config, "student"), **inputs},
         outputs=(Samples(SAMPLES), File(RESULTS, derived=True)),
         partial=DRAWN,
         scratch=DRAWN,
-        summary=select(config, *SUMMARY),
+        summary={**select(config, *SUMMARY), "pools": protocol.pools(cfg.benchmarks)},
         after=() if config.train.objective == "none" else (train(config),),
     )
 

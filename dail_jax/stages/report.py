@@ -12,7 +12,7 @@ from dail_jax import config as config_lib
 from dail_jax.errors import UserError
 from dail_jax.evaluate import files, protocol
 from dail_jax.metrics import console, log
-from dail_jax.report import diagnosis, page, plots
+from dail_jax.report import collect, diagnosis, page, plots
 from dail_jax.rundir import write_atomic
 from dail_jax.stages.recipes import traces_path
 from dail_jax.text import Tokenizer, load_tokenizer
@@ -47,8 +47,10 @@ def show(
         paired = protocol.differences(results, 0, diagnosis.RESAMPLES)
         for line in paired:
             log(line)
-        lines = "".join(f"\n- {protocol.markdown_text(line)}" for line in paired)
-        write_atomic(out / "results.md", protocol.markdown(results) + lines + "\n")
+        parts = [protocol.markdown(results) + "".join(f"\n- {protocol.markdown_text(line)}" for line in paired)]
+        if left_out := collect.left_out(runs, traces):
+            parts.append("Left out:\n" + "".join(f"\n- {protocol.markdown_text(line)}" for line in left_out))
+        write_atomic(out / "results.md", "\n\n".join(parts) + "\n")
         write_atomic(out / "results.tex", protocol.latex(results))
     decode = functools.partial(pieces, load_tokenizer(tokenizer)) if tokenizer and tokenizer.is_dir() else None
     written = page.write(runs, out / "report.html", title, traces, decode)

@@ -85,7 +85,7 @@ def open_session(config: config_lib.Config) -> Session:
             file=config.model.tokenizer or folder,
         )
     policy = config.data.special_tokens if config.data else "text"
-    prompts = PromptBuilder(tokenizer, config.prompts, config.waypoints, policy)
+    prompts = PromptBuilder(tokenizer, config.prompts, config.waypoints, policy, config.generate.max_prompt_tokens)
     return Session(config, mesh, model, tokenizer, prompts, stop_ids(folder, tokenizer))
 
 

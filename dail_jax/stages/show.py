@@ -43,10 +43,10 @@ def prompts(config: config_lib.Config, row: Sequence[str] = ()) -> None:
     """What each role's prompt is for the model, control tokens included, and what SFT would imitate."""
     tokenizer = load_tokenizer(config.model.tokenizer or config.model.path)
     policy = config.data.special_tokens if config.data else "text"
-    builder = PromptBuilder(tokenizer, config.prompts, config.waypoints, policy)
+    builder = PromptBuilder(tokenizer, config.prompts, config.waypoints, policy, config.generate.max_prompt_tokens)
     for one in _chosen(config, _rows(config), row):
         built = builder.build(one)
-        cut = f", solution cut at {config.prompts.max_solution_tokens} tokens" if built.cut else ""
+        cut = ", solution cut to fit" if built.cut else ""
         log(f"row {one.index + 1}: {one.problem_id}{cut}")
         for role in ("student", "privileged", "negative", "expert"):
             ids = getattr(built, role)
