@@ -100,10 +100,10 @@ def targets(folder: Path) -> dict[str, Callable[[Path], Any]]:
             kept.close()
 
     def read_references(path: Path):
-        if not references.whole(path, "key"):
+        if not references.is_valid(path, "key"):
             raise UserError("computed again", file=path)
-        found = references.References(path, examples, cfg.D, jnp.bfloat16)
-        return [np.array(found(role, i)) for role in references.step_lib.REFERENCES for i in range(len(examples))]
+        found = references.References(path, references.CONTRAST, examples, cfg.D, jnp.bfloat16)
+        return [np.array(found(role, i)) for role in references.CONTRAST for i in range(len(examples))]
 
     peft.save(folder / "adapter", lora, cfg, settings, "base")
     hf.save(folder / "merged model", params, cfg, json.loads((MODEL / "config.json").read_text()), MODEL)
@@ -163,7 +163,7 @@ def write_references(folder: Path, examples: list[Example], d: int) -> None:
     folder.mkdir()
     tokens, rng = sum(len(e.response) for e in examples), np.random.default_rng(0)
     files = {}
-    for role in references.step_lib.REFERENCES:
+    for role in references.CONTRAST:
         file = folder / f"{role}.bin"
         file.write_bytes(rng.standard_normal((tokens, d)).astype(jnp.bfloat16).tobytes())
         files[file.name] = provenance.sha256(file)

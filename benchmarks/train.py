@@ -40,16 +40,16 @@ def main() -> None:
     with jax.set_mesh(mesh):
         tx = optimizer.adamw(cfg.optimizer, 1000)
         layout = step.shardings(model, cfg, tx, mesh)
-        recipe = step.recipe(model, cfg)
+        spec = step.spec_of(model, cfg)
         import tempfile
         from pathlib import Path
 
         with tempfile.TemporaryDirectory() as folder:
-            cache = references.compute(Path(folder), "bench", recipe, params, mesh, examples, BATCH, cfg.bucket)
+            cache = references.compute(Path(folder), "bench", spec, params, mesh, examples, BATCH, cfg.bucket)
             plan = np.arange(BATCH)
             uncached = batches.Assemble(examples, cfg.bucket, 1, local, tuple(LENGTHS)).map(plan)
-            cached = batches.Assemble(examples, cfg.bucket, 1, local, ("student",), step.REFERENCES, cache).map(plan)
-        update = step.make_update(recipe, tx, layout)
+            cached = batches.Assemble(examples, cfg.bucket, 1, local, ("student",), spec.roles, cache).map(plan)
+        update = step.make_update(spec, tx, layout)
         states = {}
 
         def ours(name: str, batch):
@@ -83,12 +83,12 @@ def main() -> None:
                 "rows/s",
                 work,
             ),
-            loss_memory(recipe, params),
+            loss_memory(spec, params),
         ]
     show("train step, 41.6M-parameter Qwen3 shape, LoRA r 32, float32", rows, args.json)
 
 
-def loss_memory(recipe, params) -> dict:
+def loss_memory(spec, params) -> dict:
     """Temporary memory of the loss and its gradient, compiled for 4 responses of 1,024: chunked, and whole logits."""
     import jax
     import jax.numpy as jnp
@@ -101,8 +101,8 @@ def loss_memory(recipe, params) -> dict:
     mask = jax.ShapeDtypeStruct((BATCH, 1024), jnp.bool_)
 
     def chunked(student, privileged, negative, mask, table):
-        extras = {"privileged": privileged, "negative": negative}
-        return objectives.summed(recipe.objective, recipe.chunk, student, extras, mask, table)[0]
+        frozen, weights = {"privileged": privileged, "negative": negative}, mask.astype(jnp.float32)
+        return objectives.summed(spec.loss, spec.chunk, student, frozen, {}, weights, table)[0]
 
     def naive(student, privileged, negative, mask, table):
         m, p, n = (jax.nn.log_softmax(x @ table.T) for x in (student, privileged, negative))

@@ -225,12 +225,12 @@ class Optimizer(Section):
 
 
 class Online(Section):
-    """For objectives that learn from what the student writes now: a round samples, grades, and makes its updates."""
+    """For methods that learn from what the student writes now: a round samples, grades, and makes its updates."""
 
     problems: Count = 16  # a round
     group: Count = 8  # samples a problem
-    clip: Positive = 0.2  # how far a token's probability ratio may leave 1 and still be pushed on (grpo, nurl)
-    kl: NonNegative = 0.01  # weight of KL(student || frozen base), over the full vocabulary (grpo, nurl)
+    clip_ratio: Positive = 0.2  # how far a token's probability ratio may leave 1 and still be pushed on (grpo, nurl)
+    kl_weight: NonNegative = 0.01  # of KL(student || frozen base), over the full vocabulary (grpo, nurl)
     hint: Literal["trace", "waypoints"] = "trace"  # nurl: how a trace of `generate` begins, or the waypoints
     hint_tokens: Count = 64  # ... of a trace, and never more than half of it
     slots: Count = 64
@@ -240,17 +240,14 @@ class Online(Section):
 class Train(Section):
     """Training of the LoRA: an `objective`, on `epochs` passes over what it learns from.
 
-    dail      contrast of privileged student and negative reference, on traces
-    nll       likelihood of traces                    sft   likelihood of expert solutions
-    star      likelihood of the student's own right samples, or else of right ones with the solution in context
-    grpo      group-relative policy gradient          nurl  the same, with a hint where a whole group fails
-    onpolicy  as dail, on what the student writes now
-    none      the untrained model, to be evaluated
+    The objectives and what each of them learns from are the table `METHODS` in `dail_jax/train/methods.py`.
     """
 
-    objective: Literal["dail", "nll", "sft", "star", "grpo", "nurl", "onpolicy", "none"] = "dail"
-    gamma: NonNegative = 0.1
-    kl: Literal["reverse", "forward"] = "reverse"
+    objective: str = "dail"
+    gamma: NonNegative = 0.1  # weight of the negative reference (dail, onpolicy)
+    kl: Literal["reverse", "forward"] = "reverse"  # direction of the divergences (dail, onpolicy)
+    loss: dict[str, Number] = {}  # further settings, which a method declares
+    reduce: Literal["token", "sequence"] = "token"  # mean over an update's tokens, or of its sequences' own means
     epochs: Count = 3
     batch_size: Count = 16  # sequences per update
     accumulate: Count = 1  # micro-batches per update
@@ -268,25 +265,10 @@ class Train(Section):
     optimizer: Optimizer = Optimizer()
     online: Online = Online()
 
-    @property
-    def is_online(self) -> bool:
-        return self.objective in ("grpo", "nurl", "onpolicy")
-
-    @property
-    def reads_traces(self) -> bool:
-        """Whether `generate` comes first."""
-        return self.objective in ("dail", "nll", "star") or (self.objective == "nurl" and self.online.hint == "trace")
-
     @model_validator(mode="after")
     def _divides(self):
         if self.batch_size % self.accumulate:
             raise ValueError("batch_size must be a multiple of accumulate")
-        if self.objective in ("dail", "onpolicy") and self.kl == "reverse" and self.gamma >= 1:
-            raise ValueError("gamma must be below 1: the objective is unbounded otherwise")
-        if self.is_online and self.online.problems * self.online.group % self.batch_size:
-            raise ValueError("online.problems * online.group must be a multiple of batch_size")
-        if self.is_online and self.objective != "onpolicy" and not self.online.sampling.is_plain:
-            raise ValueError(f"{self.objective} wants plain online.sampling: temperature 1 and no truncation")
         return self
 
 
@@ -428,12 +410,6 @@ class Config(Section):
     def _wanted(cls, arms: Any) -> Any:
         """A file that is laid over another takes an arm away with `name: null`."""
         return {k: v for k, v in arms.items() if v is not None} if isinstance(arms, dict) else arms
-
-    @model_validator(mode="after")
-    def _one_adapter(self):
-        if self.evaluate.adapter and self.train.objective != "none":
-            raise ValueError("evaluate.adapter stands in for training: want train.objective: none")
-        return self
 
 
 # ---------------------------------------------------------------------------------------------------

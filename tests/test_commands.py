@@ -11,6 +11,7 @@ from dail_jax import launch
 from dail_jax.errors import UserError
 from dail_jax.stages import experiment
 from dail_jax.text import load_tokenizer
+from dail_jax.train import methods
 
 
 @pytest.fixture
@@ -152,7 +153,7 @@ def test_the_paper_s_presets_are_complete(path, monkeypatch):
         for name in config.arms:
             own = experiment.arm(config, name)
             assert (own.data is not None and own.train.objective == "none") or own.train.max_tokens > 0
-            if own.train.is_online:
+            if methods.of(own).source == "samples":
                 assert own.train.online.sampling.max_tokens + own.generate.max_prompt_tokens <= own.train.max_tokens
 
 

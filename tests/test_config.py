@@ -51,13 +51,8 @@ BAD = {
     "generate: {tau: 1.5}": "c.yaml:generate.tau: got 1.5, want less than or equal to 1",
     "seed: true": "c.yaml:seed: got True, want a number",
     "seed: -1": "c.yaml:seed: got -1, want greater than or equal to 0",
-    "train: {objective: dial}": "c.yaml:train.objective: got 'dial', want 'dail', 'nll', 'sft', 'star', 'grpo', 'nurl', 'onpolicy' or "
-    "'none'",
     "prompts: {opening: 3}": "c.yaml:prompts.opening: got 3, want a valid string",
     # keys that do not go together
-    "train: {gamma: 1}": "c.yaml:train: gamma must be below 1: the objective is unbounded otherwise",
-    "train: {objective: grpo, online: {problems: 3, group: 4}}": "c.yaml:train: online.problems * online.group must be a multiple of batch_size",
-    "train: {objective: nurl, online: {sampling: {top_p: 0.9}}}": "c.yaml:train: nurl wants plain online.sampling: temperature 1 and no truncation",
     "train: {batch_size: 10, accumulate: 4}": "c.yaml:train: batch_size must be a multiple of accumulate",
     "evaluate: {samples: 4, ks: [1, 8]}": "c.yaml:evaluate: ks must not exceed samples (4)",
     "evaluate: {budgets: [9999]}": "c.yaml:evaluate: budgets must not exceed sampling.max_tokens (4096)",

@@ -33,7 +33,7 @@ MAY = {
     "evaluate": set(),
     "checkpoint": {"model"},
     "sample": {"model"},
-    "train": {"model", "data"},
+    "train": {"model", "data", "checkpoint"},
     "report": {"evaluate"},
     "microworld": {"data"},
     "stages": {"data", "model", "evaluate", "checkpoint", "sample", "train", "report"},

@@ -1,10 +1,7 @@
-"""Baselines that sample while they train, and STaR: the loss, the rounds, resuming, on the embedded micro-world."""
+"""Baselines that sample while they train, and STaR: the rounds, resuming, on the embedded micro-world."""
 
-import functools
 import json
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
@@ -15,9 +12,8 @@ from dail_jax.data.prompts import PromptBuilder
 from dail_jax.rundir import Interrupt
 from dail_jax.stages import online
 from dail_jax.text import load_tokenizer
-from dail_jax.train import objectives
+from dail_jax.train import methods
 
-B, T, D, V = 3, 7, 12, 48
 HINT = str(tiny.ASSETS / "templates" / "hint.txt")
 # 2 rounds of 4 x 4 samples, 2 updates each
 SMALL = {
@@ -45,58 +41,6 @@ def rows(tmp_path_factory):
 def one(programs):
     with tiny.alone(programs):
         yield
-
-
-# ---------------------------------------------------------------------------------------------------
-# The loss
-# ---------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def data():
-    rng = np.random.default_rng(0)
-    draw = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)  # noqa: E731
-    hidden, unembed = draw(B, T, D), draw(V, D)
-    targets = jnp.asarray(rng.integers(0, V, (B, T)), jnp.int32)
-    now = jnp.take_along_axis(jax.nn.log_softmax(hidden @ unembed.T), targets[..., None], -1)[..., 0]
-    extras = {
-        "targets": targets,
-        "logq": now + 0.3 * draw(B, T),
-        "advantage": draw(B, 1).repeat(T, 1),
-        "base": hidden + 0.5 * draw(B, T, D),
-    }
-    return hidden, extras, jnp.asarray(rng.random((B, T)) < 0.7), unembed
-
-
-def naive(objective, hidden, extras, mask, unembed):
-    """Straight from the papers: gradients by autodiff."""
-    m, b = (jax.nn.log_softmax(h @ unembed.T) for h in (hidden, extras["base"]))
-    log_p = jnp.take_along_axis(m, extras["targets"][..., None], -1)[..., 0]
-    ratio, a = jnp.exp(log_p - extras["logq"]), extras["advantage"]
-    gain = jnp.minimum(ratio * a, jnp.clip(ratio, 1 - objective.clip, 1 + objective.clip) * a)
-    return jnp.where(mask, objective.kl * (jnp.exp(m) * (m - b)).sum(-1) - gain, 0).sum()
-
-
-@pytest.mark.parametrize("kl", [0.0, 0.5])
-@pytest.mark.parametrize("chunk", [1, 6, 1000])
-def test_policy_gradient_is_that_of_the_formula(data, kl, chunk):
-    hidden, extras, mask, unembed = data
-    objective = objectives.Objective("grpo", clip=0.2, kl=kl)
-    ours = jax.value_and_grad(lambda h: objectives.summed(objective, chunk, h, extras, mask, unembed)[0])(hidden)
-    theirs = jax.value_and_grad(functools.partial(naive, objective, extras=extras, mask=mask, unembed=unembed))(hidden)
-    np.testing.assert_allclose(ours[0], theirs[0], rtol=1e-5, atol=1e-6)
-    assert jnp.abs(ours[1] - theirs[1]).max() / jnp.abs(theirs[1]).max() < 1e-5
-    parts = objectives.summed(objective, chunk, hidden, extras, mask, unembed)[1]
-    assert set(parts) == set(objectives.names(objective)) and 0 < parts["clipped"] < mask.sum()
-
-
-def test_a_group_without_a_signal_is_left_alone(data):
-    """All right or all wrong: no gradient, however unlikely a token was when it was drawn."""
-    hidden, extras, mask, unembed = data
-    extras = {**extras, "advantage": jnp.zeros((B, T)), "logq": jnp.full((B, T), -100.0)}
-    objective = objectives.Objective("grpo", clip=0.2)
-    loss, slope = jax.value_and_grad(lambda h: objectives.summed(objective, 8, h, extras, mask, unembed)[0])(hidden)
-    assert loss == 0 and not jnp.abs(slope).any()
 
 
 def test_batches_carry_what_was_drawn():
@@ -203,7 +147,7 @@ def test_hints_from_traces_are_how_they_begin(tmp_path, one, pipeline):
         train__online={"problems": 4, "group": 4, "hint_tokens": 10},
     )
     config = config_lib.load(path)
-    assert config.train.reads_traces
+    assert methods.of(config).reads_traces(config.train)
     tokenizer = load_tokenizer(tiny.ASSETS / "model")
     hints = online.hints_of(type("Session", (), {"config": config, "tokenizer": tokenizer})(), [])  # pyright: ignore
     traces = {t["problem_id"]: t for t in reversed(tiny.lines(pipeline / "traces.jsonl")) if t["drop"] is None}

@@ -3,6 +3,8 @@
 import random
 import shutil
 import signal
+import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -86,7 +88,7 @@ def test_training_goes_on_after_an_interrupt(tmp_path, pipeline, monkeypatch, ca
     path = tiny.write(folder, traces=str(pipeline / "traces.jsonl"))
     stop_after(monkeypatch, looks)
     assert tiny.run("train", path) == 0
-    assert f"train: stopped and saved at update {looks} of 6; call again to go on" in capsys.readouterr().out
+    assert f"train: stopped and saved at update {looks} of 6; call again to resume" in capsys.readouterr().out
     with (folder / "metrics.jsonl").open("a") as file:  # updates after the checkpoint, lost in a crash
         file.write('{"stage": "train", "step": 4, "loss": 99}\n{"stage": "tr')
     assert tiny.run("train", path) == 0
@@ -186,6 +188,26 @@ def test_signals_in_train(tmp_path, pipeline, programs, whole):
     process.communicate()
     status, out, err = tiny.finish(tiny.start("train", path, programs))
     assert status == 0 and "train: resuming at update" in out, (out, err)
+    same_training(folder, whole / "train")
+
+
+def test_worker_processes_feed_the_same_batches_and_die_with_their_parent(tmp_path, pipeline, programs, whole):
+    """Two of them: the same losses across a SIGKILL and a resume, and no orphan 10 s after their parent's death."""
+    folder = tmp_path / "run"
+    path = tiny.write(folder, traces=str(pipeline / "traces.jsonl"), train__workers=2, train__save_every=1)
+    process = tiny.start("train", path, programs)
+    tiny.wait_for(folder / "metrics.jsonl", 1, process, "train")
+    workers = [pid for pid in tiny.children(process.pid) if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+    tiny.wait_for(folder / "metrics.jsonl", 2, process, "train")  # so that the first update is saved
+    process.kill()
+    process.communicate()
+    assert len(workers) == 2
+    deadline = time.monotonic() + 10
+    while any(map(tiny.is_alive, workers)) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert not any(map(tiny.is_alive, workers))
+    status, out, err = tiny.finish(tiny.start("train", path, programs))
+    assert status == 0 and "train: resuming at update" in out and "shared_memory" not in err, (out, err)
     same_training(folder, whole / "train")
 
 

@@ -1,4 +1,6 @@
-"""The chunked loss and its hand-made gradient against the naive formula and autodiff, in float32."""
+"""Losses in chunks against the naive formulas, and their gradients against hand-written ones, in float32."""
+
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -6,7 +8,8 @@ import numpy as np
 import pytest
 from conftest import mesh_of
 
-from dail_jax.train import objectives
+from dail_jax import config as config_lib
+from dail_jax.train import methods, objectives
 
 B, T, D, V = 4, 7, 12, 48
 
@@ -15,90 +18,153 @@ B, T, D, V = 4, 7, 12, 48
 def data():
     rng = np.random.default_rng(0)
     draw = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)  # noqa: E731
-    mask = jnp.asarray(rng.random((B, T)) < 0.7)
-    extras = {"privileged": draw(B, T, D), "negative": draw(B, T, D)}
-    return draw(B, T, D), extras, mask, draw(V, D), jnp.asarray(rng.integers(0, V, (B, T)), jnp.int32)
+    weights = jnp.asarray(rng.random((B, T)) < 0.7, jnp.float32)
+    hidden, unembed = draw(B, T, D), draw(V, D)
+    frozen = {role: hidden + draw(B, T, D) for role in ("privileged", "negative", "base")}
+    targets = jnp.asarray(rng.integers(0, V, (B, T)), jnp.int32)
+    now = methods.chosen(jax.nn.log_softmax(hidden @ unembed.T), targets)
+    tokens = {"targets": targets, "logq": now + 0.3 * draw(B, T), "advantage": draw(B, 1).repeat(T, 1)}
+    return hidden, frozen, tokens, weights, unembed
 
 
-def naive(objective, hidden, extras, mask, unembed, targets):
-    """Straight from the paper: full [B,T,V] tensors, gradients by autodiff."""
+def settings(objective, **kw) -> config_lib.Train:
+    return config_lib.Train(objective=objective, **kw)
+
+
+def ours(cfg, chunk, data):
+    """(loss, parts) as a function of hidden states."""
+    method = methods.find(cfg)
+    hidden, frozen, tokens, weights, unembed = data
+    frozen, tokens = {r: frozen[r] for r in method.roles}, {k: tokens[k] for k in method.tokens}
+    return hidden, lambda h: objectives.summed(method.bind(cfg), chunk, h, frozen, tokens, weights, unembed)
+
+
+def naive(cfg, data, hidden):
+    """Straight from the papers: full [B,T,V] tensors, gradients by autodiff."""
+    _, frozen, tokens, weights, unembed = data
     log = lambda h: jax.nn.log_softmax(h @ unembed.T)  # noqa: E731
     kl = lambda a, b: (jnp.exp(a) * (a - b)).sum(-1)  # noqa: E731
-    m = log(hidden)
-    if objective.kind == "nll":
-        loss = -jnp.take_along_axis(m, targets[..., None], -1)[..., 0]
+    m, p, n, base = map(log, (hidden, frozen["privileged"], frozen["negative"], frozen["base"]))
+    log_p = jnp.take_along_axis(m, tokens["targets"][..., None], -1)[..., 0]
+    if cfg.objective == "nll":
+        loss = -log_p
+    elif cfg.objective == "grpo":
+        ratio, a, clip = jnp.exp(log_p - tokens["logq"]), tokens["advantage"], cfg.online.clip_ratio
+        loss = cfg.online.kl_weight * kl(m, base) - jnp.minimum(ratio * a, jnp.clip(ratio, 1 - clip, 1 + clip) * a)
     else:
-        p, n = log(extras["privileged"]), log(extras["negative"])
-        loss = (
-            (kl(p, m) - objective.gamma * kl(n, m)) if objective.forward_kl else (kl(m, p) - objective.gamma * kl(m, n))
-        )
-    return jnp.where(mask, loss, 0).sum()
+        loss = kl(p, m) - cfg.gamma * kl(n, m) if cfg.kl == "forward" else kl(m, p) - cfg.gamma * kl(m, n)
+    return (loss * weights).sum()
+
+
+def by_hand(cfg, data):
+    """d loss / d hidden from d loss / d logits as worked out on paper: what the program once did itself."""
+    hidden, frozen, tokens, weights, unembed = data
+    log = lambda h: jax.nn.log_softmax(h @ unembed.T)  # noqa: E731
+    log_m, log_p, log_n, log_b = map(log, (hidden, frozen["privileged"], frozen["negative"], frozen["base"]))
+    m, p, n = map(jnp.exp, (log_m, log_p, log_n))
+    hot = jax.nn.one_hot(tokens["targets"], V)
+    if cfg.objective == "nll":
+        slope = m - hot
+    elif cfg.objective == "grpo":
+        ratio = jnp.exp((log_m * hot).sum(-1) - tokens["logq"])
+        free, clip = ratio * tokens["advantage"], cfg.online.clip_ratio
+        held = jnp.clip(ratio, 1 - clip, 1 + clip) * tokens["advantage"]
+        kl = (m * (log_m - log_b)).sum(-1, keepdims=True)
+        slope = jnp.where(free <= held, free, 0)[..., None] * (m - hot)
+        slope += cfg.online.kl_weight * m * (log_m - log_b - kl)
+    elif cfg.kl == "forward":
+        slope = (m - p) - cfg.gamma * (m - n)
+    else:
+        excess = (1 - cfg.gamma) * log_m - log_p + cfg.gamma * log_n
+        slope = m * (excess - (m * excess).sum(-1, keepdims=True))
+    return (slope * weights[..., None]) @ unembed
 
 
 CASES = [
-    objectives.Objective("nll"),
-    *(objectives.Objective("dail", g, f) for g in (0.0, 0.1, 0.7) for f in (False, True)),
+    settings("nll"),
+    *(settings("dail", gamma=g, kl=k) for g in (0.0, 0.1, 0.7) for k in ("reverse", "forward")),
+    *(settings("grpo", online={"kl_weight": w}) for w in (0.0, 0.5)),
 ]
 
 
-@pytest.mark.parametrize("objective", CASES, ids=str)
-@pytest.mark.parametrize("chunk", [1, 12, 1000])
-def test_loss_and_gradient(data, objective, chunk):
-    hidden, extras, mask, unembed, targets = data
-    given = {"targets": targets} if objective.kind == "nll" else extras
-    ours = lambda h: objectives.summed(objective, chunk, h, given, mask, unembed)[0]  # noqa: E731
-    theirs = lambda h: naive(objective, h, extras, mask, unembed, targets)  # noqa: E731
-    (a, ga), (b, gb) = (jax.value_and_grad(f)(hidden) for f in (ours, theirs))
-    np.testing.assert_allclose(a, b, rtol=1e-5)
-    assert jnp.abs(ga - gb).max() / jnp.abs(gb).max() < 1e-5
+@pytest.mark.parametrize("cfg", CASES, ids=lambda c: f"{c.objective}-{c.gamma}-{c.kl}-{c.online.kl_weight}")
+@pytest.mark.parametrize("chunk", [12, 1000])
+def test_loss_and_gradient(data, cfg, chunk):
+    hidden, f = ours(cfg, chunk, data)
+    (a, _), ga = jax.value_and_grad(f, has_aux=True)(hidden)
+    b, gb = jax.value_and_grad(functools.partial(naive, cfg, data))(hidden)
+    np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
+    scale = jnp.abs(gb).max()
+    assert jnp.abs(ga - gb).max() / scale < 1e-5
+    assert jnp.abs(ga - by_hand(cfg, data)).max() / scale < 2e-6
 
 
 def test_excess_is_the_distance_to_the_optimum(data):
     """At q* the loss is lowest and the excess 0; elsewhere they differ by the constant log Z."""
-    hidden, extras, mask, unembed, _ = data
-    objective = objectives.Objective("dail", 0.3)
-    _, parts = objectives.summed(objective, 8, hidden, extras, mask, unembed)
-    assert parts["excess"] > 0
-    log_p, log_n = (jax.nn.log_softmax(extras[k] @ unembed.T) for k in ("privileged", "negative"))
-    optimum = jax.nn.log_softmax((log_p - 0.3 * log_n) / 0.7)
-    loss, parts, slope = objectives.token_loss(objective, optimum, extras, lambda h: h @ unembed.T)
+    hidden, frozen, _, _, unembed = data
+    cfg = settings("dail", gamma=0.3)
+    assert ours(cfg, 8, data)[1](hidden)[1]["excess"] > 0
+    log = {role: jax.nn.log_softmax(frozen[role] @ unembed.T) for role in methods.CONTRAST}
+    optimum = jax.nn.log_softmax((log["privileged"] - 0.3 * log["negative"]) / 0.7)
+
+    def at(z):
+        return methods.contrast({"student": jax.nn.log_softmax(z), **log}, {}, cfg)
+
+    best, parts = at(optimum)
     assert jnp.abs(parts["excess"]).max() < 1e-5
-    assert jnp.abs(slope).max() < 1e-6
+    assert jnp.abs(jax.grad(lambda z: at(z)[0].sum())(optimum)).max() < 2e-6
     m = jax.nn.log_softmax(hidden @ unembed.T)
-    excess = (jnp.exp(m) * (m - optimum)).sum(-1)
-    got = objectives.token_loss(objective, hidden @ unembed.T, extras, lambda h: h @ unembed.T)[1]["excess"]
-    np.testing.assert_allclose(got, excess, atol=1e-4)
-    assert (loss < objectives.token_loss(objective, hidden @ unembed.T, extras, lambda h: h @ unembed.T)[0]).all()
+    loss, parts = at(hidden @ unembed.T)
+    np.testing.assert_allclose(parts["excess"], methods.kl(m, optimum), atol=1e-4)
+    assert (best < loss).all()
 
 
 def test_equal_references_and_student_give_zero(data):
-    hidden, _, mask, unembed, _ = data
-    loss, parts = objectives.summed(
-        objectives.Objective("dail", 0.1), 8, hidden, {"privileged": hidden, "negative": hidden}, mask, unembed
-    )
+    hidden, _, tokens, weights, unembed = data
+    same = (hidden, dict.fromkeys(("privileged", "negative", "base"), hidden), tokens, weights, unembed)
+    loss, parts = ours(settings("dail"), 8, same)[1](hidden)
     assert abs(loss) < 1e-5
     assert all(abs(parts[k]) < 1e-4 for k in ("kl_privileged", "kl_negative", "excess"))
 
 
+def test_a_group_without_a_signal_is_left_alone(data):
+    """All right or all wrong: no gradient, however unlikely a token was when it was drawn."""
+    hidden, frozen, tokens, weights, unembed = data
+    tokens = {**tokens, "advantage": jnp.zeros((B, T)), "logq": jnp.full((B, T), -100.0)}
+    f = ours(settings("grpo", online={"kl_weight": 0.0}), 8, (hidden, frozen, tokens, weights, unembed))[1]
+    (loss, parts), slope = jax.value_and_grad(f, has_aux=True)(hidden)
+    assert loss == 0 and not jnp.abs(slope).any() and jnp.isfinite(parts["ratio"])
+
+
+def test_tokens_without_weight_do_not_count(data):
+    """Padding may hold anything, even what is not finite."""
+    hidden, weights = data[0], data[3]
+    spoilt = jnp.where(weights[..., None] > 0, hidden, jnp.nan)
+    f = ours(CASES[3], 12, data)[1]
+    (want, _), slope = jax.value_and_grad(f, has_aux=True)(hidden)
+    (got, _), other = jax.value_and_grad(f, has_aux=True)(spoilt)
+    assert got == want and (other == slope).all() and not slope[weights == 0].any()
+
+
 @pytest.mark.parametrize("shape", [(2, 2, 2), (1, 8, 1), (1, 1, 8)], ids=str)
-def test_sharded_vocabulary_gives_the_same(data, shape):
-    hidden, extras, mask, unembed, _ = data
-    f = jax.value_and_grad(lambda h: objectives.summed(CASES[3], 8, h, extras, mask, unembed)[0])
+@pytest.mark.parametrize("cfg", [CASES[0], CASES[3], CASES[-1]], ids=lambda c: c.objective)
+def test_sharded_vocabulary_gives_the_same(data, cfg, shape):
+    hidden, f = ours(cfg, 8, data)
+    f = jax.value_and_grad(f, has_aux=True)
     want = f(hidden)
     with jax.set_mesh(mesh_of(*shape)):
         got = jax.jit(f)(hidden)
-    np.testing.assert_allclose(got[0], want[0], rtol=1e-5)
+    np.testing.assert_allclose(got[0][0], want[0][0], rtol=1e-5)
     np.testing.assert_allclose(got[1], want[1], atol=1e-5)
 
 
-def test_no_full_logits_are_ever_held(data):
+def test_no_full_logits_are_ever_held():
     """The compiled loss holds temporaries of a chunk's logits, not of the batch's."""
     t, v = 512, 4096
     h = jax.ShapeDtypeStruct((2, t, D), jnp.float32)
     w = jax.ShapeDtypeStruct((v, D), jnp.float32)
-    mask = jax.ShapeDtypeStruct((2, t), jnp.bool_)
-    f = jax.jit(
-        jax.grad(lambda h, p, n, m, w: objectives.summed(CASES[3], 16, h, {"privileged": p, "negative": n}, m, w)[0])
-    )
-    temporaries = f.lower(h, h, h, mask, w).compile().memory_analysis().temp_size_in_bytes
+    weights = jax.ShapeDtypeStruct((2, t), jnp.float32)
+    loss = methods.find(CASES[3]).bind(CASES[3])
+    f = lambda h, p, n, m, w: objectives.summed(loss, 16, h, {"privileged": p, "negative": n}, {}, m, w)[0]  # noqa: E731
+    temporaries = jax.jit(jax.grad(f)).lower(h, h, h, weights, w).compile().memory_analysis().temp_size_in_bytes
     assert temporaries < 2 * t * v * 4 / 4  # a quarter of one [B, T, V] tensor

@@ -1,7 +1,5 @@
 """One device, eight devices, micro-batches, cached references: the same training."""
 
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,8 +12,7 @@ from dail_jax.data import batches
 from dail_jax.errors import UserError
 from dail_jax.model import families, transformer, weights
 from dail_jax.model import lora as lora_lib
-from dail_jax.stages.train import complain
-from dail_jax.train import objectives, optimizer, references, step
+from dail_jax.train import loop, methods, optimizer, references, step
 
 CFG = families.ModelConfig(
     "qwen3",
@@ -74,20 +71,20 @@ def train(params, examples, cfg, mesh, steps=20, cached=None, spoil=None):
         params = jax.device_put(params, weights.shardings(CFG, mesh))
         plan = batches.Plan(examples, cfg.batch_size, cfg.epochs, 0)
         rows = cfg.batch_size // cfg.accumulate
-        roles = ("student",) if cached or cfg.objective != "dail" else ROLES
+        method = methods.find(cfg)
         assemble = batches.Assemble(
             examples,
             cfg.bucket,
             cfg.accumulate,
             mesh_lib.local_rows(mesh, rows),
-            roles,
-            step.REFERENCES if cached else (),
+            ("student",) if cached else method.prompted,
+            method.roles if cached else (),
             cached,
         )
         tx = optimizer.adamw(cfg.optimizer, len(plan))
         layout = step.shardings(CFG, cfg, tx, mesh)
         state = step.init(jax.random.key(1), CFG, cfg, tx, mesh)
-        update = step.make_update(step.recipe(CFG, cfg), tx, layout)
+        update = step.make_update(step.spec_of(CFG, cfg), tx, layout)
         losses = []
         feed = batches.iterator(plan, assemble, 0)
         for i in range(steps):
@@ -133,21 +130,32 @@ def test_micro_batches_equal_one_batch(params, examples, reference):
 def test_cached_references_equal_computed_ones(params, examples, reference, tmp_path):
     mesh, cfg = mesh_of(), settings()
     with jax.set_mesh(mesh):
-        recipe = step.recipe(CFG, cfg)
-        cached = references.compute(tmp_path, "key", recipe, params, mesh, examples, 8, cfg.bucket)
-    assert references.whole(tmp_path, "key") and not references.whole(tmp_path, "other")
+        spec = step.spec_of(CFG, cfg)
+        cached = references.compute(tmp_path, "key", spec, params, mesh, examples, 8, cfg.bucket)
+    assert references.is_valid(tmp_path, "key") and not references.is_valid(tmp_path, "other")
     close(train(params, examples, cfg, mesh, cached=cached), reference)
     data = (tmp_path / "negative.bin").read_bytes()
     (tmp_path / "negative.bin").write_bytes(data[:100] + bytes([data[100] ^ 1]) + data[101:])
-    assert not references.whole(tmp_path, "key")
+    assert not references.is_valid(tmp_path, "key")
 
 
-def test_the_loss_is_that_of_every_response_token(params, examples):
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_the_mean_of_sequences_is_exact(params, examples, accumulate):
+    """Eight devices and micro-batches, in which the last update of an epoch leaves rows empty: the same as one device."""
+    cfg = settings(reduce="sequence")
+    want = train(params, examples, cfg, mesh_of(), steps=5)
+    got = train(params, examples, settings(reduce="sequence", accumulate=accumulate), mesh_of(2, 2, 2), steps=5)
+    close(got, want)
+    assert [x["tokens"] for x in got[0]] == [x["tokens"] for x in want[0]]
+
+
+@pytest.mark.parametrize("reduce", ["token", "sequence"])
+def test_the_loss_is_that_of_every_response_token(params, examples, reduce):
     """Against the paper's formula over each example alone: no padding, no batch, no chunks."""
-    cfg = settings()
+    cfg = settings(reduce=reduce)
     out, _ = train(params, examples, cfg, mesh_of(), steps=1)
     chosen = batches.Plan(examples, cfg.batch_size, cfg.epochs, 0)[0]
-    total = count = 0.0
+    means, lengths = [], []
     for i in chosen[chosen >= 0]:
         e = examples[i]
         log = {}
@@ -157,10 +165,12 @@ def test_the_loss_is_that_of_every_response_token(params, examples):
             n = len(e.prompts[role])
             log[role] = jax.nn.log_softmax(transformer.unembed(params, hidden[0, n - 1 : n - 1 + len(e.response)]))
         m, p, q = (log[r] for r in ROLES)
-        total += float((jnp.exp(m) * ((m - p) - 0.1 * (m - q))).sum())
-        count += len(e.response)
-    np.testing.assert_allclose(out[0]["loss"], total / count, rtol=1e-5)
-    assert out[0]["tokens"] == count
+        means.append(float((jnp.exp(m) * ((m - p) - 0.1 * (m - q))).sum(-1).mean()))
+        lengths.append(len(e.response))
+    want = np.average(means, weights=lengths if reduce == "token" else None)
+    assert abs(np.mean(means) / np.average(means, weights=lengths) - 1) > 0.01
+    np.testing.assert_allclose(out[0]["loss"], want, rtol=1e-5)
+    assert out[0]["tokens"] == sum(lengths)
 
 
 def test_an_update_that_is_not_finite_changes_nothing(params, examples):
@@ -172,7 +182,7 @@ def test_an_update_that_is_not_finite_changes_nothing(params, examples):
     assert all(jax.tree.leaves(same))
 
 
-def test_the_rows_that_are_not_finite_are_named(params, examples, capsys):
+def test_the_rows_that_are_not_finite_are_named(params, examples):
     """A state of one example is spoilt, here a reference's: its row stands out, and no other."""
 
     def spoilt(role, index):
@@ -184,10 +194,10 @@ def test_the_rows_that_are_not_finite_are_named(params, examples, capsys):
     plan = batches.Plan(examples, cfg.batch_size, cfg.epochs, 0)
     (number,) = [i for i in range(5) if 5 in plan[i]]
     assert [bool(out["finite"]) for out in losses] == [i != number for i in range(5)] and state.step == 5
-    rows = plan[number].reshape(cfg.accumulate, -1)
-    assert rows[losses[number]["bad_rows"]].tolist() == [5]
-    complain(examples, rows, losses[number]["bad_rows"], number)
-    assert "rows: e5\n" in capsys.readouterr().out
+    names = np.array([e.name for e in examples])[plan[number].reshape(cfg.accumulate, -1)]
+    assert loop.culprits(names, losses[number]["bad_rows"]) == ["e5"]
+    everyone = loop.culprits(np.where(names == "e5", "", names), np.zeros(names.shape, bool))
+    assert len(everyone) == 7 and "e5" not in everyone
 
 
 @pytest.mark.parametrize("objective", ["nll", "sft"])
@@ -250,4 +260,3 @@ def test_rows_end_in_one_column_and_a_width_has_one_shape():
                 assert at[-len(e.response) :].tolist() == list(range(len(e.prompts[role]), at[-1] + 1))
     assert len(shapes) <= 7
     assert batches.padding_share(plan, assemble) < 0.2
-    assert dataclasses.replace(objectives.Objective("nll"), gamma=1.0).gamma == 1

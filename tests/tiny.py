@@ -146,6 +146,19 @@ def wait_for(path: Path, count: int, process: subprocess.Popen, stage: str = "")
         time.sleep(0.002)
 
 
+def children(pid: int) -> list[int]:
+    """The processes that one has started, by any of its threads."""
+    return [int(c) for task in Path(f"/proc/{pid}/task").iterdir() for c in (task / "children").read_text().split()]
+
+
+def is_alive(pid: int) -> bool:
+    """Whether a process runs; one that has ended counts as dead even if nobody has asked for its status."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
 def lines(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 

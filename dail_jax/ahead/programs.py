@@ -32,7 +32,7 @@ from dail_jax.model import lora as lora_lib
 from dail_jax.model import transformer, weights
 from dail_jax.model.families import ModelConfig
 from dail_jax.sample import decode, engine, mixture
-from dail_jax.train import objectives, optimizer
+from dail_jax.train import methods, objectives, optimizer
 from dail_jax.train import step as step_lib
 
 KERNEL_EFFICIENCY = 0.5  # of the peak, assumed for attention kernels
@@ -102,28 +102,28 @@ def lengths(config: config_lib.Config) -> tuple[int, int]:
     cfg = config.train
     longest = (
         config.prompts.max_solution_tokens or config.generate.max_prompt_tokens
-        if cfg.objective == "sft"
-        else (cfg.online if cfg.is_online else config.generate).sampling.max_tokens
+        if methods.find(cfg).source == "solutions"
+        else (cfg.online if methods.find(cfg).source == "samples" else config.generate).sampling.max_tokens
     )
     response = min(longest, cfg.max_tokens - 1)
     return pad(cfg.max_tokens - response, cfg.bucket), pad(response, cfg.bucket)
 
 
 def train_programs(config: config_lib.Config, model: ModelConfig, mesh: Mesh) -> list[Program]:
-    cfg = config.train
-    if cfg.objective == "none":
+    cfg, method = config.train, methods.of(config)
+    if not method.trains:
         return []
     rows, (prompt, response) = cfg.batch_size // cfg.accumulate, lengths(config)
     mesh_lib.check_rows(mesh, rows)
-    dtype, recipe = jnp.dtype(config.model.dtype), step_lib.recipe(model, cfg)
+    dtype = jnp.dtype(config.model.dtype)
     params = weights.abstract(model, dtype, mesh)
-    cached = cfg.objective == "dail" and cfg.cache_references
+    cached = method.caches(cfg)
     share = rows * cfg.accumulate / mesh.size
     useful = share * useful_flops(model, cfg, prompt, response, cached)
     shape = f"{prompt} + {response} tokens"
 
     def loss() -> jax.stages.Lowered:
-        return lower_loss(recipe, dtype, mesh, rows, response)
+        return lower_loss(cfg, model, dtype, mesh, rows, response)
 
     def step() -> jax.stages.Lowered:
         return lower_step(config, model, mesh, params, cfg.accumulate, prompt, response, cached)
@@ -138,7 +138,7 @@ def train_programs(config: config_lib.Config, model: ModelConfig, mesh: Mesh) ->
     if cached:
         states = step_lib.make_states(mesh)
         tokens = mesh_array(mesh, "bt", (rows, prompt + response), jnp.int32)
-        args = (recipe, params, None, tokens, tokens, response)
+        args = (model, cfg.remat, params, None, tokens, tokens, response)
         out.insert(0, Program("references", "train", lambda: lower(mesh, states, *args), weights=held(params)))
     return out
 
@@ -157,26 +157,26 @@ def host_array(mesh: Mesh, shape: tuple[int, ...] = (), dtype=jnp.int32) -> jax.
     return jax.ShapeDtypeStruct(shape, dtype, sharding=mesh_lib.replicated(mesh))
 
 
-def lower_loss(recipe: step_lib.Recipe, dtype, mesh: Mesh, rows: int, response: int) -> jax.stages.Lowered:
+def lower_loss(
+    cfg: config_lib.Train, model: ModelConfig, dtype, mesh: Mesh, rows: int, response: int
+) -> jax.stages.Lowered:
     """The loss and its gradient alone, from final hidden states."""
-    model = recipe.model
+    method = methods.find(cfg)
     states = mesh_array(mesh, "bt_", (rows, response, model.D), dtype)
-    tokens, numbers = (mesh_array(mesh, "bt", (rows, response), kind) for kind in (jnp.int32, jnp.float32))
-    extras = {
-        "dail": dict.fromkeys(step_lib.REFERENCES, states),
-        "grpo": {"base": states, "targets": tokens, "logq": numbers, "advantage": numbers},
-    }.get(recipe.objective.kind, {"targets": tokens})
+    frozen = dict.fromkeys(method.roles, states)
+    tokens = {name: mesh_array(mesh, "bt", (rows, response), kind) for name, kind in method.tokens.items()}
 
-    def run(hidden, extras, mask, unembed):
+    def run(hidden, frozen, tokens, mask, unembed):
+        weights = step_lib.token_weights(mask, cfg.reduce)
         return jax.value_and_grad(
-            lambda h: objectives.summed(recipe.objective, recipe.chunk, h, extras, mask, unembed), has_aux=True
+            lambda h: objectives.summed(method.bind(cfg), cfg.chunk, h, frozen, tokens, weights, unembed), has_aux=True
         )(hidden)
 
     mask = mesh_array(mesh, "bt", (rows, response), jnp.bool_)
     unembed = transformer.unembedding(weights.abstract(model, dtype, mesh))
     out = (jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec()), mesh_lib.sharding(mesh, "b"))
     options = mesh_lib.compiler_options(mesh)
-    return lower(mesh, jax.jit(run, out_shardings=out, compiler_options=options), states, extras, mask, unembed)
+    return lower(mesh, jax.jit(run, out_shardings=out, compiler_options=options), states, frozen, tokens, mask, unembed)
 
 
 def lower_step(
@@ -186,36 +186,27 @@ def lower_step(
     cfg = config.train
     tx = optimizer.adamw(cfg.optimizer, 1000)
     layout = step_lib.shardings(model, cfg, tx, mesh)
-    shapes = jax.eval_shape(lambda key: step_lib.init(key, model, cfg, tx, mesh), jax.random.key(0))
-    state = jax.tree.map(lambda s, where: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=where), shapes, layout)
+    state = step_lib.abstract(model, cfg, tx, mesh)
     rows = cfg.batch_size // cfg.accumulate
 
     def array(*shape: int, dtype=jnp.int32) -> jax.ShapeDtypeStruct:
         return mesh_array(mesh, "_b" + "_" * len(shape), (micro, rows, *shape), dtype)
 
-    batch = {"mask": array(response, dtype=jnp.bool_), "targets": array(response)}
-    kind = step_lib.recipe(model, cfg).objective.kind
-    references = step_lib.REFERENCES if kind == "dail" else ()
-    if kind == "grpo":
-        batch["logq"] = batch["advantage"] = array(response, dtype=jnp.float32)
-    for role in ("student", *(() if cached else references)):
+    method = methods.find(cfg)
+    batch = {"mask": array(response, dtype=jnp.bool_)}
+    batch |= {name: array(response, dtype=kind) for name, kind in method.tokens.items()}
+    for role in ("student",) if cached else method.prompted:
         batch[f"{role}_tokens"] = batch[f"{role}_positions"] = array(prompt + response)
-    for role in references if cached else ():
+    for role in method.roles if cached else ():
         batch[f"ref_{role}"] = array(response, model.D, dtype=jnp.dtype(config.model.dtype))
-    return lower(mesh, step_lib.make_update(step_lib.recipe(model, cfg), tx, layout), params, state, batch)
-
-
-def frozen(kind: str, cached: bool) -> int:
-    """How many passes without a gradient a step makes beside the student's."""
-    return {"dail": 0 if cached else 2, "grpo": 1}.get(kind, 0)
+    return lower(mesh, step_lib.make_update(step_lib.spec_of(model, cfg), tx, layout), params, state, batch)
 
 
 def useful_flops(model: ModelConfig, cfg: config_lib.Train, prompt: int, response: int, cached: bool) -> float:
     """Of one row: products with weights and adapters, causal attention, and the head; nothing twice."""
     table = weights.declare(model)
-    kind = step_lib.recipe(model, cfg).objective.kind
-    tokens, references = prompt + response, frozen(kind, cached)
-    roles = 1 + frozen(kind, False)
+    compared = len(methods.find(cfg).roles)
+    tokens, references = prompt + response, 0 if cached else compared
     base = sum(math.prod(w.shape(model)) for w in table.values() if w.inputs)
     adapter = sum(
         cfg.lora.rank * (math.prod(s[: w.inputs]) + math.prod(s[w.inputs :]))
@@ -224,14 +215,13 @@ def useful_flops(model: ModelConfig, cfg: config_lib.Train, prompt: int, respons
     )
     attention = model.N * model.H * tokens  # two products of T * T/2 a token: multiply-adds
     layer = base * (2 + references) + adapter * 3 + attention * (3 + references)
-    return 2 * (model.L * tokens * layer + response * model.V * model.D * (roles + 1))
+    return 2 * (model.L * tokens * layer + response * model.V * model.D * (compared + 2))
 
 
 def count_step(config, model: ModelConfig, mesh: Mesh, prompt: int, response: int, cached: bool) -> Count:
     """One update, from unrolled models of 1 and 3 layers and from one chunk of the loss."""
     cfg = config.train
     rows, dtype = cfg.batch_size // cfg.accumulate, jnp.dtype(config.model.dtype)
-    recipe = step_lib.recipe(model, cfg)
     found = []
     for depth in (1, 3):
         short = dataclasses.replace(model, L=depth)
@@ -239,8 +229,8 @@ def count_step(config, model: ModelConfig, mesh: Mesh, prompt: int, response: in
         found.append(count(lowered.compile()))
     layer = (found[1] + found[0] * -1) * 0.5
     width = max(1, min(response, cfg.chunk // rows))
-    chunk = count(lower_loss(recipe, dtype, mesh, rows, width).compile())
-    references = frozen(recipe.objective.kind, cached)
+    chunk = count(lower_loss(cfg, model, dtype, mesh, rows, width).compile())
+    references = 0 if cached else len(methods.find(cfg).roles)
     passes = KERNEL_PASSES["forward"] * (1 + references + (cfg.remat != "none")) + KERNEL_PASSES["backward"]
     kernels = model.L * passes * (prompt + response) ** 2 * model.N * model.H * rows / mesh.size
     one = found[0] + layer * (model.L - 1) + chunk * (-(-response // width) - 1)
@@ -266,17 +256,17 @@ def unstacked(model: ModelConfig, dtype, mesh: Mesh) -> weights.Params:
 
 def sampler_programs(config: config_lib.Config, model: ModelConfig, mesh: Mesh) -> list[Program]:
     """Prefill and decoding of the rollouts (of `generate` and of online training) and of the evaluation."""
-    dtype, out, train = jnp.dtype(config.model.dtype), [], config.train
+    dtype, out, train, method = jnp.dtype(config.model.dtype), [], config.train, methods.of(config)
     params, stacked = unstacked(model, dtype, mesh), held(weights.abstract(model, dtype, mesh))
     embed = params["embed"]  # looked up, not read, unless it is the unembedding too
     table = 0 if model.tied else math.prod(embed.sharding.shard_shape(embed.shape)) * dtype.itemsize
-    lora = None if train.objective == "none" else lora_lib.abstract(model, train.lora, mesh)
+    lora = lora_lib.abstract(model, train.lora, mesh) if method.trains else None
     jobs = []  # name, settings, samples per prompt, longest prompt, roles, LoRA
-    if train.reads_traces:
+    if method.reads_traces(train):
         cfg = config.generate
-        roles = 1 if cfg.tau in (0.0, 1.0) or train.objective == "star" else 2
+        roles = 1 if cfg.tau in (0.0, 1.0) or method.rationalises else 2
         jobs.append(("rollouts", cfg, cfg.samples, cfg.max_prompt_tokens, roles, None))
-    if train.is_online:
+    if method.source == "samples":
         prompt = train.max_tokens - train.online.sampling.max_tokens
         jobs.append(("online rollouts", train.online, train.online.group, prompt, 1, lora))
     if config.evaluate.benchmarks:

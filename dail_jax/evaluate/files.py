@@ -85,6 +85,9 @@ class Cell(Shape):
         return self
 
 
+UNTRAINED = "none"  # what `objective` says in the results of a model that was not trained
+
+
 class Results(Shape):
     arm: str = ""
     objective: str = ""

@@ -18,7 +18,7 @@ from rich.text import Text
 
 from dail_jax import config as config_lib
 from dail_jax.errors import UserError, visible
-from dail_jax.evaluate import answers, passk, replies
+from dail_jax.evaluate import answers, files, passk, replies
 from dail_jax.evaluate.grading import Grader, Verdict
 
 Results = dict[str, Any]
@@ -151,7 +151,9 @@ def differences(results: Mapping[str, Results], seed: int, resamples: int) -> li
 
     Intervals are bootstrap ones over problems, p values from sign flips; neither is corrected for their number.
     """
-    first = next((arm for arm, found in results.items() if found.get("objective") == "none"), next(iter(results)))
+    first = next(
+        (arm for arm, found in results.items() if found.get("objective") == files.UNTRAINED), next(iter(results))
+    )
     base, lines = results[first], []
     for arm, other in results.items():
         if arm == first:

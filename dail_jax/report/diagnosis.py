@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from dail_jax.evaluate import passk
+from dail_jax.evaluate.files import UNTRAINED
 from dail_jax.report.charts import places
 from dail_jax.report.collect import Run, Traces, setting
 
@@ -61,7 +62,7 @@ def find(runs: Sequence[Run], traces: Sequence[Traces]) -> list[Finding]:
 
 def baseline(runs: Sequence[Run]) -> int:
     """The place of the untrained model among the runs, else of the first."""
-    return next((i for i, run in enumerate(runs) if run.objective == "none"), 0)
+    return next((i for i, run in enumerate(runs) if run.objective == UNTRAINED), 0)
 
 
 def difference(a: Run, b: Run, benchmark: str, budget: str) -> passk.Difference | None:
@@ -114,7 +115,7 @@ def _memorised(runs: Sequence[Run], first: int) -> Iterator[Check]:
 
 def _falling(runs: Sequence[Run], first: int) -> Iterator[Check]:
     """Below the untrained model on some benchmark."""
-    if runs[first].objective != "none":
+    if runs[first].objective != UNTRAINED:
         return
     for run in runs:
         found = {
@@ -155,7 +156,7 @@ def _losses(runs: Sequence[Run]) -> Iterator[Check]:
     for run in runs:
         rows = run.metrics.get("train", {})
         steps, loss = list(rows.get("loss", {})), np.array(list(rows.get("loss", {}).values()), np.float64)
-        gamma = f" (gamma {setting(run.config, 'train.gamma')})" if run.objective == "dail" else ""
+        gamma = f" (gamma {setting(run.config, 'train.gamma')})" if "kl_negative" in rows else ""
         if len(loss) > WINDOW:
             tokens = rows.get("tokens", {})
             spikes = [steps[i] for i in _spikes(loss, np.array([tokens.get(step, 1) for step in steps], np.float64))]

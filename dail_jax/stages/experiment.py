@@ -11,6 +11,7 @@ from dail_jax import config as config_lib
 from dail_jax.errors import UserError
 from dail_jax.metrics import log
 from dail_jax.stages import evaluate, export, generate, names, recipes, report, train
+from dail_jax.train import methods
 
 
 def run(config: config_lib.Config) -> None:
@@ -19,12 +20,12 @@ def run(config: config_lib.Config) -> None:
     for one in arms.values():
         names.check(one)
         recipes.check(one)
-    if any(a.traces for a in arms.values()) or (not config.arms and config.train.reads_traces):
+    if any(a.traces for a in arms.values()) or (not config.arms and reads_traces(config)):
         generate.run(config)
     for name, one in arms.items():
         if name:
             log(f"\n== {name} ==")
-            if one.train.reads_traces and not one.traces:
+            if reads_traces(one) and not one.traces:
                 generate.run(one)
         for stage in (train, evaluate, export):
             stage.run(one)
@@ -41,10 +42,15 @@ def arm(config: config_lib.Config, name: str) -> config_lib.Config:
     )
     made = ("seed", "model", "data", "prompts", "generate", "filters")
     same = all(getattr(own, section) == getattr(config, section) for section in made)
-    same &= (own.train.objective == "star") == (config.train.objective == "star")
-    if same and own.train.reads_traces and not own.traces:
+    same &= methods.of(own).rationalises == methods.find(config.train).rationalises
+    if same and reads_traces(own) and not own.traces:
         own = config_lib.with_overrides(own, {"traces": str(Path(config.run_dir) / "traces.jsonl")}, source)
     return own
+
+
+def reads_traces(config: config_lib.Config) -> bool:
+    """Whether the stage `generate` comes before training."""
+    return methods.of(config).reads_traces(config.train)
 
 
 def sweep(config: config_lib.Config, over: Sequence[str]) -> None:

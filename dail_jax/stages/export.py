@@ -17,11 +17,13 @@ from dail_jax.rundir import RunDir
 from dail_jax.stages import recipes
 from dail_jax.stages.session import open_session
 from dail_jax.stages.train import trained_lora
+from dail_jax.train import methods
 
 
 def run(config: config_lib.Config) -> None:
-    if config.train.objective == "none":
-        log("export: nothing to export (train.objective: none)")
+    method = methods.of(config)
+    if not method.trains:
+        log(f"export: nothing to export (train.objective: {method.name})")
         return
     with RunDir(config) as run_dir, run_dir.stage(recipes.export(config)) as stage:
         adapter, merged = run_dir.path / "adapter", run_dir.path / "merged"

@@ -29,6 +29,7 @@ from dail_jax.sample.sampler import Request, Sampler, ScoredSample
 from dail_jax.stages import recipes
 from dail_jax.stages.recipes import traces_path
 from dail_jax.stages.session import Session, open_session
+from dail_jax.train import methods
 
 JOURNAL, TOLD = recipes.JOURNALS
 
@@ -81,7 +82,7 @@ def run(config: config_lib.Config) -> None:
         session = open_session(config)
         with jax.set_mesh(session.mesh):
             metrics = Metrics(run_dir.path, config.log, "generate")
-            work = rationalise if config.train.objective == "star" else roll_out
+            work = rationalise if methods.of(config).rationalises else roll_out
             finished = work(session, rows, run_dir.path / JOURNAL, metrics)
             metrics.close()
         traces = [trace for row in rows for trace in finished.get(row.problem_id, [])]
@@ -164,8 +165,10 @@ def rationalise(session: Session, rows: list[Row], journal: Path, metrics: Metri
 
 
 def filters_of(config: config_lib.Config) -> config_lib.Filters:
-    """The filters; STaR keeps only what is right, whatever they say."""
-    return config.filters.model_copy(update={"correct": True}) if config.train.objective == "star" else config.filters
+    """The filters; methods that learn from right traces alone keep no others, whatever they say."""
+    method = methods.of(config)
+    right = method.graded and method.source == "traces"
+    return config.filters.model_copy(update={"correct": True}) if right else config.filters
 
 
 def report_usage(sampler: Sampler, metrics: Metrics) -> None:
@@ -217,8 +220,7 @@ def mark_drops(traces: list[dict], rows: list[Row], config: config_lib.Config) -
 
 def check_golds(config: config_lib.Config, rows: list[Row]) -> None:
     """Where traces will be graded, every row has an answer that can be parsed; raises UserError before any work."""
-    rewarded = config.train.objective in ("grpo", "nurl")
-    if not (filters_of(config).correct or rewarded) or config.data is None:
+    if not (filters_of(config).correct or methods.of(config).graded) or config.data is None:
         return
     with Grader() as grader:
         for row in rows:

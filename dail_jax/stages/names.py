@@ -6,10 +6,12 @@ from dail_jax import config as config_lib
 from dail_jax.data import waypoints
 from dail_jax.evaluate import answers
 from dail_jax.evaluate.answers import AnswerType
+from dail_jax.train import methods
 
 
 def check(config: config_lib.Config) -> None:
-    """Raises UserError for the first name that is not registered: of a waypoint extractor or an answer type."""
+    """Raises UserError for the first name that is not registered: of a method, a waypoint extractor, an answer type."""
+    methods.of(config)
     waypoints.named(config.waypoints.extractor)
     answer_types(config.evaluate)
 

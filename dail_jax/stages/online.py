@@ -1,17 +1,19 @@
-"""Training on what the student writes now: `grpo`, `nurl` and `onpolicy`.
+"""Training on what the student writes now: the methods whose source is `samples`.
 
 A round draws a group of samples for each of some problems with the LoRA as it is then, and makes the updates that
-problems * group / batch_size gives. `grpo` (arXiv 2402.03300) weighs right answers against their group's mean; `nurl`
-(arXiv 2509.25666) draws a group in which all fail again, with a hint in the prompt, and learns from that under the
-prompt with the hint; `onpolicy` has the frozen roles look at the student's own samples instead. All that is drawn
-follows from (seed, round, place in the round), and checkpoints lie between rounds, so that resuming is exact.
+problems * group / batch_size gives. Graded methods (`grpo`, arXiv 2402.03300) weigh right answers against their group's
+mean; hinted ones (`nurl`, arXiv 2509.25666) draw a group in which all fail again, with a hint in the prompt, and learn
+from that under the prompt with the hint. All that is drawn follows from (seed, round, place in the round), and
+checkpoints lie between rounds, so that resuming is exact.
 """
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
-import jax
 import numpy as np
 
 from dail_jax import mesh as mesh_lib
@@ -21,16 +23,15 @@ from dail_jax.data.records import Row
 from dail_jax.data.waypoints import final_answer
 from dail_jax.errors import UserError
 from dail_jax.evaluate.grading import Grader, extract
-from dail_jax.metrics import Metrics, log, progress
-from dail_jax.rundir import Interrupt, Interrupted, RunDir, Stage
+from dail_jax.metrics import log
+from dail_jax.rundir import Interrupt
 from dail_jax.sample.engine import Engine
 from dail_jax.sample.sampler import Request, ScoredSample
 from dail_jax.stages.generate import read_traces
 from dail_jax.stages.session import Session
-from dail_jax.stages.train import abstract_state, complain, prepare, roles_of
 from dail_jax.text import open_tag
-from dail_jax.train import optimizer
-from dail_jax.train import step as step_lib
+from dail_jax.train import loop
+from dail_jax.train.methods import Method
 
 
 @dataclass(frozen=True)
@@ -47,15 +48,15 @@ class Task:
 # ---------------------------------------------------------------------------------------------------
 
 
-def tasks_of(session: Session, rows: list[Row]) -> list[Task]:
+def tasks_of(session: Session, method: Method, rows: list[Row]) -> list[Task]:
     """All problems whose prompts leave room for a response; the others are dropped and counted."""
     config = session.config
     room = config.train.max_tokens - config.train.online.sampling.max_tokens
-    hints = hints_of(session, rows) if config.train.objective == "nurl" else {}
+    hints = hints_of(session, rows) if method.hinted else {}
     tasks = []
     for row in rows:
         built = session.prompts.build(row)
-        prompts = {role: tuple(getattr(built, role)) for role in roles_of(config)}
+        prompts = {role: tuple(getattr(built, role)) for role in method.prompted}
         if hint := hints.get(row.problem_id):
             prompts["hint"] = tuple(session.prompts.hinted(row.problem, hint))
         tasks.append(Task(row.problem_id, prompts, final_answer(row) or ""))
@@ -94,56 +95,60 @@ def places(count: int, size: int, number: int, seed: int) -> list[int]:
 # ---------------------------------------------------------------------------------------------------
 
 
-def play(
-    session: Session, sampler: Engine, grader: Grader, tasks: list[Task], number: int, interrupt: Interrupt
+def rollout_round(
+    session: Session,
+    method: Method,
+    sampler: Engine,
+    grader: Grader,
+    tasks: list[Task],
+    number: int,
+    interrupt: Interrupt,
 ) -> tuple[list[Example], dict[str, float]] | None:
-    """A round's examples, group by group, and its figures; None when it was interrupted."""
-    cfg, online = session.config.train, session.config.train.online
+    """The examples of rollout round `number`, group by group, and its figures; None when it was interrupted."""
+    online = session.config.train.online
     chosen = [tasks[i] for i in places(len(tasks), online.problems, number, session.config.seed)]
-    drawn = draw(
+    groups = draw_groups(
         sampler, {f"online/{number}/{i}": t.prompts["student"] for i, t in enumerate(chosen)}, online.group, interrupt
     )
-    if drawn is None:
+    if groups is None:
         return None
-    groups, roles = list(drawn.values()), ["student"] * len(chosen)
+    contexts = ["student"] * len(chosen)  # which of its prompts each group was drawn under
     figures = {"response_tokens": float(np.mean([len(s.tokens) for group in groups for s in group]))}
     advantages = np.zeros((len(chosen), online.group))
-    if cfg.objective != "onpolicy":
+    if method.graded:
         rewards = grade(session, grader, chosen, groups)
         figures |= {"reward": float(rewards.mean()), "solved": float(rewards.any(1).mean())}
-        lost = [i for i, t in enumerate(chosen) if "hint" in t.prompts and not rewards[i].any()]
-        if cfg.objective == "nurl":
-            again = draw(
-                sampler, {f"online/{number}/{i}/hint": chosen[i].prompts["hint"] for i in lost}, online.group, interrupt
-            )
+        if method.hinted:
+            lost = [i for i, t in enumerate(chosen) if "hint" in t.prompts and not rewards[i].any()]
+            prompts = {f"online/{number}/{i}/hint": chosen[i].prompts["hint"] for i in lost}
+            again = draw_groups(sampler, prompts, online.group, interrupt)
             if again is None:
                 return None
-            for i, group in zip(lost, again.values(), strict=True):
-                groups[i], roles[i] = group, "hint"
+            for i, group in zip(lost, again, strict=True):
+                groups[i], contexts[i] = group, "hint"
             rewards = grade(session, grader, chosen, groups)
             figures |= {"hinted": len(lost) / len(chosen), "reward_with_hints": float(rewards.mean())}
         advantages = (rewards - rewards.mean(1, keepdims=True)) / (rewards.std(1, keepdims=True) + 1e-6)
     examples = []
-    for task, role, group, row in zip(chosen, roles, groups, advantages, strict=True):
-        prompts = {name: task.prompts[role if name == "student" else name] for name in roles_of(session.config)}
+    for task, context, group, row in zip(chosen, contexts, groups, advantages, strict=True):
+        prompts = {role: task.prompts[context if role == "student" else role] for role in method.prompted}
         for s, advantage in zip(group, row, strict=True):
-            logq = () if cfg.objective == "onpolicy" else tuple(s.logq.tolist())
             name = f"{task.problem_id}/{s.sample}"
-            examples.append(Example(name, prompts, tuple(s.tokens.tolist()), logq, float(advantage)))
+            examples.append(Example(name, prompts, tuple(s.tokens.tolist()), tuple(s.logq.tolist()), float(advantage)))
     return examples, figures
 
 
-def draw(
+def draw_groups(
     sampler: Engine, prompts: dict[str, tuple[int, ...]], group: int, interrupt: Interrupt
-) -> dict[str, list[ScoredSample]] | None:
-    """`group` samples for each name, in order; None when it was interrupted."""
+) -> list[list[ScoredSample]] | None:
+    """`group` samples of each prompt, in order; None when it was interrupted. The names decide the randomness."""
     found: dict[str, list[ScoredSample]] = {name: [] for name in prompts}
     requests = [Request(name, (p,), tuple(range(group)), sampler.max_tokens) for name, p in prompts.items()]
     for sample in sampler.run(requests):
         found[sample.name].append(sample)
         if len(found[sample.name]) == group and interrupt.wanted:
             return None
-    return {name: sorted(samples, key=lambda s: s.sample) for name, samples in found.items()}
+    return [sorted(samples, key=lambda s: s.sample) for samples in found.values()]
 
 
 def grade(session: Session, grader: Grader, tasks: list[Task], groups: list[list[ScoredSample]]) -> np.ndarray:
@@ -164,66 +169,54 @@ def grade(session: Session, grader: Grader, tasks: list[Task], groups: list[list
 
 
 # ---------------------------------------------------------------------------------------------------
-# The loop
+# The feed
 # ---------------------------------------------------------------------------------------------------
 
 
-def fit(session: Session, rows: list[Row], run_dir: RunDir, metrics: Metrics, stage: Stage) -> None:
-    """Trains from the newest checkpoint to the end; the last update is always saved."""
-    config, mesh = session.config, session.mesh
-    cfg, online = config.train, config.train.online
-    tasks = tasks_of(session, rows)
-    per_round = online.problems * online.group // cfg.batch_size
-    rounds = -(-cfg.epochs * len(tasks) // online.problems)
-    steps, micro = rounds * per_round, cfg.batch_size // cfg.accumulate
-    local = mesh_lib.local_rows(mesh, micro)
-    run = prepare(session, steps, run_dir.path / "checkpoints", stage.identity)
-    log(
-        f"train: {cfg.objective} on {len(tasks)} problems; {rounds} rounds of {online.problems} x {online.group} "
-        f"samples and {per_round} updates"
-    )
-    restored = run.store.restore(abstract_state(session, run.tx, run.layout))
-    if restored is None:
-        step, state = 0, step_lib.init(jax.random.key(config.seed), session.model, cfg, run.tx, mesh)
-    else:
-        step, state, _ = restored
-        log(f"train: resuming at update {step}")
-    metrics.rewind(step)
-    saved = step
-    sampler = session.sampler(online.sampling, slots=online.slots, max_tokens=online.sampling.max_tokens)
-    update = step_lib.make_update(step_lib.recipe(session.model, cfg), run.tx, run.layout)
-    rate = optimizer.schedule(cfg.optimizer, steps)
-    with progress("training", steps, "updates", step) as bar, Interrupt() as interrupt, Grader() as grader:
-        for number in range(step // per_round, rounds):
-            sampler.lora = state.lora  # of the same shapes: nothing is compiled again
-            played = play(session, sampler, grader, tasks, number, interrupt)
-            if played is not None:
-                examples, figures = played
-                assemble = batches.Assemble(examples, cfg.bucket, cfg.accumulate, local, roles_of(config))
-                # A group's samples in different updates: one problem alone does not give a direction.
-                order = np.random.default_rng((config.seed, number)).permutation(len(examples))
-                for chosen in order.reshape(per_round, cfg.accumulate, -1):
-                    batch = assemble.map(chosen.ravel())
-                    state, out = update(session.params, state, mesh_lib.to_devices(batch, mesh, micro))
-                    step += 1
-                    values = {k: np.asarray(v).item() for k, v in out.items() if k not in ("bad_rows", "finite")}
-                    metrics.write(
-                        step, learning_rate=np.asarray(rate(step - 1)).item(), round=number, **values, **figures
-                    )
-                    if not bool(out["finite"]):
-                        complain(examples, chosen, np.asarray(out["bad_rows"]), step)
-                        if int(state.skipped) >= cfg.max_skipped:
-                            raise UserError(
-                                f"{cfg.max_skipped} updates in a row were not finite: lower the learning "
-                                "rate; the last good checkpoint is kept",
-                                field="train",
-                            )
-                    bar.advance(note=" ".join(f"{k} {v:.3g}" for k, v in figures.items()))
-            stop = played is None or (interrupt.wanted and step < steps)
-            if step > saved and (stop or step == steps or step - saved >= cfg.save_every):
-                run.store.save(step, state, {"round": number + 1})
-                saved = step
-            if stop:
-                raise Interrupted(f"train: stopped and saved at update {step} of {steps}; call again to go on")
-    run.store.close()
-    log(f"train: {steps} updates done; wrote {run_dir.path / 'checkpoints'}")
+class Rounds:
+    """Feeds batches of what the student writes, round after round; training can resume between rounds alone."""
+
+    def __init__(self, session: Session, method: Method, rows: list[Row]):
+        cfg, online = session.config.train, session.config.train.online
+        self.session, self.method, self.tasks = session, method, tasks_of(session, method, rows)
+        self.per_round = online.problems * online.group // cfg.batch_size
+        rounds = -(-cfg.epochs * len(self.tasks) // online.problems)
+        self.steps = rounds * self.per_round
+        self.local = mesh_lib.local_rows(session.mesh, cfg.batch_size // cfg.accumulate)
+        self.sampler = session.sampler(online.sampling, slots=online.slots, max_tokens=online.sampling.max_tokens)
+        self.resources = contextlib.ExitStack()
+        self.grader = self.resources.enter_context(Grader())
+        log(
+            f"train: {method.name} on {len(self.tasks)} problems; {rounds} rounds of {online.problems} x "
+            f"{online.group} samples and {self.per_round} updates"
+        )
+
+    def restore(self, step: int, saved: Mapping[str, Any]) -> None:
+        """Nothing to do: a round follows from its number and the state."""
+
+    def next(self, step: int, state: Any, interrupt: Interrupt) -> loop.Batch | None:
+        cfg = self.session.config.train
+        number, place = divmod(step, self.per_round)
+        if place == 0:
+            self.sampler.lora = state.lora  # of the same shapes: nothing is compiled again
+            drawn = rollout_round(self.session, self.method, self.sampler, self.grader, self.tasks, number, interrupt)
+            if drawn is None:
+                return None
+            self.examples, self.figures = drawn
+            # A group's samples go to different updates: one problem alone does not give a direction.
+            order = np.random.default_rng((self.session.config.seed, number)).permutation(len(self.examples))
+            self.order = order.reshape(self.per_round, cfg.accumulate, -1)
+            self.assemble = batches.Assemble(
+                self.examples, cfg.bucket, cfg.accumulate, self.local, self.method.prompted
+            )
+        names = np.array([e.name for e in self.examples])[self.order[place]]
+        last = place == self.per_round - 1
+        return loop.Batch(
+            self.assemble.map(self.order[place].ravel()), names, {"round": number, **self.figures}, resumable=last
+        )
+
+    def progress(self) -> dict[str, Any]:
+        return {}
+
+    def close(self) -> None:
+        self.resources.close()

@@ -18,6 +18,7 @@ from dail_jax.evaluate import answers, protocol
 from dail_jax.evaluate.files import Samples
 from dail_jax.provenance import Checksums, File, Input, Recipe, select
 from dail_jax.rundir import read_manifest
+from dail_jax.train import methods
 
 TRACES, SAMPLES, RESULTS = "traces.jsonl", "samples.jsonl", "results.json"
 JOURNALS = ("traces.partial.jsonl", "told.partial.jsonl")
@@ -50,7 +51,7 @@ def convert(config: config_lib.Config) -> Recipe:
 
 def generate(config: config_lib.Config, rows: list[Row] | None = None) -> Recipe:
     settings = select(config, *COMMON, "data", "generate", "filters", without=(*PATHS, "generate.slots"))
-    settings["passes"] = "star" if config.train.objective == "star" else "one"
+    settings["passes"] = "rationalised" if methods.find(config.train).rationalises else "one"
     return Recipe(
         "generate",
         settings,
@@ -62,14 +63,13 @@ def generate(config: config_lib.Config, rows: list[Row] | None = None) -> Recipe
 
 
 def train(config: config_lib.Config, rows: list[Row] | None = None) -> Recipe:
-    cfg = config.train
-    free = ("train.save_every", "train.keep_checkpoints", "train.references_gib", "train.online.slots")
-    roles = ["student"]
-    roles += ["privileged", "negative"] if cfg.objective in ("dail", "onpolicy") else []
-    roles += ["expert"] if cfg.objective == "sft" and config.prompts.expert else []
-    roles += ["hint"] if cfg.objective == "nurl" else []
-    traces = traces_path(config)
-    own = cfg.reads_traces and not config.traces
+    method = methods.find(config.train)
+    free = [f"train.{k}" for k in ("save_every", "keep_checkpoints", "references_gib", "workers", "online.slots")]
+    roles = list(method.prompted)
+    roles += ["expert"] if method.source == "solutions" and config.prompts.expert else []
+    roles += ["hint"] if method.hinted else []
+    traces, reads_traces = traces_path(config), method.reads_traces(config.train)
+    own = reads_traces and not config.traces
     return Recipe(
         "train",
         select(config, *COMMON, *PROMPT, "data", "waypoints", "filters", "train", without=(*PATHS, *free)),
@@ -77,11 +77,7 @@ def train(config: config_lib.Config, rows: list[Row] | None = None) -> Recipe:
             **_model(config),
             **_data(config, rows),
             **_templates(config, *roles),
-            **(
-                {"traces": Input(config.traces or TRACES, lambda checksum: checksum(traces))}
-                if cfg.reads_traces
-                else {}
-            ),
+            **({"traces": Input(config.traces or TRACES, lambda checksum: checksum(traces))} if reads_traces else {}),
         },
         outputs=(store.Final("checkpoints"),),
         # Training filters the traces itself.
@@ -109,7 +105,7 @@ def evaluate(config: config_lib.Config, tables: Mapping[str, list[Row]] | None =
         partial=DRAWN,
         scratch=DRAWN,
         summary={**select(config, *SUMMARY), "pools": protocol.pools(cfg.benchmarks)},
-        after=() if config.train.objective == "none" else (train(config),),
+        after=(train(config),) if methods.find(config.train).trains else (),
     )
 
 
@@ -162,8 +158,9 @@ def check_traces(config: config_lib.Config) -> None:
 
 def check(config: config_lib.Config) -> None:
     """Reads what the stages of `run` will want, except for what they make and the weights; raises UserError."""
-    found = [train(config), evaluate(config)] if config.train.objective != "none" else [evaluate(config)]
-    if config.train.reads_traces and not config.traces:
+    method = methods.of(config)
+    found = [train(config), evaluate(config)] if method.trains else [evaluate(config)]
+    if method.reads_traces(config.train) and not config.traces:
         found.insert(0, generate(config))
     for recipe in found:
         for name, one in recipe.inputs.items():

@@ -1,8 +1,8 @@
-"""train: the LoRA, by contrast against the two frozen roles, or by likelihood of traces or expert solutions."""
+"""train: the LoRA, by the method that `train.objective` names (`dail_jax.train.methods`)."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -16,28 +16,29 @@ from dail_jax.data import batches
 from dail_jax.data.batches import Example
 from dail_jax.data.records import Row, read_rows
 from dail_jax.errors import UserError
-from dail_jax.metrics import Metrics, log, progress
+from dail_jax.metrics import Metrics, log
 from dail_jax.model.lora import Lora
-from dail_jax.rundir import Interrupt, Interrupted, RunDir, Stage, json_line, write_atomic
+from dail_jax.rundir import Interrupt, RunDir, Stage, json_line, write_atomic
 from dail_jax.stages import recipes
 from dail_jax.stages.generate import check_golds, mark_drops, read_traces
+from dail_jax.stages.online import Rounds
 from dail_jax.stages.recipes import traces_path
 from dail_jax.stages.session import Session, open_session, release_decoding
-from dail_jax.train import optimizer, references
+from dail_jax.train import loop, methods, optimizer, references
 from dail_jax.train import step as step_lib
 
 
 def run(config: config_lib.Config) -> None:
-    cfg = config.train
-    if cfg.objective == "none":
-        log("train: nothing to train (train.objective: none)")
+    method = methods.of(config)
+    if not method.trains:
+        log(f"train: nothing to train (train.objective: {method.name})")
         return
     if config.data is None:
         raise UserError("missing: training wants rows", field="data")
     rows = read_rows(config.data)
-    if cfg.is_online:
+    if method.source == "samples":
         check_golds(config, rows)
-    if cfg.reads_traces:
+    if method.reads_traces(config.train):
         read_traces(config)
         mesh_lib.from_first(lambda: recipes.check_traces(config))
     with RunDir(config) as run_dir, run_dir.stage(recipes.train(config, rows)) as stage:
@@ -47,33 +48,67 @@ def run(config: config_lib.Config) -> None:
         session = open_session(config)
         with jax.set_mesh(session.mesh):
             metrics = Metrics(run_dir.path, config.log, "train")
-            if cfg.is_online:
-                from dail_jax.stages import online  # which builds on what is here
-
-                online.fit(session, rows, run_dir, metrics, stage)
+            if method.source == "samples":
+                feed = Rounds(session, method, rows)
             else:
                 release_decoding()
-                fit(session, examples_of(session, rows), run_dir, metrics, stage)
+                feed = Epochs(session, method, examples_of(session, method, rows), run_dir, stage)
+            fit(session, feed, run_dir, metrics, stage)
             metrics.close()
 
 
+def fit(session: Session, feed: loop.Feed, run_dir: RunDir, metrics: Metrics, stage: Stage) -> None:
+    """Trains from the newest checkpoint to the end; the last update is always saved."""
+    cfg, mesh = session.config.train, session.mesh
+    tx = optimizer.adamw(cfg.optimizer, feed.steps)
+    step = step_lib.make_update(
+        step_lib.spec_of(session.model, cfg), tx, step_lib.shardings(session.model, cfg, tx, mesh)
+    )
+    rows = cfg.batch_size // cfg.accumulate
+
+    def update(state: step_lib.TrainState, arrays: Mapping[str, np.ndarray]):
+        return step(session.params, state, mesh_lib.to_devices(dict(arrays), mesh, rows))
+
+    trainer = loop.Trainer(
+        init=lambda: step_lib.init(jax.random.key(session.config.seed), session.model, cfg, tx, mesh),
+        abstract=step_lib.abstract(session.model, cfg, tx, mesh),
+        update=update,
+        rate=optimizer.schedule(cfg.optimizer, feed.steps),
+        save_every=cfg.save_every,
+        max_skipped=cfg.max_skipped,
+    )
+    folder = run_dir.path / "checkpoints"
+    loop.run(trainer, feed, Store(folder, cfg.keep_checkpoints, stage.identity), metrics)
+    log(f"train: {feed.steps} updates done; wrote {folder}")
+
+
+def trained_lora(session: Session, run_dir: RunDir) -> Lora | None:
+    """The adapter of a finished `train` stage, or None for the untrained model."""
+    cfg = session.config.train
+    if not methods.of(session.config).trains:
+        return None
+    step = store.final_step(run_dir.output("train", "checkpoints"))
+    tx = optimizer.adamw(cfg.optimizer, 1)  # whose state has the same shapes, whatever the number of updates
+    abstract = step_lib.abstract(session.model, cfg, tx, session.mesh)
+    return store.load(run_dir.path / "checkpoints", step, abstract).lora
+
+
 # ---------------------------------------------------------------------------------------------------
-# Data
+# Passes over fixed examples
 # ---------------------------------------------------------------------------------------------------
 
 
-def examples_of(session: Session, rows: list[Row]) -> list[Example]:
-    """What is trained on: kept traces, or expert replies for `sft`; over-long ones are dropped and counted."""
+def examples_of(session: Session, method: methods.Method, rows: list[Row]) -> list[Example]:
+    """What is trained on: kept traces, or expert solutions; over-long ones are dropped and counted."""
     config, limit = session.config, session.config.train.max_tokens
     built = {row.problem_id: session.prompts.build(row) for row in rows}
     session.prompts.report("train")
-    roles = roles_of(config)
 
     def example(name: str, problem_id: str, response) -> Example:
         prompts = built[problem_id]
-        return Example(name, {role: tuple(getattr(prompts, role)) for role in roles}, tuple(response))
+        return Example(name, {role: tuple(getattr(prompts, role)) for role in method.prompted}, tuple(response))
 
-    if config.train.objective == "sft":
+    if method.source == "solutions":
         examples = [example(row.problem_id, row.problem_id, built[row.problem_id].expert) for row in rows]
     else:
         traces = read_traces(config)
@@ -102,134 +137,83 @@ def examples_of(session: Session, rows: list[Row]) -> list[Example]:
     return fitting
 
 
-def roles_of(config: config_lib.Config) -> tuple[str, ...]:
-    return ("student", *(step_lib.REFERENCES if config.train.objective in ("dail", "onpolicy") else ()))
+class Epochs:
+    """Feeds batches of fixed examples, epoch after epoch. Which batch comes when follows from the seed alone."""
 
-
-# ---------------------------------------------------------------------------------------------------
-# The loop
-# ---------------------------------------------------------------------------------------------------
-
-
-@dataclass
-class Run:
-    """The parts of a training run that restoring needs."""
-
-    tx: Any
-    layout: step_lib.State
-    store: Store
-
-
-def prepare(session: Session, steps: int, folder, made_of: str) -> Run:
-    cfg = session.config.train
-    tx = optimizer.adamw(cfg.optimizer, steps)
-    layout = step_lib.shardings(session.model, cfg, tx, session.mesh)
-    return Run(tx, layout, Store(folder, cfg.keep_checkpoints, made_of))
-
-
-def abstract_state(session: Session, tx: Any, layout: step_lib.State) -> step_lib.State:
-    cfg = session.config.train
-    shapes = jax.eval_shape(lambda key: step_lib.init(key, session.model, cfg, tx, session.mesh), jax.random.key(0))
-    return jax.tree.map(lambda s, where: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=where), shapes, layout)
-
-
-def fit(session: Session, examples: list[Example], run_dir: RunDir, metrics: Metrics, stage: Stage) -> None:
-    """Trains from the newest checkpoint to the end; the last update is always saved."""
-    config, cfg, mesh = session.config, session.config.train, session.mesh
-    plan = batches.Plan(examples, cfg.batch_size, cfg.epochs, config.seed)
-    local = mesh_lib.local_rows(mesh, cfg.batch_size // cfg.accumulate)
-    recipe = step_lib.recipe(session.model, cfg)
-    identity = {
-        "examples": batches.digest(examples),
-        "batch_size": cfg.batch_size,
-        "workers": cfg.workers,
-        "seed": config.seed,
-        "steps": len(plan),
-    }
-    assemble = batches.Assemble(examples, cfg.bucket, cfg.accumulate, local, roles_of(config))
-    if cfg.objective == "dail" and cfg.cache_references:
-        cached = cache(session, examples, run_dir, recipe, f"{stage.sha256('model.path')} {identity['examples']}")
+    def __init__(
+        self, session: Session, method: methods.Method, examples: list[Example], run_dir: RunDir, stage: Stage
+    ):
+        config, cfg = session.config, session.config.train
+        self.workers, self.examples, self.accumulate, self.folder = cfg.workers, examples, cfg.accumulate, run_dir.path
+        self.plan = batches.Plan(examples, cfg.batch_size, cfg.epochs, config.seed)
+        self.steps = len(self.plan)
+        self.identity = {
+            "examples": batches.digest(examples),
+            "batch_size": cfg.batch_size,
+            "seed": config.seed,
+            "steps": self.steps,
+        }
+        local = mesh_lib.local_rows(session.mesh, cfg.batch_size // cfg.accumulate)
+        self.assemble = batches.Assemble(examples, cfg.bucket, cfg.accumulate, local, method.prompted)
+        made_of = f"{stage.sha256('model.path')} {self.identity['examples']}"
+        cached = cache(session, method, examples, run_dir, made_of) if method.caches(cfg) else None
         if cached is not None:
-            assemble = batches.Assemble(
-                examples, cfg.bucket, cfg.accumulate, local, ("student",), step_lib.REFERENCES, cached
+            self.assemble = batches.Assemble(
+                examples, cfg.bucket, cfg.accumulate, local, ("student",), method.roles, cached
             )
-    run = prepare(session, len(plan), run_dir.path / "checkpoints", stage.identity)
-    feed = batches.iterator(plan, assemble, cfg.workers)
-    log(
-        f"train: {cfg.objective} on {len(examples)} examples, {len(plan)} updates of {cfg.batch_size}; "
-        f"{batches.padding_share(plan, assemble):.0%} of trained positions are padding"
-    )
+        self.batches: Any = None
+        self.names = np.array([e.name for e in examples] + [""])  # place -1, where a row is empty, has no name
+        log(
+            f"train: {method.name} on {len(examples)} examples, {self.steps} updates of {cfg.batch_size}; "
+            f"{batches.padding_share(self.plan, self.assemble):.0%} of trained positions are padding"
+        )
 
-    restored = run.store.restore(abstract_state(session, run.tx, run.layout))
-    if restored is None:
-        start, state = 0, step_lib.init(jax.random.key(config.seed), session.model, cfg, run.tx, mesh)
-    else:
-        start, state, saved = restored
-        changed = [k for k in identity if saved["identity"].get(k) != identity[k]]
+    def restore(self, step: int, saved: Mapping[str, Any]) -> None:
+        changed = [k for k in self.identity if saved["identity"].get(k) != self.identity[k]]
         if changed:
             raise UserError(
-                f"this run was started with other {', '.join(changed)}: use another run_dir", file=run_dir.path
+                f"this run was started with other {', '.join(changed)}: use another run_dir", file=self.folder
             )
-        feed.set_state(saved["data"])
-        log(f"train: resuming at update {start}")
-    metrics.rewind(start)  # rows after the checkpoint, or before the first: they come again
 
-    update = step_lib.make_update(recipe, run.tx, run.layout)
-    rate = optimizer.schedule(cfg.optimizer, len(plan))
-    with progress("training", len(plan), "updates", start) as bar, Interrupt() as interrupt:
-        for number in range(start + 1, len(plan) + 1):
-            batch = next(feed)
-            state, out = update(
-                session.params, state, mesh_lib.to_devices(batch, mesh, cfg.batch_size // cfg.accumulate)
-            )
-            values = {k: float(out[k]) for k in out if k not in ("bad_rows", "finite")}
-            metrics.write(
-                number,
-                learning_rate=float(np.asarray(rate(number - 1))),
-                epoch=(number - 1) // plan.per_epoch,
-                **values,
-            )
-            if not bool(out["finite"]):
-                complain(examples, plan[number - 1].reshape(cfg.accumulate, -1), np.asarray(out["bad_rows"]), number)
-                if int(state.skipped) >= cfg.max_skipped:
-                    raise UserError(
-                        f"{cfg.max_skipped} updates in a row were not finite: lower the learning rate or gamma; "
-                        "the last good checkpoint is kept",
-                        field="train",
-                    )
-            bar.advance(note=f"loss {values['loss']:.4f}")
-            last, stop = number == len(plan), interrupt.wanted
-            if (number % cfg.save_every == 0 and out["finite"]) or last or stop:
-                run.store.save(number, state, {"data": feed.get_state(), "identity": identity})
-            if stop and not last:
-                raise Interrupted(f"train: stopped and saved at update {number} of {len(plan)}; call again to go on")
-    run.store.close()
-    log(f"train: {len(plan)} updates done; wrote {run_dir.path / 'checkpoints'}")
+    def next(self, step: int, state: Any, interrupt: Interrupt) -> loop.Batch:
+        if self.batches is None:
+            self.batches = batches.iterator(self.plan, self.assemble, self.workers, step)
+        names = self.names[self.plan[step].reshape(self.accumulate, -1)]
+        return loop.Batch(next(self.batches), names, {"epoch": step // self.plan.per_epoch})
+
+    def progress(self) -> dict[str, Any]:
+        return {"identity": self.identity}
+
+    def close(self) -> None:
+        if self.batches is not None:
+            self.batches.close()
 
 
-def cache(session: Session, examples, run_dir: RunDir, recipe, made_of: str) -> references.References | None:
+def cache(
+    session: Session, method: methods.Method, examples: list[Example], run_dir: RunDir, made_of: str
+) -> references.References | None:
     """The frozen roles' states on disk, if they fit the budget."""
     cfg = session.config.train
-    need = references.size(examples, session.model.D, session.params["norm"].dtype)
+    need = references.size(examples, len(method.roles), session.model.D, session.params["norm"].dtype)
     if need > cfg.references_gib * 2**30:
         size = f"{need / 2**30:.1f} GiB"
         log(f"train: references would take {size}, above train.references_gib; computing them in every step")
         return None
     key = f"{session.config.model.dtype} {made_of}"
     scores = run_dir.path / "token_scores.jsonl"  # for the report's trace viewer
-    if not mesh_lib.from_first(lambda: references.whole(run_dir.path / "references", key)):
+    if not mesh_lib.from_first(lambda: references.is_valid(run_dir.path / "references", key)):
         scores.unlink(missing_ok=True)  # of other references
     found = references.compute(
         run_dir.path / "references",
         key,
-        recipe,
+        step_lib.spec_of(session.model, cfg),
         session.params,
         session.mesh,
         examples,
         cfg.batch_size // cfg.accumulate,
         cfg.bucket,
     )
-    if jax.process_count() == 1 and not scores.exists():
+    if jax.process_count() == 1 and not scores.exists() and set(method.roles) >= set(methods.CONTRAST):
         ratios = references.log_ratios(found, session.params, examples, cfg.chunk)
         names = [e.name.rpartition("/") for e in examples]
         write_atomic(
@@ -240,19 +224,3 @@ def cache(session: Session, examples, run_dir: RunDir, recipe, made_of: str) -> 
             ),
         )
     return found
-
-
-def complain(examples: list[Example], rows: np.ndarray, bad: np.ndarray, number: int) -> None:
-    """Names the rows [A, B] of an update that was not finite, or all of them where no row stands out."""
-    names = [examples[i].name for i in (rows[bad] if bad.any() else rows.ravel()) if i >= 0]
-    log(f"train: update {number} was not finite and is skipped; rows: {', '.join(names[:8])}")
-
-
-def trained_lora(session: Session, run_dir: RunDir) -> Lora | None:
-    """The adapter of a finished `train` stage, or None for the untrained model."""
-    if session.config.train.objective == "none":
-        return None
-    cfg, step = session.config.train, store.final_step(run_dir.output("train", "checkpoints"))
-    tx = optimizer.adamw(cfg.optimizer, 1)  # its state is read, and not used
-    layout = step_lib.shardings(session.model, cfg, tx, session.mesh)
-    return store.load(run_dir.path / "checkpoints", step, abstract_state(session, tx, layout)).lora

@@ -1,7 +1,7 @@
 """The frozen roles' final states, computed once and reused in every epoch.
 
-Privileged student and negative reference never change, so neither do their states at the response tokens. They
-are kept beside the run in the compute dtype, one raw file a role, [all response tokens, D], with a manifest of
+The roles that a loss compares the student with never change, so neither do their states at the response tokens. They
+are kept beside the run in the compute dtype, one raw file per role, [all response tokens, D], with a manifest of
 shapes and SHA-256. What is read back is what was computed, bit for bit.
 """
 
@@ -30,24 +30,25 @@ from dail_jax.model.weights import Params
 from dail_jax.provenance import sha256
 from dail_jax.rundir import write_atomic
 from dail_jax.train import step as step_lib
+from dail_jax.train.methods import CONTRAST, prompt_of
 
 
-def size(examples: Sequence[batches.Example], d: int, dtype) -> int:
+def size(examples: Sequence[batches.Example], roles: int, d: int, dtype) -> int:
     """Bytes on disk."""
-    return len(step_lib.REFERENCES) * sum(len(e.response) for e in examples) * d * np.dtype(dtype).itemsize
+    return roles * sum(len(e.response) for e in examples) * d * np.dtype(dtype).itemsize
 
 
 class References:
     """Read access to a cache: `references(role, index)` is [tokens, D]."""
 
-    def __init__(self, folder: Path, examples: Sequence[batches.Example], d: int, dtype):
-        self.folder, self.d, self.dtype = folder, d, np.dtype(dtype)
+    def __init__(self, folder: Path, roles: Sequence[str], examples: Sequence[batches.Example], d: int, dtype):
+        self.folder, self.roles, self.d, self.dtype = folder, tuple(roles), d, np.dtype(dtype)
         self.offsets = np.concatenate([[0], np.cumsum([len(e.response) for e in examples])])
 
     @functools.cached_property
     def maps(self) -> dict[str, np.ndarray]:
         shape = (int(self.offsets[-1]), self.d)
-        return {r: np.memmap(self.folder / f"{r}.bin", self.dtype, "r", shape=shape) for r in step_lib.REFERENCES}
+        return {r: np.memmap(self.folder / f"{r}.bin", self.dtype, "r", shape=shape) for r in self.roles}
 
     def __call__(self, role: str, index: int) -> np.ndarray:
         return self.maps[role][self.offsets[index] : self.offsets[index + 1]]
@@ -56,7 +57,7 @@ class References:
         return {k: v for k, v in self.__dict__.items() if k != "maps"}
 
 
-def whole(folder: Path, key: str) -> bool:
+def is_valid(folder: Path, key: str) -> bool:
     """Whether the folder holds an undamaged cache made for `key`."""
     try:
         manifest = json.loads((folder / "manifest.json").read_text())
@@ -68,7 +69,7 @@ def whole(folder: Path, key: str) -> bool:
 def compute(
     folder: Path,
     key: str,
-    recipe: step_lib.Recipe,
+    spec: step_lib.StepSpec,
     params: Params,
     mesh: jax.sharding.Mesh,
     examples: list[batches.Example],
@@ -77,12 +78,12 @@ def compute(
 ) -> References:
     """Fills the cache, `rows` examples at a time in order of length; an existing one for `key` is reused."""
     dtype = params["norm"].dtype
-    references = References(folder, examples, recipe.model.D, dtype)
-    if mesh_lib.from_first(lambda: whole(folder, key)):
+    references = References(folder, spec.roles, examples, spec.model.D, dtype)
+    if mesh_lib.from_first(lambda: is_valid(folder, key)):
         return references
-    shape = (int(references.offsets[-1]), recipe.model.D)
-    row_bytes = recipe.model.D * references.dtype.itemsize
-    paths = {role: folder / f"{role}.bin" for role in step_lib.REFERENCES}
+    shape = (int(references.offsets[-1]), spec.model.D)
+    row_bytes = spec.model.D * references.dtype.itemsize
+    paths = {role: folder / f"{role}.bin" for role in spec.roles}
     writer = mesh_lib.is_first()
     if writer:
         shutil.rmtree(folder, ignore_errors=True)
@@ -91,20 +92,21 @@ def compute(
     states = step_lib.make_states(mesh)
     where = mesh_lib.sharding(mesh, "b")
     local = mesh_lib.local_rows(mesh, rows)
-    with progress("computing references", len(step_lib.REFERENCES) * len(examples), "traces") as bar:
-        for role in step_lib.REFERENCES:
-            assemble = batches.Assemble(examples, bucket, 1, local, (role,))
-            order = np.argsort(assemble.lengths[role], kind="stable")
+    with progress("computing references", len(spec.roles) * len(examples), "traces") as bar:
+        for role in spec.roles:
+            prompt = prompt_of(role)
+            assemble = batches.Assemble(examples, bucket, 1, local, (prompt,))
+            order = np.argsort(assemble.lengths[prompt], kind="stable")
             for i in range(0, len(order), rows):
                 chosen = np.pad(order[i : i + rows], (0, max(0, i + rows - len(order))), constant_values=-1)
                 batch = assemble.map(chosen)
                 tokens, positions = (
                     jax.make_array_from_process_local_data(
-                        where, batch[f"{role}_{name}"][0], (rows, batch[f"{role}_{name}"].shape[-1])
+                        where, batch[f"{prompt}_{name}"][0], (rows, batch[f"{prompt}_{name}"].shape[-1])
                     )
                     for name in ("tokens", "positions")
                 )
-                got = states(recipe, params, None, tokens, positions, batch["mask"].shape[-1])
+                got = states(spec.model, spec.remat, params, None, tokens, positions, batch["mask"].shape[-1])
                 got = process_allgather(got, tiled=True) if jax.process_count() > 1 else np.asarray(got)
                 if writer:
                     with writing(paths[role]), open(paths[role], "r+b") as file:
@@ -151,7 +153,7 @@ def log_ratios(
     ids = np.concatenate([np.array(e.response, np.int32) for e in examples])
     ids = np.pad(ids, (0, -len(ids) % chunk))
     logs = {}
-    for role in step_lib.REFERENCES:
+    for role in CONTRAST:
         states = references.maps[role]
         parts = []
         for i in range(0, len(ids), chunk):

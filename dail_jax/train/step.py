@@ -1,4 +1,4 @@
-"""The train step: three roles' states at the response tokens, the chunked loss, one guarded update of the LoRA."""
+"""The train step: every role's states at the response tokens, the chunked loss, one guarded update of the LoRA."""
 
 from __future__ import annotations
 
@@ -16,13 +16,11 @@ from dail_jax.model import lora as lora_lib
 from dail_jax.model import transformer
 from dail_jax.model.families import ModelConfig
 from dail_jax.model.weights import Params
-from dail_jax.train import objectives
-
-REFERENCES = ("privileged", "negative")
+from dail_jax.train import methods, objectives
 
 
 @struct.dataclass
-class State:
+class TrainState:
     """What training changes. `step` counts updates tried, `skipped` those in a row that were not finite."""
 
     lora: lora_lib.Lora
@@ -32,30 +30,34 @@ class State:
 
 
 @dataclass(frozen=True)
-class Recipe:
+class StepSpec:
     """What is static in a step's program."""
 
     model: ModelConfig
-    objective: objectives.Objective
+    loss: methods.BoundLoss
+    roles: tuple[str, ...]  # that the loss compares the student with
+    tokens: tuple[str, ...]  # the loss's other arrays
     chunk: int
     remat: str
+    reduce: str
 
 
-def recipe(model: ModelConfig, cfg: config_lib.Train) -> Recipe:
-    if cfg.objective in ("dail", "onpolicy"):
-        objective = objectives.Objective("dail", cfg.gamma, cfg.kl == "forward")
-    elif cfg.objective in ("grpo", "nurl"):
-        objective = objectives.Objective("grpo", clip=cfg.online.clip, kl=cfg.online.kl)
-    else:
-        objective = objectives.Objective("nll")
-    return Recipe(model, objective, cfg.chunk, cfg.remat)
+def spec_of(model: ModelConfig, cfg: config_lib.Train) -> StepSpec:
+    method = methods.find(cfg)
+    return StepSpec(model, method.bind(cfg), method.roles, tuple(method.tokens), cfg.chunk, cfg.remat, cfg.reduce)
 
 
 def response_states(
-    recipe: Recipe, params: Params, lora: lora_lib.Lora | None, tokens: jax.Array, positions: jax.Array, length: int
+    model: ModelConfig,
+    remat: str,
+    params: Params,
+    lora: lora_lib.Lora | None,
+    tokens: jax.Array,
+    positions: jax.Array,
+    length: int,
 ) -> jax.Array:
     """Final states [B, length, D] that predict the response, the last `length` columns of tokens [B, W]."""
-    hidden = transformer.encode(params, tokens, positions, recipe.model, lora=lora, remat=recipe.remat)
+    hidden = transformer.encode(params, tokens, positions, model, lora=lora, remat=remat)
     start = tokens.shape[1] - length - 1
     return hidden[:, start : start + length]
 
@@ -64,66 +66,93 @@ def make_states(mesh: jax.sharding.Mesh):
     """`response_states` jitted, rows laid out over the mesh."""
     return jax.jit(
         response_states,
-        static_argnums=(0, 5),
+        static_argnums=(0, 1, 6),
         out_shardings=mesh_lib.sharding(mesh, "b"),
         compiler_options=mesh_lib.compiler_options(mesh),
     )
 
 
-def init(key: jax.Array, model: ModelConfig, cfg: config_lib.Train, tx: optax.GradientTransformation, mesh) -> State:
+def init(
+    key: jax.Array, model: ModelConfig, cfg: config_lib.Train, tx: optax.GradientTransformation, mesh
+) -> TrainState:
     """A fresh state, laid out over the mesh."""
 
     def make(key):
         lora = lora_lib.init(key, model, cfg.lora)
-        return State(lora, tx.init(lora), jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32))  # pyright: ignore
+        return TrainState(lora, tx.init(lora), jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32))  # pyright: ignore
 
     return jax.jit(make, out_shardings=shardings(model, cfg, tx, mesh))(key)
 
 
-def shardings(model: ModelConfig, cfg: config_lib.Train, tx: optax.GradientTransformation, mesh) -> State:
+def shardings(model: ModelConfig, cfg: config_lib.Train, tx: optax.GradientTransformation, mesh) -> TrainState:
     """The NamedSharding of every leaf of the state: moments lie as the weights that they belong to."""
     lora = lora_lib.shardings(model, cfg.lora, mesh)
     whole = mesh_lib.replicated(mesh)
     shapes = jax.eval_shape(lambda: tx.init(lora_lib.init(jax.random.key(0), model, cfg.lora)))  # pyright: ignore
     opt = optax.tree_map_params(tx, lambda _, where: where, shapes, lora, transform_non_params=lambda _: whole)
-    return State(lora, opt, whole, whole)  # pyright: ignore[reportArgumentType]  (a tree of shardings)
+    return TrainState(lora, opt, whole, whole)  # pyright: ignore[reportArgumentType]  (a tree of shardings)
 
 
-def make_update(recipe: Recipe, tx: optax.GradientTransformation, layout: State):
+def abstract(model: ModelConfig, cfg: config_lib.Train, tx: optax.GradientTransformation, mesh) -> TrainState:
+    """Shapes, types and shardings of the state: what a checkpoint is restored into, and what is compiled ahead for."""
+    shapes = jax.eval_shape(lambda key: init(key, model, cfg, tx, mesh), jax.random.key(0))
+    layout = shardings(model, cfg, tx, mesh)
+    return jax.tree.map(lambda s, where: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=where), shapes, layout)
+
+
+def token_weights(mask: jax.Array, reduce: str) -> jax.Array:
+    """Each token's weight [B, T] in an update's loss, up to the division by `total`.
+
+    `token`: every response token counts the same. `sequence`: every response does, so that long ones weigh no more.
+    """
+    weights = mask.astype(jnp.float32)
+    if reduce == "sequence":
+        weights = weights / jnp.maximum(mask.sum(-1, keepdims=True), 1)
+    return weights
+
+
+def total(mask: jax.Array, reduce: str) -> jax.Array:
+    """What the weights of an update's tokens, mask [A, B, T], add up to: its tokens, or its responses."""
+    counted = mask.any(-1) if reduce == "sequence" else mask
+    return jnp.maximum(counted.sum(), 1).astype(jnp.float32)
+
+
+def make_update(spec: StepSpec, tx: optax.GradientTransformation, layout: TrainState):
     """A jitted (params, state, batch) -> (state, metrics) with the state donated.
 
-    batch: arrays of `data.batches.Assemble`, [A, b, ...]. The gradient is of the token mean over the whole
-    batch, whatever A and the devices. An update that is not finite leaves everything but the counters as it was.
+    batch: arrays of `data.batches.Assemble`, [A, b, ...]. The gradient is that of the mean over the whole batch, by
+    `spec.reduce`, whatever A and the devices. An update that is not finite leaves everything but the counters as
+    it was.
     """
 
-    def micro(lora, params, batch):
+    def states_of(params, lora, batch, role: str) -> jax.Array:
+        tokens, positions = batch[f"{role}_tokens"], batch[f"{role}_positions"]
         length = batch["mask"].shape[-1]
-        hidden = response_states(recipe, params, lora, batch["student_tokens"], batch["student_positions"], length)
-        extras: objectives.Arrays
-        if recipe.objective.kind == "nll":
-            extras = {"targets": batch["targets"]}
-        elif recipe.objective.kind == "grpo":
-            base = response_states(recipe, params, None, batch["student_tokens"], batch["student_positions"], length)
-            extras = {"base": jax.lax.stop_gradient(base), **{k: batch[k] for k in ("targets", "logq", "advantage")}}
-        else:
-            extras = {}
-            for role in REFERENCES:
-                states = batch.get(f"ref_{role}")
-                if states is None:
-                    states = response_states(
-                        recipe, params, None, batch[f"{role}_tokens"], batch[f"{role}_positions"], length
-                    )
-                extras[role] = jax.lax.stop_gradient(states).astype(hidden.dtype)
+        return response_states(spec.model, spec.remat, params, lora, tokens, positions, length)
+
+    def micro(lora, params, batch):
+        with jax.named_scope("student"):
+            hidden = states_of(params, lora, batch, "student")
+        frozen: objectives.Arrays = {}
+        for role in spec.roles:
+            states = batch.get(f"ref_{role}")
+            if states is None:
+                with jax.named_scope(role):
+                    states = states_of(params, None, batch, methods.prompt_of(role))
+            frozen[role] = jax.lax.stop_gradient(states).astype(hidden.dtype)
+        tokens = {name: batch[name] for name in spec.tokens}
+        weights = token_weights(batch["mask"], spec.reduce)
         summed: Any = objectives.summed(
-            recipe.objective, recipe.chunk, hidden, extras, batch["mask"], transformer.unembedding(params)
+            spec.loss, spec.chunk, hidden, frozen, tokens, weights, transformer.unembedding(params)
         )
         loss, parts = summed
-        live, states = batch["mask"][..., None], [hidden, *(x for x in extras.values() if x.ndim == 3)]
-        bad = ~jnp.stack([jnp.isfinite(jnp.where(live, x, 0)).all((1, 2)) for x in states]).all(0)
-        return loss, (parts, bad)
+        live = batch["mask"][..., None]
+        finite = [jnp.isfinite(jnp.where(live, x, 0)).all((1, 2)) for x in (hidden, *frozen.values())]
+        return loss, (parts, ~jnp.stack(finite).all(0))
 
-    def update(params: Params, state: State, batch: dict[str, jax.Array]) -> tuple[State, dict[str, jax.Array]]:
-        count = jnp.maximum(batch["mask"].sum(), 1).astype(jnp.float32)
+    @jax.named_scope("train_step")
+    def update(params: Params, state: TrainState, batch: dict[str, jax.Array]):
+        count = total(batch["mask"], spec.reduce)
 
         def accumulate(grads, one):
             (loss, (parts, bad)), more = jax.value_and_grad(micro, has_aux=True)(state.lora, params, one)
@@ -139,11 +168,14 @@ def make_update(recipe: Recipe, tx: optax.GradientTransformation, layout: State)
         metrics = {name: x.sum() / count for name, x in sums.items()}
         norm = optax.global_norm(grads)
         ok = jnp.isfinite(norm) & jnp.isfinite(metrics["loss"])
-        updates, opt_state = tx.update(grads, state.opt_state, state.lora)  # pyright: ignore
-        fresh = State(optax.apply_updates(state.lora, updates), opt_state, state.step, state.skipped)  # pyright: ignore
+        with jax.named_scope("optimizer"):
+            updates, opt_state = tx.update(grads, state.opt_state, state.lora)  # pyright: ignore
+            lora = optax.apply_updates(state.lora, updates)  # pyright: ignore
+        fresh = TrainState(lora, opt_state, state.step, state.skipped)  # pyright: ignore
         kept = jax.tree.map(lambda new, old: jnp.where(ok, new, old), fresh, state)
         kept = kept.replace(step=state.step + 1, skipped=jnp.where(ok, 0, state.skipped + 1))
-        return kept, {**metrics, "grad_norm": norm, "tokens": count, "finite": ok, "bad_rows": bad}
+        tokens = batch["mask"].sum().astype(jnp.float32)
+        return kept, {**metrics, "grad_norm": norm, "tokens": tokens, "finite": ok, "bad_rows": bad}
 
     whole = jax.tree.leaves(layout.step)[0]
     options = mesh_lib.compiler_options(whole.mesh)

@@ -1,0 +1,125 @@
+"""The training loop, one for all: restore, update, guard, write metrics, save, stop when asked.
+
+What differs between kinds of training is the feed, which makes the batches.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+import optax
+
+from dail_jax.checkpoint.store import Store
+from dail_jax.errors import UserError
+from dail_jax.metrics import Metrics, log, progress
+from dail_jax.rundir import Interrupt, Interrupted
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What one update is made from: this process's rows as `data.batches.Assemble` lays them out, and their names."""
+
+    arrays: Mapping[str, np.ndarray]
+    names: np.ndarray  # of all rows [A, B], "" where empty
+    figures: Mapping[str, float] = field(default_factory=dict)  # written beside the update's own metrics
+    resumable: bool = True  # whether training can resume after this update
+
+
+class Feed(Protocol):
+    """Makes the batches of a whole run, in order."""
+
+    steps: int  # updates in the whole run
+
+    def restore(self, step: int, saved: Mapping[str, Any]) -> None:
+        """Continues after update `step` with what `progress` gave then; raises UserError where that cannot be."""
+        ...
+
+    def next(self, step: int, state: Any, interrupt: Interrupt) -> Batch | None:
+        """The batch of update `step` + 1, where `state` is what training has come to; None if interrupted."""
+        ...
+
+    def progress(self) -> dict[str, Any]:
+        """JSON to save with a checkpoint."""
+        ...
+
+    def close(self) -> None:
+        """Called when training ends, however it ends."""
+        ...
+
+
+@dataclass(frozen=True)
+class Trainer:
+    """What makes and changes the state. `update(state, arrays)` gives the new state and the update's metrics, with
+    `finite` and, by row, `bad_rows` among them; `state.skipped` counts updates in a row that were not finite."""
+
+    init: Callable[[], Any]
+    abstract: Any  # the state's shapes, types and shardings
+    update: Callable[[Any, Mapping[str, np.ndarray]], tuple[Any, Mapping[str, Any]]]
+    rate: optax.Schedule
+    save_every: int
+    max_skipped: int
+
+
+def run(trainer: Trainer, feed: Feed, store: Store, metrics: Metrics, stage: str = "train") -> Any:
+    """The state after `feed.steps` updates, from the newest checkpoint on; the last update is always saved.
+
+    Raises Interrupted where it was asked to stop, with everything saved.
+    """
+    step, state, steps = 0, None, feed.steps
+    with contextlib.closing(feed):
+        restored = store.restore(trainer.abstract)
+        if restored is not None:
+            step, state, saved_progress = restored
+            feed.restore(step, saved_progress)
+            log(f"{stage}: resuming at update {step}")
+        else:
+            state = trainer.init()
+        metrics.rewind(step)  # rows after the checkpoint, or before the first: they come again
+        saved = step
+        with progress("training", steps, "updates", step) as bar, Interrupt() as interrupt:
+            while step < steps:
+                batch = feed.next(step, state, interrupt)
+                finite = False
+                if batch is not None:
+                    state, out = trainer.update(state, batch.arrays)
+                    step += 1
+                    values = {k: np.asarray(v).item() for k, v in out.items() if k not in ("bad_rows", "finite")}
+                    rate = np.asarray(trainer.rate(step - 1)).item()
+                    metrics.write(step, learning_rate=rate, **batch.figures, **values)
+                    bar.advance(
+                        note=" ".join(f"{k} {v:.3g}" for k, v in {"loss": values["loss"], **batch.figures}.items())
+                    )
+                    finite = bool(out["finite"])
+                    if not finite:
+                        _skipped(trainer, batch, np.asarray(out["bad_rows"]), int(state.skipped), step, stage)
+                    if not batch.resumable:
+                        continue
+                stop = batch is None or interrupt.wanted
+                due = finite and step // trainer.save_every > saved // trainer.save_every
+                if step > saved and (due or stop or step == steps):
+                    store.save(step, state, feed.progress())
+                    saved = step
+                if stop and step < steps:
+                    raise Interrupted(f"{stage}: stopped and saved at update {step} of {steps}; call again to resume")
+    store.close()
+    return state
+
+
+def _skipped(trainer: Trainer, batch: Batch, bad: np.ndarray, count: int, step: int, stage: str) -> None:
+    """Names the rows of an update that was not finite; raises UserError after too many of them."""
+    log(f"{stage}: update {step} was not finite and is skipped; rows: {', '.join(culprits(batch.names, bad)[:8])}")
+    if count >= trainer.max_skipped:
+        raise UserError(
+            f"{trainer.max_skipped} updates in a row were not finite: lower the learning rate or gamma; "
+            "the last good checkpoint is kept",
+            field=stage,
+        )
+
+
+def culprits(names: np.ndarray, bad: np.ndarray) -> list[str]:
+    """The names of the rows [A, B] of an update that are not finite, or all of them where no row stands out."""
+    return [str(name) for name in (names[bad] if bad.any() else names.ravel()) if name]

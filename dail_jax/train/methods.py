@@ -1,0 +1,216 @@
+"""The training methods. A method is a value: what it learns from, whose log-probabilities it compares, its loss.
+
+A loss is written once, as a plain function of log-probabilities; its gradient is found by automatic differentiation
+(`objectives.summed`). A new method is a loss function and an entry in `METHODS`, and touches no other file:
+
+    def sharpened(log, tokens, cfg):
+        ...
+        return loss, {"name of a reported part": part}
+
+    METHODS["sharpened"] = Method("sharpened", "traces", sharpened, CONTRAST, settings={"temperature": 0.3})
+
+`train.objective: sharpened` then selects it, and `train.loss: {temperature: 0.5}` sets what it declares in `settings`.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+
+from dail_jax import config as config_lib
+from dail_jax.errors import UserError
+
+Logs = Mapping[str, jax.Array]  # role -> log-probabilities of the next token, [B, T, V] float32
+Tokens = Mapping[str, jax.Array]  # [B, T]: `targets` int32; for methods that sample, `logq` and `advantage` float32
+Terms = tuple[jax.Array, dict[str, jax.Array]]  # the loss of each token and the parts to report, all [B, T] float32
+BoundLoss = Callable[[Logs, Tokens], Terms]
+Loss = Callable[[Logs, Tokens, config_lib.Train], Terms]
+
+CONTRAST = ("privileged", "negative")
+
+
+@dataclass(frozen=True, eq=False)
+class Method:
+    """A way to train the LoRA.
+
+    `source` is what is learnt from: `traces` that the stage `generate` wrote, expert `solutions`, `samples` that the
+    student draws while it trains, or `nothing` (the model stays untrained).
+    `roles` are the frozen model's roles that the loss compares the student with: "privileged" and "negative" each
+    under a prompt of its own, "base" under the student's. Their log-probabilities reach the loss under these names,
+    beside "student". Only samples carry `logq`, the log-probability each token was drawn with, and `advantage`.
+    """
+
+    name: str
+    source: Literal["traces", "solutions", "samples", "nothing"]
+    loss: Loss | None = None  # None: not trained
+    roles: tuple[str, ...] = ()
+    graded: bool = False  # learns from right answers alone (traces), or from a reward for them (samples)
+    rationalises: bool = False  # `generate` draws from the student, then with the solution where the student fails
+    hinted: bool = False  # a group of samples that all fail is drawn again with a hint in the prompt
+    settings: Mapping[str, float] = field(default_factory=dict)  # keys of `train.loss` that it reads; their defaults
+    check: Callable[[config_lib.Train], str | None] = lambda cfg: None  # what is wrong with a configuration, if any
+
+    @property
+    def trains(self) -> bool:
+        return self.loss is not None
+
+    @property
+    def prompted(self) -> tuple[str, ...]:
+        """The roles with a prompt of their own, the student first."""
+        return ("student", *(role for role in self.roles if role != "base"))
+
+    @property
+    def tokens(self) -> dict[str, Any]:
+        """The arrays [B, T] that its loss is given beside log-probabilities: their types by name."""
+        drawn = {"logq": jnp.float32, "advantage": jnp.float32}
+        return {"targets": jnp.int32, **(drawn if self.source == "samples" else {})}
+
+    def reads_traces(self, cfg: config_lib.Train) -> bool:
+        """Whether `generate` comes before training."""
+        return self.source == "traces" or (self.hinted and cfg.online.hint == "trace")
+
+    def caches(self, cfg: config_lib.Train) -> bool:
+        """Whether the roles' states are computed once: they never change, and every epoch is on the same examples."""
+        return cfg.cache_references and bool(self.roles) and self.source != "samples"
+
+    def bind(self, cfg: config_lib.Train) -> BoundLoss:
+        """The loss as a function of log-probabilities and tokens, with the method's settings filled in."""
+        loss = self.loss
+        assert loss is not None
+        given = {key: value for key, value in cfg.loss.items() if key in self.settings}
+        cfg = cfg.model_copy(update={"loss": {**self.settings, **given}})
+        return lambda log, tokens: loss(log, tokens, cfg)
+
+
+def prompt_of(role: str) -> str:
+    """Under whose prompt a role sees the response."""
+    return "student" if role == "base" else role
+
+
+# ---------------------------------------------------------------------------------------------------
+# Losses
+# ---------------------------------------------------------------------------------------------------
+
+
+def kl(a: jax.Array, b: jax.Array) -> jax.Array:
+    """KL(A || B) of log-probabilities [..., V]."""
+    return (jnp.exp(a) * (a - b)).sum(-1)
+
+
+def chosen(log: jax.Array, targets: jax.Array) -> jax.Array:
+    """Log-probabilities of the targets: [B, T, V], [B, T] -> [B, T].
+
+    A masked sum, since a gather along a vocabulary that is spread over devices would collect it on each of them.
+    """
+    hot = jax.lax.broadcasted_iota(jnp.int32, log.shape, log.ndim - 1) == targets[..., None]
+    return jnp.where(hot, log, 0).sum(-1)
+
+
+def likelihood(log: Logs, tokens: Tokens, cfg: config_lib.Train) -> Terms:
+    """-log p(target)."""
+    loss = -chosen(log["student"], tokens["targets"])
+    return loss, {"nll": loss}
+
+
+def contrast(log: Logs, tokens: Tokens, cfg: config_lib.Train) -> Terms:
+    """The contrastive objective (arXiv 2602.02405, section 4), over the full vocabulary.
+
+        L = KL(M || PS) - gamma * KL(M || NR)          reverse, the default
+        L = KL(PS || M) - gamma * KL(NR || M)          forward
+
+    For gamma < 1 the reverse form is (1-gamma) * [KL(M || q*) - log Z] with q* ~ (p_PS / p_NR^gamma)^(1/(1-gamma)):
+    bounded below, possibly negative, and smallest at q*. The `excess` that is reported is KL(M || q*) >= 0.
+    """
+    m, p, n = log["student"], log["privileged"], log["negative"]
+    if cfg.kl == "forward":
+        kl_p, kl_n = kl(p, m), kl(n, m)
+        return kl_p - cfg.gamma * kl_n, {"kl_privileged": kl_p, "kl_negative": kl_n}
+    kl_p, kl_n = kl(m, p), kl(m, n)
+    loss = kl_p - cfg.gamma * kl_n
+    log_z = jax.nn.logsumexp((p - cfg.gamma * n) / (1 - cfg.gamma), axis=-1)
+    return loss, {"kl_privileged": kl_p, "kl_negative": kl_n, "excess": loss / (1 - cfg.gamma) + log_z}
+
+
+def policy_gradient(log: Logs, tokens: Tokens, cfg: config_lib.Train) -> Terms:
+    """-min(ratio * A, clip(ratio) * A) + weight * KL(M || base) (arXiv 2402.03300, with the KL in closed form)."""
+    advantage, clip = tokens["advantage"], cfg.online.clip_ratio
+    # Bounded, so that a token that was never likely cannot make 0 * inf of a group without a signal; the derivative
+    # is that of the ratio itself.
+    change = chosen(log["student"], tokens["targets"]) - tokens["logq"]
+    ratio = jnp.exp(change + jax.lax.stop_gradient(jnp.clip(change, -20, 20) - change))
+    free, held = ratio * advantage, jnp.clip(ratio, 1 - clip, 1 + clip) * advantage
+    kl_base = kl(log["student"], log["base"])
+    parts = {"ratio": ratio, "clipped": (free > held).astype(jnp.float32), "kl_base": kl_base}
+    return cfg.online.kl_weight * kl_base - jnp.where(free > held, held, free), parts
+
+
+# ---------------------------------------------------------------------------------------------------
+# The table
+# ---------------------------------------------------------------------------------------------------
+
+
+def _bounded(cfg: config_lib.Train) -> str | None:
+    if cfg.kl == "reverse" and cfg.gamma >= 1:
+        return "gamma must be below 1: the objective is unbounded otherwise"
+    return None
+
+
+def _plain(cfg: config_lib.Train) -> str | None:
+    if not cfg.online.sampling.is_plain:
+        return f"{cfg.objective} wants plain online.sampling: temperature 1 and no truncation"
+    return None
+
+
+METHODS: dict[str, Method] = {
+    method.name: method
+    for method in (
+        # the paper's: contrast of the privileged student and the negative reference
+        Method("dail", "traces", contrast, CONTRAST, check=_bounded),
+        # the same on what the student writes now
+        Method("onpolicy", "samples", contrast, CONTRAST, check=_bounded),
+        # likelihood of traces, and of expert solutions
+        Method("nll", "traces", likelihood),
+        Method("sft", "solutions", likelihood),
+        # likelihood of the student's own right samples, otherwise of right ones with the solution in context
+        # (arXiv 2203.14465)
+        Method("star", "traces", likelihood, graded=True, rationalises=True),
+        # group-relative policy gradient (arXiv 2402.03300), and with hints where a whole group fails (2509.25666)
+        Method("grpo", "samples", policy_gradient, ("base",), graded=True, check=_plain),
+        Method("nurl", "samples", policy_gradient, ("base",), graded=True, hinted=True, check=_plain),
+        # the untrained model, to be evaluated
+        Method("none", "nothing"),
+    )
+}
+
+
+def find(cfg: config_lib.Train) -> Method:
+    """The method that `train.objective` names; raises UserError with the nearest name."""
+    method = METHODS.get(cfg.objective)
+    if method is None:
+        near = difflib.get_close_matches(cfg.objective, METHODS, 1, 0.0)[0]
+        names = ", ".join(METHODS)
+        raise UserError(f"got {cfg.objective!r}, want one of {names}; did you mean {near!r}?", field="train.objective")
+    return method
+
+
+def of(config: config_lib.Config) -> Method:
+    """The method of a configuration, checked against all that the configuration says; raises UserError."""
+    cfg, method = config.train, find(config.train)
+    known = {key for other in METHODS.values() for key in other.settings}  # arms may switch between methods
+    for key in cfg.loss:
+        if key not in known:
+            near = difflib.get_close_matches(key, known, 1, 0.0)
+            hint = f"did you mean {near[0]!r}?" if near else "no method declares settings"
+            raise UserError(f"unknown key; {hint}", field=f"train.loss.{key}")
+    if problem := method.check(cfg):
+        raise UserError(problem, field="train")
+    if method.source == "samples" and cfg.online.problems * cfg.online.group % cfg.batch_size:
+        raise UserError("online.problems * online.group must be a multiple of batch_size", field="train")
+    if config.evaluate.adapter and method.trains:
+        raise UserError("stands in for training: want train.objective: none", field="evaluate.adapter")
+    return method
