@@ -7,6 +7,7 @@ import pytest
 
 from dail_jax import config as config_lib
 from dail_jax.errors import UserError
+from dail_jax.train import methods
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 BASE = "run_dir: r\nmodel: {path: m}\n"
@@ -204,7 +205,8 @@ def test_the_papers_presets_train_on_what_fits(preset):
     paths = sorted((CONFIGS / "paper").glob("*.yaml"))
     for overlay in (path.stem for path in paths if f"configs/{preset.name}" in path.read_text()):
         for name, own in arms_of(preset, overlay).items():
-            if own.train.reads_traces and own.train.objective != "star":
+            method = methods.of(own)
+            if method.reads_traces(own.train) and not method.rationalises:
                 longest = own.generate.max_prompt_tokens + own.generate.sampling.max_tokens
                 assert longest <= own.train.max_tokens, (overlay, name)
             assert own.prompts.max_solution_tokens is None  # they are cut to fit the prompt
@@ -215,6 +217,7 @@ def test_the_papers_presets_drop_nothing_that_the_paper_keeps(preset):
     for overlay in sorted(p.stem for p in (CONFIGS / "paper").glob("*.yaml")):
         for own in arms_of(preset, overlay).values():
             assert own.filters.artefacts == () and own.filters.max_repetition == 1
+            assert own.train.reduce == "sequence"  # as the reference implementation does
             assert own.filters.correct == own.filters.finished == ("qwen2_5" in preset.stem)
 
 

@@ -585,7 +585,7 @@ def test_diagnosis_of_training_curves(tmp_path):
     dump(
         run / "metrics.jsonl",
         [
-            {"stage": "train", "step": i, "time": 0, "loss": loss, "excess": excess}
+            {"stage": "train", "step": i, "time": 0, "loss": loss, "excess": excess, "kl_negative": 1.0}
             for i, (loss, excess) in enumerate(noise.tolist())
         ],
     )
