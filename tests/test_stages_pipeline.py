@@ -104,6 +104,7 @@ def test_evaluation(pipeline):
             "sample",
             "budget",
             "tokens",
+            "answer_tokens",
             "forced_tokens",
             "text",
             "forced_text",
