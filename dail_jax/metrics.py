@@ -21,6 +21,8 @@ from dail_jax.errors import UserError, visible, writing
 
 console = Console(highlight=False, width=None if sys.stdout.isatty() else 120)
 
+LEFT_OUT = "left out"  # the stage of rows in metrics.jsonl that count what was cut, skipped or dropped
+
 
 def log(text: str) -> None:
     """A line for the person who is watching; from the first process only, with what data may hold made visible."""
@@ -74,7 +76,7 @@ class Metrics:
     def write(self, step: int, **values: float | int | str | list) -> None:
         if jax.process_index() != 0:
             return
-        self._append(values, step)
+        self._append(self.stage, step, values)
         numbers = {f"{self.stage}/{k}": v for k, v in values.items() if isinstance(v, (int, float))}
         if self.board is not None:
             for name, value in numbers.items():
@@ -82,9 +84,9 @@ class Metrics:
         if self.wandb is not None:
             self.wandb.log({**numbers, f"{self.stage}/step": step})
 
-    def _append(self, values: dict[str, Any], step: int) -> None:
+    def _append(self, stage: str, step: int, values: dict[str, Any]) -> None:
         if jax.process_index() == 0:
-            row = {"stage": self.stage, "step": step, "time": round(time.time(), 3), **values}
+            row = {"stage": stage, "step": step, "time": round(time.time(), 3), **values}
             with writing(self.path), open(self.path, "a", encoding="utf-8") as file:
                 file.write(json.dumps(row) + "\n")
 
@@ -94,7 +96,7 @@ class Metrics:
         `what` names the things and what was done to them, such as "solutions cut to fit"; the last record of a stage
         with the same words counts. `detail` is for the log alone.
         """
-        self._append({"left_out": what, "count": count, "of": total}, 0)
+        self._append(LEFT_OUT, 0, {"by": self.stage, "what": what, "count": count, "of": total})
         if count:
             log(f"{self.stage}: {count} of {total} {what}{detail}")
 

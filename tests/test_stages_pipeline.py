@@ -94,6 +94,23 @@ def test_training(pipeline):
     store.close()
 
 
+def test_every_stage_counts_what_it_leaves_out(pipeline):
+    rows = [r for r in tiny.lines(pipeline / "metrics.jsonl") if r["stage"] == "left out"]
+    counts = {(r["by"], r["what"]): (r["count"], r["of"]) for r in rows}
+    kept = sum(t["drop"] is None for t in tiny.lines(pipeline / "traces.jsonl"))
+    unread = "skipped: their gold answers cannot be graded against"
+    assert counts == {
+        ("generate", "solutions cut to fit"): (0, 12),
+        ("generate", "problems skipped: their prompts are above max_prompt_tokens=4096"): (0, 12),
+        ("train", "examples dropped: prompt and response are above train.max_tokens=192"): (0, kept),
+        **{("evaluate", f"problems of {name} {unread}"): (0, 3) for name in ("hard", "chain")},
+        **{
+            ("evaluate", f"problems of {name} skipped: their prompts are above max_prompt_tokens=4096"): (0, 3)
+            for name in ("hard", "chain")
+        },
+    }
+
+
 def test_evaluation(pipeline):
     samples = tiny.lines(pipeline / "samples.jsonl")
     assert len(samples) == 2 * 3 * 4

@@ -20,6 +20,7 @@ from dail_jax import config as config_lib
 from dail_jax import strict_json
 from dail_jax.errors import UserError
 from dail_jax.evaluate import files
+from dail_jax.metrics import LEFT_OUT
 from dail_jax.text import mention
 
 MAX_SAMPLES = 400  # of one run, in the page
@@ -41,9 +42,13 @@ class Manifest(files.Shape):
 class Metric(files.Shape):
     stage: str
     step: int
-    left_out: files.Text | None = None  # what was cut, skipped or dropped: `count` of `of`
-    count: int = 0
-    of: int = 0
+
+
+class LeftOut(files.Shape):
+    by: str
+    what: files.Text
+    count: int
+    of: int
 
 
 class Trace(files.Shape):
@@ -145,9 +150,11 @@ def left_out(runs: Mapping[str, Path], traces: Path | None = None) -> list[str]:
         folders = {"all arms": Path(traces).parent, **folders}
     found: dict[tuple[str, str, str], tuple[int, int]] = {}
     for name, folder in folders.items():
-        for _, row in lines(folder / "metrics.jsonl", Metric):
-            if row.get("left_out") is not None:  # after a resume, the later one
-                found[name, row["stage"], row["left_out"]] = row.get("count", 0), row.get("of", 0)
+        path = folder / "metrics.jsonl"
+        for number, (_, row) in enumerate(lines(path, Metric), 1):
+            if row["stage"] == LEFT_OUT:  # after a resume, the later one
+                files.check(row, LeftOut, path, number)
+                found[name, row["by"], row["what"]] = row["count"], row["of"]
     return [
         f"{name}, {stage}: {count:,} of {total:,} {what}"
         for (name, stage, what), (count, total) in found.items()
@@ -188,7 +195,7 @@ def _run(name: str, folder: Path) -> Run:
     metrics: dict[str, Rows] = defaultdict(lambda: defaultdict(dict))
     for _, row in lines(folder / "metrics.jsonl", Metric):
         for key, value in row.items():
-            if key not in ("stage", "step", "time", "count", "of") and isinstance(value, int | float):
+            if key not in ("stage", "step", "time") and isinstance(value, int | float):
                 metrics[row["stage"]][key][row["step"]] = value  # after a resume, the later one
     lengths, groups = defaultdict(list), defaultdict(list)
     for offset, row in lines(folder / "samples.jsonl", files.Sample):

@@ -23,7 +23,7 @@ from dail_jax.data.records import Row
 from dail_jax.data.waypoints import final_answer
 from dail_jax.errors import UserError
 from dail_jax.evaluate.grading import Grader, extract
-from dail_jax.metrics import log
+from dail_jax.metrics import Metrics, log
 from dail_jax.rundir import Interrupt
 from dail_jax.sample.engine import Engine
 from dail_jax.sample.sampler import Request, ScoredSample
@@ -48,7 +48,7 @@ class Task:
 # ---------------------------------------------------------------------------------------------------
 
 
-def tasks_of(session: Session, method: Method, rows: list[Row]) -> list[Task]:
+def tasks_of(session: Session, method: Method, rows: list[Row], metrics: Metrics) -> list[Task]:
     """All problems whose prompts leave room for a response; the others are dropped and counted."""
     config = session.config
     room = config.train.max_tokens - config.train.online.sampling.max_tokens
@@ -62,8 +62,8 @@ def tasks_of(session: Session, method: Method, rows: list[Row]) -> list[Task]:
         tasks.append(Task(row.problem_id, prompts, final_answer(row) or ""))
     session.prompts.report("train")
     fitting = [task for task in tasks if max(map(len, task.prompts.values())) <= room]
-    if len(fitting) < len(tasks):
-        log(f"train: dropped {len(tasks) - len(fitting)} problems: prompt and response above train.max_tokens")
+    dropped = f"problems dropped: prompt and response are above train.max_tokens={config.train.max_tokens}"
+    metrics.left_out(dropped, len(tasks) - len(fitting), len(tasks))
     if not fitting:
         raise UserError("nothing to train on: every problem was dropped", field="train.max_tokens")
     return fitting
@@ -176,9 +176,9 @@ def grade(session: Session, grader: Grader, tasks: list[Task], groups: list[list
 class Rounds:
     """Feeds batches of what the student writes, round after round; training can resume between rounds alone."""
 
-    def __init__(self, session: Session, method: Method, rows: list[Row]):
+    def __init__(self, session: Session, method: Method, rows: list[Row], metrics: Metrics):
         cfg, online = session.config.train, session.config.train.online
-        self.session, self.method, self.tasks = session, method, tasks_of(session, method, rows)
+        self.session, self.method, self.tasks = session, method, tasks_of(session, method, rows, metrics)
         self.per_round = online.problems * online.group // cfg.batch_size
         rounds = -(-cfg.epochs * len(self.tasks) // online.problems)
         self.steps = rounds * self.per_round

@@ -49,10 +49,10 @@ def run(config: config_lib.Config) -> None:
         with jax.set_mesh(session.mesh):
             metrics = Metrics(run_dir.path, config.log, "train")
             if method.source == "samples":
-                feed = Rounds(session, method, rows)
+                feed = Rounds(session, method, rows, metrics)
             else:
                 release_decoding()
-                feed = Epochs(session, method, examples_of(session, method, rows), run_dir, stage)
+                feed = Epochs(session, method, examples_of(session, method, rows, metrics), run_dir, stage)
             fit(session, feed, run_dir, metrics, stage)
             metrics.close()
 
@@ -98,7 +98,7 @@ def trained_lora(session: Session, run_dir: RunDir) -> Lora | None:
 # ---------------------------------------------------------------------------------------------------
 
 
-def examples_of(session: Session, method: methods.Method, rows: list[Row]) -> list[Example]:
+def examples_of(session: Session, method: methods.Method, rows: list[Row], metrics: Metrics) -> list[Example]:
     """What is trained on: kept traces, or expert solutions; over-long ones are dropped and counted."""
     config, limit = session.config, session.config.train.max_tokens
     built = {row.problem_id: session.prompts.build(row) for row in rows}
@@ -109,6 +109,7 @@ def examples_of(session: Session, method: methods.Method, rows: list[Row]) -> li
         return Example(name, {role: tuple(getattr(prompts, role)) for role in method.prompted}, tuple(response))
 
     if method.source == "solutions":
+        metrics.left_out("solutions cut to fit", sum(prompts.cut for prompts in built.values()), len(rows))
         examples = [example(row.problem_id, row.problem_id, built[row.problem_id].expert) for row in rows]
     else:
         traces = read_traces(config)
@@ -130,8 +131,8 @@ def examples_of(session: Session, method: methods.Method, rows: list[Row]) -> li
             if t["drop"] is None
         ]
     fitting = [e for e in examples if max(map(len, e.prompts.values())) + len(e.response) <= limit]
-    if len(fitting) < len(examples):
-        log(f"train: dropped {len(examples) - len(fitting)} examples above train.max_tokens={limit}")
+    dropped = f"examples dropped: prompt and response are above train.max_tokens={limit}"
+    metrics.left_out(dropped, len(examples) - len(fitting), len(examples))
     if not fitting:
         raise UserError("nothing to train on: every example was dropped", file=traces_path(config))
     return fitting
