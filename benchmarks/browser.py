@@ -104,7 +104,7 @@ class Browser:
 
 
 def check(browser: Browser, page: Path, out: Path) -> list[tuple[str, bool, Any]]:
-    """(what, whether it holds, the figure behind it) for everything that the page should do."""
+    """(what is checked, whether it holds, the value found) for everything that the page should do."""
     found: list[tuple[str, bool, Any]] = []
 
     def expect(what: str, value: Any, good: Any = None) -> None:
@@ -126,7 +126,7 @@ def check(browser: Browser, page: Path, out: Path) -> list[tuple[str, bool, Any]
     for name in sections:
         browser.shot(out / f"light_{name}.png", f"#{name}")
 
-    # the colour scheme: follows the system, and the button overrides it
+    # The colour scheme follows the system, and the button overrides it.
     paper = "getComputedStyle(document.documentElement).backgroundColor"
     light = run(paper)
     run("themeButton.click(); themeButton.click()")
@@ -136,9 +136,9 @@ def check(browser: Browser, page: Path, out: Path) -> list[tuple[str, bool, Any]
     expect("the system's dark scheme", (light, run(paper)), lambda pair: pair[0] != pair[1])
     browser.shot(out / "dark.png")
 
-    # charts: a tip by keyboard
+    # A chart's tooltip, by keyboard.
     run("document.querySelector('.charts svg.plot').focus()")
-    time.sleep(0.5)  # the page scrolls there, and scrolling hides tips
+    time.sleep(0.5)  # the page scrolls there, and scrolling hides tooltips
     browser.key("ArrowRight")
     expect("a chart's tip by keyboard", run("!tip.hidden && tip.textContent"))
     browser.key("Escape")

@@ -1,8 +1,8 @@
 """What the benchmarks share: equal weights on both sides, runs in turn, medians of ratios, a table and JSON rows.
 
 Two libraries that compete for two cores slow each other down in ways that look like results: torch's threads spin
-while they wait. So OMP_WAIT_POLICY=passive is set before torch is imported, both sides are warmed up, they run in
-turn, and what is reported is the median of the ratios with its quartiles.
+while they wait. So OMP_WAIT_POLICY=passive is set before torch is imported, both sides are warmed up and run in
+turn, and the median of the ratios is reported with its quartiles.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ SHAPE = dict(
 
 def arguments(description: str, **more: object) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=description)
-    parser.add_argument("--json", type=Path, help="write one object a row")
+    parser.add_argument("--json", type=Path, help="write one object per row")
     parser.add_argument("--runs", type=int, default=5)
     for name, default in more.items():
         parser.add_argument(f"--{name}", type=type(default), default=default)
@@ -66,7 +66,7 @@ def random_model():
 
 
 def in_turn(runs: int, ours: Callable[[], object], peer: Callable[[], object]) -> tuple[list[float], list[float]]:
-    """Seconds of `runs` calls of each, taken in turn after a warm-up of both."""
+    """The seconds that each of `runs` calls takes, both sides in turn after a warm-up."""
     times: tuple[list[float], list[float]] = ([], [])
     for i in range(runs + 1):
         for side, call in enumerate((ours, peer)):
@@ -78,7 +78,7 @@ def in_turn(runs: int, ours: Callable[[], object], peer: Callable[[], object]) -
 
 
 def row(name: str, ours: list[float], peer: list[float], unit: str, work: float) -> dict:
-    """`work` / seconds on both sides; the ratio is ours over peer's rate, median and quartiles over pairs."""
+    """`work` per second on both sides; the ratio of our rate to the peer's, with median and quartiles over pairs."""
     ratios = sorted(p / o for o, p in zip(ours, peer, strict=True))
     low, _, high = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else (ratios[0],) * 3
     return {

@@ -3,11 +3,13 @@
     python benchmarks/crash.py --kills 200 --terms 50      (an hour on two cores; --kills 10 --terms 4: four minutes)
 
 generate, evaluate: SIGKILL. Every problem in the journal before a kill must be there after it, none twice, and the
-finished file must equal an uninterrupted run's byte for byte. train: SIGKILL, saving after every second update and
-keeping two checkpoints, so that many kills fall into a save or a deletion. Every step that is listed must load, at most
-one save interval may be lost, and losses and final parameters must be bit-identical. All: SIGTERM must end with 0.
-pretrain: likewise, also between the model's saving and the record of it. The run directory is used until it is finished,
-then begun anew. Exit status 1 if anything was lost.
+finished file must equal an uninterrupted run's byte for byte.
+train: SIGKILL, with a save after every second update and two checkpoints kept, so that many kills hit a save or a
+deletion. Every listed step must load, at most one save interval may be lost, and losses and final parameters must be
+bit-identical.
+pretrain: the same, with kills also between saving the model and recording it.
+All stages must exit with 0 on SIGTERM. A run directory is used until its run is finished; then a new run begins. Exit
+status 1 if anything was lost.
 """
 
 from __future__ import annotations
@@ -33,18 +35,21 @@ JOURNALS = {  # stage: its journal, what names a row there, the finished file
     "generate": ("traces.partial.jsonl", "problem_id", "traces.jsonl"),
     "evaluate": ("samples.partial.jsonl", "name", "samples.jsonl"),
 }
-CHECKPOINTS = {"train": ("checkpoints", SAVE_EVERY), "pretrain": ("pretrain", 5)}  # where, and every how many updates
-LOGGED = {"train": 1, "pretrain": 4}  # updates a row of metrics.jsonl
+CHECKPOINTS = {
+    "train": ("checkpoints", SAVE_EVERY),
+    "pretrain": ("pretrain", 5),
+}  # the folder, and the updates between saves
+LOGGED = {"train": 1, "pretrain": 4}  # updates per row of metrics.jsonl
 STAGES = (*JOURNALS, *CHECKPOINTS)
 
 
 def main() -> int:
     args = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    args.add_argument("--kills", type=int, default=200, help="SIGKILLs a stage")
-    args.add_argument("--terms", type=int, default=50, help="SIGTERMs a stage")
+    args.add_argument("--kills", type=int, default=200, help="SIGKILLs per stage")
+    args.add_argument("--terms", type=int, default=50, help="SIGTERMs per stage")
     args.add_argument("--stage", choices=STAGES, help="(default: all)")
     args.add_argument("--seed", type=int, default=0)
-    args.add_argument("--json", metavar="FILE", help="write one JSON object a row")
+    args.add_argument("--json", metavar="FILE", help="write one JSON object per row")
     options = args.parse_args()
     rng = random.Random(options.seed)
     with tempfile.TemporaryDirectory(prefix="crash-") as name:
@@ -62,10 +67,10 @@ def main() -> int:
 
 
 def campaign(stage: str, folder: Path, kills: int, terms: int, rng: random.Random) -> dict:
-    """Signals until the counts are reached; returns a row of the table."""
+    """Sends signals until the counts are reached; returns a row of the table."""
     programs, whole = folder / "programs", folder / f"{stage}-whole"
     finished(stage, whole, folder)
-    seconds = finished(stage, whole, folder)  # the second time with all programs compiled
+    seconds = finished(stage, whole, folder)  # the second time, when all programs are compiled
     counts, run, problems = Counter(), folder / f"{stage}-run", []
     signals = [signal.SIGKILL] * kills + [signal.SIGTERM] * terms
     rng.shuffle(signals)
@@ -73,7 +78,7 @@ def campaign(stage: str, folder: Path, kills: int, terms: int, rng: random.Rando
         before = progress(stage, run)
         process = tiny.start(stage, config(stage, run, folder), programs)
         try:
-            # Half of the moments anywhere, half where rows are being written.
+            # Half of the signals come at any moment, half while rows are being written.
             if rng.random() < 0.5:
                 tiny.wait_for(
                     watched(stage, run), 1 + before // LOGGED.get(stage, 1), process, stage if stage in LOGGED else ""
@@ -88,7 +93,7 @@ def campaign(stage: str, folder: Path, kills: int, terms: int, rng: random.Rando
                 status, _, err = tiny.finish(process)
                 if number == signal.SIGTERM and status != 0 and status != -signal.SIGTERM:
                     problems.append(f"SIGTERM ended with {status}: {err[-300:]}")
-                # Before Python has come to its first line nobody can handle a signal, and nothing can be lost.
+                # Before Python reaches its first line, nothing can handle a signal, and nothing can be lost.
                 counts["too early"] += status == -signal.SIGTERM
             status = process.wait()
         finally:
@@ -127,7 +132,7 @@ def config(stage: str, run: Path, folder: Path) -> Path:
 
 
 def finished(stage: str, run: Path, folder: Path) -> float:
-    """Runs to the end; seconds."""
+    """Runs to the end; returns the seconds it took."""
     if done(stage, run):
         shutil.rmtree(run)
     started = time.monotonic()
@@ -158,14 +163,14 @@ def listed(folder: Path) -> list[int]:
 
 
 def lost(stage: str, run: Path, before: int) -> list[str]:
-    """What a signal cost that it may not."""
+    """What a signal cost that it must not cost."""
     if done(stage, run):
         return []
     if progress(stage, run) < before:
         return [f"{stage}: {before} before the signal, {progress(stage, run)} after it"]
     if stage in JOURNALS:
         names = Counter(row[JOURNALS[stage][1]] for row in whole_lines(watched(stage, run)))
-        return [f"{name} is there twice" for name, n in names.items() if n > 1]
+        return [f"{name} occurs twice" for name, n in names.items() if n > 1]
     reached = max((row["step"] for row in whole_lines(run / "metrics.jsonl") if row["stage"] == stage), default=0)
     name, every = CHECKPOINTS[stage]
     if reached - progress(stage, run) > every and not (run / "model").exists():
@@ -179,7 +184,7 @@ def whole_lines(path: Path) -> list[dict]:
 
 
 def damaged(folder: Path) -> list[str]:
-    """Listed checkpoints whose files are not what their manifests say."""
+    """Listed checkpoints whose files do not match their manifests."""
     from dail_jax.checkpoint import store
 
     bad = {step: store.damaged(folder, step) for step in listed(folder)}

@@ -1,14 +1,14 @@
 """Damages files at random and counts what loading them does.
 
-    python benchmarks/damage.py --mutations 10000      (some ten minutes; --mutations 500: one)
+    python benchmarks/damage.py --mutations 10000      (about ten minutes; --mutations 500: one minute)
 
-Targets: an adapter, a merged model, a converted model, training checkpoints (two, so that the older one can be fallen
-back to), cached references, a finished run directory; and a Hugging Face folder without checksums, where a flipped bit of a weight cannot be
-noticed. A mutation hits one random file: a bit is flipped, a stretch is overwritten, zeroed, taken out or put in, the
-end is cut off, or the file is emptied or removed. Loading must refuse in one line, or give what was saved, bit for bit.
-Of the finished run every stage is called again: what it then calls done must be what it was, also the final checkpoint,
-which no older one may stand in for; to make an output again counts as a refusal.
-Exit status 1 if a folder with checksums ever loaded something else, or anything but such a refusal was raised.
+Targets: an adapter, a merged model, a converted model, training checkpoints (two, so that loading can fall back to the
+older one), cached references, a finished run directory, and a Hugging Face folder without checksums, where a flipped bit
+of a weight goes unnoticed. A mutation hits one random file: a bit is flipped, a stretch is overwritten, zeroed, removed
+or inserted, the end is cut off, or the file is emptied or deleted. Loading must refuse with a one-line error, or return
+what was saved, bit for bit. For the finished run, every stage is called again: whatever it then accepts as done must be
+unchanged, including the final checkpoint, which an older one must not replace; making an output again counts as refusing.
+Exit status 1 if a folder with checksums ever loaded something else, or if anything but such an error was raised.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--mutations", type=int, default=10_000)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--json", type=Path, help="write one object a row")
+    parser.add_argument("--json", type=Path, help="write one object per row")
     options = parser.parse_args()
     rng = random.Random(options.seed)
     with tempfile.TemporaryDirectory(prefix="damage-") as name:
@@ -79,7 +79,7 @@ def main() -> int:
 
 
 def targets(folder: Path) -> dict[str, Callable[[Path], Any]]:
-    """{name of a folder that is made here: how it is loaded}."""
+    """How to load each target, by the name of its folder; makes the folders."""
     mesh = mesh_lib.make_mesh(config_lib.Mesh())
     jax.set_mesh(mesh)
     params, cfg = hf.load(MODEL, mesh, "float32")
@@ -128,7 +128,7 @@ def targets(folder: Path) -> dict[str, Callable[[Path], Any]]:
 
 
 def finish_run(folder: Path) -> None:
-    """A run of all stages on the tiny configuration, without what no stage reads again."""
+    """A run of all stages on the tiny configuration, without the files that no stage reads again."""
     path = tiny.write(folder)
     for stage in tiny.STAGES[:4]:
         if launch.main([stage, "--config", str(path)]):
@@ -138,7 +138,7 @@ def finish_run(folder: Path) -> None:
 
 
 def read_run(folder: Path) -> dict[str, bytes]:
-    """What the stages call done; raises UserError where one refuses, or would make an output again."""
+    """The outputs that the stages accept as done; raises UserError where one refuses, or would make an output again."""
 
     def work(_):
         raise UserError("made again")
@@ -148,7 +148,7 @@ def read_run(folder: Path) -> dict[str, bytes]:
     with contextlib.ExitStack() as stack, contextlib.redirect_stderr(errors):
         for stage in stages:
             stack.enter_context(mock.patch.object(stage, "open_session", work))
-        stack.enter_context(mock.patch.object(evaluate, "gradable", lambda _, tables: tables))
+        stack.enter_context(mock.patch.object(evaluate, "ungradable", lambda _, tables: {name: [] for name in tables}))
         for stage in tiny.STAGES[:4]:
             if launch.main([stage, "--config", str(path)]):
                 raise UserError(errors.getvalue().rstrip("\n"))
@@ -159,7 +159,7 @@ def read_run(folder: Path) -> dict[str, bytes]:
 
 
 def write_references(folder: Path, examples: list[Example], d: int) -> None:
-    """A cache as training writes it, of random states."""
+    """A cache of random states, as training writes it."""
     folder.mkdir()
     tokens, rng = sum(len(e.response) for e in examples), np.random.default_rng(0)
     files = {}
@@ -171,11 +171,11 @@ def write_references(folder: Path, examples: list[Example], d: int) -> None:
 
 
 def campaign(name: str, folder: Path, load: Callable[[Path], Any], count: int, rng: random.Random) -> dict[str, int]:
-    """How often each outcome came."""
+    """How often each outcome occurred."""
     counts: Counter[str] = Counter(dict.fromkeys(OUTCOMES, 0))
     want, work = load(folder), folder.with_name("work")
     answers = [jax.tree.map(np.asarray, want)]
-    if name == "checkpoints":  # the older step counts as whole, too: the store says that it falls back
+    if name == "checkpoints":  # the older step is acceptable as well: the store logs that it falls back
         step, tree, _ = answers[0]
         answers.append((step - 1, jax.tree.map(lambda x: x / 2, tree), {"data": step - 1}))
     files = sorted(p.relative_to(folder) for p in folder.rglob("*") if p.is_file())
@@ -194,7 +194,7 @@ def campaign(name: str, folder: Path, load: Callable[[Path], Any], count: int, r
             outcome = "crashed"
             print(f"{name}: {file}, {kind}:\n{traceback.format_exc()}", file=sys.stderr)
         if outcome == "changed" and name != UNCHECKED:
-            print(f"{name}: {file}, {kind}: loaded, and is not what was saved", file=sys.stderr)
+            print(f"{name}: {file}, {kind}: loaded something other than what was saved", file=sys.stderr)
         counts[outcome] += 1
     shutil.rmtree(work)
     return dict(counts)

@@ -3,10 +3,10 @@ r"""Our grading beside the reference implementation's rule: every disagreement, 
     python benchmarks/grading.py                            # the constructed answers below
     python benchmarks/grading.py --rows aime.jsonl          # ... and real solutions with their answers
 
-The reference's rule, in our words: the content of the last match of `\boxed{([^}]+)}`, which ends at the first closing
-brace; without blanks, `\!`, `\left`, `\right`, dollar signs and a final full stop; equal as a string. What is right was
-labelled by hand for the constructed answers. A row's solution is right about the row's own answer, and about the next
-row's where both are the same integer.
+The reference's rule, in our words: take the content of the last match of `\boxed{([^}]+)}`, which ends at the first
+closing brace; remove blanks, `\!`, `\left`, `\right`, dollar signs and a final full stop; compare as strings. The
+constructed answers were labelled right or wrong by hand. A row's solution is right for the row's own answer, and for the
+next row's where both are the same integer.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from pathlib import Path
 
 from dail_jax.evaluate.grading import Grader, extract
 
-# (completion, gold answer, is it right, what is special about it)
+# (completion, gold answer, whether it is right, what is special about it)
 CONSTRUCTED: list[tuple[str, str, bool, str]] = [
     (r"so \boxed{204}.", "204", True, "plain"),
     (r"so \boxed{205}.", "204", False, "plain, wrong"),

@@ -1,10 +1,10 @@
 """Does memory grow with work? Many checkpoint saves, and many samples, with the process's memory along the way.
 
-    python benchmarks/leak.py --saves 1000 --samples 8192     (some fifteen minutes on two cores)
+    python benchmarks/leak.py --saves 1000 --samples 8192     (about fifteen minutes on two cores)
 
-A tenth of the work is a row: resident memory before and after the C allocator has given back what it holds free,
-Python's objects, and JAX's arrays. What is freed but not given back rises at first and then stays; a leak rises on, by as
-much in each row. The last line has the slope over the second half, per save or sample.
+Each row follows a tenth of the work: resident memory before and after the C allocator has returned what it holds free,
+Python's objects, and JAX's arrays. Memory that is freed but not returned rises at first and then stays constant; a leak
+keeps rising, by as much in each row. The last line has the slope over the second half, per save or sample.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def main() -> int:
 
 
 def measure(name: str, work: Iterator[None], count: int) -> list[dict]:
-    """Does the work, a row at every tenth of it."""
+    """Does the work; a row after every tenth of it."""
     rows = []
     for done, _ in enumerate(work, 1):
         if done in (1, count) or done % max(count // ROWS, 1) == 0:
@@ -81,19 +81,19 @@ def memory() -> dict[str, float]:
 
 
 def resident() -> float:
-    """MiB of this process in memory (Linux)."""
+    """Resident memory of this process in MiB (Linux)."""
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
 
 
 def trim() -> None:
-    """Has the C library give free memory back, where it can (glibc)."""
+    """Makes the C library return free memory, if it can (glibc)."""
     release: Callable | None = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if release is not None:
         release(0)
 
 
 def saves(count: int, megabytes: float) -> Iterator[None]:
-    """Checkpoints of a state of 42 arrays, as LoRA and Adam have for seven targets; two are kept."""
+    """Saves checkpoints of 42 arrays, as many as LoRA and Adam have for seven targets; two are kept."""
     with tempfile.TemporaryDirectory(prefix="leak-") as folder:
         kept = store.Store(folder, keep=2)
         size = max(int(megabytes * 2**20 / 4 / 42), 1)

@@ -2,12 +2,12 @@
 
     python benchmarks/sampler.py [--json FILE]
 
-(a) mixed policy: ours against a per-token loop of two transformers models with their KV caches (one draw of each, a
-    test p >= tau), which is what the reference implementation's rule amounts to;
+(a) mixed policy: ours against a per-token loop over two transformers models with their KV caches (one draw from each,
+    a test p >= tau), which is what the reference implementation's rule amounts to;
 (b) plain sampling: ours against `transformers.generate`;
 (c) mixed policy against our own plain decode at the same number of rows;
-(d) occupancy: the share of decoded slots that are live tokens on lengths with a long tail, and the wall time
-    against tokens x time a token at full slots;
+(d) occupancy: the share of decoded slots that are live tokens when lengths have a long tail, and the wall time
+    against tokens x time per token at full slots;
 (e) memory of the shared prompt cache against the repeated one, from the compiled program.
 """
 
@@ -65,7 +65,7 @@ def main() -> None:
 
 
 def two_model_loop(model, prompts, tau: float):
-    """The literal rule, token by token: two forwards, two caches."""
+    """The literal rule, token by token: two forward passes, two caches."""
     import torch
 
     past, last, out = [None, None], list(prompts), []
@@ -98,10 +98,10 @@ def generate(model, prompts):
 
 
 def occupancy(sampler, runs: int) -> list[dict]:
-    """64 problems x 8 samples on 16 slots. Each sample's length is its own and has a long tail: some 2% of the tokens
-    end it, so that it is geometric with a mean of about 48 tokens, cut at 256.
+    """64 problems x 8 samples on 16 slots, with lengths that have a long tail: about 2% of the vocabulary are stop
+    tokens, so that lengths are geometric with a mean of about 48 tokens, cut at 256.
 
-    The ideal is every token at the pace of 16 full slots that run to 256 tokens.
+    In the ideal case, every token takes as long as with 16 full slots that run to 256 tokens.
     """
     import statistics
     import time
@@ -142,7 +142,7 @@ def occupancy(sampler, runs: int) -> list[dict]:
             "high": share,
         },
         {
-            "name": "wall time / (tokens x time a token), long tail",
+            "name": "wall time / (tokens x time per token), long tail",
             "ours": statistics.median(walls),
             "peer": statistics.median(ideals),
             "unit": "s",

@@ -1,11 +1,11 @@
 """The micro-world study: methods and ablations over seeds. Makes the tables and plots of docs/study.md.
 
-    python benchmarks/study.py --seeds 1,2,3,4,5      (hours on two CPU cores; a second call goes on where it stopped)
-    python benchmarks/study.py --seeds 1,2,3,4,5 --tables-only      (from the runs that there are)
+    python benchmarks/study.py --seeds 1,2,3,4,5      (hours on two CPU cores; a second call resumes)
+    python benchmarks/study.py --seeds 1,2,3,4,5 --tables-only      (from the existing runs)
 
-A seed draws its own rollouts, LoRA, order of examples and evaluation samples; the base model and the problems stay.
-An interval is over seeds: mean +- t(0.975, seeds - 1) * standard error. Seeds are independent: to use two cores well,
-start one process a core on its own seeds, then make the tables of all.
+Each seed has its own rollouts, LoRA, order of examples and evaluation samples; the base model and the problems are the
+same. Intervals are over seeds: mean +- t(0.975, seeds - 1) * standard error. Seeds are independent: to use two cores well,
+start one process per core on seeds of its own, then make the tables from all of them.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ from dail_jax.rundir import json_line, write_atomic
 
 ROOT = Path(__file__).resolve().parent.parent
 ASSETS = ROOT / "dail_jax/microworld/assets"
-TRAINED = 64  # hard training problems to be evaluated on
+TRAINED = 64  # hard training problems that the arms are evaluated on
 CONFIGS = {"methods": "microworld_methods", "ablations": "microworld_study"}
-COLD = {"nll": "methods", "dail": "methods", "nll_100": "ablations"}  # arms evaluated at lower temperatures, too
+COLD = {"nll": "methods", "dail": "methods", "nll_100": "ablations"}  # arms also evaluated at lower temperatures
 TEMPERATURES = ("0.5", "0")
 PARTS = (*CONFIGS, "temperature")
 METHODS = {
@@ -128,7 +128,7 @@ def run(part: str, seed: int, out: Path, trained: Path) -> None:
 
 
 def run_cold(seed: int, out: Path) -> None:
-    """What the arms of COLD learned, drawn at lower temperatures: their adapters, evaluated again."""
+    """Evaluates the adapters of the arms in COLD again, at lower temperatures."""
     for arm, part in COLD.items():
         for t in TEMPERATURES:
             command = ["evaluate", "--config", "configs/demo.yaml", benchmarks("hard", "known"), f"seed={seed}"]
@@ -178,7 +178,7 @@ def only(budgets: dict) -> dict:
 
 
 def interval(values: list[float]) -> tuple[float, float]:
-    """Mean and half width of the values that there are."""
+    """Mean and half width of the values that are not NaN."""
     values = [v for v in values if not math.isnan(v)]
     if len(values) < 2:
         return values[0] if values else math.nan, math.nan
@@ -224,7 +224,7 @@ def cell(column: str, values: list[float]) -> str:
 
 
 def plot(measured: dict[str, dict[str, list[float]]], docs: Path) -> None:
-    """hard pass@1 and what it costs, against gamma, the number of solutions, and tau."""
+    """Plots hard pass@1 and what it costs against gamma, the number of solutions, and tau."""
     panels = {
         "gamma": {"DAIL": {0: "gamma_0", 0.1: "dail", 0.3: "gamma_0.3", 0.6: "gamma_0.6"}},
         "expert solutions": {

@@ -2,9 +2,10 @@
 
     python benchmarks/train.py [--json FILE]
 
-The peer runs three forwards (student with the adapter, the two references with it disabled) and full-vocabulary
-`kl_div` terms, then backward and AdamW. Ours is one jitted update: references computed in the step, and read from
-the cache as from the second epoch on. Losses must agree to 1e-4 before anything is timed.
+The peer runs three forward passes (the student with the adapter, the two references with it disabled) and
+full-vocabulary `kl_div` terms, then the backward pass and AdamW. Ours is one jitted update, timed both with references
+computed in the step and with references read from the cache, as in every epoch after the first. Losses must agree to
+1e-4 before anything is timed.
 """
 
 from __future__ import annotations
@@ -89,7 +90,7 @@ def main() -> None:
 
 
 def loss_memory(spec, params) -> dict:
-    """Temporary memory of the loss and its gradient, compiled for 4 responses of 1,024: chunked, and whole logits."""
+    """Temporary memory of the loss and its gradient, compiled for 4 responses of 1,024: in chunks, and with all logits at once."""
     import jax
     import jax.numpy as jnp
 
@@ -126,7 +127,7 @@ def loss_memory(spec, params) -> dict:
 
 
 class Peer:
-    """torch + peft: adapter on, adapter off twice, kl_div, AdamW."""
+    """torch + peft: one pass with the adapter, two without, kl_div, AdamW."""
 
     def __init__(self, model, examples, cfg):
         import peft

@@ -1,11 +1,11 @@
-r"""Waypoint extractors: seconds per MB on texts that are hard to read, whether time grows with length alone.
+r"""Waypoint extractors: seconds per MB on texts that are hard to read, and whether time is linear in length.
 
     python benchmarks/waypoints.py              # 10 shapes of 1 MB of text
 
-A pattern that looks ahead without bound takes time that grows with the square of the text: one solution that a model
-wrote could then stop a run. So every shape is read at an eighth, a quarter, a half and the whole of the size; the last
-column is how much longer the whole took than the half (2 is linear). Times are CPU seconds of this process, and
-include what `waypoints` does with what an extractor finds.
+A pattern that looks ahead without bound takes time quadratic in the length of the text, so that a single solution
+written by a model could stall a run. Every shape is therefore read at an eighth, a quarter, a half and all of the size;
+the last column is the ratio of the last two times (2 is linear). Times are CPU seconds of this process, and include what
+`waypoints` does with what an extractor finds.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ There are $\binom{10}{3} = 120$ ways to choose them, of which 1,024 or 40% are e
 $ABC$ is \begin{align*} K &= \frac12 \cdot 12 \cdot 5 \\ &= 30, \end{align*} and the sum is $30 + 12\sqrt{3} + 7^2 = 79 + 12\sqrt{3}$.
 Hence $m + n = \boxed{91}$ by symmetry. 1. First, x = 35/2. 2. Then sqrt(5) is left.
 """
-SHAPES = {  # a text of about as many characters
+SHAPES = {  # each makes a text of about n characters
     "real": lambda n: SOLUTION * (n // len(SOLUTION)),
     "blanks": lambda n: "x = " + " " * n,
     "digits": lambda n: "so x = " + "1" * n,

@@ -85,7 +85,7 @@ class Mesh(Section):
 
     @model_validator(mode="after")
     def _axes(self):
-        sizes = [self.data, self.fsdp, self.tensor]
+        sizes = list(self.model_dump().values())
         if sizes.count(-1) > 1 or any(s < 1 and s != -1 for s in sizes):
             raise ValueError("axis sizes must be positive, and at most one may be -1")
         return self
@@ -103,7 +103,7 @@ class Columns(Section):
 
 
 class Rows(Section):
-    """A dataset: a .jsonl or .parquet file, or `hub:NAME` through the `datasets` extra.
+    """A dataset: a .jsonl or .parquet file, `hub:NAME` through the `datasets` extra, or a source of your own.
 
     A control token in a problem or solution, such as <|im_end|> or </think>, would end a turn or a thought. By default
     it is encoded as the plain text that it is there.

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import difflib
 import os
 import re
 import unicodedata
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import TypeVar
+
+_T = TypeVar("_T")
 
 
 class UserError(Exception):
@@ -38,6 +42,14 @@ def visible(text: str) -> str:
         c if c in "\n\t" or unicodedata.category(c)[0] != "C" else c.encode("unicode_escape").decode("ascii")
         for c in text
     )
+
+
+def registered(registry: Mapping[str, _T], name: str, field: str) -> _T:
+    """What a registry has under a name; raises UserError for the configuration's `field` where there is nothing."""
+    if name in registry:
+        return registry[name]
+    near = difflib.get_close_matches(name, registry, 1, 0.0)
+    raise UserError(f"got {name!r}, want one of {', '.join(registry)}; did you mean {near[0]!r}?", field=field)
 
 
 @contextlib.contextmanager

@@ -13,23 +13,23 @@ import sys
 import traceback
 from collections.abc import Callable
 
-# What a disk that is full, over quota, read-only or broken makes of reading and writing.
+# How reading and writing fail on a disk that is full, over quota, read-only or broken.
 DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EFBIG)
 
 STAGES = {
-    "run": "generate, train, evaluate, export and report; with `arms`, once for each, on shared traces",
+    "run": "generate, train, export, evaluate and report; with `arms`, once per arm, on shared traces",
     "convert": "a Hugging Face model -> checked, sharded weights in RUN_DIR/model",
     "generate": "mixed policy rollouts -> RUN_DIR/traces.jsonl",
     "train": "the LoRA -> RUN_DIR/checkpoints",
     "evaluate": "pass@k -> RUN_DIR/samples.jsonl and results.json",
-    "grade": "RUN_DIR/samples.jsonl of a finished evaluation again, without a model",
+    "grade": "grades RUN_DIR/samples.jsonl of a finished evaluation again, without a model",
     "export": "the LoRA as a PEFT adapter -> RUN_DIR/adapter",
     "report": "tables, RUN_DIR/report.html and RUN_DIR/plots",
-    "compare": "finished runs with each other, problem by problem: tables and a page in --out",
+    "compare": "compares finished runs, problem by problem: tables and a page in --out",
     "pretrain": "all weights of a small model, from scratch (the embedded micro-world)",
-    "compile": "ahead of time, for devices that need not be here: memory, FLOPs and whether it fits",
-    "waypoints": "nothing is written: solution, waypoints and final answer of some rows, side by side",
-    "prompts": "nothing is written: some rows' prompts of all roles as the model sees them, with their tokens",
+    "compile": "compiles ahead of time for devices that need not be present: memory, FLOPs and whether it fits",
+    "waypoints": "prints the solution, waypoints and final answer of some rows, side by side",
+    "prompts": "prints some rows' prompts of all roles as the model sees them, with their tokens",
     "select": "the rows that the untrained model never solves -> RUN_DIR/selected.jsonl",
     "sweep": "`run` for every combination of the values given by --over, as arms",
     "calibrate": "traces at several tau: right ones, acceptance, artefacts -> RUN_DIR/calibration.md and plots",
@@ -40,13 +40,13 @@ STAGES = {
 def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(prog="python -m dail_jax.launch", description=__doc__.split("\n")[0])  # pyright: ignore
     stages = top.add_subparsers(dest="stage", required=True, metavar="STAGE")
-    for name, words in STAGES.items():
-        sub = stages.add_parser(name, help=words, description=words)
+    for name, purpose in STAGES.items():
+        sub = stages.add_parser(name, help=purpose, description=purpose)
         sub.add_argument(
             "--config",
             required=name not in ("env", "compare"),
             action="append",
-            help="a YAML file, see configs/; more are laid over it",
+            help="a YAML file, see configs/; further ones are laid over it",
         )
         sub.add_argument("--trace", action="store_true", help="show a traceback with errors")
         sub.add_argument(
@@ -57,20 +57,20 @@ def parser() -> argparse.ArgumentParser:
         sub.add_argument("--process-id", type=int, metavar="I", help="... and which this one is, from 0")
         if name == "compile":
             sub.add_argument("--topology", default="cpu", help="cpu (default), gpu, or a TPU slice such as v5e:4x4")
-            sub.add_argument("--json", metavar="FILE", help="also write one JSON object a row")
+            sub.add_argument("--json", metavar="FILE", help="also write one JSON object per row")
             sub.add_argument("--quick", action="store_true", help="memory only: compile nothing extra to count FLOPs")
-            sub.add_argument("--only", metavar="WORD", default="", help="only programs with this in their name")
+            sub.add_argument("--only", metavar="WORD", default="", help="only programs whose name contains this")
         if name in ("waypoints", "prompts"):
             sub.add_argument(
                 "--row", metavar="ROW", action="append", default=[], help="a problem_id, or a number from 1"
             )
         if name == "sweep":
-            sub.add_argument("--over", metavar="KEY=A,B,C", action="append", required=True, help="values of a key")
+            sub.add_argument("--over", metavar="KEY=A,B,C", action="append", required=True, help="a key and its values")
         if name == "calibrate":
             sub.add_argument("--tau", metavar="A,B,C", default="0.5,0.7,0.8,0.9,0.99", help="(default: %(default)s)")
         if name == "compare":
             sub.add_argument("--out", metavar="DIR", default="runs/comparison", help="(default: %(default)s)")
-            sub.add_argument("runs", nargs="+", metavar="RUN_DIR", help="a run, or one with arms; the baseline first")
+            sub.add_argument("runs", nargs="+", metavar="RUN_DIR", help="a run, or a run with arms; the baseline first")
             sub.set_defaults(overrides=[])
             continue
         sub.add_argument("overrides", nargs="*", metavar="key.sub=value", help="replaces a key of the configuration")
@@ -78,7 +78,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    """The command line. Overrides may stand anywhere: argparse alone takes them in one place only."""
+    """Parses the command line. Overrides may be anywhere, although argparse takes positional arguments in one place only."""
     args, rest = parser().parse_known_args(argv)
     strange = [word for word in rest if word.startswith("-") or "=" not in word or args.stage == "compare"]
     if strange:
@@ -109,10 +109,10 @@ def main(argv: list[str] | None = None) -> int:
         if several:
             import jax
 
-            # What is not given is found by JAX: TPU pods, SLURM and Kubernetes say it in their own ways.
+            # JAX finds what is not given: TPU pods, SLURM and Kubernetes have their own variables for it.
             handler = signal.getsignal(signal.SIGTERM)
             jax.distributed.initialize(args.coordinator, args.processes, args.process_id)
-            signal.signal(signal.SIGTERM, handler)  # which JAX has taken for itself
+            signal.signal(signal.SIGTERM, handler)  # JAX has installed its own
         from dail_jax import config as config_lib
 
         config = config_lib.load(args.config[0], args.overrides, args.config[1:]) if args.config else None
@@ -136,7 +136,7 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return _leave(several, 130)
-    except OSError as error:  # reading or writing in a place that names no better error
+    except OSError as error:  # from reading or writing where no better error was raised
         if error.filename is None and error.errno not in DISK:
             raise
         if args.trace:
@@ -152,7 +152,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _leave(at_once: bool, status: int) -> int:
-    """The exit status. One of several processes that failed leaves at once: the others would wait for it in vain."""
+    """Returns the exit status. One of several processes leaves at once: at the exit, JAX would wait for the others."""
     if at_once:
         sys.stdout.flush()
         sys.stderr.flush()
@@ -189,9 +189,9 @@ def env(config) -> None:
 
 
 if __name__ == "__main__":
-    # Preemption: where a stage has something to save it does so, elsewhere there is nothing to lose and all that was
-    # finished is on disk. At once, since an exception could be swallowed on its way, or meet JAX's threads at the exit.
+    # On preemption, a stage with something to save handles the signal itself. Elsewhere all finished work is on disk and
+    # the process exits at once: an exception could be swallowed on its way up, or meet JAX's threads at the exit.
     signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
     result = main()
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # all is done: let it end in peace
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # all is done: a late signal must not change the status
     sys.exit(result)

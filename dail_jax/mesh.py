@@ -14,7 +14,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from dail_jax import config as config_lib
 from dail_jax.errors import UserError
 
-AXES = ("data", "fsdp", "tensor")
+AXES = tuple(config_lib.Mesh.model_fields)
 
 # One letter per array axis, everywhere: in shapes, einsums and layouts.
 LETTERS = {
@@ -54,16 +54,16 @@ RULES: dict[str, str | tuple[str, ...]] = {
 
 
 def make_mesh(cfg: config_lib.Mesh, devices=None) -> jax.sharding.Mesh:
-    """The mesh `data` x `fsdp` x `tensor` over all devices (or `devices`); raises UserError if the sizes do not fit."""
+    """The mesh of all AXES over all devices (or `devices`); raises UserError if the sizes do not fit."""
     devices = np.asarray(jax.devices() if devices is None else devices)
-    sizes = [cfg.data, cfg.fsdp, cfg.tensor]
+    sizes = [getattr(cfg, axis) for axis in AXES]
     if -1 in sizes:
         known = -int(np.prod(sizes))
         sizes[sizes.index(-1)] = max(devices.size // known, 1)
     if int(np.prod(sizes)) != devices.size:
         shape = " x ".join(f"{a}={s}" for a, s in zip(AXES, sizes, strict=True))
         raise UserError(f"got {shape}, want axis sizes whose product is the {devices.size} devices", field="mesh")
-    return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * 3, devices=list(devices.flat))
+    return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=list(devices.flat))
 
 
 def spec(axes: str) -> PartitionSpec:

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# The whole pipeline on the embedded micro-world: installs into .venv, runs configs/demo.yaml, shows where to look.
-# Overrides go through: ./launch/demo.sh train.gamma=0.3 run_dir=runs/gamma03
+# The whole pipeline on the embedded micro-world: installs into .venv and runs configs/demo.yaml.
+# Overrides are passed on: ./launch/demo.sh train.gamma=0.3 run_dir=runs/gamma03
 set -euo pipefail
 cd "$(dirname "$0")/.."
 . launch/setup.sh

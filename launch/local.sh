@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# N processes on this machine, through the same code path as N hosts: to try what a pod does, on a CPU.
+# N processes on this machine, through the same code path as N hosts: tries on a CPU what a pod does.
 #
 #   ./launch/local.sh 2 train --config configs/demo.yaml run_dir=runs/two
 #
 # Process 0's output is shown; the others write to $LOGS (default: a new temporary folder). Ctrl-C or SIGTERM reaches
-# all of them: they agree on a step, save, and exit with 0; the same command then goes on from there.
+# all of them: they agree on a step, save, and exit with 0; the same command then resumes.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -16,7 +16,7 @@ python="${PYTHON:-.venv/bin/python}"
 
 # JAX_PLATFORMS: where libtpu is installed, JAX would first look for a TPU.
 export JAX_PLATFORMS="${JAX_PLATFORMS:-cpu}"
-# xla_force_host_platform_device_count: fake devices a process, so that a mesh of several has something to divide.
+# xla_force_host_platform_device_count: fake devices per process, so that there is something to divide in a larger mesh.
 export XLA_FLAGS="${XLA_FLAGS:---xla_force_host_platform_device_count=${DEVICES:-1}}"
 
 pids=()
@@ -29,7 +29,7 @@ for ((i = processes - 1; i >= 0; i--)); do
 done
 trap 'kill -TERM "${pids[@]}" 2>/dev/null || true' TERM INT
 
-# The exit status is that of the first process that failed. `wait` also returns when a signal was trapped: wait again.
+# The exit status is that of the first process that failed. `wait` also returns on a trapped signal, hence the loop.
 status=0
 for pid in "${pids[@]}"; do
   code=0

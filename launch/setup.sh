@@ -1,6 +1,6 @@
 # shellcheck shell=bash
 # Sourced by demo.sh and test.sh: makes .venv with Python 3.11 or newer and installs the project into it.
-# Usage: setup EXTRAS   ("" or e.g. "test"). Does nothing when what is installed is up to date.
+# Usage: setup EXTRAS   ("" or e.g. "test"). Does nothing if the installation is up to date.
 setup() {
   local extras="$1" python="" candidate stamp
   for candidate in "${PYTHON:-}" python3 python3.13 python3.12 python3.11; do

@@ -4,12 +4,12 @@
 #   TPU=my-slice ZONE=europe-west4-b PROJECT=my-project \
 #     ./launch/tpu_pod.sh run --config configs/qwen3_8b_reasoning.yaml run_dir=/mnt/shared/runs/qwen3
 #
-# Wants on every worker: the source in $SOURCE with .venv made (pip install -e '.[tpu]'), and one file system mounted
-# at the same path for run_dir (Filestore, or a bucket through a mount that supports renames): process 0 writes
-# there, and all read from it. SETUP=1 first copies this folder to the workers and installs it.
+# Every worker needs the source in $SOURCE with a .venv (pip install -e '.[tpu]'), and a shared file system mounted at the
+# same path for run_dir (Filestore, or a bucket through a mount that supports renames): process 0 writes there, and all
+# read from it. SETUP=1 first copies this folder to the workers and installs it.
 #
-# Preemption: Cloud TPU sends SIGTERM; the processes agree on a step, save and exit with 0. Call again to go on.
-# Output: process 0 alone talks; `run_dir/metrics.jsonl` can be followed from anywhere.
+# On preemption, Cloud TPU sends SIGTERM; the processes agree on a step, save and exit with 0. Call again to resume.
+# Only process 0 prints; `run_dir/metrics.jsonl` can be followed from anywhere.
 set -euo pipefail
 
 : "${TPU:?name of the TPU VM}" "${ZONE:?its zone}" "${1:?usage: TPU=... ZONE=... launch/tpu_pod.sh STAGE --config FILE ...}"
@@ -25,15 +25,15 @@ if [ "${SETUP:-0}" = 1 ]; then
      python3 -m venv .venv && .venv/bin/pip install --quiet -e '.[tpu]' -c launch/constraints.txt"
 fi
 
-# Arguments travel through a remote shell: quoted once more.
+# Arguments pass through a remote shell, hence quoted once more.
 printf -v arguments '%q ' "$@"
 
-# --distributed        jax.distributed.initialize(): on a TPU VM it finds the coordinator and the worker's number itself,
-#                      and without it every worker would train alone, and orbax would not hear of preemption.
-# JAX_PLATFORMS=tpu    fail where the TPU cannot be opened (another process holds it), and do not train on the host.
-# PYTHONUNBUFFERED=1   lines arrive when they are said.
-# No XLA flags: the compiler's defaults for TPUs overlap collectives with compute already, and what one stage
-# needs besides, the program asks for itself. What is set in LIBTPU_INIT_ARGS or XLA_FLAGS is recorded in run.json.
+# --distributed        jax.distributed.initialize(): on a TPU VM it finds the coordinator and the worker's number by itself.
+#                      Without it every worker would train alone, and orbax would not be told of preemption.
+# JAX_PLATFORMS=tpu    fail if the TPU cannot be opened (another process holds it), rather than train on the host.
+# PYTHONUNBUFFERED=1   log lines appear at once.
+# No XLA flags: by default the compiler for TPUs already overlaps collectives with computation, and the program itself
+# passes the options that a stage needs. Whatever LIBTPU_INIT_ARGS and XLA_FLAGS hold is recorded in run.json.
 # exec: ssh's hang-up and the TPU's SIGTERM reach Python, not a shell in between.
 exec gcloud compute tpus tpu-vm ssh "$TPU" "${place[@]}" --command \
   "cd '$source_dir' && export JAX_PLATFORMS=tpu PYTHONUNBUFFERED=1 && exec .venv/bin/python -m dail_jax.launch $arguments --distributed"

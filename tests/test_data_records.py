@@ -103,7 +103,7 @@ def test_bad_lines(tmp_path, line):
 def test_bad_files(tmp_path, monkeypatch):
     for name, content, complaint in (
         ("none.jsonl", None, "no such file"),
-        ("r.csv", "a,b", "want .jsonl, .parquet or hub:NAME"),
+        ("r.csv", "a,b", "want .jsonl, .parquet or a source \\(hub:...\\)"),
         ("e.jsonl", "\n \n", "empty dataset"),
         ("p.jsonl", "version https://git-lfs.github.com/spec/v1\n", "git-LFS pointer"),
         ("x.parquet", "PAR1 no", "damaged parquet file"),

@@ -90,7 +90,7 @@ assert launch.main(["env", "--coordinator", sys.argv[1], "--processes", "2", "--
 import jax, numpy as np
 from dail_jax import mesh as mesh_lib
 devices = np.array(jax.devices())[[0, 2, 1, 3]].reshape(1, 4, 1)  # two of each process, as a TPU slice may order them
-mesh = jax.sharding.Mesh(devices, mesh_lib.AXES, axis_types=(jax.sharding.AxisType.Auto,) * 3)
+mesh = jax.sharding.Mesh(devices, mesh_lib.AXES, axis_types=(jax.sharding.AxisType.Auto,) * len(mesh_lib.AXES))
 local, rows = mesh_lib.local_rows(mesh, 8), np.arange(8)[None] * 10
 x = mesh_lib.to_devices({"x": rows[:, local]}, mesh, 8)["x"]
 print(local.tolist(), all((np.asarray(s.data) == rows[s.index]).all() for s in x.addressable_shards), flush=True)

@@ -19,7 +19,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.sharding import Mesh
 
 from dail_jax import config as config_lib
@@ -369,7 +368,7 @@ def measure(program: Program, config: config_lib.Config, mesh: Mesh, known: Chip
 
 def first_change(kind: str, config: config_lib.Config, mesh: Mesh, arguments: float, temporaries: float) -> str:
     """What to try first where a program does not fit."""
-    cfg, shards = config.train, int(np.prod([mesh.shape[a] for a in ("fsdp", "tensor")]))
+    cfg, shards = config.train, mesh_lib.axis_size(mesh, "w")
     if shards < mesh.size and (arguments > temporaries or kind == "sampler"):
         return f"raise mesh.{'tensor' if kind == 'sampler' else 'fsdp'}, which divides the weights"
     if kind == "sampler":

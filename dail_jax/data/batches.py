@@ -1,16 +1,16 @@
 """Training batches through Grain: which examples, in which order, padded how.
 
-An example has a prompt for each role and one response. Rows are aligned on the right, so that the states which
-predict responses are one static slice of every row, and a batch is as wide as its longest row (and not as its
-longest prompt and its longest response together):
+An example has a prompt for each role and one response. Rows are aligned on the right, so that the states that
+predict responses are one static slice of every row, and a batch is only as wide as its longest row, rather than as its
+longest prompt plus its longest response:
 
     tokens    . . p p p p r r r r        positions -1 where there is a dot
               . p p p p p p p r r
     slice         [W-T-1 : W-1]          predicts the last T tokens; the mask tells which are the response
 
-Widths are multiples of `bucket`, all that is shaped follows from the width of a batch's first role, so that each
-width is one program; examples of like length are put together, so little is padding.
-The order is a pure function of (seed, epoch), so resuming needs only the number of the next batch.
+Widths are multiples of `bucket`, and all shapes of a batch follow from the width of its first role, so that there is
+one program per width. Examples of similar length share a batch, so little of it is padding. The order is a pure function
+of (seed, epoch), so resuming needs only the number of the next batch.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ import grain
 import numpy as np
 from absl import flags
 
-# Batches among which examples are sorted by length. More pad less, but make batches of one kind: with 64, a whole epoch
-# of the micro-world, DAIL lost 14 points of hard pass@1 (two seeds); with 16 none.
+# Examples are sorted by length within windows of this many batches. Larger windows pad less, but make batches uniform:
+# with 64, an epoch of the micro-world, DAIL lost 14 points of hard pass@1 (two seeds); with 16 it lost none.
 WINDOW = 16
 
 
@@ -38,7 +38,7 @@ WINDOW = 16
 class Example:
     """What one row of a batch is made of: token ids of each role's prompt, and of the response.
 
-    For policy gradients also each token's log-probability when it was drawn, and the response's advantage.
+    For policy gradients, also the log-probability with which each token was drawn, and the response's advantage.
     """
 
     name: str
@@ -49,7 +49,7 @@ class Example:
 
 
 def digest(examples: list[Example]) -> str:
-    """SHA-256 over all token ids: what cached references and resumed runs are compared by."""
+    """SHA-256 over all token ids, by which cached references and resumed runs are compared."""
     h = hashlib.sha256()
     for e in examples:
         for role in sorted(e.prompts):
@@ -59,7 +59,7 @@ def digest(examples: list[Example]) -> str:
 
 
 class Plan:
-    """Random access to the batches of a whole run: `plan[i]` is [batch_size] example indices, -1 where empty."""
+    """Random access to all batches of a run: `plan[i]` is [batch_size] example indices, -1 where a row is empty."""
 
     def __init__(self, examples: list[Example], batch_size: int, epochs: int, seed: int):
         self.lengths = np.array([len(e.prompts["student"]) + len(e.response) for e in examples])
@@ -72,7 +72,7 @@ class Plan:
     def __getitem__(self, index: int) -> np.ndarray:
         return self._epoch(int(index) // self.per_epoch)[int(index) % self.per_epoch]
 
-    @functools.lru_cache(maxsize=2)  # noqa: B019  (one plan a run)
+    @functools.lru_cache(maxsize=2)  # noqa: B019  (one plan per run)
     def _epoch(self, epoch: int) -> list[np.ndarray]:
         rng = np.random.default_rng((self.seed, epoch))
         order = rng.permutation(len(self.lengths))
@@ -92,9 +92,9 @@ def pad(count: int, to: int) -> int:
 class Assemble(grain.transforms.Map):
     """Indices of a batch -> arrays of the rows that this process holds.
 
-    Returns {rows [A, b] int32, mask, targets, logq and advantage [A, b, T] (the last two where the examples have
-    them), and for each of `roles` tokens and positions [A, b, W]}, where A micro-batches of b local rows make the
-    update. `references(role, index)` gives [t, D] final states, which are added as [A, b, T, D] under `ref_ROLE`.
+    Returns {rows [A, b] int32, mask, targets, logq and advantage [A, b, T] (the last two if the examples have them),
+    and tokens and positions [A, b, W] for each of `roles`}, where A micro-batches of b local rows make an update.
+    `references(role, index)` returns [t, D] final states, which are added as [A, b, T, D] under `ref_ROLE`.
     """
 
     examples: list[Example]
@@ -146,17 +146,20 @@ class Assemble(grain.transforms.Map):
         return out
 
     def shapes(self, live: np.ndarray) -> tuple[int, dict[str, int]]:
-        """T and each role's W: what all examples need whose first role fits the width that these ones need."""
+        """T and each role's W: room for every example that is no wider in the first role than the widest of `live`.
+
+        They depend on that width alone, so that the batches of one width share one program.
+        """
         lengths = self.lengths[self.roles[0]]
         width = pad(int(lengths[live].max()), self.bucket)
         inside = lengths <= width
-        # One less than the width at most, where the state is that predicts the first token of a response.
+        # At most one less than the width: the state before a response predicts its first token.
         t = min(pad(int(self.lengths["response"][inside].max()), self.bucket), width - 1)
         return t, {r: pad(max(t + 1, int(self.lengths[r][inside].max())), self.bucket) for r in self.roles}
 
     @functools.cached_property
     def lengths(self) -> dict[str, np.ndarray]:
-        """By role, each example's prompt and response together; and `response` alone."""
+        """The length of each example's prompt plus response, by role, and of the `response` alone."""
         response = np.array([len(e.response) for e in self.examples])
         return {"response": response, **{r: response + [len(e.prompts[r]) for e in self.examples] for r in self.roles}}
 
@@ -166,7 +169,7 @@ def iterator(plan: Plan, assemble: Assemble, workers: int, start: int = 0) -> gr
     dataset = grain.MapDataset.source(plan)[start:].map(assemble).to_iter_dataset()  # pyright: ignore
     if workers:
         flags.FLAGS.mark_as_parsed()  # Grain reads its options from absl's flags, which nothing parses here
-        # Batches come through pipes: shared memory is scarce in containers, and what is full there kills by SIGBUS.
+        # Batches come through pipes: shared memory is scarce in containers, and a process that fills it dies of SIGBUS.
         piped = grain.experimental.DatasetOptions(min_shm_size=sys.maxsize)
         dataset = grain.experimental.WithOptionsIterDataset(dataset, piped)
         dataset = dataset.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers), worker_init_fn=_begin_worker)
@@ -174,9 +177,9 @@ def iterator(plan: Plan, assemble: Assemble, workers: int, start: int = 0) -> gr
 
 
 def _begin_worker(index: int, count: int) -> None:
-    """Prepares a worker process. Signals are its parent's business, after whose death it must not stay behind."""
+    """Prepares a worker process, which leaves signals to its parent and must not outlive it."""
     flags.FLAGS.mark_as_parsed()
-    for number in (signal.SIGINT, signal.SIGTERM):  # sent to the whole group; the parent has a checkpoint to save
+    for number in (signal.SIGINT, signal.SIGTERM):  # sent to all of the group; the parent has a checkpoint to save
         signal.signal(number, signal.SIG_IGN)
     threading.Thread(target=_die_with_parent, daemon=True).start()
 

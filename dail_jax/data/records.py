@@ -1,6 +1,6 @@
-"""Rows of a dataset: problems with expert solutions, from JSON lines, parquet or a hub, checked one by one.
+"""Rows of a dataset: problems with expert solutions, from JSON lines, parquet, a hub or a source of your own.
 
-Anything wrong with a row raises a UserError that names file, row (counted from 1) and column.
+Rows are checked one by one: anything wrong raises a UserError that names file, row (counted from 1) and column.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import json
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -155,12 +155,16 @@ def _text(value: Any, number_allowed: bool, path: str, row: int, column: str) ->
 
 
 def _raw_rows(cfg: config.Rows) -> Iterator[tuple[int, Any]]:
-    if cfg.path.startswith("hub:"):
-        return _from_hub(cfg)
+    source, colon, _ = cfg.path.partition(":")
+    if colon and source in SOURCES:
+        return enumerate(SOURCES[source](cfg), 1)
     path = Path(cfg.path)
     readers = {".jsonl": _from_lines, ".parquet": _from_parquet}
     if path.suffix not in readers:
-        raise UserError(f"got the extension {path.suffix!r}, want .jsonl, .parquet or hub:NAME", file=cfg.path)
+        names = ", ".join(f"{name}:..." for name in SOURCES)
+        raise UserError(
+            f"got the extension {path.suffix!r}, want .jsonl, .parquet or a source ({names})", file=cfg.path
+        )
     if not path.is_file():
         raise UserError("got a folder, want a file" if path.is_dir() else "no such file", file=cfg.path)
     with open(path, "rb") as file:
@@ -192,16 +196,20 @@ def _from_parquet(cfg: config.Rows, cap: int = 2 << 30) -> Iterator[tuple[int, A
             yield number, strict_json.parse(line, cfg.path, number)
 
 
-def _from_hub(cfg: config.Rows) -> Iterator[tuple[int, Any]]:
+def hub(cfg: config.Rows) -> Iterable[Any]:
     """`hub:NAME` or `hub:NAME:SUBSET` through the `datasets` package."""
     try:
         import datasets  # type: ignore[import-not-found]
     except ImportError:
         raise UserError("want the datasets package: pip install 'dail_jax[hub]'", file=cfg.path) from None
-    name, _, subset = cfg.path.removeprefix("hub:").partition(":")
+    name, _, subset = cfg.path.partition(":")[2].partition(":")
     try:
-        table = datasets.load_dataset(name, subset or None, split=cfg.split)
+        return datasets.load_dataset(name, subset or None, split=cfg.split)
     except Exception as error:  # whatever the network, the hub or the package raises
         reason = str(error).strip().split("\n")[0] or type(error).__name__
         raise UserError(f"cannot be loaded: {reason[:300]}", file=cfg.path) from None
-    yield from enumerate(table, 1)
+
+
+# Where rows come from other than files: `path: NAME:ANYTHING` calls the function of that name with the section of the
+# configuration, and checks the rows that it yields (dicts by column) as it does those of a file.
+SOURCES: dict[str, Callable[[config.Rows], Iterable[dict[str, Any]]]] = {"hub": hub}

@@ -5,7 +5,6 @@ An extractor is a function from a Row to texts in a sensible order; once it is i
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Callable, Hashable
 
@@ -13,7 +12,7 @@ from dail_jax import config, latex
 from dail_jax.data.formulas import WORDS, collapsed, mathematical
 from dail_jax.data.prose import salient
 from dail_jax.data.records import Row
-from dail_jax.errors import UserError
+from dail_jax.errors import UserError, registered
 
 
 def waypoints(row: Row, cfg: config.Waypoints) -> list[str]:
@@ -30,12 +29,7 @@ def waypoints(row: Row, cfg: config.Waypoints) -> list[str]:
 
 def named(name: str) -> Callable[[Row], list[str]]:
     """The extractor of that name; raises UserError for one that is not registered."""
-    if name in EXTRACTORS:
-        return EXTRACTORS[name]
-    near = difflib.get_close_matches(name, EXTRACTORS, 1, 0.0)
-    raise UserError(
-        f"got {name!r}, want one of {', '.join(EXTRACTORS)}; did you mean {near[0]!r}?", field="waypoints.extractor"
-    )
+    return registered(EXTRACTORS, name, "waypoints.extractor")
 
 
 def final_answer(row: Row) -> str | None:

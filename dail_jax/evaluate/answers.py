@@ -6,12 +6,11 @@ A configuration names one per benchmark (`answer: math`). A new one is a subclas
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Hashable
 from typing import Protocol
 
 from dail_jax import latex
-from dail_jax.errors import UserError
+from dail_jax.errors import registered
 from dail_jax.evaluate import rules
 from dail_jax.evaluate.rules import Verdict
 
@@ -169,10 +168,7 @@ ANSWERS: dict[str, AnswerType] = {"math": Math(), "integer": Integer(), "choice"
 
 def named(name: str, field: str = "answer") -> AnswerType:
     """The answer type of that name; raises UserError, with the configuration's `field`, for one not registered."""
-    if name in ANSWERS:
-        return ANSWERS[name]
-    near = difflib.get_close_matches(name, ANSWERS, 1, 0.0)
-    raise UserError(f"got {name!r}, want one of {', '.join(ANSWERS)}; did you mean {near[0]!r}?", field=field)
+    return registered(ANSWERS, name, field)
 
 
 def extract(text: str, answer: str = "math", *, forced: str | None = None, tag: str = "think") -> str | None:

@@ -14,7 +14,7 @@ from dail_jax.stages import report
 
 
 def run(config: config_lib.Config | None, runs: list[str], out: str) -> None:
-    """`runs` are run directories, or directories of arms, which are all of theirs; `config` is not needed."""
+    """Compares run directories; one with arms stands for all of its arms. `config` is not used."""
     if jax.process_index() != 0:
         return
     if remote := [path for path in (*runs, out) if config_lib.is_remote(path)]:
@@ -27,7 +27,7 @@ def run(config: config_lib.Config | None, runs: list[str], out: str) -> None:
         folders += found
     folders = list(dict.fromkeys(Path(os.path.normpath(folder)) for folder in folders))
     names = [folder.resolve().name for folder in folders]
-    if len(set(names)) < len(names):  # two runs' arms of one name
+    if len(set(names)) < len(names):  # arms of two runs share a name
         names = [str(folder) for folder in folders]
     Path(out).mkdir(parents=True, exist_ok=True)
     path = folders[0] / "config.yaml"

@@ -1,4 +1,4 @@
-"""compile: the real programs, ahead of time, for devices that need not be here -> a table. Wants no weights."""
+"""compile: compiles the real programs ahead of time, for devices that need not be present -> a table. Needs no weights."""
 
 from __future__ import annotations
 

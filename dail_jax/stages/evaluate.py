@@ -1,9 +1,9 @@
 """evaluate: n samples per problem, cut at every budget, graded -> samples.jsonl and results.json.
 
-One generation to the largest budget serves all smaller ones, since a sample's tokens do not depend on where it
-will be cut. `evaluate.budget` names what a budget covers. A sample without a complete answer has its thoughts closed,
-if they are open, and is asked for its answer (`evaluate.force`): those tokens are drawn for each cut and counted apart.
-What the two files hold is written in docs/results.md.
+Samples are drawn once, up to the largest budget, and serve all smaller ones, since a sample's tokens do not depend on
+where it will be cut. `evaluate.budget` names what a budget covers. With `evaluate.force`, a sample without a complete
+answer has its thoughts closed, if they are open, and is asked for its answer: those tokens are drawn for each cut and
+counted separately. docs/results.md documents the two files.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ class Problem:
     row: Row
     gold: str
     prompt: tuple[int, ...]
-    opening: str  # the tag that the prompt ends with and whose thoughts the sample goes on with, such as <think>
+    opening: str  # the tag that the prompt ends with, such as <think>, so that the sample begins inside its thoughts
 
     @property
     def key(self) -> str:
@@ -80,7 +80,7 @@ def run(config: config_lib.Config) -> None:
         with run_dir.stage(recipes.evaluate(config, tables)) as stage:
             if stage.done:
                 log(f"evaluate: already done, see {run_dir.path / 'results.json'}")
-            elif stage.states[recipes.SAMPLES] != "missing":  # verdicts and figures follow from what was drawn
+            elif stage.states[recipes.SAMPLES] != "missing":  # verdicts and figures follow from the samples
                 finish(config, read_drawn(run_dir.path), run_dir.path)
             else:
                 session = open_session(config)
@@ -96,9 +96,10 @@ def run(config: config_lib.Config) -> None:
 
 
 def ungradable(cfg: config_lib.Evaluate, tables: dict[str, list[Row]]) -> dict[str, list[str]]:
-    """By benchmark, the problem_ids whose gold answer cannot be graded against; raises UserError where none may be so.
+    """By benchmark, the problem_ids whose gold answer cannot be graded against; raises UserError unless they may be
+    skipped.
 
-    The processes must sample the same problems, so the first decides: a time limit may strike in one alone.
+    The first process decides for all, since they must sample the same problems, and a time limit may strike in one alone.
     """
 
     def check() -> dict[str, list[str]]:
@@ -109,7 +110,7 @@ def ungradable(cfg: config_lib.Evaluate, tables: dict[str, list[Row]]) -> dict[s
 
 
 def ungradable_ids(benchmark: config_lib.Benchmark, rows: list[Row], grader: Grader) -> list[str]:
-    """The problem_ids to skip; raises UserError at the first where none may be, at the last where no row is left."""
+    """The problem_ids to skip; raises UserError at the first if none may be skipped, and if no row would be left."""
     ids: list[str] = []
     if not answers.named(benchmark.answer).is_graded:
         return ids
@@ -124,9 +125,9 @@ def ungradable_ids(benchmark: config_lib.Benchmark, rows: list[Row], grader: Gra
 
 
 def question(row: Row) -> tuple[str, str]:
-    """A row's lettered choices, a line each, in an order that its problem alone decides; and its gold answer.
+    """A row's lettered choices, one per line, in an order that depends on its problem alone; and its gold answer.
 
-    Every run shows a question the same way, whatever its seed, so that runs are comparable.
+    Every run shows a question in the same way, whatever its seed, so that runs are comparable.
     """
     if not row.choices:
         return "", row.answer or ""
@@ -193,7 +194,7 @@ def draw(session: Session, todo: list[Problem], run_dir: RunDir, metrics: Metric
 
 
 def collect(sampler: Sampler, requests: list[Request], path: Path, label: str, count: int) -> dict[str, list[dict]]:
-    """{request name: its samples {sample, ids, finish}}, durable request by request in the journal at `path`."""
+    """The samples {sample, ids, finish} of each request by name; each request is durable in the journal once finished."""
     journal = Journal(path)
     rows = files.check_all(journal.rows, Drawn, path)
     finished: dict[str, list[dict]] = {row["name"]: row["samples"] for row in rows}
@@ -208,19 +209,19 @@ def collect(sampler: Sampler, requests: list[Request], path: Path, label: str, c
             bar.advance()
             if interrupt.wanted:
                 raise Interrupted(
-                    f"{label}: stopped with {len(finished)} of {len(requests)} finished; call again to go on"
+                    f"{label}: stopped with {len(finished)} of {len(requests)} finished; call again to resume"
                 )
     return finished
 
 
 @dataclass(frozen=True)
 class Cut:
-    """A sample as a budget leaves it: `ids` with the token that ended it, `kept` without; `ask` forces an answer."""
+    """A sample as a budget leaves it: `ids` includes a stop token, `kept` does not; the text `ask` forces an answer."""
 
     problem: Problem
     sample: int
     budget: int
-    spent: int  # tokens that the budget covers; those after them are the answer's
+    spent: int  # tokens that the budget covers; the others belong to the answer
     ids: list[int]
     kept: list[int]
     finish: str
@@ -229,12 +230,12 @@ class Cut:
 
     @property
     def name(self) -> str:
-        """Of the request that forces its answer: equal cuts of a sample get the same one, whatever their budgets."""
+        """The name of the request that forces its answer; equal cuts of a sample share it, whatever their budgets."""
         return f"force/{len(self.kept)}/{self.problem.key}/{self.sample}"
 
 
 def cuts_of(session: Session, p: Problem, sample: dict) -> list[Cut]:
-    """A sample at every budget: where `evaluate.budget` ends it, and whether an answer is missing."""
+    """A sample at every budget: where the budget ends it, and whether its answer must be asked for."""
     cfg, tag, kind = session.config.evaluate, thought_tag(session.config), answers.named(p.benchmark.answer)
     closed = thought_tokens(session, p, sample["ids"]) if cfg.budget == "thoughts" else None
     cuts = []
@@ -245,7 +246,7 @@ def cuts_of(session: Session, p: Problem, sample: dict) -> list[Cut]:
         ids, finish = sample["ids"][:end], sample["finish"] if len(sample["ids"]) <= end else "length"
         kept = ids[:-1] if ids and ids[-1] in session.stops else ids
         text, ask, is_cut = raw_text(session, p, kept), "", finish == "length"
-        # (where nothing is graded, nothing is asked)
+        # Where nothing is graded, nothing is asked.
         if cfg.force and kind.is_graded and kind.complete(replies.answer_part(text, tag), is_cut) is None:
             ask = (f"\n</{tag}>" if replies.is_thinking(text, tag) else "") + cfg.force.text
         cuts.append(Cut(p, sample["sample"], budget, spent, ids, kept, finish, text, ask))
@@ -253,7 +254,7 @@ def cuts_of(session: Session, p: Problem, sample: dict) -> list[Cut]:
 
 
 def thought_tokens(session: Session, p: Problem, ids: list[int]) -> int | None:
-    """How many of a sample's tokens its thoughts take, with the tag that closes them; None where they do not end."""
+    """The number of a sample's tokens up to the end of its thoughts, closing tag included; None if they do not end."""
     tag = thought_tag(session.config)
 
     def closed(count: int) -> bool:
@@ -261,17 +262,17 @@ def thought_tokens(session: Session, p: Problem, ids: list[int]) -> int | None:
 
     mark = session.tokenizer.encode(f"</{tag}>")
     if len(mark) == 1 and mark[0] in ids and closed(count := ids.index(mark[0]) + 1):
-        return count  # usually the tag is a token of its own: found without decoding prefix after prefix
+        return count  # usually the tag is a single token, and no prefixes need to be decoded
     return bisect.bisect_left(range(len(ids)), True, key=closed) if closed(len(ids)) else None
 
 
 def raw_text(session: Session, p: Problem, ids: list[int]) -> str:
-    """A sample's text with its tags, which some tokenizers take for control tokens."""
+    """A sample's text with its tags, which are control tokens to some tokenizers."""
     return p.opening + session.tokenizer.decode(ids, keep_special=True)
 
 
 def row_of(session: Session, c: Cut, forced: list[int] | None) -> dict:
-    """A row of samples.jsonl, not yet graded; `forced` are the tokens drawn after `c.ask`."""
+    """A row of samples.jsonl before grading; `forced` holds the tokens drawn after `c.ask`."""
     return {
         "benchmark": c.problem.benchmark.name,
         "problem_id": c.problem.row.problem_id,
@@ -289,7 +290,7 @@ def row_of(session: Session, c: Cut, forced: list[int] | None) -> dict:
 
 
 def read_drawn(folder: Path) -> list[dict]:
-    """All rows of samples.jsonl, for the process that writes."""
+    """All rows of samples.jsonl; none in processes that do not write."""
     return files.read_samples(folder / recipes.SAMPLES) if mesh_lib.is_first() else []
 
 

@@ -10,15 +10,16 @@ from pathlib import Path
 from dail_jax import config as config_lib
 from dail_jax.errors import UserError
 from dail_jax.metrics import log
-from dail_jax.stages import evaluate, export, generate, names, recipes, report, train
+from dail_jax.stages import evaluate, export, generate, names, recipes, report, samplers, train
 from dail_jax.train import methods
 
 
 def run(config: config_lib.Config) -> None:
-    """generate, train, evaluate, export, report: for the run itself, or for each of its arms."""
+    """generate, train, export, evaluate, report: for the run itself, or for each of its arms."""
     arms = {name: arm(config, name) for name in config.arms} or {"": config}
     for one in arms.values():
         names.check(one)
+        samplers.find(one.evaluate.sampler)
         recipes.check(one)
     if any(a.traces for a in arms.values()) or (not config.arms and reads_traces(config)):
         generate.run(config)
@@ -27,14 +28,14 @@ def run(config: config_lib.Config) -> None:
             log(f"\n== {name} ==")
             if reads_traces(one) and not one.traces:
                 generate.run(one)
-        for stage in (train, evaluate, export):
+        for stage in (train, export, evaluate):  # another engine may need the adapter
             stage.run(one)
     log("")
     report.run(config)
 
 
 def arm(config: config_lib.Config, name: str) -> config_lib.Config:
-    """One arm's own configuration: in RUN_DIR/NAME, on the parent's traces unless it changes how they are made."""
+    """An arm's own configuration: in RUN_DIR/NAME, on the parent's traces unless the arm changes how they are made."""
     changes = config.arms[name] or {}
     source = f"arms.{name}"
     own = config_lib.with_overrides(
@@ -54,7 +55,7 @@ def reads_traces(config: config_lib.Config) -> bool:
 
 
 def sweep(config: config_lib.Config, over: Sequence[str]) -> None:
-    """`run` with an arm for each combination of values, in place of the arms that there are."""
+    """`run` with an arm for each combination of values, instead of the configuration's own arms."""
     run(config_lib.with_overrides(config, {"arms": combinations(over)}, "--over"))
 
 

@@ -1,4 +1,4 @@
-"""export: the trained LoRA as a PEFT adapter folder, and on request the merged model."""
+"""export: writes the trained LoRA as a PEFT adapter folder, and on request the merged model."""
 
 from __future__ import annotations
 

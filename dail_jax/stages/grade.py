@@ -1,7 +1,7 @@
-"""grade: grades a finished evaluation again, from samples.jsonl alone: no model, no drawing.
+"""grade: grades a finished evaluation again, from samples.jsonl alone, without a model.
 
-For when the rules of extraction or equality have changed. Answers are taken out of the texts again; gold answers
-are those of samples.jsonl.
+Useful when the rules of extraction or equality have changed. Answers are extracted from the texts again; the gold answers
+are those in samples.jsonl.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from dail_jax.metrics import console, log
 from dail_jax.rundir import RunDir
 from dail_jax.stages import evaluate, experiment, recipes
 
-SHOWN = 20  # changed verdicts
+SHOWN = 20  # changed verdicts that are logged one by one
 
 
 def run(config: config_lib.Config) -> None:
@@ -39,7 +39,7 @@ def run(config: config_lib.Config) -> None:
 
 
 def compare(before: list[dict], after: list[dict], folder: Path) -> None:
-    """Says which verdicts changed: how many of each kind, and the first of them."""
+    """Logs which verdicts changed: how many of each kind, and the first few."""
     changed = [(a, b) for a, b in zip(before, after, strict=True) if a["correct"] != b["correct"]]
     log(f"grade: {folder}: {len(changed)} of {len(after)} verdicts changed")
     kinds = collections.Counter((a["correct"], b["correct"]) for a, b in changed)

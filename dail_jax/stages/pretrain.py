@@ -1,7 +1,7 @@
-"""pretrain: all weights of a small model, from scratch, on rows with `prompt` and `response` texts.
+"""pretrain: trains all weights of a small model from scratch, on rows with `prompt` and `response` texts.
 
-This is how the embedded micro-world model was made. The model is written to `model.path` as a Hugging Face
-folder. The loss is over responses; batches hold a fixed number of tokens in length buckets.
+The embedded micro-world model was made this way. The model is written to `model.path` as a Hugging Face folder. The loss
+is over responses only; batches hold a fixed number of tokens, and examples are grouped by length.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ def read(cfg: config_lib.Pretrain, tokenizer_path: str, model: families.ModelCon
 
 
 def plan(cfg: config_lib.Pretrain, examples: list[tuple[np.ndarray, int]], seed: int):
-    """Endless (rows, bucket, indices of examples) with rows * bucket ~ tokens_per_step, epoch after epoch."""
+    """Yields (rows, width, indices of examples) without end, with rows * width ~ tokens_per_step, epoch after epoch."""
     rng = np.random.default_rng(seed)
     buckets: dict[int, list[int]] = {}
     for index, (ids, _) in enumerate(examples):
@@ -100,7 +100,7 @@ def plan(cfg: config_lib.Pretrain, examples: list[tuple[np.ndarray, int]], seed:
 
 
 def batch(examples: list[tuple[np.ndarray, int]], rows: int, size: int, chosen: np.ndarray) -> dict[str, np.ndarray]:
-    """{tokens, positions, targets, mask} [rows, size]."""
+    """Arrays {tokens, positions, targets, mask}, each [rows, size] int32."""
     out = {k: np.zeros((rows, size), np.int32) for k in ("tokens", "targets", "mask")}
     out["positions"] = np.full((rows, size), -1, np.int32)
     for r, index in enumerate(chosen):
@@ -113,14 +113,17 @@ def batch(examples: list[tuple[np.ndarray, int]], rows: int, size: int, chosen: 
 
 
 def train(params, model, cfg: config_lib.Pretrain, examples, seed: int, metrics: Metrics, kept: Store):
-    """The trained weights, from the newest checkpoint to the last step; the loss since the last row is kept, too."""
+    """Trains from the newest checkpoint to the last step and returns the weights.
+
+    Checkpoints also hold the loss since the last row of metrics.jsonl, so that a resumed run logs the same figures.
+    """
     tx = optimizer.for_all_weights(cfg.optimizer, cfg.steps, model)
     state, total, start = jax.jit(tx.init)(params), jnp.zeros(()), 0
-    whole = {"params": params, "optimizer": state, "total": total}
-    abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), whole)
+    saved = {"params": params, "optimizer": state, "total": total}
+    abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), saved)
     if (restored := kept.restore(abstract)) is not None:
-        start, whole, _ = restored
-        params, state, total = whole["params"], whole["optimizer"], whole["total"]
+        start, saved, _ = restored
+        params, state, total = saved["params"], saved["optimizer"], saved["total"]
         log(f"pretrain: resuming at step {start}")
     metrics.rewind(start)
     step = functools.partial(_update, model, tx)

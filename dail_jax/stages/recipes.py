@@ -1,7 +1,7 @@
-"""What each stage is made of and what it makes: the one place that says which settings and files decide an output.
+"""What each stage is made of and what it makes: the one place that lists the settings and files that decide an output.
 
-Left out is what changes no result: where things lie, how often is saved, where metrics go. `mesh` and `slots` are among
-it: other devices and batches give the same traces, and losses that agree to rounding.
+Settings that change no result are left out: where files are, how often to save, where metrics go. So are `mesh` and
+`slots`: other devices and batches give the same traces, and losses that agree up to rounding.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ JOURNALS = ("traces.partial.jsonl", "told.partial.jsonl")
 DRAWN = ("samples.partial.jsonl", "forced.partial.jsonl")
 PRETRAIN = "pretrain"  # checkpoints of all weights
 
-# Compared by what lies there.
+# Compared by the contents that they lead to.
 PATHS = (
     "model.path",
     "model.tokenizer",
@@ -37,7 +37,7 @@ PATHS = (
     "pretrain.rows",
 )
 COMMON = ("seed", "model.dtype", "prompts.opening", "prompts.max_solution_tokens")
-PROMPT = ("generate.max_prompt_tokens",)  # which solutions are cut to fit
+PROMPT = ("generate.max_prompt_tokens",)  # decides which solutions are cut to fit
 SUMMARY = ("evaluate.ks", "evaluate.bootstrap")  # decide results.json alone
 
 
@@ -138,8 +138,9 @@ def pretrain(config: config_lib.Config) -> Recipe:
 
 
 def check_traces(config: config_lib.Config) -> None:
-    """Raises UserError where `traces` names a run's file that is no longer what was generated there, or whose token ids
-    are another tokenizer's. A file that no run directory knows, such as one of the user's own, passes.
+    """Raises UserError if `traces` names a run's file that was modified, or whose token ids are another tokenizer's.
+
+    A file that no run directory has a record of, such as one of the user's own, passes.
     """
     path = traces_path(config)
     record = read_manifest(path.parent)["stages"].get("generate", {})
@@ -148,7 +149,7 @@ def check_traces(config: config_lib.Config) -> None:
         return
     if Checksums()(path) != recorded:
         raise UserError(
-            "is not what `generate` wrote there: put that back, or keep what was changed on purpose in another folder",
+            "is not what `generate` wrote there: restore it, or keep a file that was changed on purpose in another folder",
             file=path,
         )
     theirs, ours = record["inputs"].get("model.tokenizer", {}), _tokenizer(config)
@@ -157,7 +158,7 @@ def check_traces(config: config_lib.Config) -> None:
 
 
 def check(config: config_lib.Config) -> None:
-    """Reads what the stages of `run` will want, except for what they make and the weights; raises UserError."""
+    """Reads the inputs of the stages of `run`, except for their own outputs and the weights; raises UserError."""
     method = methods.of(config)
     found = [train(config), evaluate(config)] if method.trains else [evaluate(config)]
     if method.reads_traces(config.train) and not config.traces:

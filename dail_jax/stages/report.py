@@ -33,9 +33,9 @@ def run(config: config_lib.Config) -> None:
 def show(
     runs: Mapping[str, Path], out: Path, title: str, traces: Path | None = None, tokenizer: Path | None = None
 ) -> None:
-    """Prints the tables of run directories by name, and writes everything else into `out`.
+    """Prints the tables of run directories by name, and writes the other files to `out`.
 
-    `tokenizer` is the folder that gives the trace viewer its tokens' texts, if it is there.
+    `tokenizer` is the folder, if it exists, from which the trace viewer gets the texts of tokens.
     """
     results = {
         name: files.read_results(folder / "results.json")

@@ -1,11 +1,11 @@
-"""Who draws the samples of the evaluation, by name: see "Another sampler" in docs/extending.md."""
+"""The samplers that evaluation can use, by name: see "Another sampler" in docs/extending.md."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
 from dail_jax.checkpoint import peft
-from dail_jax.errors import UserError
+from dail_jax.errors import registered
 from dail_jax.rundir import RunDir
 from dail_jax.sample.sampler import Sampler
 from dail_jax.stages.session import Session
@@ -21,13 +21,11 @@ def ours(session: Session, run_dir: RunDir) -> Callable[[int], Sampler]:
     return lambda max_tokens: session.sampler(cfg.sampling, slots=cfg.slots, max_tokens=max_tokens, lora=lora)
 
 
-# A function of the session and the run directory, called once. It returns a function of the largest `limit` among the
-# requests to come, which returns the sampler for them.
+# Each is called once, with the session and the run directory. It returns a function that is given the largest `limit`
+# among the coming requests and returns the sampler for them.
 SAMPLERS: dict[str, Open] = {"engine": ours}
 
 
 def find(name: str) -> Open:
-    """Raises UserError for a name that is not in SAMPLERS."""
-    if name not in SAMPLERS:
-        raise UserError(f"got {name!r}, want one of {', '.join(SAMPLERS)}", field="evaluate.sampler")
-    return SAMPLERS[name]
+    """The sampler of that name; raises UserError for one that is not registered."""
+    return registered(SAMPLERS, name, "evaluate.sampler")

@@ -1,4 +1,4 @@
-"""What several stages need: the mesh, the frozen model, its tokenizer and the prompts of the three roles."""
+"""What several stages need: the mesh, the frozen model, its tokenizer and the prompts of the roles."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ class Session:
 
 
 def open_session(config: config_lib.Config) -> Session:
-    """Reads everything of a model but its weights; raises UserError."""
+    """Reads everything about a model except its weights; raises UserError."""
     if config.model.dtype == "float32":  # otherwise GPUs and TPUs multiply in fewer bits
         jax.config.update("jax_default_matmul_precision", "highest")
     mesh = mesh_lib.make_mesh(config.mesh)
@@ -101,5 +101,5 @@ def decoding_weights(folder: str, dtype: str, mesh: jax.sharding.Mesh) -> weight
 
 
 def release_decoding() -> None:
-    """Forgets the copy of the weights that sampling uses, which training has no use for."""
+    """Releases the copy of the weights that only sampling uses."""
     decoding_weights.cache_clear()

@@ -1,4 +1,4 @@
-"""waypoints and prompts: what the roles will see of some rows, before any device is used."""
+"""waypoints and prompts: show what the roles will see of some rows, before any device is used."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from dail_jax.errors import UserError, visible
 from dail_jax.metrics import console, log
 from dail_jax.text import load_tokenizer
 
-FIRST = 3  # rows shown where none are named
+FIRST = 3  # rows that are shown if none are named
 
 
 def waypoints(config: config_lib.Config, row: Sequence[str] = ()) -> None:
-    """Solution, waypoints and final answer of rows side by side, and counts over all rows."""
+    """Prints the solution, waypoints and final answer of rows side by side, and logs counts over all rows."""
     rows = _rows(config)
     for one in _chosen(config, rows, row):
         table = Table(title=Text(visible(f"row {one.index + 1}: {one.problem_id}")), show_lines=True, expand=True)
@@ -40,7 +40,7 @@ def waypoints(config: config_lib.Config, row: Sequence[str] = ()) -> None:
 
 
 def prompts(config: config_lib.Config, row: Sequence[str] = ()) -> None:
-    """What each role's prompt is for the model, control tokens included, and what SFT would imitate."""
+    """Prints each role's prompt as the model sees it, with its control tokens, and the reply that SFT would imitate."""
     tokenizer = load_tokenizer(config.model.tokenizer or config.model.path)
     policy = config.data.special_tokens if config.data else "text"
     builder = PromptBuilder(tokenizer, config.prompts, config.waypoints, policy, config.generate.max_prompt_tokens)
@@ -62,7 +62,7 @@ def _rows(config: config_lib.Config) -> list[Row]:
 
 
 def _chosen(config: config_lib.Config, rows: list[Row], names: Sequence[str]) -> list[Row]:
-    """The rows with these problem ids or numbers; the first few where none are named."""
+    """The rows with these problem ids or numbers; the first few if none are named."""
     known = {**{str(one.index + 1): one for one in rows}, **{one.problem_id: one for one in rows}}
     unknown = next((name for name in names if name not in known), None)
     if unknown is not None:

@@ -23,7 +23,7 @@ import jax
 import jax.numpy as jnp
 
 from dail_jax import config as config_lib
-from dail_jax.errors import UserError
+from dail_jax.errors import UserError, registered
 
 Logs = Mapping[str, jax.Array]  # role -> log-probabilities of the next token, [B, T, V] float32
 Tokens = Mapping[str, jax.Array]  # [B, T]: `targets` int32; for methods that sample, `logq` and `advantage` float32
@@ -190,12 +190,7 @@ METHODS: dict[str, Method] = {
 
 def find(cfg: config_lib.Train) -> Method:
     """The method that `train.objective` names; raises UserError with the nearest name."""
-    method = METHODS.get(cfg.objective)
-    if method is None:
-        near = difflib.get_close_matches(cfg.objective, METHODS, 1, 0.0)[0]
-        names = ", ".join(METHODS)
-        raise UserError(f"got {cfg.objective!r}, want one of {names}; did you mean {near!r}?", field="train.objective")
-    return method
+    return registered(METHODS, cfg.objective, "train.objective")
 
 
 def of(config: config_lib.Config) -> Method:
