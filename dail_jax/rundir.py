@@ -22,15 +22,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import Field
 
 from dail_jax import config as config_lib
 from dail_jax import mesh as mesh_lib
-from dail_jax import provenance, strict_json
+from dail_jax import provenance, shapes, strict_json
 from dail_jax.errors import UserError, writing
 from dail_jax.metrics import log
 from dail_jax.provenance import Recipe
-from dail_jax.strict_yaml import explain
 
 CHECKSUMS = ".checksums.json"
 
@@ -120,25 +119,22 @@ class Journal:
 # ---------------------------------------------------------------------------------------------------
 
 
-class Shape(BaseModel):
-    model_config = ConfigDict(strict=True)
-
-
-class TakenInput(Shape):
+class TakenInput(shapes.Shape):
     path: str | None
     sha256: str | None
 
 
-class Record(Shape):
-    settings: dict[str, Any] = {}
-    inputs: dict[str, TakenInput] = {}
-    outputs: dict[str, str] = {}
-    summary: dict[str, Any] = {}
-    versions: dict[str, str | None] = {}
-    place: dict[str, Any] = {}
+class Record(shapes.Shape):
+    settings: dict[str, Any] = Field(default_factory=dict)
+    inputs: dict[str, TakenInput] = Field(default_factory=dict)
+    outputs: dict[str, str] = Field(default_factory=dict)
+    summary: dict[str, Any] = Field(default_factory=dict)
+    versions: dict[str, str | None] = Field(default_factory=dict)
+    place: dict[str, Any] = Field(default_factory=dict)
 
 
-class Manifest(Shape):
+class Manifest(shapes.Shape):
+    versions: dict[str, str | None] = Field(default_factory=dict)
     stages: dict[str, Record]
 
 
@@ -147,12 +143,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     path = folder / "run.json"
     if not path.exists():
         return {"stages": {}}
-    tree = strict_json.read_object(path, own=True)
-    try:
-        Manifest.model_validate(tree)
-    except ValidationError as error:
-        raise explain(error, path, Manifest) from None
-    return tree
+    return shapes.check(strict_json.read_object(path, own=True), Manifest, path)
 
 
 # ---------------------------------------------------------------------------------------------------

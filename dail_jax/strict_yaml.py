@@ -116,6 +116,7 @@ def explain(error: ValidationError, source: str | Path, root: type[BaseModel]) -
     if first["type"] in ("model_type", "dict_type"):
         want = "want a mapping of keys"
     want = re.sub(r"^(Input|Keys|String|.*items) should (be|match) ", "want ", want)
+    want = want.replace("a valid tuple", "a list").replace("an instance of str", "text")
     if not want.startswith("want ") and isinstance(first["input"], dict):  # keys that contradict each other
         return UserError(want, file=source, field=field or None)
     got = repr(first["input"])

@@ -3,23 +3,33 @@
 import pytest
 
 from dail_jax import config
-from dail_jax.data.filters import drop_reason, keep, repetition
+from dail_jax.data import filters
+from dail_jax.data.filters import repetition
+from dail_jax.data.traces import Trace
 from dail_jax.errors import UserError
 from dail_jax.text import mention
 
 
-def trace(text="So the answer is \\boxed{4}.", ids=None, finish="stop", problem="p", drop=None):
-    ids = list(range(20)) if ids is None else ids
-    return {"problem_id": problem, "text": text, "response_ids": ids, "finish": finish, "drop": drop}
+def trace(text="So the answer is \\boxed{4}.", ids=None, finish="stop", problem="p", sample=0):
+    ids = tuple(range(20)) if ids is None else tuple(ids)
+    return Trace(problem_id=problem, sample=sample, response_ids=ids, text=text, finish=finish)
+
+
+def mark(traces, cfg, seed=1, gold="4", is_correct=lambda text, gold: f"\\boxed{{{gold}}}" in text):
+    return [t.drop for t in filters.mark(traces, cfg, seed, {t.problem_id: gold for t in traces}, is_correct)]
+
+
+def drop_reason(one, cfg=None, **how):
+    return mark([one], cfg or config.Filters(), **how)[0]
 
 
 def test_reasons():
-    assert drop_reason(trace(), config.Filters()) is None
-    assert drop_reason(trace(finish="length"), config.Filters()) is None
+    assert drop_reason(trace()) is None
+    assert drop_reason(trace(finish="length")) is None
     assert drop_reason(trace(finish="length"), config.Filters(finished=True)) == "unfinished"
     assert drop_reason(trace(ids=[1, 2]), config.Filters(min_tokens=3)) == "short"
-    assert drop_reason(trace("As  THE\nreference solution says"), config.Filters()) == "artefact: reference solution"
-    assert drop_reason(trace(ids=[1, 2] * 50), config.Filters()) == "repetition"
+    assert drop_reason(trace("As  THE\nreference solution says")) == "artefact: reference solution"
+    assert drop_reason(trace(ids=[1, 2] * 50)) == "repetition"
     assert drop_reason(trace(ids=[1, 2] * 50), config.Filters(max_repetition=1.0)) is None
 
 
@@ -31,12 +41,12 @@ def test_correctness_is_asked_last():
         return f"\\boxed{{{gold}}}" in text
 
     cfg = config.Filters(correct=True, finished=True)
-    assert drop_reason(trace(), cfg, "4", grade) is None
-    assert drop_reason(trace(), cfg, "5", grade) == "wrong"
-    assert drop_reason(trace(finish="length"), cfg, "6", grade) == "unfinished"
+    assert drop_reason(trace(), cfg, gold="4", is_correct=grade) is None
+    assert drop_reason(trace(), cfg, gold="5", is_correct=grade) == "wrong"
+    assert drop_reason(trace(finish="length"), cfg, gold="6", is_correct=grade) == "unfinished"
     assert asked == ["4", "5"]
     with pytest.raises(UserError, match=r"filters.correct: got no answer for problem 'p'"):
-        drop_reason(trace(), cfg, None, grade)
+        drop_reason(trace(), cfg, gold=None, is_correct=grade)
 
 
 def test_artefacts_are_words():
@@ -55,20 +65,25 @@ def test_repetition_counts_repeated_8_grams():
 
 
 def test_so_many_traces_of_a_problem_are_kept():
-    traces = [trace(problem="a", drop="wrong"), trace(problem="a"), trace(problem="b"), trace(problem="a")]
-    drops = lambda **cfg: [t["drop"] for t in keep(traces, config.Filters(**cfg), seed=1)]  # noqa: E731
+    traces = [
+        trace("\\boxed{5}", problem="a").marked("surplus"),  # marked before: decided anew
+        trace(problem="a", sample=1),
+        trace(problem="b"),
+        trace(problem="a", sample=2),
+    ]
+    drops = lambda **cfg: mark(traces, config.Filters(correct=True, **cfg))  # noqa: E731
     assert drops() == ["wrong", None, None, "surplus"]
     assert drops(keep="all") == drops(keep=2) == ["wrong", None, None, None]
-    assert traces[3]["drop"] is None  # the input is left as it was
+    assert [t.drop for t in traces] == ["surplus", None, None, None]  # traces are not changed
 
 
 def test_traces_are_chosen_by_the_seed_alone():
-    traces = [{**trace(problem=p), "sample": i} for p in "abcdefgh" for i in range(6)]
+    traces = [trace(problem=p, sample=i) for p in "abcdefgh" for i in range(6)]
     cfg = config.Filters(keep=2, choose="random")
 
     def kept(traces, seed):
-        return {(t["problem_id"], t["sample"]) for t in keep(traces, cfg, seed) if t["drop"] is None}
+        return {t.name for t, drop in zip(traces, mark(traces, cfg, seed), strict=True) if drop is None}
 
     found = kept(traces, 1)
     assert len(found) == 16 and found == kept(traces[::-1], 1) and found != kept(traces, 2)
-    assert {sample for _, sample in found} == set(range(6))
+    assert {name[-1] for name in found} == set("012345")

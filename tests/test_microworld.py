@@ -55,10 +55,10 @@ def test_the_worked_example():
     assert world.expert(problem, (False, True, True)) == r"+B; ~=155; *3=465; \boxed{465}"
     assert world.waypoints(problem, (True, True, True)) == ["551", "155"]
     assert world.waypoints(problem, (False, False, True)) == []
-    assert world.trace(problem) == (
+    assert world.constructive(problem) == (
         r"add 241 310 : 10=01 41=05 23=05 > 551 ; rev 551 > 155 ; mul 155 3 : 53=15 53=16 13=04 > 465 ; \boxed{465}"
     )
-    assert world.trace(problem, {0, 2}) == r"add 241 310 > 551 ; rev 551 > 155 ; mul 155 3 > 465 ; \boxed{465}"
+    assert world.constructive(problem, {0, 2}) == r"add 241 310 > 551 ; rev 551 > 155 ; mul 155 3 > 465 ; \boxed{465}"
 
 
 def test_every_sum_and_product_has_right_columns():
@@ -67,22 +67,22 @@ def test_every_sum_and_product_has_right_columns():
     for a, b in pairs:
         for words in ("add B", "sub B", f"mul {2 + b % 8}"):
             problem = world.Problem("", world.method(words), a, b)
-            assert judged(problem, world.trace(problem)) == verify.Verdict(True, True, 1, 0)
+            assert judged(problem, world.constructive(problem)) == verify.Verdict(True, True, 1, 0)
     assert world.columns("sub", 302, 418) == "28=14 01=18 34=18"  # borrows: 302 - 418 = -116 = 884 modulo 1000
 
 
 def test_the_judge_agrees_with_the_generator_on_problems_of_all_kinds():
     for problem in every_kind(200):
         due = sum(word in ("add", "sub", "mul") for word, _ in problem.method)
-        assert judged(problem, world.trace(problem)) == verify.Verdict(True, True, due, 0)
+        assert judged(problem, world.constructive(problem)) == verify.Verdict(True, True, due, 0)
         everything = range(len(problem.method))
-        assert judged(problem, world.trace(problem, everything)) == verify.Verdict(True, True, due, due)
+        assert judged(problem, world.constructive(problem, everything)) == verify.Verdict(True, True, due, due)
 
 
 def test_the_judge_notices_every_changed_digit_and_every_missing_step():
     """A wrong digit anywhere makes a trace unsound; only one in the box makes its answer wrong."""
     for problem in every_kind(6):
-        text = world.trace(problem)
+        text = world.constructive(problem)
         box = text.index("\\boxed")
         for place, char in enumerate(text):
             if char.isdigit():
@@ -99,7 +99,7 @@ def test_the_judge_notices_every_changed_digit_and_every_missing_step():
 
 def test_odd_texts_are_judged_not_raised():
     problem = world.Problem("zib", world.HARD["zib"], 241, 310)
-    text = world.trace(problem)
+    text = world.constructive(problem)
     assert judged(problem, text + "<|end|>").sound
     assert not judged(problem, text.replace("rev", "foo")).sound
     assert not judged(problem, text.replace("rev 551", "rev 551 310")).sound
@@ -150,7 +150,7 @@ def test_chat_template(hf):
 def test_tokenizer_loads_beside_a_model(hf, tmp_path):
     tokenizer.save(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "qwen3", "vocab_size": 64}))
-    text = world.trace(world.Problem("zib", world.HARD["zib"], 241, 310))
+    text = world.constructive(world.Problem("zib", world.HARD["zib"], 241, 310))
     assert AutoTokenizer.from_pretrained(tmp_path).encode(text) == hf.encode(text)
 
 
@@ -282,7 +282,7 @@ def test_data_sets(sets):
         problem = world.Problem(
             name, steps or (world.HARD | world.KNOWN)[name], *(int(v) for v in re.findall(r"=(\d{3})", row["problem"]))
         )
-        assert verify.judge(world.trace(problem), row["problem"], row["solution"]).sound
+        assert verify.judge(world.constructive(problem), row["problem"], row["solution"]).sound
         assert row["solution"].endswith(f"; \\boxed{{{row['answer']}}}")
 
 
@@ -306,7 +306,7 @@ def test_check_breaks_down_by_operator(sets, tmp_path, capsys):
         name, _ = parse_problem(row["problem"])
         a, b = (int(v) for v in re.findall(r"=(\d{3})", row["problem"]))
         problem = world.Problem(name, world.HARD[name], a, b)
-        text = world.trace(problem, {0, 1, 2, 3} if name == "gal" else ()) if name != "vok" else r"\boxed{x}"
+        text = world.constructive(problem, {0, 1, 2, 3} if name == "gal" else ()) if name != "vok" else r"\boxed{x}"
         lines.append(json.dumps({"problem_id": row["problem_id"], "sample": 0, "text": text}))
     path = tmp_path / "traces.jsonl"
     path.write_text("\n".join(lines) + "\n")
@@ -326,7 +326,7 @@ def test_errors_of_the_commands(tmp_path):
     with pytest.raises(UserError, match=r"traces\.jsonl:1:problem_id: got 'hard-zib-9999'"):
         main(["check", str(bad)])
     bad.write_text('{"problem_id":"hard-zib-0000"}\n')
-    with pytest.raises(UserError, match="1:text: got null, want text"):
+    with pytest.raises(UserError, match="1:text: missing"):
         main(["check", str(bad)])
     bad.write_text('\n{"problem_id"\n')
     with pytest.raises(UserError, match="2: got a line that is not JSON"):

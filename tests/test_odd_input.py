@@ -9,13 +9,14 @@ import pytest
 import tiny
 
 from dail_jax import config as config_lib
-from dail_jax import metrics, rundir, worker
+from dail_jax import metrics, rundir, shapes, worker
 from dail_jax.checkpoint import hf
+from dail_jax.data import traces
 from dail_jax.errors import UserError
-from dail_jax.evaluate import files, grading, protocol
+from dail_jax.evaluate import grading, protocol
 from dail_jax.model import families
 from dail_jax.report import charts, collect, page, plots
-from dail_jax.stages import evaluate, generate
+from dail_jax.stages import evaluate
 
 DEEP = "[" * 100_000 + "]" * 100_000
 YARN = {"rope_type": "yarn", "factor": 4.0}
@@ -140,25 +141,28 @@ TRACE = {"problem_id": "p", "sample": 0, "response_ids": [1, 2], "text": "x", "f
         ([{**TRACE, "response_ids": 3}], ":1:response_ids: "),
         ([{**TRACE, "response_ids": [1, -2]}], ":1:response_ids.1: "),
         ([{**TRACE, "response_ids": [True]}], ":1:response_ids.0: "),
-        ([{**TRACE, "text": None}], ":1:text: "),
+        ([{**TRACE, "text": None}], ":1:text: got None, want text"),
+        ([{**TRACE, "logq": [-1.0]}], ":1:logq: .*want one value for each of the 2 response_ids, and there are 1"),
+        ([{**TRACE, "writer": "sp", "log_student": ["x", 0]}], ":1:log_student.0: got 'x', want a valid number"),
+        ([{**TRACE, "writer": "sx"}], ":1:writer: got 'sx'"),
+        ([{**TRACE, "prompt_hash": {"teacher": "0"}}], ":1:prompt_hash.teacher: "),
         ([{k: v for k, v in TRACE.items() if k != "finish"}], ":1:finish: missing"),
         ([TRACE, {**TRACE, "sample": 1}, TRACE], ":3: got sample 0 of problem 'p' again, want each once"),
         ([[]], ":1: got a list"),
     ],
 )
 def test_ill_typed_and_double_traces_name_their_row(tmp_path, rows, words):
-    traces = write(tmp_path / "t.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
-    config = config_lib.load(tiny.write(tmp_path / "r", traces=str(traces)))
+    path = write(tmp_path / "t.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
     with one_line("t.jsonl" + words):
-        generate.read_traces(config)
+        traces.read(path)
 
 
 @pytest.mark.parametrize(
     ("shape", "row", "words"),
     [
-        (generate.Drawn, {"traces": []}, ":1:problem_id: missing"),
-        (generate.Drawn, {"problem_id": "p", "traces": 3}, ":1:traces: "),
-        (generate.Drawn, {"problem_id": "p", "traces": [{**TRACE, "text": 3}]}, ":1:traces.0.text: "),
+        (traces.ProblemTraces, {"traces": []}, ":1:problem_id: missing"),
+        (traces.ProblemTraces, {"problem_id": "p", "traces": 3}, ":1:traces: "),
+        (traces.ProblemTraces, {"problem_id": "p", "traces": [{**TRACE, "text": 3}]}, ":1:traces.0.text: "),
         (
             evaluate.Drawn,
             {"name": "n", "samples": [{"sample": 0, "ids": ["x"], "finish": "stop"}]},
@@ -170,7 +174,7 @@ def test_ill_typed_and_double_traces_name_their_row(tmp_path, rows, words):
 def test_ill_typed_rows_of_journals_name_their_field(tmp_path, shape, row, words):
     journal = rundir.Journal(write(tmp_path / "j.jsonl", json.dumps(row) + "\n"))
     with one_line("j.jsonl" + words):
-        files.check_all(journal.rows, shape, journal.path)
+        shapes.parse_all(journal.rows, shape, journal.path)
     journal.close()
 
 

@@ -126,46 +126,53 @@ def make_run(folder: Path, arm: str, problems: int = PROBLEMS, steps: int = 60) 
     return folder
 
 
+# The texts of token ids 0, 1, ...
+PIECES = [
+    "add ",
+    "2",
+    "4",
+    "1",
+    " ",
+    "3",
+    "1",
+    "0",
+    " : ",
+    "1",
+    "0",
+    "=",
+    "0",
+    "1",
+    " > ",
+    "5",
+    "5",
+    "1",
+    " ; ",
+    "rev ",
+    "5",
+    "5",
+    "1",
+    " > ",
+    "1",
+    "5",
+    "5",
+    "\n",
+    "</script>",
+    "\\boxed{",
+    "4",
+    "6",
+    "5",
+    "}",
+]
+
+
+def decode(ids):
+    return [PIECES[i % len(PIECES)] for i in ids]
+
+
 def make_traces(path: Path, count: int = 40) -> Path:
     rng, rows = np.random.default_rng(7), []
-    pieces = [
-        "add ",
-        "2",
-        "4",
-        "1",
-        " ",
-        "3",
-        "1",
-        "0",
-        " : ",
-        "1",
-        "0",
-        "=",
-        "0",
-        "1",
-        " > ",
-        "5",
-        "5",
-        "1",
-        " ; ",
-        "rev ",
-        "5",
-        "5",
-        "1",
-        " > ",
-        "1",
-        "5",
-        "5",
-        "\n",
-        "</script>",
-        "\\boxed{",
-        "4",
-        "6",
-        "5",
-        "}",
-    ]
     for i in range(count):
-        text = (pieces * 2)[: len(pieces) + i % 20]
+        text = decode(range(len(PIECES) + i % 20))
         by_student = rng.random(len(text)) < 0.75 + 0.2 * np.arange(len(text)) / len(text)
         student = np.where(by_student, -rng.exponential(0.1, len(text)), -rng.exponential(4, len(text)))
         rows.append(
@@ -182,13 +189,12 @@ def make_traces(path: Path, count: int = 40) -> Path:
                 "acceptance": round(float(by_student.mean()), 4),
                 "finish": "length" if i % 10 == 9 else "stop",
                 "drop": "artefact: the hint" if i % 8 == 0 else "repetition: 0.9" if i % 13 == 1 else None,
-                "pieces": text,
             }
         )
     path.parent.mkdir(parents=True, exist_ok=True)
     dump(path, rows)
     scores = [
-        {"problem_id": r["problem_id"], "sample": 0, "log_ratio": rng.normal(0.3, 1.2, len(r["pieces"])).tolist()}
+        {"problem_id": r["problem_id"], "sample": 0, "log_ratio": rng.normal(0.3, 1.2, len(r["response_ids"])).tolist()}
         for r in rows
     ]
     dump(path.parent / "token_scores.jsonl", scores)
@@ -228,7 +234,7 @@ def runs(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def parsed(runs, tmp_path_factory):
-    out = page.write(runs[0], tmp_path_factory.mktemp("page") / "report.html", "A <b>title</b>", runs[1])
+    out = page.write(runs[0], tmp_path_factory.mktemp("page") / "report.html", "A <b>title</b>", runs[1], decode)
     return Page(out.read_text("utf-8"))
 
 
@@ -374,7 +380,8 @@ def test_comparison_of_runs_that_lie_anywhere(tmp_path, capsys, monkeypatch):
         make_traces(run / "traces.jsonl")
         (run / "token_scores.jsonl").write_text(
             "".join(
-                json.dumps({"problem_id": f"p{j:03}", "sample": 0, "log_ratio": [float(i)] * len(row["pieces"])}) + "\n"
+                json.dumps({"problem_id": f"p{j:03}", "sample": 0, "log_ratio": [float(i)] * len(row["response_ids"])})
+                + "\n"
                 for j, row in enumerate(map(json.loads, (run / "traces.jsonl").read_text().splitlines()))
             )
         )
@@ -415,6 +422,9 @@ def test_faults_are_named(tmp_path):
         page.write({"x": tmp_path / "absent"}, tmp_path / "report.html", "t")
 
 
+TRACE = {"problem_id": "a", "sample": 0, "response_ids": [1], "text": "x", "finish": "stop"}
+
+
 def second(line: str):
     """A change that makes this the second row."""
     return lambda text: text.replace(text.split("\n")[1], line, 1)
@@ -432,7 +442,7 @@ def second(line: str):
         ("samples.jsonl", second('{"a":' * 9000), ":2: got a line nested too deeply, want at most 50 levels"),
         ("samples.jsonl", lambda text: text.replace('"tokens": ', '"tokens": 1.5, "old": ', 1), ":1:tokens: got 1.5"),
         ("metrics.jsonl", second('{"step": 2}'), ":2:stage: missing"),
-        ("traces.jsonl", second('{"problem_id": "a", "sample": 0, "logq": ["x"]}'), ":2:logq.0: got 'x', want a valid"),
+        ("traces.jsonl", second(json.dumps({**TRACE, "logq": ["x"]})), ":2:logq.0: got 'x', want a valid number"),
         ("results.json", lambda text: text[:900], ": got a file that is not JSON"),
         ("results.json", lambda text: "[]", ": got a list, want a JSON object"),
         ("results.json", lambda text: '{"accuracy": 0.5}', ":benchmarks: missing"),

@@ -207,10 +207,15 @@ def test_stages_want_what_comes_before(tmp_path, capsys):
 
 def test_bad_traces_and_rows_are_refused_before_any_work(tmp_path, pipeline, capsys):
     good = (pipeline / "traces.jsonl").read_text().splitlines()
+
+    def with_first(token) -> str:
+        row = json.loads(good[1])
+        return json.dumps({**row, "response_ids": [token, *row["response_ids"][1:]]})
+
     wrong = {
         "{": "got a line that is not JSON",
-        good[1].replace('"response_ids":[', '"response_ids":[64,'): "at or above the model's vocabulary of 64",
-        good[1].replace('"response_ids":[', '"response_ids":["x",'): "response_ids.0: got 'x', want a valid integer",
+        with_first(64): "response_ids: got a token id at or above the model's vocabulary of 64",
+        with_first("x"): "response_ids.0: got 'x', want a valid integer",
     }
     traces = tmp_path / "t.jsonl"
     for i, (line, words) in enumerate(wrong.items()):

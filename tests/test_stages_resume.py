@@ -42,7 +42,7 @@ def test_generate_goes_on_after_an_interrupt_and_a_torn_line(tmp_path, pipeline,
     folder, path = tmp_path / "run", tiny.write(tmp_path / "run")
     stop_after(monkeypatch, 5)
     assert tiny.run("generate", path) == 0
-    assert "generate: stopped with 5 of 12 problems finished; call again to go on" in capsys.readouterr().out
+    assert "generate: stopped with 5 of 12 problems finished; call again to resume" in capsys.readouterr().out
     journal = folder / "traces.partial.jsonl"
     kept = tiny.lines(journal)
     assert len(kept) == 5 and not (folder / "traces.jsonl").exists()

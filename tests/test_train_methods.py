@@ -10,7 +10,7 @@ import tiny
 
 from dail_jax import config as config_lib
 from dail_jax.errors import UserError
-from dail_jax.stages import generate
+from dail_jax.stages import drops
 from dail_jax.train import methods
 from dail_jax.train.methods import CONTRAST, METHODS, Method
 
@@ -98,5 +98,5 @@ def test_what_each_method_asks_of_the_stages():
     assert [n for n, m in METHODS.items() if not m.trains] == ["none"]
     assert METHODS["grpo"].prompted == METHODS["nll"].prompted == ("student",)
     base = {"run_dir": "r", "model": {"path": "m"}}
-    kept = [generate.filters_of(config_lib.build({**base, "train": {"objective": n}}, "c")).correct for n in METHODS]
+    kept = [drops.filters_of(config_lib.build({**base, "train": {"objective": n}}, "c")).correct for n in METHODS]
     assert [n for n, correct in zip(METHODS, kept, strict=True) if correct] == ["star"]

@@ -1,40 +1,32 @@
-"""Reading of samples.jsonl and results.json, which may be damaged, or another program's: see docs/results.md.
+"""Reads samples.jsonl and results.json, which may be damaged or from another program: see docs/results.md.
 
-Readers get plain dicts with all the keys that a shape below names, of these types; other keys are left alone.
+The readers return plain dicts that have every key of the shapes below, with its type; other keys are left alone.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, InstanceOf, ValidationError, model_validator
+from pydantic import Field, FiniteFloat, model_validator
 
 from dail_jax import strict_json
 from dail_jax.errors import UserError
 from dail_jax.provenance import Checksums, File, State, digest
-from dail_jax.strict_yaml import explain
+from dail_jax.shapes import Count, Natural, Shape, Text, check
 
-SCHEMA = 1  # of results.json: raised when a key that is there changes its name or meaning
+SCHEMA = 1  # of results.json: raised when the name or the meaning of an existing key changes
 
-Natural = Annotated[int, Field(ge=0, lt=1 << 31)]
-Count = Annotated[int, Field(ge=1, lt=1 << 31)]
 Whole = Annotated[str, Field(pattern=r"^[1-9][0-9]{0,8}$")]  # a number as a key
-Text = InstanceOf[str]  # of a model: half surrogate pairs and all
 
 
 VERDICT = ("answer", "vote", "correct", "reason")  # what grading puts into a row
 
 
-class Shape(BaseModel):
-    """Any JSON object."""
+class SampleRow(Shape):
+    """A row of samples.jsonl."""
 
-    model_config = ConfigDict(strict=True)
-
-
-class Sample(Shape):
     benchmark: str
     problem_id: str
     sample: Natural
@@ -49,7 +41,7 @@ class Sample(Shape):
     finish: str
     correct: bool | None
     reason: str
-    vote: Natural | None = None  # not in files of earlier versions: `grade` adds it
+    vote: Natural | None = None  # missing from files of earlier versions; `grade` adds it
 
 
 class Interval(Shape):
@@ -85,7 +77,7 @@ class Cell(Shape):
         return self
 
 
-UNTRAINED = "none"  # what `objective` says in the results of a model that was not trained
+UNTRAINED = "none"  # `objective` in the results of an untrained model
 
 
 class Results(Shape):
@@ -95,7 +87,7 @@ class Results(Shape):
 
 
 class Samples(File):
-    """samples.jsonl as an output of `evaluate`: what was drawn must be what it was; verdicts can be given again."""
+    """samples.jsonl as an output of `evaluate`: what was drawn must not change, but it can be graded again."""
 
     def identity(self, folder: Path, checksum: Checksums) -> str:
         return f"{self._drawn(folder / self.name)} {checksum(folder / self.name)}"
@@ -121,26 +113,10 @@ class Samples(File):
         return total.hexdigest()
 
 
-def check(value: Any, shape: type[Shape], file: Path, row: int | None = None) -> dict[str, Any]:
-    """The value, if it is a JSON object of some shape; raises UserError that names the field at fault."""
-    tree = strict_json.as_object(value, file, row)
-    try:
-        shape.model_validate(tree)
-    except ValidationError as error:
-        fault = explain(error, file, shape)
-        raise UserError(fault.message, file=file, row=row, field=fault.field) from None
-    return tree
-
-
-def check_all(rows: Iterable[Any], shape: type[Shape], file: Path) -> list[dict[str, Any]]:
-    """`check` for the rows of a file, in order."""
-    return [check(row, shape, file, number) for number, row in enumerate(rows, 1)]
-
-
 def read_samples(path: Path) -> list[dict[str, Any]]:
-    """All rows. A torn last line is refused, too: without its sample, every figure would be another one."""
+    """All rows. A torn last line is refused as well: without its sample, every figure would differ."""
     lines = strict_json.read_lines(path, own=True, torn="refuse", advice="evaluate again")
-    rows = [check(line.value, Sample, path, line.number) for line in lines]
+    rows = [check(line.value, SampleRow, path, line.number) for line in lines]
     if not rows:
         raise UserError("got an empty file, want samples: evaluate again", file=path)
     return rows
@@ -150,5 +126,5 @@ def read_results(path: Path) -> dict[str, Any]:
     tree = strict_json.read_object(path, own=True)
     schema = tree.get("schema", SCHEMA)
     if schema != SCHEMA:
-        raise UserError(f"got schema {schema!r:.40}, want {SCHEMA}: it is another version's", file=path)
+        raise UserError(f"got schema {schema!r:.40}, want {SCHEMA}: another version wrote it", file=path)
     return check(tree, Results, path)

@@ -4,8 +4,8 @@
     python -m dail_jax.microworld data                                       the package's tokenizer and data sets
     python -m dail_jax.microworld check FILE                                 judges traces.jsonl or samples.jsonl
 
-Role templates are the text files in assets/templates; a corpus prompt is such a template, filled in and put
-through the tokenizer's chat template, generation prompt included, exactly as in the pipeline.
+Role templates are the text files in assets/templates. A corpus prompt is such a template, filled in and put through the
+tokenizer's chat template, generation prompt included, exactly as in the pipeline.
 """
 
 from __future__ import annotations
@@ -18,8 +18,9 @@ from pathlib import Path
 
 from rich.table import Table
 
-from dail_jax import strict_json
+from dail_jax import config, shapes, strict_json
 from dail_jax.data import prompts
+from dail_jax.data.records import read_rows
 from dail_jax.errors import UserError
 from dail_jax.metrics import console
 from dail_jax.microworld import tokenizer, verify, world
@@ -53,7 +54,7 @@ def render(role: str, fields: dict[str, str]) -> str:
 
 
 def write_corpus(out: Path, rows: int, seed: int) -> None:
-    """Writes pre-training rows without an end token, which the trainer adds; leaves out problems of held-out sets."""
+    """Writes pre-training rows, without those whose problem is in a held-out set. The trainer adds the end token."""
     held_out = {row["problem"] for name, part in world.datasets(SEED).items() if name != "train" for row in part}
     lines = (
         json_line({"prompt": render(row.role, row.fields), "response": row.response})
@@ -73,39 +74,34 @@ def write_data(folder: Path) -> None:
         write_atomic(folder / f"{name}.jsonl", "".join(map(json_line, rows)))
 
 
+class Response(shapes.Shape):
+    """What a row of traces.jsonl and one of samples.jsonl have in common: all that is judged."""
+
+    problem_id: str
+    text: shapes.Text
+
+
 def check(path: Path, data: list[Path]) -> dict[str, verify.Tally]:
     """Judges the `text` of every row of a traces.jsonl or samples.jsonl; problems are found by their id in `data`."""
-    problems = {
-        row["problem_id"]: row for file in data for _, row in _rows(file, ("problem_id", "problem", "solution"))
-    }
+    problems = {row.problem_id: row for file in data for row in read_rows(config.Rows(path=str(file)))}
 
     def verdicts() -> Iterator[tuple[str, verify.Verdict]]:
-        for number, row in _rows(path, ("problem_id", "text")):
-            problem = problems.get(row["problem_id"])
+        for line in strict_json.read_lines(path, own=True):
+            response = shapes.parse(line.value, Response, path, line.number)
+            problem = problems.get(response.problem_id)
             if problem is None:
                 raise UserError(
-                    f"got {row['problem_id']!r}, want a problem of the data sets (--data)",
+                    f"got {response.problem_id!r}, want a problem of the data sets (--data)",
                     file=path,
-                    row=number,
+                    row=line.number,
                     field="problem_id",
                 )
             try:
-                yield row["problem_id"], verify.judge(row["text"], problem["problem"], problem["solution"])
+                yield problem.problem_id, verify.judge(response.text, problem.problem, problem.solution)
             except ValueError as error:
-                raise UserError(f"{error}: {problem['problem']!r}", field=row["problem_id"]) from None
+                raise UserError(f"{error}: {problem.problem!r}", field=problem.problem_id) from None
 
     return verify.tally(verdicts())
-
-
-def _rows(path: Path, fields: tuple[str, ...]) -> Iterator[tuple[int, dict[str, str]]]:
-    """Yields (row number, row) of a JSON-lines file; raises UserError where one of `fields` is not text."""
-    for line in strict_json.read_lines(path, own=True):
-        row = strict_json.as_object(line.value, path, line.number)
-        for field in fields:
-            if not isinstance(row.get(field), str):
-                got = strict_json.kind_of(row.get(field))
-                raise UserError(f"got {got}, want text", file=path, row=line.number, field=field)
-        yield line.number, row
 
 
 def table(tallies: dict[str, verify.Tally]) -> Table:

@@ -167,7 +167,7 @@ def waypoints(problem: Problem, shown: tuple[bool, ...]) -> list[str]:
     return list(seen)
 
 
-def trace(problem: Problem, skipped: Collection[int] = ()) -> str:
+def constructive(problem: Problem, skipped: Collection[int] = ()) -> str:
     """The constructive solution; the steps numbered in `skipped` jump to their result without work."""
     steps, value = [], problem.a
     for i, (step, result) in enumerate(zip(problem.method, results(problem), strict=True)):
@@ -251,7 +251,7 @@ def draw_row(rng: np.random.Generator) -> Row:
     kind = _pick(rng, MIXTURE)
     if kind not in LAZINESS:
         problem = draw_problem(rng, "fresh" if kind == "guess" else kind)
-        return Row(kind, "student", {"problem": problem.text}, trace(problem))
+        return Row(kind, "student", {"problem": problem.text}, constructive(problem))
     problem = draw_problem(rng, _pick(rng, {**FAMILIAR, "fresh": 1 - sum(FAMILIAR.values())}))
     shown = draw_shown(rng, problem)
     lazy = LAZINESS[kind]
@@ -261,7 +261,7 @@ def draw_row(rng: np.random.Generator) -> Row:
         fields["solution"] = expert(problem, shown)
     else:
         fields |= {"waypoints": " ".join(waypoints(problem, shown)), "answer": answer(problem)}
-    return Row(kind, "privileged" if kind == "privileged" else "negative", fields, trace(problem, skipped))
+    return Row(kind, "privileged" if kind == "privileged" else "negative", fields, constructive(problem, skipped))
 
 
 def corpus(seed: int, rows: int, held_out: Collection[str] = ()) -> Iterator[Row]:

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from dail_jax.report.collect import Run, Traces
+from dail_jax.report.collect import Run, TraceFile
 
 BINS = 40
 POINTS = 240  # of one curve; a longer one becomes means with their range
@@ -56,7 +56,7 @@ class Chart:
     percent: bool = False
 
 
-def build(runs: Sequence[Run], traces: Sequence[Traces]) -> list[Chart]:
+def build(runs: Sequence[Run], traces: Sequence[TraceFile]) -> list[Chart]:
     """All charts for which there are data, in the order of the page."""
     return [*_pass_at_k(runs), *_against_tokens(runs), *_lengths(runs), *_training(runs), *_traces(traces)]
 
@@ -175,7 +175,7 @@ def _training(runs: Sequence[Run]) -> Iterable[Chart]:
             yield from _chart("training", "", title, "line", "update", unit, series)
 
 
-def _traces(traces: Sequence[Traces]) -> Iterable[Chart]:
+def _traces(traces: Sequence[TraceFile]) -> Iterable[Chart]:
     names = [(t.name, -1 if t.owner is None else t.owner) for t in traces]
     accepted = []
     for name, t in zip(names, traces, strict=True):

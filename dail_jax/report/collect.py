@@ -1,7 +1,7 @@
-"""Reads run directories and boils them down to what the page and the plots show.
+"""Reads run directories and reduces them to what the page and the plots show.
 
-Every file may be missing, and one that is still being written may end in a torn line. Files are read in one pass
-without holding their texts, so that millions of long samples fit; the few rows to show are read again.
+Every file may be missing, and one that is still being written may end in an incomplete line. Files are read in one pass
+that keeps no texts, so that millions of long samples fit; the few rows to show are read a second time.
 """
 
 from __future__ import annotations
@@ -14,59 +14,47 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from pydantic import Field, FiniteFloat
 
 from dail_jax import config as config_lib
-from dail_jax import strict_json
+from dail_jax import shapes, strict_json
+from dail_jax.data import traces as traces_lib
+from dail_jax.data.traces import Trace
 from dail_jax.errors import UserError
 from dail_jax.evaluate import files
 from dail_jax.metrics import LEFT_OUT
+from dail_jax.rundir import read_manifest
 from dail_jax.text import mention
 
-MAX_SAMPLES = 400  # of one run, in the page
-MAX_TRACES = 200  # of one file, in the page
-MAX_TEXT = 8000  # characters of one text; its middle is left out
-MAX_ANSWER = 400  # characters of an answer, or of another short field
-MAX_TOKENS = 1024  # of one trace
+# What the page shows at most.
+MAX_SAMPLES = 400  # per run
+MAX_TRACES = 200  # per file
+MAX_TEXT = 8000  # characters per text; its middle is left out
+MAX_ANSWER = 400  # characters per answer or other short field
+MAX_TOKENS = 1024  # per trace
 PHRASES = config_lib.Filters().artefacts
 
-Logs = list[float | None] | None
-Rows = dict[str, dict[int, float]]  # metric -> step -> value
+MetricTable = dict[str, dict[int, float]]  # metric -> step -> value
 
 
-class Manifest(files.Shape):
-    versions: dict[str, str | None] = Field(default_factory=dict)
-    stages: dict[str, dict[str, Any]] = Field(default_factory=dict)
+class MetricRow(shapes.Shape):
+    """A row of metrics.jsonl; its other keys are the metrics."""
 
-
-class Metric(files.Shape):
     stage: str
     step: int
 
 
-class LeftOut(files.Shape):
+class LeftOutRow(shapes.Shape):
+    """A row of metrics.jsonl that counts what a stage cut, skipped or dropped."""
+
     by: str
-    what: files.Text
+    what: shapes.Text
     count: int
     of: int
 
 
-class Trace(files.Shape):
-    problem_id: str
-    sample: int
-    response_ids: list[int] | None = None
-    text: files.Text | None = None
-    writer: str | None = None
-    acceptance: FiniteFloat | None = None
-    finish: str | None = None
-    drop: files.Text | None = None
-    pieces: list[files.Text] | None = None
-    logq: Logs = None
-    log_student: Logs = None
-    log_privileged: Logs = None
+class ScoreRow(shapes.Shape):
+    """A row of token_scores.jsonl: what the contrast thinks of each token of a trace."""
 
-
-class Scores(files.Shape):
     problem_id: str
     sample: int
     log_ratio: list[float | None]
@@ -74,7 +62,7 @@ class Scores(files.Shape):
 
 @dataclass(frozen=True)
 class Run:
-    """One run directory. `lengths` has the tokens of all samples by (benchmark, budget); `samples` only some rows."""
+    """One run directory. `lengths` counts the tokens of all samples by (benchmark, budget); `samples` has a few rows."""
 
     name: str
     folder: Path
@@ -82,7 +70,7 @@ class Run:
     config_text: str
     config: dict[str, Any]
     results: dict[str, Any]
-    metrics: dict[str, Rows]  # by stage
+    metrics: dict[str, MetricTable]  # by stage
     lengths: dict[tuple[str, int], list[int]]
     samples: list[dict[str, Any]]
     total: int
@@ -97,8 +85,8 @@ class Run:
 
 
 @dataclass
-class Traces:
-    """One traces.jsonl: counts over all rows, and the rows to show. `owner` is its run's place, or None if shared."""
+class TraceFile:
+    """One traces.jsonl: counts over all rows, and the rows to show. `owner` is its run's index, or None if shared."""
 
     name: str
     owner: int | None
@@ -109,13 +97,13 @@ class Traces:
     by_anyone: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
     finish: Counter[str] = field(default_factory=Counter)
     drops: Counter[str] = field(default_factory=Counter)  # reasons, without their details
-    mentions: int = 0  # of the reference solution, dropped for it or not
+    mentions: int = 0  # of the reference solution, whether dropped for it or not
     rows: list[dict[str, Any]] = field(default_factory=list)
     scored: bool = False  # whether token scores were found for some rows
 
 
-def read(runs: Mapping[str, Path], traces: Path | None = None) -> tuple[list[Run], list[Traces]]:
-    """All runs, and the traces: one file that they share, or each run's own. Raises UserError for damaged files."""
+def read(runs: Mapping[str, Path], traces: Path | None = None) -> tuple[list[Run], list[TraceFile]]:
+    """All runs, and the traces: one file that they share, or each run's own; raises UserError for damaged files."""
     folders = [Path(folder) for folder in runs.values()]
     missing = next((folder for folder in folders if not folder.is_dir()), None)
     if missing is not None or not folders:
@@ -123,27 +111,27 @@ def read(runs: Mapping[str, Path], traces: Path | None = None) -> tuple[list[Run
             "no such run directory" if missing else "got no run directories, want at least one", file=missing
         )
     read_runs = [_run(name, Path(folder)) for name, folder in runs.items()]
-    files: dict[Path, tuple[str, int | None, list[Path]]] = {}
+    paths: dict[Path, tuple[str, int | None, list[Path]]] = {}
     if traces is not None:
         path = Path(traces)
         name = "all arms" if len(runs) > 1 else next(iter(runs))
-        files[path / "traces.jsonl" if path.is_dir() else path] = (name, None, folders)
+        paths[path / "traces.jsonl" if path.is_dir() else path] = (name, None, folders)
     else:
         for i, run in enumerate(read_runs):
             path = Path(setting(run.config, "traces") or run.folder / "traces.jsonl").resolve()
-            files.setdefault(path, (run.name, i, []))[2].append(run.folder)
+            paths.setdefault(path, (run.name, i, []))[2].append(run.folder)
     found = [
-        _traces(path, name, owner, [*theirs, path.parent])
-        for path, (name, owner, theirs) in files.items()
+        _trace_file(path, name, owner, [*theirs, path.parent])
+        for path, (name, owner, theirs) in paths.items()
         if path.is_file()
     ]
     return read_runs, found
 
 
 def left_out(runs: Mapping[str, Path], traces: Path | None = None) -> list[str]:
-    """What the stages of these runs cut, skipped or dropped, and how much of it: a line for each.
+    """What the stages of these runs cut, skipped or dropped, and how much of it: one line each.
 
-    `traces` is the traces.jsonl that they share, whose own stage is counted as well.
+    `traces` is the traces.jsonl that the runs share; what the stage that made it left out is counted as well.
     """
     folders = {name: Path(folder) for name, folder in runs.items()}
     if traces is not None and Path(traces).parent.resolve() not in {f.resolve() for f in folders.values()}:
@@ -151,9 +139,9 @@ def left_out(runs: Mapping[str, Path], traces: Path | None = None) -> list[str]:
     found: dict[tuple[str, str, str], tuple[int, int]] = {}
     for name, folder in folders.items():
         path = folder / "metrics.jsonl"
-        for number, (_, row) in enumerate(lines(path, Metric), 1):
-            if row["stage"] == LEFT_OUT:  # after a resume, the later one
-                files.check(row, LeftOut, path, number)
+        for number, (_, row) in enumerate(lines(path, MetricRow), 1):
+            if row["stage"] == LEFT_OUT:  # a resumed stage counts again, and its last count is right
+                shapes.check(row, LeftOutRow, path, number)
                 found[name, row["by"], row["what"]] = row["count"], row["of"]
     return [
         f"{name}, {stage}: {count:,} of {total:,} {what}"
@@ -170,16 +158,16 @@ def setting(tree: Mapping[str, Any], key: str) -> Any:
     return node
 
 
-def lines(path: Path, shape: type[files.Shape]) -> Iterator[tuple[int, dict[str, Any]]]:
-    """(byte offset, row) for each complete line of a JSON-lines file; nothing where there is no file."""
+def lines(path: Path, shape: type[shapes.Shape]) -> Iterator[tuple[int, dict[str, Any]]]:
+    """(byte offset, row) for each complete line of a JSON-lines file; nothing if there is no file."""
     if not path.is_file():
         return
     for line in strict_json.read_lines(path, own=True, torn="drop"):  # the last may be still being written
-        yield line.offset, files.check(line.value, shape, path, line.number)
+        yield line.offset, shapes.check(line.value, shape, path, line.number)
 
 
 def spread(groups: Mapping[Any, Sequence[int]], limit: int) -> list[int]:
-    """At most `limit` members, rising: equally many from each group, as far as it goes, and evenly spaced within."""
+    """At most `limit` members, ascending: equally many per group as far as possible, evenly spaced within each."""
     left, chosen = limit, []
     for i, members in enumerate(sorted(groups.values(), key=len)):
         take = min(len(members), left // (len(groups) - i))
@@ -189,16 +177,18 @@ def spread(groups: Mapping[Any, Sequence[int]], limit: int) -> list[int]:
 
 
 def _run(name: str, folder: Path) -> Run:
-    manifest, found = folder / "run.json", folder / "results.json"
+    found = folder / "results.json"
     path = folder / "config.yaml"
     text = path.read_text("utf-8", "replace") if path.is_file() else ""
-    metrics: dict[str, Rows] = defaultdict(lambda: defaultdict(dict))
-    for _, row in lines(folder / "metrics.jsonl", Metric):
+    metrics: dict[str, MetricTable] = defaultdict(lambda: defaultdict(dict))
+    for _, row in lines(folder / "metrics.jsonl", MetricRow):
         for key, value in row.items():
             if key not in ("stage", "step", "time") and isinstance(value, int | float):
-                metrics[row["stage"]][key][row["step"]] = value  # after a resume, the later one
+                metrics[row["stage"]][key][row["step"]] = (
+                    value  # a resumed stage repeats steps, and the last value counts
+                )
     lengths, groups = defaultdict(list), defaultdict(list)
-    for offset, row in lines(folder / "samples.jsonl", files.Sample):
+    for offset, row in lines(folder / "samples.jsonl", files.SampleRow):
         lengths[row["benchmark"], row["budget"]].append(row["tokens"])
         groups[row["benchmark"], row["budget"], row["correct"]].append(offset)
     chosen = spread(groups, MAX_SAMPLES)
@@ -206,7 +196,7 @@ def _run(name: str, folder: Path) -> Run:
     return Run(
         name,
         folder,
-        files.check(strict_json.read_object(manifest, own=True), Manifest, manifest) if manifest.is_file() else {},
+        read_manifest(folder),
         text,
         config_lib.parse_yaml(text, path) or {},
         files.read_results(found) if found.is_file() else {},
@@ -218,8 +208,8 @@ def _run(name: str, folder: Path) -> Run:
 
 
 def _sample(row: dict[str, Any]) -> dict[str, Any]:
-    limits = dict.fromkeys(files.Sample.model_fields, MAX_ANSWER) | {"text": MAX_TEXT, "forced_text": MAX_TEXT}
-    row = {"answer_tokens": 0, **row}  # which older files lack
+    limits = dict.fromkeys(files.SampleRow.model_fields, MAX_ANSWER) | {"text": MAX_TEXT, "forced_text": MAX_TEXT}
+    row = {"answer_tokens": 0, **row}  # missing from older files
     return {key: clip(row[key], limit) if isinstance(row[key], str) else row[key] for key, limit in limits.items()}
 
 
@@ -231,51 +221,56 @@ def clip(text: str, limit: int) -> str:
     return f"{text[:half]}\n\n[… {len(text) - 2 * half:,} characters left out …]\n\n{text[-half:]}"
 
 
-def _traces(path: Path, name: str, owner: int | None, folders: Sequence[Path]) -> Traces:
-    found, groups = Traces(name, owner), defaultdict(list)
-    for offset, row in lines(path, Trace):
-        writer = np.frombuffer((row.get("writer") or "").encode("ascii", "replace"), np.uint8) == ord("s")
+def _trace_file(path: Path, name: str, owner: int | None, folders: Sequence[Path]) -> TraceFile:
+    found, groups = TraceFile(name, owner), defaultdict(list)
+    for offset, trace in traces_lib.stream(path, torn="drop"):
+        writer = np.frombuffer((trace.writer or "").encode("ascii"), np.uint8) == ord("s")
         if len(writer) > len(found.by_anyone):
             longer = (0, len(writer) - len(found.by_anyone))
             found.by_student, found.by_anyone = np.pad(found.by_student, longer), np.pad(found.by_anyone, longer)
         found.by_student[: len(writer)] += writer
         found.by_anyone[: len(writer)] += 1
         found.total += 1
-        found.lengths.append(len(row.get("response_ids") or writer))
-        if row.get("acceptance") is not None:
-            found.acceptance.append(row["acceptance"])
-        found.finish[clip(row.get("finish") or "unknown", MAX_ANSWER)] += 1
-        reason = clip((row.get("drop") or "").split(":")[0], MAX_ANSWER)
+        found.lengths.append(len(trace.response_ids))
+        if trace.acceptance is not None:
+            found.acceptance.append(trace.acceptance)
+        found.finish[clip(trace.finish, MAX_ANSWER)] += 1
+        reason = clip((trace.drop or "").split(":")[0], MAX_ANSWER)
         if reason:
             found.drops[reason] += 1
-        found.mentions += reason == "artefact" or mention(row.get("text") or "", PHRASES) is not None
+        found.mentions += reason == "artefact" or mention(trace.text, PHRASES) is not None
         groups[reason].append(offset)
-    found.rows = [_trace(row) for row in strict_json.read_at(path, spread(groups, MAX_TRACES))]
+    found.rows = [_shown(trace) for trace in traces_lib.read_at(path, spread(groups, MAX_TRACES))]
     places = {(row["problem_id"], row["sample"]): row for row in found.rows}
     for folder in dict.fromkeys(folders):
-        for _, score in lines(folder / "token_scores.jsonl", Scores):
+        for _, score in lines(folder / "token_scores.jsonl", ScoreRow):
             row = places.get((clip(score["problem_id"], MAX_ANSWER), score["sample"]))
             if row is not None and row["push"] is None and len(score["log_ratio"]) == row["tokens"]:
-                row["push"], found.scored = _logs(score["log_ratio"]), True
+                row["push"], found.scored = _rounded(score["log_ratio"]), True
     return found
 
 
-def _trace(row: dict[str, Any]) -> dict[str, Any]:
+def _shown(trace: Trace) -> dict[str, Any]:
+    """What the page's trace viewer gets of a trace."""
     return {
-        **{key: row.get(key) for key in ("sample", "acceptance")},
-        **{key: clip(row.get(key) or "", MAX_ANSWER) or None for key in ("problem_id", "finish", "drop")},
-        "tokens": len(row.get("response_ids") or row.get("writer") or ""),
-        "text": clip(row.get("text") or "", MAX_TEXT),
-        "writer": (row.get("writer") or "")[:MAX_TOKENS],
-        "ids": (row.get("response_ids") or [])[:MAX_TOKENS],
-        "pieces": row["pieces"][:MAX_TOKENS] if row.get("pieces") else None,
-        **{key: _logs(row.get(key)) for key in ("logq", "log_student", "log_privileged")},
+        "sample": trace.sample,
+        "acceptance": trace.acceptance,
+        "problem_id": clip(trace.problem_id, MAX_ANSWER),
+        "finish": clip(trace.finish, MAX_ANSWER),
+        "drop": clip(trace.drop or "", MAX_ANSWER) or None,
+        "tokens": len(trace.response_ids),
+        "text": clip(trace.text, MAX_TEXT),
+        "writer": (trace.writer or "")[:MAX_TOKENS],
+        "ids": list(trace.response_ids[:MAX_TOKENS]),
+        "logq": _rounded(trace.logq),
+        "log_student": _rounded(trace.log_student),
+        "log_privileged": _rounded(trace.log_privileged),
         "push": None,
     }
 
 
-def _logs(values: Sequence[float | None] | None) -> list[float | None] | None:
-    """Rounded, with null for what JSON cannot say."""
+def _rounded(values: Sequence[float | None] | None) -> list[float | None] | None:
+    """The first values, rounded, with null for what JSON cannot express."""
     if values is None:
         return None
     return [None if v is None or not math.isfinite(v) else round(v, 3) for v in values[:MAX_TOKENS]]

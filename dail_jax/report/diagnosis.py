@@ -12,7 +12,7 @@ import numpy as np
 from dail_jax.evaluate import passk
 from dail_jax.evaluate.files import UNTRAINED
 from dail_jax.report.charts import places
-from dail_jax.report.collect import Run, Traces, setting
+from dail_jax.report.collect import Run, TraceFile, setting
 
 RESAMPLES = 1000
 ARTEFACTS = 0.05  # a larger share of traces that mention the reference is a warning
@@ -42,7 +42,7 @@ MEANINGS = {
 }
 
 
-def find(runs: Sequence[Run], traces: Sequence[Traces]) -> list[Finding]:
+def find(runs: Sequence[Run], traces: Sequence[TraceFile]) -> list[Finding]:
     """All checks for which there are figures, those that saw something first."""
     first = baseline(runs)
     checks: list[Check] = [
@@ -86,7 +86,7 @@ def _points(found: passk.Difference) -> str:
     return f"{100 * found.mean:+.1f} points [{100 * found.low:+.1f}, {100 * found.high:+.1f}], p = {found.p:.2g}"
 
 
-def _artefacts(traces: Sequence[Traces]) -> Iterator[Check]:
+def _artefacts(traces: Sequence[TraceFile]) -> Iterator[Check]:
     for t in traces:
         if t.total:
             share = t.mentions / t.total

@@ -21,7 +21,7 @@ import jinja2
 
 from dail_jax.evaluate import protocol
 from dail_jax.report import charts, collect, diagnosis
-from dail_jax.report.collect import Run, Traces
+from dail_jax.report.collect import Run, TraceFile
 from dail_jax.rundir import write_atomic
 
 # Rows of the table that says what was run; others follow where runs differ.
@@ -61,14 +61,13 @@ def write(
     found, shown = collect.read(runs, traces)
     for trace in (row for file in shown for row in file.rows):
         ids = trace.pop("ids")
-        if decode is not None and not trace["pieces"]:
-            trace["pieces"] = decode(ids)
+        trace["pieces"] = decode(ids) if decode is not None else None
     html = render(found, shown, title, collect.left_out(runs, traces))
     write_atomic(out, html.encode("utf-8", "replace"))
     return out
 
 
-def render(runs: Sequence[Run], traces: Sequence[Traces], title: str, left_out: Sequence[str] = ()) -> str:
+def render(runs: Sequence[Run], traces: Sequence[TraceFile], title: str, left_out: Sequence[str] = ()) -> str:
     """The page's HTML; the same for the same runs."""
     room = resources.files("dail_jax.report")
     html, css, js = (room.joinpath(f"page.{kind}").read_text("utf-8") for kind in ("html", "css", "js"))

@@ -15,7 +15,9 @@ import numpy as np
 from rich.table import Table
 
 from dail_jax import config as config_lib
+from dail_jax.data import traces as traces_lib
 from dail_jax.data.records import Row, read_rows
+from dail_jax.data.traces import Trace
 from dail_jax.data.waypoints import final_answer
 from dail_jax.errors import UserError
 from dail_jax.evaluate.grading import Grader, extract
@@ -24,7 +26,7 @@ from dail_jax.metrics import console, log
 from dail_jax.report import plots
 from dail_jax.report.charts import Chart, Series
 from dail_jax.rundir import write_atomic
-from dail_jax.stages import experiment, generate
+from dail_jax.stages import experiment, generate, recipes
 from dail_jax.text import mention
 
 SHARES = ("right", "student's tokens", "artefacts", "finished")
@@ -42,12 +44,13 @@ def run(config: config_lib.Config, tau: str) -> None:
         own = config_lib.with_overrides(experiment.arm(parent, name), {"traces": None}, name)
         generate.run(own)
         if jax.process_index() == 0:
-            found[changes["generate.tau"]] = measure(generate.read_traces(own), rows, config.filters, config.seed)
+            traces = traces_lib.read(recipes.traces_path(own))
+            found[changes["generate.tau"]] = measure(traces, rows, config.filters, config.seed)
     if found:
         write(found, Path(config.run_dir))
 
 
-def measure(traces: list[dict], rows: list[Row], cfg: config_lib.Filters, seed: int) -> dict:
+def measure(traces: list[Trace], rows: list[Row], cfg: config_lib.Filters, seed: int) -> dict:
     """Shares of all traces, dropped or not, with 95% intervals over problems, and mean tokens.
 
     `right` only if every row has an answer. `artefacts` are the filters' phrases and the default ones, so that a
@@ -55,21 +58,21 @@ def measure(traces: list[dict], rows: list[Row], cfg: config_lib.Filters, seed: 
     """
     phrases = (*cfg.artefacts, *config_lib.Filters().artefacts)
     golds = {row.problem_id: final_answer(row) or "" for row in rows}
-    of: dict[str, Callable[[dict], float]] = {
-        "student's tokens": lambda t: t["acceptance"],
-        "artefacts": lambda t: mention(t["text"], phrases) is not None,
-        "finished": lambda t: t["finish"] == "stop",
+    of: dict[str, Callable[[Trace], float]] = {
+        "student's tokens": lambda t: t.acceptance or 0.0,
+        "artefacts": lambda t: mention(t.text, phrases) is not None,
+        "finished": lambda t: t.finish == "stop",
     }
     with Grader() as grader:
         if all(golds.values()):
-            of["right"] = lambda t: grader.grade(extract(t["text"]), golds[t["problem_id"]]).correct
+            of["right"] = lambda t: grader.grade(extract(t.text), golds[t.problem_id]).correct
         shares = {}
         for name, share in of.items():
             problems = collections.defaultdict(list)
             for t in traces:
-                problems[t["problem_id"]].append(share(t))
+                problems[t.problem_id].append(share(t))
             shares[name] = bootstrap([float(np.mean(x)) for x in problems.values()], seed, 1000)._asdict()
-    return {"traces": len(traces), "tokens": float(np.mean([len(t["response_ids"]) for t in traces])), **shares}
+    return {"traces": len(traces), "tokens": float(np.mean([len(t.response_ids) for t in traces])), **shares}
 
 
 def write(found: dict[float, dict], folder: Path) -> None:

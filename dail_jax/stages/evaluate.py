@@ -29,6 +29,7 @@ from dail_jax.evaluate.grading import Grader
 from dail_jax.metrics import Metrics, console, log, progress
 from dail_jax.rundir import Interrupt, Interrupted, Journal, RunDir, json_line, write_atomic
 from dail_jax.sample.sampler import Request, Sampler, checked
+from dail_jax.shapes import Natural, Shape, check_all
 from dail_jax.stages import names, recipes, samplers
 from dail_jax.stages.generate import report_usage
 from dail_jax.stages.session import Session, open_session
@@ -37,13 +38,13 @@ from dail_jax.text import open_tag
 JOURNAL, FORCED = recipes.DRAWN
 
 
-class DrawnSample(files.Shape):
-    sample: files.Natural
-    ids: list[files.Natural]
+class DrawnSample(Shape):
+    sample: Natural
+    ids: list[Natural]
     finish: str
 
 
-class Drawn(files.Shape):
+class Drawn(Shape):
     """A row of the journal: all samples of a request."""
 
     name: str
@@ -196,7 +197,7 @@ def draw(session: Session, todo: list[Problem], run_dir: RunDir, metrics: Metric
 def collect(sampler: Sampler, requests: list[Request], path: Path, label: str, count: int) -> dict[str, list[dict]]:
     """The samples {sample, ids, finish} of each request by name; each request is durable in the journal once finished."""
     journal = Journal(path)
-    rows = files.check_all(journal.rows, Drawn, path)
+    rows = check_all(journal.rows, Drawn, path)
     finished: dict[str, list[dict]] = {row["name"]: row["samples"] for row in rows}
     parts: dict[str, list] = collections.defaultdict(list)
     with progress(label, len(requests), "problems", len(finished)) as bar, Interrupt() as interrupt:

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from dail_jax import mesh as mesh_lib
-from dail_jax.data import batches
+from dail_jax.data import batches, traces
 from dail_jax.data.batches import Example
 from dail_jax.data.records import Row
 from dail_jax.data.waypoints import final_answer
@@ -27,7 +27,7 @@ from dail_jax.metrics import Metrics, log
 from dail_jax.rundir import Interrupt
 from dail_jax.sample.engine import Engine
 from dail_jax.sample.sampler import Request, ScoredSample
-from dail_jax.stages.generate import read_traces
+from dail_jax.stages.recipes import traces_path
 from dail_jax.stages.session import Session
 from dail_jax.text import open_tag
 from dail_jax.train import loop
@@ -75,9 +75,9 @@ def hints_of(session: Session, rows: list[Row]) -> dict[str, str | list[str]]:
     if online.hint == "waypoints":
         return {row.problem_id: session.prompts.values(row)[0]["waypoints"] for row in rows}
     hints: dict[str, str | list[str]] = {}
-    for trace in sorted(read_traces(session.config), key=lambda t: t["drop"] is not None):
-        ids = trace["response_ids"]
-        hints.setdefault(trace["problem_id"], session.tokenizer.decode(ids[: min(online.hint_tokens, len(ids) // 2)]))
+    for trace in sorted(traces.read(traces_path(session.config)), key=lambda t: t.drop is not None):
+        ids = trace.response_ids
+        hints.setdefault(trace.problem_id, session.tokenizer.decode(ids[: min(online.hint_tokens, len(ids) // 2)]))
     return hints
 
 

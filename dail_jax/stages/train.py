@@ -12,15 +12,14 @@ from dail_jax import config as config_lib
 from dail_jax import mesh as mesh_lib
 from dail_jax.checkpoint import store
 from dail_jax.checkpoint.store import Store
-from dail_jax.data import batches
+from dail_jax.data import batches, traces
 from dail_jax.data.batches import Example
 from dail_jax.data.records import Row, read_rows
 from dail_jax.errors import UserError
 from dail_jax.metrics import Metrics, log
 from dail_jax.model.lora import Lora
 from dail_jax.rundir import Interrupt, RunDir, Stage, json_line, write_atomic
-from dail_jax.stages import recipes
-from dail_jax.stages.generate import check_golds, mark_drops, read_traces
+from dail_jax.stages import drops, recipes
 from dail_jax.stages.online import Rounds
 from dail_jax.stages.recipes import traces_path
 from dail_jax.stages.session import Session, open_session, release_decoding
@@ -37,9 +36,9 @@ def run(config: config_lib.Config) -> None:
         raise UserError("missing: training wants rows", field="data")
     rows = read_rows(config.data)
     if method.source == "samples":
-        check_golds(config, rows)
+        drops.check_golds(config, rows)
     if method.reads_traces(config.train):
-        read_traces(config)
+        traces.read(traces_path(config))
         mesh_lib.from_first(lambda: recipes.check_traces(config))
     with RunDir(config) as run_dir, run_dir.stage(recipes.train(config, rows)) as stage:
         if stage.done:
@@ -112,24 +111,11 @@ def examples_of(session: Session, method: methods.Method, rows: list[Row], metri
         metrics.left_out("solutions cut to fit", sum(prompts.cut for prompts in built.values()), len(rows))
         examples = [example(row.problem_id, row.problem_id, built[row.problem_id].expert) for row in rows]
     else:
-        traces = read_traces(config)
-        unknown = next((t["problem_id"] for t in traces if t["problem_id"] not in built), None)
-        if unknown is not None:
-            raise UserError(f"got a trace of problem {unknown!r}, which is not in the data", file=traces_path(config))
-        mark_drops(traces, rows, config)
-        alien = next((n for n, t in enumerate(traces, 1) if max(t["response_ids"], default=0) >= session.model.V), None)
-        if alien is not None:
-            raise UserError(
-                f"got a token id at or above the model's vocabulary of {session.model.V}",
-                file=traces_path(config),
-                row=alien,
-                field="response_ids",
-            )
-        examples = [
-            example(f"{t['problem_id']}/{t['sample']}", t["problem_id"], t["response_ids"])
-            for t in traces
-            if t["drop"] is None
-        ]
+        path = traces_path(config)
+        found = traces.read(path)
+        traces.verify(found, built, session.tokenizer, session.model.V, path)
+        kept = [trace for trace in drops.mark(found, rows, config) if trace.drop is None]
+        examples = [example(trace.name, trace.problem_id, trace.response_ids) for trace in kept]
     fitting = [e for e in examples if max(map(len, e.prompts.values())) + len(e.response) <= limit]
     dropped = f"examples dropped: prompt and response are above train.max_tokens={limit}"
     metrics.left_out(dropped, len(examples) - len(fitting), len(examples))
