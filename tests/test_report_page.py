@@ -1,4 +1,4 @@
-"""The page and the plots of synthetic runs: structure, figures, escaping, and that nothing leads out of the page."""
+"""The page and the plots of synthetic runs: structure, figures, escaping, and that the page fetches nothing."""
 
 import base64
 import hashlib
@@ -52,7 +52,7 @@ def config_of(folder: Path, arm: str) -> config_lib.Config:
 
 
 def make_run(folder: Path, arm: str, problems: int = PROBLEMS, steps: int = 60) -> Path:
-    """All the files of an arm; `known` falls in the arm nll, and longer budgets help."""
+    """All files of an arm; the arm nll gets worse on `known`, and longer budgets help."""
     folder.mkdir(parents=True)
     rng, cfg = np.random.default_rng([len(arm), ord(arm[0])]), config_of(folder, arm)
     (folder / "config.yaml").write_text(config_lib.dump(cfg))
@@ -202,7 +202,7 @@ def make_traces(path: Path, count: int = 40) -> Path:
 
 
 class Page(HTMLParser):
-    """Elements with attributes, ids, and the texts of scripts and styles."""
+    """The elements of a page with their attributes, and the texts of its scripts and styles."""
 
     def __init__(self, text: str):
         super().__init__(convert_charrefs=True)
@@ -364,7 +364,7 @@ def test_files_of_a_run_in_progress(tmp_path):
             file.write('{"torn": ')
     with open(run / "metrics.jsonl", "r+") as file:
         rows = file.read()
-        file.seek(0)  # a resumed run writes some updates twice: the later values count
+        file.seek(0)  # a resumed run writes some updates twice, and the later values count
         file.write(
             rows.replace('{"torn": ', "") + json.dumps({"stage": "train", "step": 60, "time": 1, "loss": 77.0}) + "\n"
         )
@@ -374,7 +374,7 @@ def test_files_of_a_run_in_progress(tmp_path):
 
 
 def test_comparison_of_runs_that_lie_anywhere(tmp_path, capsys, monkeypatch):
-    """Two experiments with arms of one name, each with its own traces and scores of the same problems."""
+    """Two experiments whose arms have the same name, each with its own traces and scores of the same problems."""
     for i, place in enumerate(("one", "two")):
         run = make_run(tmp_path / place / "dail", "dail")
         make_traces(run / "traces.jsonl")
@@ -404,7 +404,7 @@ def test_comparison_of_runs_that_lie_anywhere(tmp_path, capsys, monkeypatch):
     data = Page((out / "report.html").read_text("utf-8")).data()
     assert data["runs"] == [str(tmp_path / name) for name in ("base", "one/dail", "two/dail")]
     pushes = {(trace["file"], trace["push"][0]) for trace in data["traces"]}
-    assert pushes == {(data["runs"][1], 0.0), (data["runs"][2], 1.0)}  # nobody has the other's scores
+    assert pushes == {(data["runs"][1], 0.0), (data["runs"][2], 1.0)}  # neither has the scores of the other
     assert launch.main(["compare", str(tmp_path / "comparison")]) == 2
     assert "got no results.json here or in its folders, want a finished evaluation" in capsys.readouterr().err
     results = tmp_path / "base" / "results.json"
@@ -426,7 +426,7 @@ TRACE = {"problem_id": "a", "sample": 0, "response_ids": [1], "text": "x", "fini
 
 
 def second(line: str):
-    """A change that makes this the second row."""
+    """A change that puts this line in place of the second row."""
     return lambda text: text.replace(text.split("\n")[1], line, 1)
 
 
@@ -459,7 +459,7 @@ def second(line: str):
     ],
 )
 def test_damaged_files_are_refused_in_one_line(damaged, file, change, message, capsys):
-    """With the file, its row and the field; by `report`, and by `compare`, which reads the same."""
+    """The line names the file, its row and the field; `report` and `compare` read the same files."""
     whole = (damaged / file).read_text()
     (damaged / file).write_text(change(whole))
     try:
@@ -479,7 +479,7 @@ def damaged(tmp_path_factory):
 
 
 def test_short_fields_of_samples_are_clipped(damaged):
-    """An answer may be as long as a text: the page stays small."""
+    """An answer may be as long as a text, and the page must stay small."""
     rows = [
         {**json.loads(line), "answer": "1" * 5000, "gold": "2" * 5000}
         for line in (damaged / "samples.jsonl").read_text().splitlines()
@@ -494,7 +494,7 @@ def test_short_fields_of_samples_are_clipped(damaged):
     assert run.samples[0]["text"] == rows[0]["text"] and run.samples[0]["tokens"] == rows[0]["tokens"]
 
 
-def test_traces_without_pieces_or_roles(tmp_path):
+def test_traces_without_a_tokenizer_or_a_role(tmp_path):
     run = tmp_path / "run"
     run.mkdir()
     dump(
@@ -551,7 +551,7 @@ def test_plots_are_the_same_bytes(runs, tmp_path):
 
 
 def test_lists_hold_options_alone():
-    """As a listbox may; the browser's checks are in benchmarks/browser.py."""
+    """A listbox may hold nothing else; checks in a browser are in benchmarks/browser.py."""
     script = (Path(page.__file__).parent / "page.js").read_text()
     items = re.findall(r'make\("li", \{(.*?)\}', script)
     assert items and all('role: "option"' in item for item in items)
@@ -569,7 +569,7 @@ def test_page_and_plots_share_their_colours():
 
 
 def seen_in(runs, traces=None) -> dict[str, str]:
-    """The figures of what was seen, by title."""
+    """The figures of the signs that were seen, by title."""
     return {f.title: " | ".join(f.figures) for f in diagnosis.find(*collect.read(runs, traces)) if f.seen}
 
 
@@ -605,7 +605,7 @@ def test_diagnosis_of_training_curves(tmp_path):
 
 
 def test_batches_of_another_length_are_no_spikes(tmp_path):
-    """Traces are cut at 256 tokens, some end before: those make batches of their own, whose loss is another."""
+    """Traces are cut at 256 tokens; those that end earlier make batches of their own, with another loss."""
     rng, run = np.random.default_rng(5), make_run(tmp_path / "dail", "dail")
     lengths = np.where(rng.random(640) < 0.9, 256, rng.integers(20, 200, 640))
     examples = [batches.Example(str(i), {"student": (1,)}, (1,) * int(n)) for i, n in enumerate(lengths)]
@@ -619,7 +619,7 @@ def test_batches_of_another_length_are_no_spikes(tmp_path):
     assert "Loss spikes" not in seen_in({"dail": run})
     dump(run / "metrics.jsonl", [{k: v for k, v in row.items() if k != "tokens"} for row in rows])
     found = re.search(r"(\d+) spikes", seen_in({"dail": run})["Loss spikes"])
-    assert found and int(found[1]) > 30  # which is what they look like without
+    assert found and int(found[1]) > 30  # what they look like if batch sizes are not known
     at = next(i for i in range(300, 480) if rows[i]["tokens"] == 16 * 256)
     rows[at]["loss"] += 0.2
     dump(run / "metrics.jsonl", rows)
@@ -627,7 +627,7 @@ def test_batches_of_another_length_are_no_spikes(tmp_path):
 
 
 def test_what_was_left_out_is_in_the_report(tmp_path, capsys):
-    """Not on the terminal alone; the last record of a stage counts, and none that says 0."""
+    """Not only on the terminal. The last record of a stage counts, and a count of 0 is not shown."""
     arms = {arm: make_run(tmp_path / "r" / arm, arm) for arm in ("base", "dail")}
     root, arm = (metrics.Metrics(tmp_path / "r" / name, config_lib.Log(), stage) for name, stage in NAMES)
     for count in (12, 34):
@@ -649,11 +649,11 @@ def test_what_was_left_out_is_in_the_report(tmp_path, capsys):
     assert all(f'<li class="fine">{html.escape(line)}</li>' in page_text for line in lines)
     assert "problems skipped" not in page_text
     (root_run,), _ = collect.read({"root": tmp_path / "r"})
-    assert root_run.metrics.keys() == {metrics.LEFT_OUT}  # these are no curves of a stage
+    assert root_run.metrics.keys() == {metrics.LEFT_OUT}  # such counts are not curves of a stage
 
 
 def test_few_problems_show_nothing(tmp_path):
-    """On one problem the interval of a difference has no width, whatever it is: neither a colour nor a finding."""
+    """With one problem the interval of a difference has no width, so there is neither a colour nor a finding."""
     runs = {arm: make_run(tmp_path / arm, arm, problems=1) for arm in ("base", "nll")}
     for arm, right in (("base", 5), ("nll", 2)):
         rewrite(runs[arm], lambda b, c=right: b["known"]["256"].update(per_problem={"known-000": [c, SAMPLES]}))
@@ -673,7 +673,7 @@ def rewrite(run: Path, change) -> None:
 
 
 def test_diagnosis_of_shortcuts_and_long_budgets(tmp_path):
-    """Better on what was trained on alone; then worse with more tokens."""
+    """First better on the training problems alone, then worse with more tokens."""
     base, dail = make_run(tmp_path / "base", "base"), make_run(tmp_path / "dail", "dail")
     for run in (base, dail):
         tree = config_lib.read_yaml(run / "config.yaml")

@@ -1,4 +1,4 @@
-"""Interrupted and killed stages go on where they stopped, to the same bytes as if nothing had happened."""
+"""Interrupted and killed stages resume where they stopped, and end with the same bytes as an undisturbed run."""
 
 import random
 import shutil
@@ -21,13 +21,13 @@ def one(programs):
 
 
 def stop_after(monkeypatch, looks):
-    """SIGTERM arrives just before a stage looks for the n-th time."""
+    """SIGTERM arrives just before a stage checks for it for the n-th time."""
     seen = []
     monkeypatch.setattr(rundir.Interrupt, "wanted", property(lambda _: seen.append(1) or len(seen) == looks))
 
 
 def same_training(folder, whole):
-    """Final parameters, losses and checkpoints equal the uninterrupted run's, bit for bit."""
+    """Final parameters, losses and checkpoints equal those of the uninterrupted run, bit for bit."""
     assert tiny.losses(folder) == tiny.losses(whole)
     name = "adapter/adapter_model.safetensors"
     for run in (folder, whole):
@@ -38,7 +38,7 @@ def same_training(folder, whole):
     store.close()
 
 
-def test_generate_goes_on_after_an_interrupt_and_a_torn_line(tmp_path, pipeline, monkeypatch, capsys):
+def test_generate_resumes_after_an_interrupt_and_a_torn_line(tmp_path, pipeline, monkeypatch, capsys):
     folder, path = tmp_path / "run", tiny.write(tmp_path / "run")
     stop_after(monkeypatch, 5)
     assert tiny.run("generate", path) == 0
@@ -54,7 +54,7 @@ def test_generate_goes_on_after_an_interrupt_and_a_torn_line(tmp_path, pipeline,
 
 
 def test_a_kill_between_traces_and_the_mark_costs_nothing(tmp_path, pipeline, monkeypatch):
-    """The journal goes only after run.json says that the stage is done."""
+    """The journal is deleted only once run.json says that the stage is done."""
     folder, path = tmp_path / "run", tiny.write(tmp_path / "run")
     monkeypatch.setattr(rundir, "_now", iter(["start"]).__next__)  # the second call, for the mark, fails
     with pytest.raises((StopIteration, RuntimeError)):
@@ -67,7 +67,7 @@ def test_a_kill_between_traces_and_the_mark_costs_nothing(tmp_path, pipeline, mo
     assert not (folder / "traces.partial.jsonl").exists()
 
 
-def test_evaluate_goes_on_after_an_interrupt(tmp_path, pipeline, monkeypatch):
+def test_evaluate_resumes_after_an_interrupt(tmp_path, pipeline, monkeypatch):
     folder, path = tmp_path / "run", tiny.write(tmp_path / "run")
     shutil.copytree(pipeline / "checkpoints", folder / "checkpoints")
     shutil.copy(pipeline / "run.json", folder)
@@ -83,13 +83,13 @@ def test_evaluate_goes_on_after_an_interrupt(tmp_path, pipeline, monkeypatch):
 
 
 @pytest.mark.parametrize("looks", [1, 3])
-def test_training_goes_on_after_an_interrupt(tmp_path, pipeline, monkeypatch, capsys, looks):
+def test_training_resumes_after_an_interrupt(tmp_path, pipeline, monkeypatch, capsys, looks):
     folder = tmp_path / "run"
     path = tiny.write(folder, traces=str(pipeline / "traces.jsonl"))
     stop_after(monkeypatch, looks)
     assert tiny.run("train", path) == 0
     assert f"train: stopped and saved at update {looks} of 6; call again to resume" in capsys.readouterr().out
-    with (folder / "metrics.jsonl").open("a") as file:  # updates after the checkpoint, lost in a crash
+    with (folder / "metrics.jsonl").open("a") as file:  # updates after the checkpoint, which a crash loses
         file.write('{"stage": "train", "step": 4, "loss": 99}\n{"stage": "tr')
     assert tiny.run("train", path) == 0
     assert f"train: resuming at update {looks}" in capsys.readouterr().out
@@ -141,7 +141,7 @@ def test_changed_traces_are_noticed(tmp_path, pipeline, monkeypatch, capsys):
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory, pipeline, programs):
-    """Uninterrupted runs of generate and train in processes of their own: other threads round otherwise."""
+    """Uninterrupted runs of generate and train in processes of their own: with other threads, rounding differs."""
     folder = tmp_path_factory.mktemp("whole")
     generate = tiny.write(folder / "generate", generate__slots=2)
     train = tiny.write(folder / "train", traces=str(pipeline / "traces.jsonl"))
@@ -152,7 +152,7 @@ def whole(tmp_path_factory, pipeline, programs):
 
 
 def test_sigkill_in_generate_loses_no_finished_problem(tmp_path, pipeline, programs, whole):
-    """Kills at random moments: what was durable stays, nothing twice, and the same bytes in the end."""
+    """Kills at random moments: what was durable stays, nothing is drawn twice, and the final bytes are the same."""
     folder, path = tmp_path / "run", tiny.write(tmp_path / "run", generate__slots=2)
     journal, rng, acknowledged = folder / "traces.partial.jsonl", random.Random(3), []
     for _ in range(2):
@@ -167,11 +167,11 @@ def test_sigkill_in_generate_loses_no_finished_problem(tmp_path, pipeline, progr
     assert status == 0, err
     assert (folder / "traces.jsonl").read_bytes() == (whole / "generate" / "traces.jsonl").read_bytes()
     got, want = tiny.lines(folder / "traces.jsonl"), tiny.lines(pipeline / "traces.jsonl")
-    assert [t["response_ids"] for t in got] == [t["response_ids"] for t in want]  # other slots, the same traces
+    assert [t["response_ids"] for t in got] == [t["response_ids"] for t in want]  # with other slots, the same traces
 
 
 def test_signals_in_train(tmp_path, pipeline, programs, whole):
-    """SIGTERM saves and ends with 0; SIGKILL costs what came after the last save; the end is bit-identical."""
+    """SIGTERM saves and exits with 0; SIGKILL loses what came after the last save; the results are bit-identical."""
     folder = tmp_path / "run"
     path = tiny.write(folder, traces=str(pipeline / "traces.jsonl"))
     log = folder / "metrics.jsonl"
@@ -192,7 +192,7 @@ def test_signals_in_train(tmp_path, pipeline, programs, whole):
 
 
 def test_worker_processes_feed_the_same_batches_and_die_with_their_parent(tmp_path, pipeline, programs, whole):
-    """Two of them: the same losses across a SIGKILL and a resume, and no orphan 10 s after their parent's death."""
+    """Two workers: the same losses across a SIGKILL and a resume, and no orphan 10 s after their parent's death."""
     folder = tmp_path / "run"
     path = tiny.write(folder, traces=str(pipeline / "traces.jsonl"), train__workers=2, train__save_every=1)
     process = tiny.start("train", path, programs)

@@ -12,8 +12,8 @@ import numpy as np
 from dail_jax.report.collect import Run, TraceFile
 
 BINS = 40
-POINTS = 240  # of one curve; a longer one becomes means with their range
-NATS = "nats a token"
+POINTS = 240  # per curve; a longer one becomes means with their range
+NATS = "nats per token"
 TRAINING = {  # metric: (title, unit)
     "loss": ("Loss", NATS),
     "excess": ("Excess, KL to the optimum", NATS),
@@ -31,7 +31,7 @@ Point = tuple[float, float, float, float]  # x, y, and y's low and high end
 
 @dataclass(frozen=True)
 class Series:
-    """`colour` is the place of the run, or -1 for what all runs share."""
+    """One curve. `colour` is the index of its run, or -1 for what all runs share."""
 
     name: str
     colour: int
@@ -40,9 +40,11 @@ class Series:
 
 @dataclass(frozen=True)
 class Chart:
-    """`kind`: "line", "marked" (line with points) or "step" (points are left edges of bins, the last one closes).
+    """One chart. `kind` is "line", "marked" (a line with its points) or "step" (points are the left edges of bins, the
+    last one the end).
 
-    Charts of one section and one variant are shown together; the reader chooses the variant, at first the first.
+    The charts of a section that share a variant are shown together. The page shows the first variant until its reader
+    chooses another.
     """
 
     section: str
@@ -57,12 +59,12 @@ class Chart:
 
 
 def build(runs: Sequence[Run], traces: Sequence[TraceFile]) -> list[Chart]:
-    """All charts for which there are data, in the order of the page."""
+    """All charts that there are data for, in the order of the page."""
     return [*_pass_at_k(runs), *_against_tokens(runs), *_lengths(runs), *_training(runs), *_traces(traces)]
 
 
 def places(runs: Sequence[Run]) -> dict[str, list[str]]:
-    """The budgets of every benchmark that some run has results for, the longest last."""
+    """The budgets of every benchmark that any run has results for, ascending."""
     budgets: dict[str, set[str]] = {}
     for run in runs:
         for name, found in run.benchmarks.items():
@@ -71,7 +73,7 @@ def places(runs: Sequence[Run]) -> dict[str, list[str]]:
 
 
 def thin(points: Sequence[tuple[float, float]], limit: int = POINTS) -> list[Point]:
-    """The points, or for many of them means of neighbours with their range, so that a spike stays visible."""
+    """The points; if there are many, means of neighbours with their range, so that a spike stays visible."""
     size = math.ceil(len(points) / limit) if points else 1
     groups = [np.array(points[i : i + size], np.float64) for i in range(0, len(points), size)]
     return [(float(g[-1, 0]), float(g[:, 1].mean()), float(g[:, 1].min()), float(g[:, 1].max())) for g in groups]
@@ -80,7 +82,10 @@ def thin(points: Sequence[tuple[float, float]], limit: int = POINTS) -> list[Poi
 def histogram(
     values: Mapping[tuple[str, int], Sequence[float]], span: tuple[float, float] | None = None, bins: int = BINS
 ) -> list[Series]:
-    """Shares of each (name, colour)'s values in common bins over `span`, or over whole numbers from least to most."""
+    """The shares of values per bin, a series for each (name, colour).
+
+    All series have the same bins: over `span`, or over the integers from the least value to the greatest.
+    """
     if not any(len(v) for v in values.values()):
         return []
     if span is not None:
@@ -182,7 +187,7 @@ def _traces(traces: Sequence[TraceFile]) -> Iterable[Chart]:
         size, points = math.ceil(len(t.by_anyone) / BINS) or 1, []
         for start in range(0, len(t.by_anyone), size):
             ours, n = t.by_student[start : start + size].sum(), t.by_anyone[start : start + size].sum()
-            # Wilson's interval: it behaves at shares near 1, where these are.
+            # Wilson's interval, which is sound for shares near 1, as these are.
             p, z = ours / n, 1.96
             middle, half = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
             points.append(

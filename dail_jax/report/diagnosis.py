@@ -1,4 +1,4 @@
-"""Failure signatures of the method (arXiv 2602.02405) that figures of the runs can show, each with those figures."""
+"""Signs that the method has failed (arXiv 2602.02405), each with the figures that show it, or that show it is absent."""
 
 from __future__ import annotations
 
@@ -16,13 +16,15 @@ from dail_jax.report.collect import Run, TraceFile, setting
 
 RESAMPLES = 1000
 ARTEFACTS = 0.05  # a larger share of traces that mention the reference is a warning
-WINDOW, MADS = 20, 10.0  # a loss this many deviations above the median of this many earlier updates is a spike
-ALIKE = 1.25  # ... of those whose batches had as many tokens, to within this factor
+# A spike is a loss more than MADS deviations above the median of the last WINDOW updates with batches of like size, that
+# is with as many tokens to within a factor of ALIKE.
+WINDOW, MADS = 20, 10.0
+ALIKE = 1.25
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One check over some runs. `seen`: the signature is there; the figures are given either way, and are not alike."""
+    """One check over some runs. `seen` says whether the sign is there; there are figures in either case."""
 
     seen: bool
     title: str
@@ -35,7 +37,7 @@ Check = tuple[bool, str, str]  # (seen, title, figures) of one run
 MEANINGS = {
     "Traces that mention the reference": "tau too high, or a reasoning model sampled directly",
     "Better on its training problems alone": "shortcuts were learnt instead of reasoning",
-    "Below the untrained model": "over-fitting, or no pairs of the old kinds in the data",
+    "Below the untrained model": "over-fitting, or training data without the kinds of problems that got worse",
     "Accuracy falling at long budgets": "privileged distillation has cost a thinking model its long thoughts",
     "Loss spikes": "gamma or the learning rate too high",
     "Excess not falling": "gamma or the learning rate too high, or training too short",
@@ -43,7 +45,7 @@ MEANINGS = {
 
 
 def find(runs: Sequence[Run], traces: Sequence[TraceFile]) -> list[Finding]:
-    """All checks for which there are figures, those that saw something first."""
+    """All checks for which there are figures; those that saw something come first."""
     first = baseline(runs)
     checks: list[Check] = [
         *_artefacts(traces),
@@ -61,12 +63,12 @@ def find(runs: Sequence[Run], traces: Sequence[TraceFile]) -> list[Finding]:
 
 
 def baseline(runs: Sequence[Run]) -> int:
-    """The place of the untrained model among the runs, else of the first."""
+    """The index of the untrained model among the runs, or of the first run if there is none."""
     return next((i for i, run in enumerate(runs) if run.objective == UNTRAINED), 0)
 
 
 def difference(a: Run, b: Run, benchmark: str, budget: str) -> passk.Difference | None:
-    """How much higher pass@1 is in `b` than in `a`; None where they have not the same problems."""
+    """How much higher pass@1 is in `b` than in `a`; None unless both have the same problems."""
     counts = [run.benchmarks.get(benchmark, {}).get(budget, {}).get("per_problem") for run in (a, b)]
     return paired(*counts)
 
@@ -114,7 +116,7 @@ def _memorised(runs: Sequence[Run], first: int) -> Iterator[Check]:
 
 
 def _falling(runs: Sequence[Run], first: int) -> Iterator[Check]:
-    """Below the untrained model on some benchmark."""
+    """Worse than the untrained model on some benchmark."""
     if runs[first].objective != UNTRAINED:
         return
     for run in runs:
@@ -173,11 +175,11 @@ def _losses(runs: Sequence[Run]) -> Iterator[Check]:
 
 
 def _spikes(loss: np.ndarray, tokens: np.ndarray) -> list[int]:
-    """Places where the loss stands out from the last WINDOW before it on batches of about as many tokens.
+    """The indices at which the loss stands out from the last WINDOW losses on batches with about as many tokens.
 
-    Examples of like length are trained on together, and the loss of short responses is not that of long ones: most
-    batches of a run may be alike and some few be far off, at every update that takes them. Batches of a kind that has
-    not come often enough are not judged.
+    Examples of like length are trained on together, and short responses have another loss than long ones. So most
+    batches of a run may resemble each other while a few differ in every epoch, which is no spike. Batches of a size that
+    has not occurred often enough yet are not judged.
     """
     spikes = []
     for i, (value, count) in enumerate(zip(loss, tokens, strict=True)):
@@ -185,7 +187,9 @@ def _spikes(loss: np.ndarray, tokens: np.ndarray) -> list[int]:
         before = loss[:i][alike][-WINDOW:]
         if len(before) == WINDOW:
             middle = float(np.median(before))
-            spread = 1.4826 * float(np.median(np.abs(before - middle)))  # the standard deviation, were it Gaussian
+            spread = 1.4826 * float(
+                np.median(np.abs(before - middle))
+            )  # the standard deviation, if losses were Gaussian
             if value > middle + MADS * max(spread, 1e-6):
                 spikes.append(i)
     return spikes

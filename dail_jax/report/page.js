@@ -372,7 +372,7 @@ function showTrace(trace, query) {
   const head = [make("h3", {}, `${trace.problem_id}, sample ${trace.sample}`),
     facts([["tokens", whole(trace.tokens)], ["written by the student", trace.acceptance === null ? null : `${(100 * trace.acceptance).toFixed(1)}%`],
       ["finish", trace.finish], ["dropped for", trace.drop]])];
-  if (!trace.pieces) return [...head, marked(trace.text, query), make("p", { class: "note" }, "The traces have no texts of single tokens, so none is coloured.")];
+  if (!trace.pieces) return [...head, marked(trace.text, query), make("p", { class: "note" }, "The tokenizer was not found, so tokens cannot be told apart and coloured.")];
   const [box, paint] = tokensOf(trace), key = make("div", { class: "key" });
   const buttons = COLOURINGS.map(([name, has], i) => make("button", { type: "button", disabled: !has(trace), hidden: !has(trace),
     onclick: () => { colouring = i; update(); } }, name));

@@ -1,7 +1,7 @@
 """report.html: one page for a run or a comparison of runs, which needs no network and no server.
 
-Tables are written here; charts, samples and traces are JSON in the page that its own script draws. Every text of a
-model or a dataset goes through the template's escaping or the JSON's, and a content policy with the hashes of the
+Tables are written here; charts, samples and traces are embedded as JSON, which the page's own script draws. Every text
+from a model or a dataset is escaped by the template or as JSON, and a content security policy with the hashes of the
 page's own script and style keeps the browser from running or fetching anything else.
 """
 
@@ -24,7 +24,7 @@ from dail_jax.report import charts, collect, diagnosis
 from dail_jax.report.collect import Run, TraceFile
 from dail_jax.rundir import write_atomic
 
-# Rows of the table that says what was run; others follow where runs differ.
+# The first rows of the table that says what was run; the settings in which runs differ follow.
 SETTINGS = (
     "model.path",
     "data.path",
@@ -54,9 +54,9 @@ def write(
 ) -> Path:
     """Writes the page for run directories by name (arm), and returns its path; any file of a run may be missing.
 
-    `traces` is the traces.jsonl (or its folder) that the arms share; without it each run's own is shown. `decode`
-    gives the text of each token, for traces that do not carry it. Raises UserError where a directory is missing or
-    a file is damaged.
+    `traces` is the traces.jsonl (or its folder) that the arms share; without it each run's own is shown. `decode` gives
+    the text of each token id; without it the trace viewer cannot colour tokens. Raises UserError if a directory is
+    missing or a file is damaged.
     """
     found, shown = collect.read(runs, traces)
     for trace in (row for file in shown for row in file.rows):
@@ -68,7 +68,7 @@ def write(
 
 
 def render(runs: Sequence[Run], traces: Sequence[TraceFile], title: str, left_out: Sequence[str] = ()) -> str:
-    """The page's HTML; the same for the same runs."""
+    """The page's HTML; equal runs give equal bytes."""
     room = resources.files("dail_jax.report")
     html, css, js = (room.joinpath(f"page.{kind}").read_text("utf-8") for kind in ("html", "css", "js"))
     found = charts.build(runs, traces)
@@ -110,7 +110,7 @@ def _hash(text: str) -> str:
 
 
 def _json(data: Any) -> str:
-    """JSON that cannot end its script element or open a comment in it."""
+    """JSON that can neither end the script element that holds it nor open a comment in it."""
     text = json.dumps(data, separators=(",", ":"), allow_nan=False)
     return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
 
@@ -121,7 +121,7 @@ def _json(data: Any) -> str:
 
 
 def _settings(runs: Sequence[Run]) -> list[tuple[str, list[str], bool]]:
-    """(name, value of each run, whether they differ) of what identifies runs."""
+    """(name, value in each run, whether these differ) of everything that identifies runs."""
     flat = [_flatten(run.config) for run in runs]
     keys = dict.fromkeys(key for tree in flat for key in tree)
     differing = [
@@ -144,7 +144,7 @@ def _settings(runs: Sequence[Run]) -> list[tuple[str, list[str], bool]]:
 
 
 def _summary(settings: Sequence[tuple[str, list[str], bool]]) -> str:
-    """The line under the title: what all runs have in common."""
+    """The line below the title: what all runs have in common."""
     known = {key: values[0] for key, values, differ in settings if not differ}
     parts = [
         known.get("model.path"),
@@ -192,7 +192,10 @@ def _header(runs: Sequence[Run]) -> list[str]:
 
 
 def _results(runs: Sequence[Run]) -> list[tuple[str, list[tuple[int, str, list[dict[str, Any]]]]]]:
-    """(benchmark, budget and problems; its runs as (place, name, cells)); a cell: text, and note, interval, sign."""
+    """A table for each benchmark and budget: its caption, and (index, name, cells) of each run.
+
+    A cell has a `text`, and it may have a `note`, an `interval` to draw and a `sign` (better or worse).
+    """
     scores, first, sections = protocol.columns(run.benchmarks for run in runs), diagnosis.baseline(runs), []
     for name, budgets in charts.places(runs).items():
         for budget in budgets:

@@ -24,7 +24,7 @@ FILES = {
     "traces": "traces",
     "tau": "tau",
 }
-# The colours of page.css in its light scheme; the dashes tell curves apart in grey.
+# The colours of page.css in its light scheme; the dashes distinguish curves where there are more runs than colours.
 COLOURS = ("#2463c4", "#d1620a", "#16806a", "#a3388f", "#8a6d00", "#5b6472", "#c22f3d", "#3f8fb8")
 DASHES = ("-", "--", "-.", ":")
 COLUMNS = 3
@@ -39,17 +39,17 @@ STYLE: Any = {
     "legend.frameon": False,
     "svg.hashsalt": "dail_jax",
     "axes.axisbelow": True,
-    "text.parse_math": False,  # a run's name may hold dollar signs
+    "text.parse_math": False,  # the name of a run may contain dollar signs
 }
 
 
 def write(runs: Mapping[str, Path], folder: Path, traces: Path | None = None) -> list[Path]:
-    """Draws one figure for each kind of chart that there are data for; returns the files, PNG and SVG of each."""
+    """Draws one figure for each kind of chart that there are data for; returns the files, a PNG and an SVG of each."""
     return draw(charts.build(*collect.read(runs, traces)), folder)
 
 
 def draw(found: Sequence[charts.Chart], folder: Path) -> list[Path]:
-    """Figures of one panel a chart, written as FOLDER/NAME.png and .svg; the same bytes for the same charts."""
+    """Figures with one panel per chart, written as FOLDER/NAME.png and .svg; equal charts give equal bytes."""
     written = []
     with writing(folder), matplotlib.rc_context(STYLE):
         folder.mkdir(parents=True, exist_ok=True)
@@ -76,7 +76,7 @@ def draw(found: Sequence[charts.Chart], folder: Path) -> list[Path]:
 
 def _panel(ax: Axes, chart: charts.Chart) -> None:
     for series in chart.series:
-        place = max(series.colour, 0)  # what all runs share is drawn as the first
+        place = max(series.colour, 0)  # what all runs share has the first colour
         style: dict[str, Any] = {
             "color": COLOURS[place % len(COLOURS)],
             "linestyle": DASHES[place // len(COLOURS) % len(DASHES)],

@@ -1,6 +1,6 @@
-"""calibrate: traces at several tau, to choose one -> calibration.json, calibration.md and plots/tau.png of RUN_DIR.
+"""calibrate: traces at several values of tau, to choose one -> calibration.json, calibration.md and plots/tau.png.
 
-The larger tau, the more tokens the privileged student writes: more right traces, and more that cite the solution.
+The larger tau, the more tokens the privileged student writes: more traces are right, and more cite the solution.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ SHARES = ("right", "student's tokens", "artefacts", "finished")
 
 def run(config: config_lib.Config, tau: str) -> None:
     if config.data is None or config.traces:
-        raise UserError("calibration makes traces: it wants `data`, and no `traces`", field="data")
+        raise UserError("calibration makes its own traces: want `data`, and no `traces`", field="data")
     arms = experiment.combinations([f"generate.tau={tau}"])
     parent = config_lib.with_overrides(config, {"arms": arms, "train.objective": "dail"}, "--tau")
     rows = read_rows(config.data)
@@ -51,10 +51,10 @@ def run(config: config_lib.Config, tau: str) -> None:
 
 
 def measure(traces: list[Trace], rows: list[Row], cfg: config_lib.Filters, seed: int) -> dict:
-    """Shares of all traces, dropped or not, with 95% intervals over problems, and mean tokens.
+    """Shares of all traces, dropped or not, with 95% intervals over problems, and the mean number of tokens.
 
-    `right` only if every row has an answer. `artefacts` are the filters' phrases and the default ones, so that a
-    configuration that drops nothing for them is told how many there are.
+    `right` is given only if every row has an answer. `artefacts` counts the filters' phrases and the default ones, so
+    that a configuration without phrases learns how many traces contain them.
     """
     phrases = (*cfg.artefacts, *config_lib.Filters().artefacts)
     golds = {row.problem_id: final_answer(row) or "" for row in rows}
@@ -76,7 +76,7 @@ def measure(traces: list[Trace], rows: list[Row], cfg: config_lib.Filters, seed:
 
 
 def write(found: dict[float, dict], folder: Path) -> None:
-    """The table in the terminal and as Markdown, the figures as JSON, the plot."""
+    """Prints the table, and writes it as Markdown, the figures as JSON, and the plot."""
     header = ["tau", "traces", *(f"{name} %" for name in SHARES), "tokens"]
     percent = lambda x: "-" if x is None else f"{100 * x['mean']:.1f} [{100 * x['low']:.1f}, {100 * x['high']:.1f}]"  # noqa: E731
     cells = [

@@ -1,10 +1,10 @@
 """Training on what the student writes now: the methods whose source is `samples`.
 
-A round draws a group of samples for each of some problems with the LoRA as it is then, and makes the updates that
-problems * group / batch_size gives. Graded methods (`grpo`, arXiv 2402.03300) weigh right answers against their group's
-mean; hinted ones (`nurl`, arXiv 2509.25666) draw a group in which all fail again, with a hint in the prompt, and learn
-from that under the prompt with the hint. All that is drawn follows from (seed, round, place in the round), and
-checkpoints lie between rounds, so that resuming is exact.
+A rollout round draws a group of samples for each of a few problems with the current LoRA, and then makes
+problems * group / batch_size updates. Graded methods (`grpo`, arXiv 2402.03300) compare each reward with the mean of its
+group. Hinted ones (`nurl`, arXiv 2509.25666) draw a group again if all of it fails, with a hint in the prompt, and learn
+from the new samples under the prompt with the hint. Everything that is drawn follows from the seed, the round and the
+place in the round, and checkpoints are taken between rounds, so resuming is exact.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from dail_jax.train.methods import Method
 
 @dataclass(frozen=True)
 class Task:
-    """A problem to practise on: prompts by role (`hint`: the student's with a hint, if there is one), its answer."""
+    """A problem to practise on: its prompts by role (`hint`, if any, is the student's with a hint) and its answer."""
 
     problem_id: str
     prompts: dict[str, tuple[int, ...]]
@@ -70,7 +70,7 @@ def tasks_of(session: Session, method: Method, rows: list[Row], metrics: Metrics
 
 
 def hints_of(session: Session, rows: list[Row]) -> dict[str, str | list[str]]:
-    """By problem: its waypoints, or how its first kept trace (else its first) begins."""
+    """By problem id: its waypoints, or the beginning of its first kept trace (of its first trace if none is kept)."""
     online = session.config.train.online
     if online.hint == "waypoints":
         return {row.problem_id: session.prompts.values(row)[0]["waypoints"] for row in rows}
@@ -82,7 +82,7 @@ def hints_of(session: Session, rows: list[Row]) -> dict[str, str | list[str]]:
 
 
 def places(count: int, size: int, number: int, seed: int) -> list[int]:
-    """Which problems round `number` takes: the next `size` of one shuffled pass over all of them after another."""
+    """The problems of round `number`: the next `size` of an endless sequence of shuffled passes over all of them."""
     chosen = []
     for i in range(number * size, (number + 1) * size):
         order = np.random.default_rng((seed, i // count)).permutation(count)
@@ -104,7 +104,7 @@ def rollout_round(
     number: int,
     interrupt: Interrupt,
 ) -> tuple[list[Example], dict[str, float]] | None:
-    """The examples of rollout round `number`, group by group, and its figures; None when it was interrupted."""
+    """The examples of rollout round `number`, group by group, and its metrics; None if it was interrupted."""
     online = session.config.train.online
     chosen = [tasks[i] for i in places(len(tasks), online.problems, number, session.config.seed)]
     groups = draw_groups(
@@ -112,7 +112,7 @@ def rollout_round(
     )
     if groups is None:
         return None
-    contexts = ["student"] * len(chosen)  # which of its prompts each group was drawn under
+    contexts = ["student"] * len(chosen)  # the prompt that each group was drawn under
     figures = {"response_tokens": float(np.mean([len(s.tokens) for group in groups for s in group]))}
     advantages = np.zeros((len(chosen), online.group))
     if method.graded:
@@ -141,7 +141,7 @@ def rollout_round(
 def draw_groups(
     sampler: Engine, prompts: dict[str, tuple[int, ...]], group: int, interrupt: Interrupt
 ) -> list[list[ScoredSample]] | None:
-    """`group` samples of each prompt, in order; None when it was interrupted. The names decide the randomness."""
+    """`group` samples for each prompt, in order; None if interrupted. The names determine the randomness."""
     found: dict[str, list[ScoredSample]] = {name: [] for name in prompts}
     requests = [Request(name, (p,), tuple(range(group)), sampler.max_tokens) for name, p in prompts.items()]
     for sample in sampler.run(requests):
@@ -152,7 +152,7 @@ def draw_groups(
 
 
 def grade(session: Session, grader: Grader, tasks: list[Task], groups: list[list[ScoredSample]]) -> np.ndarray:
-    """1 for a right answer, else 0: [problems, group]."""
+    """Rewards [problems, group]: 1 for a right answer, otherwise 0."""
     opening = session.config.prompts.opening
 
     def answer(s: ScoredSample) -> str | None:
@@ -174,7 +174,7 @@ def grade(session: Session, grader: Grader, tasks: list[Task], groups: list[list
 
 
 class Rounds:
-    """Feeds batches of what the student writes, round after round; training can resume between rounds alone."""
+    """Feeds batches of what the student writes, round after round; training can only resume between rounds."""
 
     def __init__(self, session: Session, method: Method, rows: list[Row], metrics: Metrics):
         cfg, online = session.config.train, session.config.train.online
@@ -198,12 +198,12 @@ class Rounds:
         cfg = self.session.config.train
         number, place = divmod(step, self.per_round)
         if place == 0:
-            self.sampler.lora = state.lora  # of the same shapes: nothing is compiled again
+            self.sampler.lora = state.lora  # the shapes stay the same, so nothing is compiled again
             drawn = rollout_round(self.session, self.method, self.sampler, self.grader, self.tasks, number, interrupt)
             if drawn is None:
                 return None
             self.examples, self.figures = drawn
-            # A group's samples go to different updates: one problem alone does not give a direction.
+            # Spreads each group over several updates, since a single problem makes a poor gradient.
             order = np.random.default_rng((self.session.config.seed, number)).permutation(len(self.examples))
             self.order = order.reshape(self.per_round, cfg.accumulate, -1)
             self.assemble = batches.Assemble(

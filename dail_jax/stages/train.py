@@ -87,7 +87,7 @@ def trained_lora(session: Session, run_dir: RunDir) -> Lora | None:
     if not methods.of(session.config).trains:
         return None
     step = store.final_step(run_dir.output("train", "checkpoints"))
-    tx = optimizer.adamw(cfg.optimizer, 1)  # whose state has the same shapes, whatever the number of updates
+    tx = optimizer.adamw(cfg.optimizer, 1)  # the shapes of its state do not depend on the number of updates
     abstract = step_lib.abstract(session.model, cfg, tx, session.mesh)
     return store.load(run_dir.path / "checkpoints", step, abstract).lora
 
@@ -98,7 +98,7 @@ def trained_lora(session: Session, run_dir: RunDir) -> Lora | None:
 
 
 def examples_of(session: Session, method: methods.Method, rows: list[Row], metrics: Metrics) -> list[Example]:
-    """What is trained on: kept traces, or expert solutions; over-long ones are dropped and counted."""
+    """What is trained on: kept traces or expert solutions. Those that are too long are dropped and counted."""
     config, limit = session.config, session.config.train.max_tokens
     built = {row.problem_id: session.prompts.build(row) for row in rows}
     session.prompts.report("train")
@@ -125,7 +125,7 @@ def examples_of(session: Session, method: methods.Method, rows: list[Row], metri
 
 
 class Epochs:
-    """Feeds batches of fixed examples, epoch after epoch. Which batch comes when follows from the seed alone."""
+    """Feeds batches of fixed examples, epoch after epoch. The seed alone determines their order."""
 
     def __init__(
         self, session: Session, method: methods.Method, examples: list[Example], run_dir: RunDir, stage: Stage
@@ -149,7 +149,7 @@ class Epochs:
                 examples, cfg.bucket, cfg.accumulate, local, ("student",), method.roles, cached
             )
         self.batches: Any = None
-        self.names = np.array([e.name for e in examples] + [""])  # place -1, where a row is empty, has no name
+        self.names = np.array([e.name for e in examples] + [""])  # index -1 marks an empty row, which has no name
         log(
             f"train: {method.name} on {len(examples)} examples, {self.steps} updates of {cfg.batch_size}; "
             f"{batches.padding_share(self.plan, self.assemble):.0%} of trained positions are padding"
@@ -179,7 +179,7 @@ class Epochs:
 def cache(
     session: Session, method: methods.Method, examples: list[Example], run_dir: RunDir, made_of: str
 ) -> references.References | None:
-    """The frozen roles' states on disk, if they fit the budget."""
+    """The frozen roles' states on disk; None if they would exceed `train.references_gib`."""
     cfg = session.config.train
     need = references.size(examples, len(method.roles), session.model.D, session.params["norm"].dtype)
     if need > cfg.references_gib * 2**30:
@@ -189,7 +189,7 @@ def cache(
     key = f"{session.config.model.dtype} {made_of}"
     scores = run_dir.path / "token_scores.jsonl"  # for the report's trace viewer
     if not mesh_lib.from_first(lambda: references.is_valid(run_dir.path / "references", key)):
-        scores.unlink(missing_ok=True)  # of other references
+        scores.unlink(missing_ok=True)  # they belong to other references
     found = references.compute(
         run_dir.path / "references",
         key,
