@@ -1,7 +1,7 @@
 """The run directory that all stages share: lock, configuration, provenance, durable writes.
 
-`run.json` says what made the run (versions, XLA flags, devices, seed, source revision) and, for every stage, what it was
-made of and what it made: the settings and the contents of inputs that decide its outputs, and the outputs' digests.
+`run.json` records the environment (versions, XLA flags, devices, seed, source revision) and, for every stage, what it read
+and what it wrote: the settings and the contents of inputs that determine its outputs, and the digests of the outputs.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ CHECKSUMS = ".checksums.json"
 
 
 def write_atomic(path: str | Path, text: str | bytes) -> None:
-    """Replaces a file by its new content, whole or not at all, durable on return; raises UserError if it cannot."""
+    """Replaces a file, atomically and durably; raises UserError if it cannot be written."""
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     with writing(path):
@@ -46,14 +46,14 @@ def write_atomic(path: str | Path, text: str | bytes) -> None:
                 os.fsync(file.fileno())
             os.replace(temporary, path)
         except OSError:
-            with contextlib.suppress(OSError):  # a full disk should have its space back
+            with contextlib.suppress(OSError):  # gives a full disk its space back
                 temporary.unlink()
             raise
         sync_folder(path.parent)
 
 
 def sync_folder(path: Path) -> None:
-    """Makes renames and new names in a folder durable."""
+    """Makes new files in a folder, and renames, durable."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -62,14 +62,14 @@ def sync_folder(path: Path) -> None:
 
 
 def json_line(row: Any) -> str:
-    """One row of our own files: compact, ASCII, a fixed key order (the row's), a final newline."""
+    """One row of our own files: compact, ASCII, keys in the order of the row, ending in a newline."""
     return json.dumps(row, separators=(",", ":"), allow_nan=False) + "\n"
 
 
 class Journal:
-    """An append-only JSON-lines file whose rows are durable one by one; the first process writes, all have `rows`.
+    """An append-only JSON-lines file in which each row is durable. The first process writes; all of them have `rows`.
 
-    Opening it drops a torn last line, which only a crash can leave; a bad line elsewhere is an error.
+    Opening it drops an incomplete last line, which only a crash can leave. A bad line anywhere else is an error.
     """
 
     def __init__(self, path: str | Path):
@@ -87,8 +87,8 @@ class Journal:
                 self.rows.append(line.value)
                 size = line.offset + line.size
         with writing(self.path):
-            # Unbuffered: a buffer would hold on to what could not be written, and try again when it is closed.
-            self.file = open(self.path, "ab", buffering=0)  # noqa: SIM115  (held for the journal's life)
+            # Unbuffered: a buffer would keep what could not be written, and try again on close.
+            self.file = open(self.path, "ab", buffering=0)  # noqa: SIM115  (open as long as the journal)
             sync_folder(self.path.parent)
             if size != self.file.tell():
                 self.file.truncate(size)
@@ -115,7 +115,7 @@ class Journal:
 
 
 # ---------------------------------------------------------------------------------------------------
-# What run.json must hold to be of use
+# run.json
 # ---------------------------------------------------------------------------------------------------
 
 
@@ -139,7 +139,7 @@ class Manifest(shapes.Shape):
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """What run.json says; no stages where there is none."""
+    """The content of run.json; without such a file, there are no stages."""
     path = folder / "run.json"
     if not path.exists():
         return {"stages": {}}
@@ -153,7 +153,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Stage:
-    """A stage that has begun: how its outputs are now, and what made it."""
+    """A stage that has begun: the state of its outputs, and what they are made from."""
 
     states: dict[str, provenance.State]
     made_of: dict[str, Any]
@@ -161,7 +161,7 @@ class Stage:
 
     @property
     def identity(self) -> str:
-        """One digest for everything that decides the outputs."""
+        """One digest of everything that determines the outputs."""
         return provenance.identity(self.made_of)
 
     def sha256(self, name: str) -> str:
@@ -169,7 +169,7 @@ class Stage:
         return self.made_of["inputs"][name]["sha256"]
 
 
-# What `write_atomic` and its like leave behind when they are killed.
+# Leftovers of `write_atomic` and similar functions whose process was killed, and the folders that may contain them.
 TEMPORARY = re.compile(r"\..+\.\d+\.tmp")
 WRITTEN = (".", "plots", "checkpoints/manifests", "pretrain/manifests")
 
@@ -203,7 +203,7 @@ class RunDir:
         with writing(self.path / ".lock"):
             os.ftruncate(self._lock, 0)
             os.pwrite(self._lock, str(os.getpid()).encode(), 0)
-        for place in WRITTEN:  # what a process that was killed had half written
+        for place in WRITTEN:
             for leftover in (self.path / place).glob(".*.tmp"):
                 if TEMPORARY.fullmatch(leftover.name):
                     remove(leftover)
@@ -217,11 +217,11 @@ class RunDir:
 
     @functools.cached_property
     def checksum(self) -> provenance.Checksums:
-        """Digests of files; those of large ones are remembered in the run directory."""
+        """Digests of files; those of large files are cached in the run directory."""
         try:
             return provenance.Checksums(json.loads((self.path / CHECKSUMS).read_text()))
         except (OSError, ValueError, TypeError, AttributeError):
-            return provenance.Checksums()  # only time is lost
+            return provenance.Checksums()  # computing them again only costs time
 
     def output(self, stage: str, name: str) -> str:
         """The recorded identity of a finished stage's output."""
@@ -229,12 +229,12 @@ class RunDir:
 
     @contextlib.contextmanager
     def stage(self, recipe: Recipe) -> Iterator[Stage]:
-        """Begins a stage; where an earlier call finished it and its outputs are whole, the result is `done`.
+        """Begins a stage; the result is `done` if an earlier call finished it and its outputs are whole.
 
-        A configuration or input that differs from what the stage was started with is taken where nothing was made
-        yet, and refused with a UserError that names it otherwise. So is an earlier stage, if this one reads its outputs
-        and they were made otherwise or are not whole. The stage is marked done when the block ends without error; only
-        then is its scratch deleted, so that no kill can cost what it holds.
+        If the configuration or an input differs from what the stage was started with, and anything has been written
+        since, a UserError names the difference. The same goes for an earlier stage whose outputs this one reads, if they
+        were made with another configuration or are not whole. The stage is marked as finished when the block ends
+        without error, and only then is its scratch deleted, so that a kill at any moment loses nothing.
         """
         stage = Stage(**mesh_lib.from_first(lambda: self._begin(recipe)))
         yield stage
@@ -243,13 +243,13 @@ class RunDir:
                 self._record(recipe, {"finished": _now()})
             for name in recipe.scratch:
                 remove(self.path / name)
-        mesh_lib.barrier(f"{recipe.stage} is done")  # what the first process wrote is there for all
+        mesh_lib.barrier(f"{recipe.stage} is done")  # from here on, every process sees what the first one wrote
 
     @contextlib.contextmanager
     def amend(self, recipe: Recipe) -> Iterator[dict[str, provenance.State]]:
-        """Derived outputs of a finished stage are made again in the block; for the first process alone.
+        """A block that makes the derived outputs of a finished stage again; for the first process only.
 
-        Yields the states of its outputs, none where no stage of this run directory has made them.
+        Yields the states of the stage's outputs; none if the stage was not run in this directory.
         """
         manifest = self._manifest()
         known = recipe.stage in manifest["stages"]
@@ -258,7 +258,7 @@ class RunDir:
             self._record(recipe, {"summary": recipe.summary})
 
     def _begin(self, recipe: Recipe) -> dict[str, Any]:
-        """Writes down what a stage is started with; the fields of its Stage."""
+        """Records what a stage is started with; returns the fields of its Stage."""
         manifest = self._manifest()
         earlier = [(one, self._agreeing(manifest, one)) for one in recipe.after]
         made_of = recipe.made_of(self.checksum)
@@ -304,9 +304,9 @@ class RunDir:
         return fields
 
     def _agreeing(self, manifest: dict[str, Any], recipe: Recipe) -> dict[str, Any]:
-        """The record of a finished stage; raises UserError where there is none, or it was made otherwise.
+        """The record of a finished stage.
 
-        So it does for the stages before that one.
+        Raises UserError if it is not finished, or if it or a stage before it was run with another configuration.
         """
         record = manifest["stages"].get(recipe.stage, {})
         if "finished" not in record:
@@ -329,7 +329,7 @@ class RunDir:
         return record
 
     def _states(self, recipe: Recipe, record: dict[str, Any]) -> dict[str, provenance.State]:
-        """How each output is now, by its name."""
+        """The state of each output, by name."""
         recorded, states = record.get("outputs", {}), {}
         for output in recipe.outputs:
             known = output.name in recorded
@@ -339,7 +339,7 @@ class RunDir:
         return states
 
     def _work(self, recipe: Recipe, record: dict[str, Any]) -> list[str]:
-        """The names of outputs that are there, and of files that hold unfinished work."""
+        """The names of existing outputs, and of files with unfinished work."""
         made = [output.name for output in recipe.outputs if output.exists(self.path)]
         made += [name for name in record.get("outputs", {}) if name not in made and (self.path / name).exists()]
         begun = [
@@ -351,7 +351,7 @@ class RunDir:
         return [*made, *begun]
 
     def _refuse_work(self, recipe: Recipe, record: dict[str, Any], changed: list[str]) -> None:
-        """Raises UserError where there is work that was not begun with this configuration."""
+        """Raises UserError if there is work that another configuration began."""
         if not (work := self._work(recipe, record)):
             return
         names = ", ".join(work[:3])
@@ -376,7 +376,7 @@ class RunDir:
             )
 
     def _record(self, recipe: Recipe, more: dict[str, Any]) -> None:
-        """Writes down a stage's outputs as they are now, and `more`."""
+        """Records the identities of a stage's outputs, and `more`."""
         manifest = self._manifest()
         outputs = {output.name: output.identity(self.path, self.checksum) for output in recipe.outputs}
         manifest["stages"][recipe.stage] |= {"outputs": outputs, **more}
@@ -409,18 +409,18 @@ def remove(path: Path) -> None:
 
 
 def _holder(lock: int) -> str:
-    """The process that holds a lock. It may just have got it, and not have written its number over a former one's."""
+    """The id of the process that holds a lock. The file may name an earlier holder until the new one has written its own."""
     pid = ""
     for _ in range(50):
         pid = os.pread(lock, 32, 0).decode("ascii", "replace").strip()
         try:
-            os.kill(int(pid), 0)  # no signal: is it alive?
+            os.kill(int(pid), 0)  # sends no signal, but fails if there is no such process
             break
-        except PermissionError:  # it is, and another user's
+        except PermissionError:  # it exists, and belongs to another user
             break
         except (ValueError, OverflowError, ProcessLookupError):
             time.sleep(0.02)
-    return pid or "unknown"  # on another machine nobody can tell
+    return pid or "unknown"  # it may run on another machine
 
 
 def _now() -> str:
@@ -428,9 +428,9 @@ def _now() -> str:
 
 
 class Interrupt:
-    """SIGTERM and SIGINT as a wish to stop soon: check `wanted` where work can be put down safely.
+    """Turns SIGTERM and SIGINT into a request to stop soon: check `wanted` wherever it is safe to stop.
 
-    The processes agree on the wish, so all of them must look at `wanted` equally often.
+    All processes must read `wanted` equally often, since they agree on its value.
     """
 
     def __enter__(self) -> Interrupt:
@@ -443,7 +443,7 @@ class Interrupt:
 
     def _note(self, number: int, _: object) -> None:
         if self._wanted and number == signal.SIGINT:
-            raise KeyboardInterrupt  # asked twice
+            raise KeyboardInterrupt  # the second request
         self._wanted = True
 
     @property
@@ -456,4 +456,4 @@ class Interrupt:
 
 
 class Interrupted(Exception):
-    """A stage was asked to stop, and has saved its work: the command ends with exit status 0."""
+    """A stage has saved its work and stopped on request: the command exits with status 0."""
