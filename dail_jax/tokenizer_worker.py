@@ -2,8 +2,9 @@
 
 A chat template is a program, and a tokenizer.json nearly one: its normalizers can double a text at each step, and its
 patterns can panic. So both always run here, with a fixed clock and with limits on address space (`argv[1]`: MiB beyond
-what Python and its imports take) and on CPU time (`argv[2]`: seconds, renewed for each message). A message is an object
-`{do, key, ...}`; the answer is `{ok}` or `{fault, line}`, or `{unknown}` for a key that is not, or no longer, loaded.
+what Python and its imports take) and on CPU time (`argv[2]`: seconds, renewed for each text). A message is an object
+`{do, key, ...}`, and those that work on texts hold a list of them, `each`; the answer is `{ok}` or `{fault, line}`, or
+`{unknown}` for a key that is not, or no longer, loaded.
 """
 
 from __future__ import annotations
@@ -136,6 +137,8 @@ class Loaded:
         size = sum(len(message["content"]) for message in messages)
         if len(text) > ALLOWANCE + GROWTH * size:
             raise Refused(f"it turns {size:,} characters into {len(text):,}, over a megabyte more")
+        if half := re.search("[\ud800-\udfff]", text):
+            raise Refused(f"it writes half of a surrogate pair (U+{ord(half[0]):X}), want whole characters")
         return text
 
 
@@ -200,27 +203,35 @@ def attempt(loaded: Loaded) -> None:
             raise  # exactly TemplateError is what a template itself raises, for example to refuse system messages
 
 
-def answer(task: dict[str, Any]) -> dict[str, Any]:
+def answer(task: dict[str, Any], seconds: float) -> dict[str, Any]:
     if task["do"] == "load":
         return {"ok": load(task)}
     loaded = LOADED.get(task["key"])
     if loaded is None:
         return {"unknown": True}
     LOADED.move_to_end(task["key"])
-    match task["do"]:
-        case "attempt":
-            result: Any = attempt(loaded)
+    if task["do"] == "attempt":
+        return {"ok": attempt(loaded)}
+    results = []
+    for one in task["each"]:
+        allow(seconds)
+        results.append(perform(loaded, task["do"], one))
+    return {"ok": results}
+
+
+def perform(loaded: Loaded, what: str, one: dict[str, Any]) -> Any:
+    match what:
         case "render":
-            text = opened(loaded.render(task["messages"]), task["opening"])
-            result = text if task["to"] == "text" else loaded.encode(text, task["to"] == "marked")
+            text = opened(loaded.render(one["messages"]), one["opening"])
+            return text if one["to"] == "text" else loaded.encode(text, one["to"] == "marked")
         case "encode":
-            result = loaded.encode(task["text"], task["marked"])
+            return loaded.encode(one["text"], one["marked"])
         case "mark":
-            result = loaded.mark(task["text"])
+            return loaded.mark(one["text"])
         case "decode":
-            skip = not task["special"]
-            result = loaded.hf.decode(task["ids"], skip_special_tokens=skip, clean_up_tokenization_spaces=False)
-    return {"ok": result}
+            skip = not one["special"]
+            return loaded.hf.decode(one["ids"], skip_special_tokens=skip, clean_up_tokenization_spaces=False)
+    raise ValueError(what)
 
 
 def open_tag(opening: str) -> str | None:
@@ -281,9 +292,10 @@ def main() -> None:
     write(replies, "ready")
     for line in sys.stdin.buffer:
         task = json.loads(line)
-        allow(LOAD_SECONDS if task["do"] == "load" else seconds + len(line) / 1e6)  # one second more per megabyte
+        budget = LOAD_SECONDS if task["do"] == "load" else seconds + len(line) / 1e6  # one second more per megabyte
+        allow(budget)
         try:
-            result = answer(task)
+            result = answer(task, budget)
         except BaseException as error:  # panics of the Rust parsers are not Exceptions
             result = fault(error, memory_mib)
         write(replies, result)

@@ -90,11 +90,21 @@ def test_bad_templates(tmp_path, role, content, complaint):
         load_template(str(tmp_path / "none.txt"), role)
 
 
+def test_templates_that_are_no_text(tmp_path):
+    (tmp_path / "t.txt").write_bytes(
+        b"[system]\nBe brief. \xed\xa0\x80\n[user]\n{{problem}}"
+    )  # half of a surrogate pair
+    with pytest.raises(
+        UserError, match=r"\A(?!.*\n).*t.txt: cannot be read as UTF-8 text: .* byte 0xed in position 19"
+    ):
+        load_template(str(tmp_path / "t.txt"), "student")
+
+
 def test_long_solutions_are_cut_alike_for_every_role(tokenizer):
     row = Row("p", "x?", "a = 11, " * 30 + "é" * 50 + " b = 22, \\boxed{33}", None, 0)
     for limit in (8, 20, 241, 242):
         made = builder(tokenizer, max_solution_tokens=limit, opening="<think>\n")
-        cut = str(made.values(row)[0]["solution"])
+        cut = str(made.values_all([row])[0][0]["solution"])
         assert row.solution.startswith(cut) and limit - 1 <= len(tokenizer.encode(cut)) <= limit
         prompts = made.build(row)
         _, privileged, negative, expert = texts(tokenizer, prompts)
@@ -114,7 +124,7 @@ def test_solutions_are_cut_to_fit_the_prompt(tokenizer, room):
     assert prompts.cut and limit - 2 <= len(prompts.privileged) <= limit  # (prompts end without blanks)
     assert "Final answer: 33" in tokenizer.decode(prompts.negative)
     both = PromptBuilder(tokenizer, config.Prompts(max_solution_tokens=5), config.Waypoints(), max_tokens=limit)
-    assert both.values(row)[0]["solution"] == "a = 1"
+    assert both.values_all([row])[0][0]["solution"] == "a = 1"
     # with a problem that leaves no room, cutting cannot help: the prompt stays too long, and its row is skipped
     long = Row("p", "x" * limit, row.solution, None, 0)
     assert not made.build(long).cut and len(made.build(long).privileged) > limit

@@ -6,7 +6,6 @@ A limit on the size of files, which needs no privileges, makes the system itself
 import contextlib
 import errno
 import os
-import resource
 
 import jax.numpy as jnp
 import numpy as np
@@ -23,17 +22,6 @@ from dail_jax.stages import train
 from dail_jax.train import references
 
 FULL = "cannot be written: File too large; what was finished is kept"
-
-
-@contextlib.contextmanager
-def small_files(limit):
-    """No file of this process may grow beyond `limit` bytes."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS])
@@ -53,14 +41,14 @@ def test_every_failure_of_a_disk_names_the_file(tmp_path, monkeypatch, code):
 def test_a_full_disk_keeps_the_rows_that_were_there(tmp_path):
     journal = rundir.Journal(tmp_path / "journal.jsonl")
     rows = [{"n": n, "text": "x" * 1000} for n in range(3)]
-    with small_files(2500), pytest.raises(UserError, match=FULL):
+    with tiny.small_files(2500), pytest.raises(UserError, match=FULL):
         for row in rows:
             journal.append(row)
     journal.close()
     again = rundir.Journal(tmp_path / "journal.jsonl")  # the torn row goes
     assert again.rows == rows[:2]
     again.close()
-    with small_files(100), pytest.raises(UserError, match=rf"metrics\.jsonl: {FULL}"):
+    with tiny.small_files(100), pytest.raises(UserError, match=rf"metrics\.jsonl: {FULL}"):
         metrics.Metrics(tmp_path, config_lib.Log(), "train").write(1, note="x" * 200)
 
 
@@ -69,7 +57,7 @@ def test_references_take_their_space_before_they_are_computed(tmp_path):
     path = tmp_path / "references" / "privileged.bin"
     references._allocate(path, 1 << 20)
     assert path.stat().st_size == 1 << 20 and path.stat().st_blocks * 512 >= 1 << 20
-    with small_files(1 << 16), pytest.raises(UserError, match=rf"privileged\.bin: {FULL}"):
+    with tiny.small_files(1 << 16), pytest.raises(UserError, match=rf"privileged\.bin: {FULL}"):
         references._allocate(path, 1 << 20)
     assert not path.parent.exists()
 
@@ -78,7 +66,7 @@ def test_a_checkpoint_that_does_not_fit_leaves_those_before_it(tmp_path, capfd):
     state = {name: jnp.arange(30_000.0) * n for n, name in enumerate("abcdef")}
     store = Store(tmp_path, keep=2)
     store.save(1, state, {})
-    with small_files(1 << 14), pytest.raises(UserError, match=rf"{tmp_path}/2: {FULL}"):
+    with tiny.small_files(1 << 14), pytest.raises(UserError, match=rf"{tmp_path}/2: {FULL}"):
         store.save(2, state, {})
     assert store.steps() == [1] and damaged(tmp_path, 1) is None
     assert sorted(os.listdir(tmp_path)) == ["1", "manifests"]
@@ -87,7 +75,11 @@ def test_a_checkpoint_that_does_not_fit_leaves_those_before_it(tmp_path, capfd):
 
 
 def test_model_folders_that_do_not_fit_leave_nothing(tmp_path):
-    with small_files(1 << 14), pytest.raises(UserError, match=f"m: {FULL}"), hf.new_folder(tmp_path / "m") as folder:
+    with (
+        tiny.small_files(1 << 14),
+        pytest.raises(UserError, match=f"m: {FULL}"),
+        hf.new_folder(tmp_path / "m") as folder,
+    ):
         hf.save_file({"x": np.zeros(30_000)}, folder / "model.safetensors")
     assert not os.listdir(tmp_path)
 
@@ -98,7 +90,7 @@ def test_training_goes_on_when_there_is_room_again(tmp_path, pipeline, programs,
     save = Store.save
 
     def on_a_full_disk(self, step, *args):
-        with small_files(1 << 14) if step == 4 else contextlib.nullcontext():
+        with tiny.small_files(1 << 14) if step == 4 else contextlib.nullcontext():
             save(self, step, *args)
 
     with tiny.alone(programs):

@@ -305,6 +305,7 @@ EQUAL_BY_ALGEBRA = [
     (r"\frac{1}{3}", "0.333333"),
     ("-1", r"e^{i\pi}"),
     ("-1", r"e^{\pi i}"),
+    ("-1", r"e^{i\pi}"),
     ("-1", r"\mathrm{e}^{\mathrm{i}\pi}"),
     ("-1", "i^2"),
     (r"\sqrt{-1}", "i"),

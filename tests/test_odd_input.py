@@ -10,13 +10,13 @@ import tiny
 
 from dail_jax import config as config_lib
 from dail_jax import metrics, rundir, shapes, worker
-from dail_jax.checkpoint import hf
+from dail_jax.checkpoint import hf, peft
 from dail_jax.data import traces
 from dail_jax.errors import UserError
 from dail_jax.evaluate import grading, protocol
 from dail_jax.model import families
 from dail_jax.report import charts, collect, page, plots
-from dail_jax.stages import evaluate
+from dail_jax.stages import evaluate, pretrain
 
 DEEP = "[" * 100_000 + "]" * 100_000
 YARN = {"rope_type": "yarn", "factor": 4.0}
@@ -93,6 +93,13 @@ def test_ill_typed_indices_name_the_file(tmp_path, content):
         hf.Tensors(tmp_path)
 
 
+@pytest.mark.parametrize("content", [DEEP, "3", "[]", '{"r": "\\ud800"}', '{"r": 1'], ids=lambda x: repr(x)[:30])
+def test_adapter_descriptions_that_are_no_object(tmp_path, content):
+    write(tmp_path / "adapter_config.json", content)
+    with one_line("adapter_config.json"):
+        peft.read_description(tmp_path)
+
+
 def test_a_fifo_is_no_weights(tmp_path):
     os.mkfifo(tmp_path / "model.safetensors")
     with one_line("model.safetensors: cannot be read: it is no regular file"):
@@ -129,6 +136,28 @@ def test_halves_of_surrogate_pairs_are_no_settings(tmp_path):
 # ---------------------------------------------------------------------------------------------------
 # Traces, journals, run.json
 # ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("rows", "words"),
+    [
+        ([[]], ":1: got a list"),
+        ([{"prompt": "a", "response": "b"}, 3], ":2: got a number"),
+        ([{"prompt": 3, "response": "b"}], ":1:prompt: got a number, want text"),
+        ([{"prompt": "a"}], ":1:response: got null, want text"),
+        ([{"prompt": "a", "response": ["b"]}], ":1:response: got a list, want text"),
+        (DEEP, ":1: got a line nested too deeply"),
+        ('{"prompt": "\\ud800", "response": "b"}', r":1:prompt: got half of a surrogate pair \(U\+D800\)"),
+        ("", ": "),
+    ],
+    ids=lambda x: repr(x)[:30],
+)
+def test_ill_typed_rows_of_pretraining_name_their_field(tmp_path, rows, words):
+    corpus = write(tmp_path / "c.jsonl", rows if isinstance(rows, str) else "".join(json.dumps(r) + "\n" for r in rows))
+    config = config_lib.load(tiny.write_pretrain(tmp_path / "r", corpus))
+    with one_line("c.jsonl" + words):
+        pretrain.read(config.pretrain, config.model.tokenizer, families.from_tree(config.pretrain.architecture, "a"))
+
 
 TRACE = {"problem_id": "p", "sample": 0, "response_ids": [1, 2], "text": "x", "finish": "stop"}
 

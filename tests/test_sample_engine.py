@@ -2,7 +2,9 @@
 
 import dataclasses
 import functools
+import gc
 import re
+import weakref
 
 import jax
 import jax.numpy as jnp
@@ -154,6 +156,20 @@ def test_neighbours_do_not_matter(params, one_device, reference, change):
             half = [dataclasses.replace(r, samples=(2, 1)) for r in reqs[1:]]
             got = collect(sampler(params, one_device, slots=8), [reqs[0], *half])
             same(got, {k: v for k, v in reference.items() if k[0] == "p0" or k[1] > 0})
+
+
+def test_what_was_drawn_is_let_go(params, one_device):
+    """Memory does not grow with the number of samples; benchmarks/leak.py measures it over 8,192."""
+    drawn, arrays = [], []
+    with jax.set_mesh(one_device):
+        many = [dataclasses.replace(requests()[0], name=f"q{i}") for i in range(24)]
+        for sample in sampler(params, one_device).run(many):
+            drawn.append(weakref.ref(sample))
+            arrays.append(len(jax.live_arrays()))
+        del sample
+    gc.collect()
+    assert len(drawn) == 72 and not any(one() for one in drawn)
+    assert max(arrays[36:]) <= max(arrays[:36])
 
 
 @pytest.mark.parametrize("slots", [1, 4, 64])

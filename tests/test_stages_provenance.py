@@ -9,7 +9,7 @@ from safetensors.numpy import load_file, save_file
 from test_stages_resume import stop_after
 
 from dail_jax import rundir
-from dail_jax.checkpoint import hf, store
+from dail_jax.checkpoint import hf, peft, store
 from dail_jax.checkpoint.store import Store
 from dail_jax.stages import export as export_stage
 from dail_jax.stages import session
@@ -186,6 +186,23 @@ def test_contents_replaced_behind_their_path_are_named(tmp_path, pipeline, capsy
     }
     message = refused(capsys, stage, path, *overrides)
     assert message.startswith(f"RUN: stage `{stage}` was started with another configuration: {names[what]}: the conte")
+
+
+def test_an_adapter_replaced_behind_its_path_is_named(tmp_path, pipeline, capsys):
+    """Its weights, and what its description makes of them."""
+    shutil.copytree(pipeline / "adapter", tmp_path / "adapter")
+    (tmp_path / "adapter" / hf.MANIFEST).unlink()
+    path = tiny.write(tmp_path / "run", train__objective="none", evaluate__adapter=str(tmp_path / "adapter"))
+    with pytest.MonkeyPatch.context() as patch:
+        stop_after(patch, 1)
+        assert tiny.run("evaluate", path) == 0
+    for file, old, new in (("adapter_config.json", b'"lora_alpha": 4', b'"lora_alpha": 8'), (peft.WEIGHTS, b"", b"")):
+        whole = (tmp_path / "adapter" / file).read_bytes()
+        (tmp_path / "adapter" / file).write_bytes(whole.replace(old, new))
+        if not old:
+            mutate(tmp_path / "adapter" / file)
+        assert "configuration: evaluate.adapter: the contents of" in refused(capsys, "evaluate", path)
+        (tmp_path / "adapter" / file).write_bytes(whole)
 
 
 def test_references_follow_the_weights(tmp_path, pipeline, monkeypatch, other_model):

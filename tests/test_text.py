@@ -2,6 +2,7 @@
 
 import json
 import time
+from types import SimpleNamespace
 
 import pytest
 import sentencepiece
@@ -10,6 +11,7 @@ from tokenizers import decoders, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from dail_jax import text as text_lib
+from dail_jax import tokenizer_worker
 from dail_jax.errors import UserError
 from dail_jax.text import load_tokenizer, open_tag, stop_ids
 
@@ -46,7 +48,7 @@ def tokenizer(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def impatient():
-    """Limits each message to one second of CPU time."""
+    """Limits each text to one second of CPU time."""
     server = text_lib._Server(seconds=1)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(text_lib, "_SERVER", server)
@@ -147,6 +149,7 @@ def test_stop_ids(tmp_path, tokenizer):
         ("{{ 'x' * 10**10 }}", r"out of memory"),
         ("{{ 'xxxxxxxxxx' * 10**6 }}", r"megabyte"),
         ("{{ messages.__class__.__mro__[1].__subclasses__() }}", r"SecurityError"),
+        (r"{{ '\ud800' }}", r"chat_template: .*it writes half of a surrogate pair \(U\+D800\), want whole characters"),
     ],
 )
 @pytest.mark.usefixtures("impatient")
@@ -155,6 +158,19 @@ def test_bad_templates_are_found_before_use(tmp_path, template, complaint):
     with pytest.raises(UserError, match=complaint):
         load_tokenizer(byte_tokenizer(tmp_path, template))
     assert time.monotonic() - start < 60
+
+
+def test_half_of_a_surrogate_pair_in_a_folder_is_one_line(tmp_path):
+    byte_tokenizer(tmp_path)
+    (tmp_path / "chat_template.jinja").unlink()
+    settings = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    for change, complaint in (
+        ({"chat_template": "\ud800{{ messages[0].content }}"}, r":chat_template: got a chat template that fails: "),
+        ({"eos_token": "<\udfff>"}, ": got a tokenizer that does not load: "),
+    ):
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps({**settings, **change}))
+        with pytest.raises(UserError, match=r"\A(?!.*\n).*" + complaint + ".*surrogate"):
+            load_tokenizer(tmp_path)
 
 
 @pytest.mark.usefixtures("impatient")
@@ -215,6 +231,38 @@ def test_a_tokenizer_whose_pattern_panics(tmp_path):
     with pytest.raises(UserError, match=r"got a tokenizer that fails: .*(PanicException|limit|did not end)") as error:
         tokenizer.encode("a" * 200 + "b")
     assert "\n" not in str(error.value) and len(str(error.value)) < 500
+
+
+def test_a_worker_that_was_killed_is_replaced_unnoticed(tokenizer):
+    ids = tokenizer.encode("fine")
+    process = text_lib._SERVER.worker.process
+    process.kill()
+    process.wait()
+    assert tokenizer.encode("fine") == ids and text_lib._SERVER.worker.process.pid != process.pid
+
+
+@pytest.mark.parametrize("characters", [1_000_000, 100])
+def test_many_texts_are_few_messages(tokenizer, monkeypatch, characters):
+    texts = [f"text {i} é" * (i % 3) for i in range(10)] + ["x" * 120]
+    ids = [tokenizer.encode(text) for text in texts]
+    chats = [[{"role": "user", "content": text}] for text in texts]
+    prompts = [tokenizer.render(chat, "<think>\n") for chat in chats]
+    sizes, ask = [], text_lib._SERVER.ask
+    monkeypatch.setattr(text_lib._SERVER, "ask", lambda *a: sizes.append(len(a[-1]["each"])) or ask(*a))
+    monkeypatch.setattr(text_lib, "MESSAGE_TEXTS", 8)
+    monkeypatch.setattr(text_lib, "MESSAGE_CHARACTERS", characters)
+    assert tokenizer.encode_all(texts) == ids and tokenizer.render_all(chats, "<think>\n") == prompts
+    assert tokenizer.encode_all([]) == tokenizer.render_all([]) == []
+    assert sizes == 2 * ([8, 3] if characters > 100 else [8, 2, 1])
+
+
+def test_each_text_of_a_message_has_its_own_time(monkeypatch):
+    allowed = []
+    monkeypatch.setattr(tokenizer_worker, "allow", allowed.append)
+    monkeypatch.setitem(tokenizer_worker.LOADED, 0, SimpleNamespace(encode=lambda text, _: [len(text)]))
+    each = [{"text": "x" * n, "marked": False} for n in (3, 1, 2)]
+    assert tokenizer_worker.answer({"do": "encode", "key": 0, "each": each}, 5.0) == {"ok": [[3], [1], [2]]}
+    assert allowed == [5.0] * 3
 
 
 def test_marked_control_tokens_are_text_between_those_that_are_not(tmp_path):

@@ -4,6 +4,7 @@ import contextlib
 import functools
 import json
 import os
+import resource
 import socket
 import subprocess
 import sys
@@ -119,6 +120,17 @@ def environment(programs: Path) -> dict[str, str]:
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
     }
+
+
+@contextlib.contextmanager
+def small_files(limit: int):
+    """No file of this process, or of those that it starts, may grow beyond `limit` bytes."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def start(stage: str, path: Path, programs: Path, *more: str) -> subprocess.Popen:

@@ -71,7 +71,7 @@ def roll_out(
     done = shapes.parse_all(journal.rows, ProblemTraces, journal.path)
     finished = {problem.problem_id: problem.traces for problem in done}
     names = {f"{name}/{row.problem_id}": row for row in rows}
-    prompts = {row.problem_id: session.prompts.build(row) for row in rows}
+    prompts = dict(zip((row.problem_id for row in rows), session.prompts.build_all(rows), strict=True))
     session.prompts.report("generate")
     of = "" if name == "generate" else f" ({name})"
     metrics.left_out(f"solutions cut to fit{of}", sum(p.cut for p in prompts.values()), len(prompts))

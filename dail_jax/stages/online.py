@@ -54,8 +54,7 @@ def tasks_of(session: Session, method: Method, rows: list[Row], metrics: Metrics
     room = config.train.max_tokens - config.train.online.sampling.max_tokens
     hints = hints_of(session, rows) if method.hinted else {}
     tasks = []
-    for row in rows:
-        built = session.prompts.build(row)
+    for row, built in zip(rows, session.prompts.build_all(rows), strict=True):
         prompts = {role: tuple(getattr(built, role)) for role in method.prompted}
         if hint := hints.get(row.problem_id):
             prompts["hint"] = tuple(session.prompts.hinted(row.problem, hint))
@@ -73,7 +72,8 @@ def hints_of(session: Session, rows: list[Row]) -> dict[str, str | list[str]]:
     """By problem id: its waypoints, or the beginning of its first kept trace (of its first trace if none is kept)."""
     online = session.config.train.online
     if online.hint == "waypoints":
-        return {row.problem_id: session.prompts.values(row)[0]["waypoints"] for row in rows}
+        found = session.prompts.values_all(rows)
+        return {row.problem_id: values["waypoints"] for row, (values, _) in zip(rows, found, strict=True)}
     hints: dict[str, str | list[str]] = {}
     for trace in sorted(traces.read(traces_path(session.config)), key=lambda t: t.drop is not None):
         ids = trace.response_ids

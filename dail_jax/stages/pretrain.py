@@ -61,7 +61,7 @@ def run(config: config_lib.Config) -> None:
 def read(cfg: config_lib.Pretrain, tokenizer_path: str, model: families.ModelConfig) -> list[tuple[np.ndarray, int]]:
     """(token ids of prompt + response + end, prompt length) of every row that fits; raises UserError by row."""
     tokenizer = load_tokenizer(tokenizer_path)
-    examples = []
+    numbers, texts = [], []
     for line in strict_json.read_lines(cfg.rows):
         row = strict_json.as_object(line.value, cfg.rows, line.number)
         for field in ("prompt", "response"):
@@ -69,12 +69,14 @@ def read(cfg: config_lib.Pretrain, tokenizer_path: str, model: families.ModelCon
                 raise UserError(
                     f"got {strict_json.kind_of(row.get(field))}, want text", file=cfg.rows, row=line.number, field=field
                 )
-        prompt, response = tokenizer.encode(row["prompt"]), tokenizer.encode(row["response"])
+        numbers.append(line.number)
+        texts += [row["prompt"], row["response"]]
+    encoded = tokenizer.encode_all(texts)
+    examples = []
+    for number, prompt, response in zip(numbers, encoded[::2], encoded[1::2], strict=True):
         ids = np.array([*prompt, *response, tokenizer.eos_id], np.int32)
         if ids.max() >= model.V:
-            raise UserError(
-                f"got token id {ids.max()}, want below vocab_size {model.V}", file=cfg.rows, row=line.number
-            )
+            raise UserError(f"got token id {ids.max()}, want below vocab_size {model.V}", file=cfg.rows, row=number)
         if len(ids) <= cfg.max_tokens:
             examples.append((ids, len(prompt)))
     if not examples:

@@ -100,7 +100,7 @@ def trained_lora(session: Session, run_dir: RunDir) -> Lora | None:
 def examples_of(session: Session, method: methods.Method, rows: list[Row], metrics: Metrics) -> list[Example]:
     """What is trained on: kept traces or expert solutions. Those that are too long are dropped and counted."""
     config, limit = session.config, session.config.train.max_tokens
-    built = {row.problem_id: session.prompts.build(row) for row in rows}
+    built = dict(zip((row.problem_id for row in rows), session.prompts.build_all(rows), strict=True))
     session.prompts.report("train")
 
     def example(name: str, problem_id: str, response) -> Example:
