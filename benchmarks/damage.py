@@ -83,7 +83,7 @@ def targets(folder: Path) -> dict[str, Callable[[Path], Any]]:
     mesh = mesh_lib.make_mesh(config_lib.Mesh())
     jax.set_mesh(mesh)
     params, cfg = hf.load(MODEL, mesh, "float32")
-    settings = config_lib.Lora(rank=4)
+    settings = config_lib.LoraConfig(rank=4)
     lora = jax.tree.map(lambda x: x + 0.5, lora_lib.init(jax.random.key(0), cfg, settings))
     shape = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), lora)
     examples = [Example(str(n), {}, tuple(range(5 + n))) for n in range(4)]

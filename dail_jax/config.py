@@ -20,13 +20,14 @@ from pydantic import (
     ConfigDict,
     Field,
     ValidationError,
+    WithJsonSchema,
     field_validator,
     model_validator,
 )
 from ruamel.yaml import YAML
 
 from dail_jax.errors import UserError
-from dail_jax.strict_yaml import assign, explain, included, lay_over, parse_yaml, read_yaml
+from dail_jax.strict_yaml import as_user_error, assign, included, lay_over, parse_yaml, read_yaml
 
 
 def _not_bool(value: Any) -> Any:
@@ -59,29 +60,37 @@ def _local(path: str) -> str:
     return path
 
 
-LocalPath = Annotated[str, AfterValidator(_local)]
+LocalPath = Annotated[str, AfterValidator(_local), WithJsonSchema({"type": "string", "format": "path"})]
 
 
 class Section(BaseModel):
-    """A frozen part of the configuration that knows all its keys."""
+    """A frozen part of the configuration. The docstring below each key is its description."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
 
 class Model(Section):
     """The frozen base model: a Hugging Face folder with config.json, safetensors and a tokenizer."""
 
     path: LocalPath
+    """The model's folder."""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
-    tokenizer: LocalPath | None = None  # another folder; default: the model's own
+    """Type of the weights and of the computation. bfloat16 halves memory; float32 is for small models and for tests."""
+    tokenizer: LocalPath | None = None
+    """A folder with another tokenizer; null = the model's own."""
 
 
 class Mesh(Section):
-    """Devices per axis; at most one axis may be -1, which takes what is left."""
+    """Devices per mesh axis. The product must be the number of devices; at most one axis may be -1, which takes the
+    devices that are left."""
 
     data: int = -1
+    """Devices along which batches are split and weights are repeated. By default all of them: right for models that
+    fit on one device."""
     fsdp: int = 1
+    """Devices along which batches and weights are both split; weights are gathered layer by layer."""
     tensor: int = 1
+    """Devices along which heads, feed-forward width and vocabulary are split."""
 
     @model_validator(mode="after")
     def _axes(self):
@@ -92,63 +101,83 @@ class Mesh(Section):
 
 
 class Columns(Section):
-    """What the dataset calls the fields that we need."""
+    """The dataset's names for the fields that are read."""
 
     problem_id: str = "problem_id"
+    """Column of the id, which must be unique. Where a row has none, a hash of its content takes its place."""
     problem: str = "problem"
+    """Column of the problem's text."""
     solution: str = "solution"
+    """Column of the expert solution."""
     answer: str = "answer"
-    waypoints: str = "waypoints"  # text with one a line, or a list; for the extractor `file`
-    choices: str | tuple[str, ...] | None = None  # a column with a list of texts, or a column for each
+    """Column of the final answer. Where a training row has none, the last box in its solution is the answer."""
+    waypoints: str = "waypoints"
+    """Column of the waypoints, a list or text with one per line, read by the extractor `file`."""
+    choices: str | tuple[str, ...] | None = None
+    """Multiple choice: one column with a list of 2 to 26 texts, or a list of columns with one text each."""
 
 
-class Rows(Section):
-    """A dataset: a .jsonl or .parquet file, `hub:NAME` through the `datasets` extra, or a source of your own.
-
-    A control token in a problem or solution, such as <|im_end|> or </think>, would end a turn or a thought. By default
-    it is encoded as the plain text that it is there.
-    """
+class Dataset(Section):
+    """A dataset: a .jsonl or .parquet file, `hub:NAME` through the extra `hub`, or a source of your own."""
 
     path: LocalPath
+    """The file; or `hub:NAME` or `hub:NAME:SUBSET` for a dataset on the hub, or another SOURCE:NAME."""
     split: str = "train"
+    """Split of a dataset on the hub; files have none."""
     columns: Columns = Columns()
+    """The dataset's names for the fields that are read."""
     limit: Count | None = None
-    special_tokens: Literal["text", "keep", "refuse"] = "text"  # keep: encoded as control tokens
+    """Rows to read, from the first; null = all."""
+    special_tokens: Literal["text", "keep", "refuse"] = "text"
+    """What to do with control tokens in a row, such as `<|im_end|>` or `</think>`, which would end a turn or a thought.
+    `text` encodes them as the plain text they are in the row, `keep` as control tokens, `refuse` is an error."""
 
 
 class Prompts(Section):
-    """Templates of the three roles (files; null = the package's own) and how a solution is cut.
-
-    `opening` is what the assistant's turn starts with, e.g. "<think>\\n" for a thinking model.
-    A solution is cut to its first tokens, for every role alike, where it has more than `max_solution_tokens` or where
-    the privileged student's prompt would not fit `generate.max_prompt_tokens`.
-    """
+    """Templates of the roles' prompts, and how long a solution in them may be."""
 
     student: LocalPath | None = None
+    """Template file of the student's prompt; null = the package's own."""
     privileged: LocalPath | None = None
+    """Template file of the privileged student's prompt, which shows the solution; null = the package's own."""
     negative: LocalPath | None = None
-    expert: LocalPath | None = None  # the reply that SFT imitates; null = the solution as it is
-    hint: LocalPath | None = None  # the student's prompt with a hint, for nurl
+    """Template file of the negative reference's prompt, which shows the waypoints; null = the package's own."""
+    expert: LocalPath | None = None
+    """Template file of the reply that SFT imitates; null = the solution as it is."""
+    hint: LocalPath | None = None
+    """Template file of the student's prompt with a hint, for nurl; null = the package's own."""
     opening: str = ""
-    max_solution_tokens: Count | None = None  # null = what generate.max_prompt_tokens leaves
+    """Text that the assistant's turn starts with, such as `"<think>\\n"` for a thinking model."""
+    max_solution_tokens: Count | None = None
+    """Tokens that a solution is cut to, for every role alike; null = cut only where the privileged student's prompt
+    would exceed `generate.max_prompt_tokens`, a limit that always holds."""
 
 
 class Waypoints(Section):
     """How the negative reference's waypoints are taken from a solution."""
 
     extractor: str = "math"
-    limit: Natural = 0  # keep at most this many (0 = all)
+    """Name of the extractor: math (results of formulas), text (salient statements), reference (the reference
+    implementation's patterns), file (the column `waypoints`), or one of your own."""
+    limit: Natural = 0
+    """Waypoints to keep per solution, spread evenly over all of them; 0 = all."""
 
 
 class Sampling(Section):
-    """How tokens are drawn. `top_k: 0` and `top_p: 1` switch truncation off; temperature 0 is greedy."""
+    """How tokens are drawn: the temperature is applied first, then top-k, then top-p."""
 
     temperature: NonNegative = 1.0
+    """Divides the logits; 1 is the model's own distribution, 0 is greedy decoding."""
     top_p: Annotated[Number, Field(gt=0, le=1)] = 1.0
+    """Keeps the fewest likeliest tokens that hold this share of the probability; 1 keeps all."""
     top_k: Natural = 0
+    """Keeps this many of the likeliest tokens; 0 keeps all."""
     presence_penalty: Number = 0.0
+    """Subtracted from the logit of every token that the response already contains; 0 switches it off."""
     max_tokens: Count = 256
+    """Tokens per response at most, the stop token included; a response that reaches it is cut."""
     suppress: tuple[str, ...] = ()
+    """Texts of single tokens that are never drawn, such as `</think>` while traces of a thinking model are made."""
 
     @property
     def is_plain(self) -> bool:
@@ -156,22 +185,37 @@ class Sampling(Section):
         return (self.temperature, self.top_p, self.top_k, self.presence_penalty, self.suppress) == (1, 1, 0, 0, ())
 
 
-class Generate(Section):
-    """Mixed policy rollouts (paper, section 3). tau 0: student alone; tau 1: privileged student alone."""
+class Inference(Section):
+    """What everything that draws samples has in common: `generate`, `evaluate`, and online training."""
+
+    slots: Count = 64
+    """Responses drawn at the same time. More use the device better and take memory for their caches; the samples are
+    the same whatever the number."""
+    max_prompt_tokens: Count = 4096
+    """Tokens per prompt at most; problems with a longer prompt are skipped and counted."""
+    sampling: Sampling = Sampling()
+    """How tokens are drawn; by default from the model's own distribution."""
+
+
+class Generate(Inference):
+    """Mixed policy rollouts (arXiv 2602.02405, section 3), which the student and the privileged student write together."""
 
     tau: Fraction = 0.8
+    """Probability from which the privileged student accepts a token that the student proposes. 0 is the student alone,
+    1 the privileged student alone. 0.8 is the paper's value for thinking models; `calibrate` compares others."""
     proposals: Count = 1
+    """Tokens that the student may propose at each position before the privileged student writes one itself."""
     samples: Count = 1
-    slots: Count = 64
-    max_prompt_tokens: Count = 4096
-    sampling: Sampling = Sampling()
+    """Traces to draw per problem. Draw more where `filters.correct` selects among them."""
 
 
 class Filters(Section):
-    """Which traces are trained on; every drop is counted under its reason."""
+    """Which traces are trained on. Every drop is counted under its reason."""
 
-    correct: bool = False  # drop traces whose boxed answer is wrong (needs an answer)
-    finished: bool = False  # drop traces that were cut at max_tokens
+    correct: bool = False
+    """Drop traces whose boxed answer is wrong; every row then needs an answer."""
+    finished: bool = False
+    """Drop traces that were cut at `generate.sampling.max_tokens`."""
     artefacts: tuple[str, ...] = (
         "reference solution",
         "provided solution",
@@ -181,17 +225,25 @@ class Filters(Section):
         "the expert",
         "the hint",
     )
-    max_repetition: Fraction = 0.5  # drop when more than this share of 8-grams are repeats
+    """Phrases, in any case, that give away that a solution was shown; traces with one are dropped. `[]` drops none, as
+    in the paper."""
+    max_repetition: Fraction = 0.5
+    """Share of a trace's 8-grams of tokens that may be repeats before it is dropped; 1 drops none, as in the paper."""
     min_tokens: Count = 1
-    keep: Count | Literal["all"] = 1  # traces a problem
-    choose: Literal["first", "random"] = "first"  # which of them: in order of samples, or by the run's seed
+    """Tokens that a trace must have; shorter ones are dropped."""
+    keep: Count | Literal["all"] = 1
+    """Traces to keep per problem among those that nothing else drops."""
+    choose: Literal["first", "random"] = "first"
+    """Which of them to keep: the first in order of samples, or some that the run's seed chooses."""
 
 
-class Lora(Section):
-    """Low-rank adapters on all layers."""
+class LoraConfig(Section):
+    """Low-rank adapters, the same on every layer. The defaults are the paper's."""
 
     rank: Count = 32
+    """Rank of each adapter."""
     alpha: Positive = 32.0
+    """Scale: an adapter's output is multiplied by alpha / rank."""
     targets: tuple[Literal["q", "k", "v", "o", "gate", "up", "down"], ...] = (
         "q",
         "k",
@@ -201,6 +253,7 @@ class Lora(Section):
         "up",
         "down",
     )
+    """Linear maps that get an adapter."""
 
     @model_validator(mode="after")
     def _some(self):
@@ -210,60 +263,99 @@ class Lora(Section):
 
 
 class Optimizer(Section):
-    """Adam with decoupled weight decay and linear warm-up; `muon` uses Muon on matrices (pretrain only)."""
+    """Adam with decoupled weight decay behind clipping by the global norm, or Muon on matrices. Rates, warm-up and decay
+    are the paper's by default."""
 
     name: Literal["adamw", "muon"] = "adamw"
+    """The optimiser; `muon` uses Muon on matrices and Adam on the rest, in the stage `pretrain` alone."""
     learning_rate: Positive = 2e-4
-    matrix_learning_rate: Positive = 0.02  # Muon's, for matrices
+    """Peak learning rate; 2e-4 is the paper's for a LoRA. Reinforcement learning (grpo, nurl) wants about a tenth."""
+    matrix_learning_rate: Positive = 0.02
+    """Peak learning rate of Muon for matrices."""
     warmup_steps: Natural = 5
+    """Updates over which the rate rises linearly to its peak."""
     schedule: Literal["linear", "constant", "trapezoid"] = "linear"
-    decay_fraction: Fraction = 0.3  # of the steps, for `trapezoid`
+    """What the rate does after the warm-up: falls linearly to 0, stays, or stays and falls to 0 at the end."""
+    decay_fraction: Fraction = 0.3
+    """Share of all updates over which a `trapezoid` falls."""
     weight_decay: NonNegative = 0.01
+    """Decoupled weight decay, multiplied by the learning rate."""
     b1: BelowOne = 0.9
+    """Decay of Adam's average of gradients."""
     b2: BelowOne = 0.999
+    """Decay of Adam's average of squared gradients."""
     clip: Positive = 1.0
+    """Global norm that gradients are scaled down to where theirs is larger."""
 
 
-class Online(Section):
-    """For methods that learn from what the student writes now: a round samples, grades, and makes its updates."""
+class Online(Inference):
+    """For methods that learn from what the student writes while it trains: a round samples, grades, and makes its
+    updates."""
 
-    problems: Count = 16  # a round
-    group: Count = 8  # samples a problem
-    clip_ratio: Positive = 0.2  # how far a token's probability ratio may leave 1 and still be pushed on (grpo, nurl)
-    kl_weight: NonNegative = 0.01  # of KL(student || frozen base), over the full vocabulary (grpo, nurl)
-    hint: Literal["trace", "waypoints"] = "trace"  # nurl: how a trace of `generate` begins, or the waypoints
-    hint_tokens: Count = 64  # ... of a trace, and never more than half of it
-    slots: Count = 64
-    sampling: Sampling = Sampling()
+    problems: Count = 16
+    """Problems per round."""
+    group: Count = 8
+    """Samples per problem and round. problems * group must be a multiple of `train.batch_size`."""
+    clip_ratio: Positive = 0.2
+    """How far a token's probability ratio may leave 1 before its gradient is cut off (grpo, nurl); 0.2 is PPO's usual
+    value."""
+    kl_weight: NonNegative = 0.01
+    """Weight of KL(student || frozen base), over the full vocabulary (grpo, nurl)."""
+    hint: Literal["trace", "waypoints"] = "trace"
+    """What a hint is (nurl): the beginning of a trace that `generate` wrote, or the solution's waypoints."""
+    hint_tokens: Count = 64
+    """Tokens of a trace in a hint, and never more than half of the trace (nurl)."""
 
 
 class Train(Section):
-    """Training of the LoRA: an `objective`, on `epochs` passes over what it learns from.
+    """Training of the LoRA: an `objective`, for `epochs` passes over what it learns from.
 
-    The objectives and what each of them learns from are the table `METHODS` in `dail_jax/train/methods.py`.
+    The objectives, and what each of them learns from, are the table `METHODS` in `dail_jax/train/methods.py`.
     """
 
     objective: str = "dail"
-    gamma: NonNegative = 0.1  # weight of the negative reference (dail, onpolicy)
-    kl: Literal["reverse", "forward"] = "reverse"  # direction of the divergences (dail, onpolicy)
-    loss: dict[str, Number] = {}  # further settings, which a method declares
-    reduce: Literal["token", "sequence"] = "token"  # mean over an update's tokens, or of its sequences' own means
+    """Name of the method: dail, onpolicy, nll, sft, star, grpo, nurl, none (the untrained model), or one of your own."""
+    gamma: NonNegative = 0.1
+    """Weight of the negative reference (dail, onpolicy); 0.1 is the paper's. Reverse KL needs gamma below 1."""
+    kl: Literal["reverse", "forward"] = "reverse"
+    """Direction of the divergences (dail, onpolicy): reverse is KL(student || reference), the paper's."""
+    loss: dict[str, Number] = {}
+    """Further numbers, by name, which a method of your own declares as its settings."""
+    reduce: Literal["token", "sequence"] = "token"
+    """What an update averages: all its tokens alike, or its sequences' own means, as the reference implementation does."""
     epochs: Count = 3
-    batch_size: Count = 16  # sequences per update
-    accumulate: Count = 1  # micro-batches per update
-    max_tokens: Count = 2048  # a longer prompt + response is dropped and counted
-    bucket: Count = 64  # prompts and responses are padded to multiples of this
-    chunk: Count = 1024  # response positions whose logits exist at one time
+    """Passes over the examples; for online methods, over the problems."""
+    batch_size: Count = 16
+    """Sequences per update."""
+    accumulate: Count = 1
+    """Micro-batches per update; more take less memory. Must divide `batch_size`."""
+    max_tokens: Count = 2048
+    """Tokens of prompt and response together; longer examples are dropped and counted."""
+    bucket: Count = 64
+    """Prompts and responses are padded to multiples of this many tokens. Smaller values pad less and compile more
+    programs."""
+    chunk: Count = 1024
+    """Response tokens whose logits exist at one time. Fewer take less memory and more time."""
     remat: Literal["none", "full", "dots"] = "full"
-    cache_references: bool = True  # keep the frozen roles' states on disk and reuse them in every epoch
-    references_gib: Positive = 64.0  # ... if they take no more than this
-    workers: Natural = 0  # Grain worker processes
+    """What the backward pass recomputes: nothing, whole layers (least memory), or all but the matrix products."""
+    cache_references: bool = True
+    """Whether the frozen roles' states are computed once, kept on disk, and reused in every epoch: exact, and faster."""
+    references_gib: Positive = 64.0
+    """Disk space in GiB that these states may take; where they need more, they are computed in every step."""
+    workers: Natural = 0
+    """Processes that assemble batches; 0 = the training process does, which is enough unless devices wait for it."""
     save_every: Count = 50
+    """Updates between checkpoints."""
     keep_checkpoints: Count = 2
-    max_skipped: Count = 5  # non-finite updates in a row before giving up
-    lora: Lora = Lora()
+    """Checkpoints to keep: with two, damage to the newest costs `save_every` updates and no more."""
+    max_skipped: Count = 5
+    """Non-finite updates in a row after which training gives up; each of them is skipped and leaves the weights alone."""
+    lora: LoraConfig = LoraConfig()
+    """The adapters that are trained."""
     optimizer: Optimizer = Optimizer()
+    """The optimiser and its schedule."""
     online: Online = Online()
+    """Sampling during training, for methods that learn from the student's own samples."""
 
     @model_validator(mode="after")
     def _divides(self):
@@ -273,13 +365,13 @@ class Train(Section):
 
 
 class Force(Section):
-    """The forced answer of a sample that holds no complete one: this text, then at most `max_tokens` more.
-
-    Thoughts that are still open are closed first, so that one text serves models that think and models that do not.
-    """
+    """The forced answer of a sample that holds no complete one. Thoughts that are still open are closed first, so that
+    one text serves models that think and models that do not."""
 
     text: str = "\n\nThe final answer is \\boxed{"
+    """Text that asks for the answer."""
     max_tokens: Count = 100
+    """Tokens that may be drawn after it; 100 is the reference implementation's value."""
 
     @field_validator("text")
     @classmethod
@@ -290,41 +382,49 @@ class Force(Section):
 
 
 class Benchmark(Section):
-    """One evaluation set, here or in a file of its own: `{from: FILE}`; keys beside `from` replace the file's.
-
-    `answer: choice` with `rows.columns.choices` shows the choices in an order of each question's own and grades the
-    letter. The answer column then holds the right choice's text or letter, or its index as a number from 0.
-    """
+    """One evaluation set, here or in a file of its own: `{from: FILE}`; keys beside `from` replace the file's."""
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]+$")]
-    rows: Rows
-    template: LocalPath | None = None  # null = the student's, or with choices the package's own for these
-    answer: str = "math"  # a name in dail_jax.evaluate.answers.ANSWERS: math, integer, choice, none, or your own
-    ungradable: Literal["refuse", "skip"] = "refuse"  # what to do with rows whose gold answer cannot be read
-    pool: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]+$")] | None = None  # a row over all benchmarks of this pool
+    """Name in tables and result files."""
+    rows: Dataset
+    """The problems, with their gold answers."""
+    template: LocalPath | None = None
+    """Template file of the prompt; null = the student's, or with choices the package's own for these."""
+    answer: str = "math"
+    """Name of the answer type: math, integer, choice, none (nothing is graded), or one of your own. `choice` shows
+    `rows.columns.choices` in an order of each question's own and grades the letter; the gold answer is then the right
+    choice's text or letter, or its index from 0."""
+    ungradable: Literal["refuse", "skip"] = "refuse"
+    """What to do with rows whose gold answer cannot be read: stop with an error, or skip and count them."""
+    pool: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]+$")] | None = None
+    """Name of a further row of the tables, over the problems of all benchmarks with this pool; null = none."""
 
 
-class Evaluate(Section):
-    """pass@k with n samples per problem, cut at each of `budgets`.
+class Evaluate(Inference):
+    """pass@k with n samples per problem, cut at each of `budgets`."""
 
-    `budget` names what a budget covers. `all`: every token of a reply. `thoughts`: the thoughts alone, as in the paper;
-    a reply whose thoughts end within the budget has `force.max_tokens` more for its answer. A reply without thoughts
-    is covered as a whole either way. With `force`, a reply that is left without a complete answer is asked for one.
-    """
-
-    benchmarks: tuple[Annotated[Benchmark, BeforeValidator(included)], ...] = ()
-    # A PEFT folder to evaluate (with train.objective: none); null = what this run trained
-    adapter: LocalPath | None = None
-    sampler: str = "engine"  # who draws the samples: a name in dail_jax/stages/samplers.py
-    samples: Count = 128
-    ks: tuple[Count, ...] = ()  # empty = powers of two up to samples
-    budgets: tuple[Count, ...] = ()  # empty = sampling.max_tokens alone
-    budget: Literal["thoughts", "all"] = "all"
-    slots: Count = 64
-    max_prompt_tokens: Count = 4096
-    force: Force | None = None
-    bootstrap: Count = 2000
     sampling: Sampling = Sampling(temperature=0.6, top_p=0.95, presence_penalty=1.5, max_tokens=4096)
+    """How tokens are drawn; the defaults are those of the paper's evaluation."""
+    benchmarks: tuple[Annotated[Benchmark, BeforeValidator(included)], ...] = ()
+    """The evaluation sets."""
+    adapter: LocalPath | None = None
+    """A PEFT folder to evaluate, with `train.objective: none`; null = what this run trained."""
+    sampler: str = "engine"
+    """Name of what draws the samples: engine, or one of your own (docs/extending.md)."""
+    samples: Count = 128
+    """Samples per problem; 128 is the paper's number."""
+    ks: tuple[Count, ...] = ()
+    """Values of k in pass@k, none above `samples`; `[]` = powers of two up to `samples`."""
+    budgets: tuple[Count, ...] = ()
+    """Token budgets that every sample is cut at, none above `sampling.max_tokens`; `[]` = that one alone."""
+    budget: Literal["thoughts", "all"] = "all"
+    """What a budget covers: every token of a reply, or the thoughts alone, as in the paper. With `thoughts`, a reply
+    whose thoughts end within the budget has `force.max_tokens` more for its answer. A reply without thoughts is covered
+    as a whole either way."""
+    force: Force | None = None
+    """How a reply that is left without a complete answer is asked for one; null = it is not."""
+    bootstrap: Count = 2000
+    """Resamples of the problems for the 95% intervals."""
 
     @model_validator(mode="after")
     def _consistent(self):
@@ -362,48 +462,77 @@ class Export(Section):
     """What `export` writes besides the PEFT adapter."""
 
     merged: bool = False
+    """Whether to write the whole model with the adapter merged into its weights, as `merged/`."""
 
 
 class Pretrain(Section):
     """Training all weights of a small model from scratch on rows with `prompt` and `response`."""
 
     rows: LocalPath
-    architecture: dict[str, Any]  # the config.json to train
+    """A .jsonl file of rows with `prompt` and `response`."""
+    architecture: dict[str, Any]
+    """The config.json of the model to train."""
     steps: Count = 1000
+    """Updates."""
     tokens_per_step: Count = 4096
+    """Tokens per update, padding included, roughly."""
     bucket: Count = 16
+    """Rows are padded to multiples of this many tokens."""
     max_tokens: Count = 256
+    """Tokens of prompt and response together; longer rows are left out."""
     log_every: Count = 20
+    """Updates between rows of metrics.jsonl."""
     save_every: Count = 500
+    """Updates between checkpoints."""
     optimizer: Optimizer = Optimizer(name="muon", learning_rate=3e-3, schedule="trapezoid", weight_decay=0.0)
+    """The optimiser and its schedule; the defaults are those of the embedded model."""
 
 
 class Log(Section):
     """Where metrics go besides metrics.jsonl."""
 
     tensorboard: bool = False
-    wandb: str | None = None  # the project's name
+    """Whether to write TensorBoard event files into the run directory."""
+    wandb: str | None = None
+    """Project on Weights & Biases; null = none."""
 
 
 class Config(Section):
-    """Everything. One file configures one experiment; `arms` turns it into several that share traces."""
+    """The whole configuration: one file configures one experiment, and `arms` turns it into several that share traces."""
 
     run_dir: LocalPath
+    """Directory that everything is written to; a second call with it resumes."""
     seed: Seed = 3407
+    """Seed of everything that is random; 3407 is the paper's."""
     model: Model
+    """The frozen base model."""
     mesh: Mesh = Mesh()
-    data: Rows | None = None
+    """How devices share the work."""
+    data: Dataset | None = None
+    """The training problems with their expert solutions; null = none, for stages that need none."""
     prompts: Prompts = Prompts()
+    """Templates of the roles' prompts."""
     waypoints: Waypoints = Waypoints()
+    """The negative reference's waypoints."""
     generate: Generate = Generate()
-    traces: LocalPath | None = None  # a traces.jsonl made elsewhere; null = this run's own
+    """Mixed policy rollouts."""
+    traces: LocalPath | None = None
+    """A traces.jsonl made elsewhere; null = this run's own."""
     filters: Filters = Filters()
+    """Which traces are trained on."""
     train: Train = Train()
+    """Training of the LoRA."""
     evaluate: Evaluate = Evaluate()
+    """The evaluation."""
     export: Export = Export()
+    """What is exported."""
     pretrain: Pretrain | None = None
+    """Training a small model from scratch, for the stage `pretrain` alone; null = none."""
     log: Log = Log()
+    """Where metrics go besides metrics.jsonl."""
     arms: dict[Annotated[str, Field(pattern=r"^[A-Za-z0-9_,=-][A-Za-z0-9_.,=-]*$")], dict[str, Any]] = {}
+    """Variants of this configuration that `run` works through: by name, the keys to replace, as in
+    `{nll: {train.objective: nll}}`. Over an arm of another file, `name: null` takes it away."""
 
     @field_validator("arms", mode="before")
     @classmethod
@@ -435,7 +564,7 @@ def build(tree: dict[str, Any], source: str | Path) -> Config:
     try:
         return Config.model_validate(tree)
     except ValidationError as error:
-        raise explain(error, source, Config) from None
+        raise as_user_error(error, source, Config) from None
 
 
 def with_overrides(config: Config, changes: dict[str, Any], source: str | Path) -> Config:

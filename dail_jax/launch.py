@@ -33,8 +33,12 @@ STAGES = {
     "select": "the rows that the untrained model never solves -> RUN_DIR/selected.jsonl",
     "sweep": "`run` for every combination of the values given by --over, as arms",
     "calibrate": "traces at several tau: right ones, acceptance, artefacts -> RUN_DIR/calibration.md and plots",
+    "config": "the resolved configuration; with --explain KEY, what a key or a section is",
     "env": "versions, devices and mesh: what a bug report needs",
 }
+
+# Arguments of single stages, which are passed on to them by name.
+OWN_ARGUMENTS = ("row", "over", "tau", "runs", "out", "explain", "markdown")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -44,7 +48,7 @@ def parser() -> argparse.ArgumentParser:
         sub = stages.add_parser(name, help=purpose, description=purpose)
         sub.add_argument(
             "--config",
-            required=name not in ("env", "compare"),
+            required=name not in ("env", "compare", "config"),
             action="append",
             help="a YAML file, see configs/; further ones are laid over it",
         )
@@ -68,6 +72,9 @@ def parser() -> argparse.ArgumentParser:
             sub.add_argument("--over", metavar="KEY=A,B,C", action="append", required=True, help="a key and its values")
         if name == "calibrate":
             sub.add_argument("--tau", metavar="A,B,C", default="0.5,0.7,0.8,0.9,0.99", help="(default: %(default)s)")
+        if name == "config":
+            sub.add_argument("--explain", metavar="KEY", help="type, default, allowed values and meaning of a key")
+            sub.add_argument("--markdown", action="store_true", help="all of them, as docs/configuration.md")
         if name == "compare":
             sub.add_argument("--out", metavar="DIR", default="runs/comparison", help="(default: %(default)s)")
             sub.add_argument("runs", nargs="+", metavar="RUN_DIR", help="a run, or a run with arms; the baseline first")
@@ -120,7 +127,7 @@ def main(argv: list[str] | None = None) -> int:
             from dail_jax.stages import names
 
             names.check(config)
-        more = {key: vars(args)[key] for key in ("row", "over", "tau", "runs", "out") if key in args}
+        more = {key: vars(args)[key] for key in OWN_ARGUMENTS if key in args}
         if args.stage == "compile":
             more = {"topology": args.topology, "out": args.json, "quick": args.quick, "only": args.only}
         _stage(args.stage)(config, **more)

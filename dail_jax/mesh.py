@@ -16,11 +16,12 @@ from dail_jax.errors import UserError
 
 AXES = tuple(config_lib.Mesh.model_fields)
 
-# One letter per array axis, everywhere: in shapes, einsums and layouts.
+# One letter per array axis, everywhere: upper case in shapes, lower case in einsums and layouts.
 LETTERS = {
     "A": "micro-batches of one update",
     "B": "rows of a batch; when sampling, G blocks of M rows",
-    "T": "time: the tokens of a row",
+    "T": "time: the tokens of a row; of its response, where losses and samples leave the prompt out",
+    "W": "the tokens of a padded training row, prompt and response, where T is the response's",
     "D": "model width",
     "N": "query heads",
     "K": "kv heads",
@@ -37,19 +38,20 @@ LETTERS = {
     "P": "slots of a block's prompt buffer",
     "E": "prompts side by side in a prompt buffer",
     "Q": "queries per row and kv head: T * N / K",
+    "X": "B, where D is spread as well: over `data` alone",
+    "U": "V, where every device has all of D, as in the unembedding and in logits: over `fsdp` too",
 }
 
-# The mesh axes of each letter, in lower case as in layouts; axes with other letters are replicated. `a` and `w` are
-# alternative layouts of B and V.
+# The mesh axes of each letter, in lower case as in layouts; axes with other letters are replicated.
 RULES: dict[str, str | tuple[str, ...]] = {
     "b": ("data", "fsdp"),
-    "a": "data",  # B, while D is spread over fsdp
+    "x": "data",
     "d": "fsdp",
     "n": "tensor",
     "k": "tensor",
     "f": "tensor",
     "v": "tensor",
-    "w": ("fsdp", "tensor"),  # V of the unembedding: every device has its share of each logit row, and all of D
+    "u": ("fsdp", "tensor"),
 }
 
 
@@ -139,7 +141,7 @@ def local_rows(mesh: jax.sharding.Mesh, count: int) -> np.ndarray:
 
 
 def to_devices(batch: dict[str, np.ndarray], mesh, rows: int) -> dict[str, jax.Array]:
-    """Each process's rows [A, local, ...] as global arrays [A, rows, ...], sharded by row."""
+    """Each process's rows [A, B, ...] as global arrays [A, `rows`, ...], sharded by row."""
 
     def put(x: np.ndarray) -> jax.Array:
         where = sharding(mesh, "_b" + "_" * (x.ndim - 2))

@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, InstanceOf, ValidationError
 
 from dail_jax import strict_json
 from dail_jax.errors import UserError
-from dail_jax.strict_yaml import explain
+from dail_jax.strict_yaml import as_user_error
 
 Natural = Annotated[int, Field(ge=0, lt=1 << 31)]
 Count = Annotated[int, Field(ge=1, lt=1 << 31)]
@@ -32,7 +32,7 @@ def parse(value: Any, shape: type[S], file: Path, row: int | None = None) -> S:
     try:
         return shape.model_validate(tree)
     except ValidationError as error:
-        fault = explain(error, file, shape)
+        fault = as_user_error(error, file, shape)
         raise UserError(fault.message, file=file, row=row, field=fault.field) from None
 
 

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import difflib
 import io
 import re
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 from pydantic import BaseModel, ValidationError
 from ruamel.yaml import YAML
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
 
+from dail_jax import keys
 from dail_jax.errors import UserError
 from dail_jax.strict_json import refuse_odd_text
 
@@ -103,7 +102,7 @@ def lay_over(tree: dict[str, Any], other: dict[str, Any]) -> None:
 # ---------------------------------------------------------------------------------------------------
 
 
-def explain(error: ValidationError, source: str | Path, root: type[BaseModel]) -> UserError:
+def as_user_error(error: ValidationError, source: str | Path, root: type[BaseModel]) -> UserError:
     """The first of pydantic's errors about a tree of sections under `root`, as a UserError of one line."""
     # An unknown key comes before a missing one: it may be the missing one, misspelt.
     first = min(error.errors(), key=lambda e: e["type"] != "extra_forbidden")
@@ -124,40 +123,8 @@ def explain(error: ValidationError, source: str | Path, root: type[BaseModel]) -
 
 
 def _nearest(loc: tuple[str | int, ...], root: type[BaseModel]) -> str:
-    """The known key most like the unknown one at `loc`: in its section, otherwise in any."""
-    key = str(loc[-1])
-    here = _keys_at(loc[:-1], root)
-    if near := difflib.get_close_matches(key, here, 1):
-        return near[0]
-    paths = {path.rpartition(".")[2]: path for path in _paths(root)}
-    near = difflib.get_close_matches(key, paths, 1)
-    return paths[near[0]] if near else difflib.get_close_matches(key, here or paths, 1, 0.0)[0]
-
-
-def _paths(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
-    """Yields every key as a dotted path."""
-    for name, field in model.model_fields.items():
-        yield prefix + name
-        section = _section_in(field.annotation)
-        if section is not None:
-            yield from _paths(section, f"{prefix}{name}.")
-
-
-def _keys_at(loc: tuple[str | int, ...], root: type[BaseModel]) -> list[str]:
-    """The keys known at a place in the tree of sections."""
-    model = root
-    for part in loc:
-        if not isinstance(part, str) or part not in model.model_fields:
-            continue
-        section = _section_in(model.model_fields[part].annotation)
-        if section is None:
-            return []
-        model = section
-    return list(model.model_fields)
-
-
-def _section_in(annotation: Any) -> type[BaseModel] | None:
-    """The Section inside an annotation such as `tuple[Benchmark, ...]` or `Rows | None`."""
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return annotation
-    return next((s for a in get_args(annotation) if (s := _section_in(a))), None)
+    """The known key most like the unknown one at `loc`: by its name in the same section, otherwise by its path."""
+    path = ".".join(map(str, loc))
+    best = keys.nearest(path, [key.path for key in keys.all_keys(root)])[0]
+    section, _, name = best.rpartition(".")
+    return name if keys.without_indices(section) == keys.without_indices(path).rpartition(".")[0] else best

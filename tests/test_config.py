@@ -30,6 +30,7 @@ def complaint(tmp_path, text, *overrides):
 BAD = {
     # unknown keys name the nearest known one, in their section or else anywhere
     "train: {gama: 0.2}": "c.yaml:train.gama: unknown key; did you mean 'gamma'?",
+    "train: {lr: 1}": "c.yaml:train.lr: unknown key; did you mean 'train.optimizer.learning_rate'?",
     "train: {lora: {rnk: 3}}": "c.yaml:train.lora.rnk: unknown key; did you mean 'rank'?",
     "gamm: 1": "c.yaml:gamm: unknown key; did you mean 'train.gamma'?",
     "evaluate: {benchmarks: [{name: a, rows: {pth: x}}]}": "c.yaml:evaluate.benchmarks.0.rows.pth: unknown key; did you mean 'path'?",

@@ -28,7 +28,7 @@ def write(path, *lines):
         (line if isinstance(line, bytes) else json.dumps(line, ensure_ascii=False).encode()) + b"\n" for line in lines
     )
     path.write_bytes(data)
-    return config.Rows(path=str(path))
+    return config.Dataset(path=str(path))
 
 
 def test_json_lines(tmp_path):
@@ -111,7 +111,7 @@ def test_bad_files(tmp_path, monkeypatch):
         if content is not None:
             (tmp_path / name).write_text(content)
         with pytest.raises(UserError, match=f"{name}: .*{complaint}"):
-            read_rows(config.Rows(path=str(tmp_path / name)))
+            read_rows(config.Dataset(path=str(tmp_path / name)))
     monkeypatch.setattr(strict_json, "MAX_LINE", 100)
     with pytest.raises(UserError, match="line of over"):
         read_rows(write(tmp_path / "l.jsonl", b'{"problem": "' + b"x" * 100 + b'"}'))
@@ -119,7 +119,7 @@ def test_bad_files(tmp_path, monkeypatch):
 
 def table(path, **columns):
     pq.write_table(pa.table(columns), path)
-    return config.Rows(path=str(path))
+    return config.Dataset(path=str(path))
 
 
 def test_parquet_equals_json_lines(tmp_path):
@@ -152,7 +152,7 @@ def test_exploding_parquet(tmp_path):
     """One long text, stored once in the file, expands to 2 GB of rows."""
     cfg = table(tmp_path / "r.parquet", problem=["x" * 1_000_000] * 2000, solution=["y"] * 2000)
     assert (tmp_path / "r.parquet").stat().st_size < 100_000
-    with pytest.raises(UserError, match="unfold to more than 64 MiB"):
+    with pytest.raises(UserError, match="expand to more than 64 MiB"):
         list(records._from_parquet(cfg, cap=64 << 20))
 
 
@@ -163,7 +163,7 @@ def test_damaged_parquet(tmp_path):
         write_page_checksum=True,
     )
     whole = (tmp_path / "r.parquet").read_bytes()
-    cfg = config.Rows(path=str(tmp_path / "d.parquet"))
+    cfg = config.Dataset(path=str(tmp_path / "d.parquet"))
     rng = random.Random(0)
     for trial in range(12):
         data = bytearray(whole)
@@ -179,7 +179,7 @@ def test_damaged_parquet(tmp_path):
 def test_hub(monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(UserError, match=r"hub:o/n: want the datasets package: pip install 'dail_jax\[hub\]'"):
-        read_rows(config.Rows(path="hub:o/n"))
+        read_rows(config.Dataset(path="hub:o/n"))
     fake: Any = types.ModuleType("datasets")
     asked = []
 
@@ -191,7 +191,7 @@ def test_hub(monkeypatch):
 
     fake.load_dataset = load_dataset
     monkeypatch.setitem(sys.modules, "datasets", fake)
-    assert [r.problem_id for r in read_rows(config.Rows(path="hub:o/n:main", split="test"))] == ["a", "b", "7"]
+    assert [r.problem_id for r in read_rows(config.Dataset(path="hub:o/n:main", split="test"))] == ["a", "b", "7"]
     assert asked == [(("o/n", "main"), {"split": "test"})]
     with pytest.raises(UserError, match=r"hub:o/gone: cannot be loaded: cannot reach it$"):
-        read_rows(config.Rows(path="hub:o/gone"))
+        read_rows(config.Dataset(path="hub:o/gone"))

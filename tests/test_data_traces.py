@@ -29,7 +29,7 @@ def tokenizer():
 
 @pytest.fixture(scope="module")
 def rows():
-    return read_rows(config.Rows(path=str(tiny.ASSETS / "train.jsonl"), limit=3))
+    return read_rows(config.Dataset(path=str(tiny.ASSETS / "train.jsonl"), limit=3))
 
 
 def prompts_of(rows, tokenizer, **templates):

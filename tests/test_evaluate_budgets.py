@@ -63,7 +63,7 @@ def cuts(pieces, budget="all", opening="", kind="integer", most=12, **changes):
     sample = {"sample": 0, "ids": ids, "finish": "stop" if stop in ids else "length"}
     benchmark = config_lib.Benchmark.model_validate({"name": "b", "answer": kind, "rows": {"path": "x"}})
     row = SimpleNamespace(problem_id="p")
-    problem = evaluate.Problem(benchmark, row, "1", (), opening)  # pyright: ignore[reportArgumentType]
+    problem = evaluate.BenchmarkProblem(benchmark, row, "1", (), opening)  # pyright: ignore[reportArgumentType]
     found = evaluate.cuts_of(session, problem, sample)  # pyright: ignore[reportArgumentType]
     return session, found
 

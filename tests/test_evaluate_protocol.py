@@ -83,7 +83,7 @@ def test_a_pool_is_over_the_union_of_problems():
     assert cell["problems"] == 3 and cell["per_problem"] == {"chain/a": [3, 4], "hard/a": [2, 4], "hard/b": [0, 4]}
     assert cell["pass@k"]["1"]["mean"] == pytest.approx(5 / 12, abs=1e-6)
     assert cell["pass@k"]["2"]["mean"] == pytest.approx((1 + 5 / 6) / 3, abs=1e-6)
-    assert found["hard"]["64"]["problems"] == 2 and "both" in protocol.one_line({"benchmarks": found})
+    assert found["hard"]["64"]["problems"] == 2 and "both" in protocol.headline({"benchmarks": found})
     # one that has no other beside it is not shown twice
     tree["benchmarks"][1]["pool"] = None
     assert list(protocol.summarise(samples, config.Evaluate.model_validate(tree), seed=1)["benchmarks"]) == [
@@ -157,7 +157,7 @@ def test_majorities_count_values_however_they_are_spelled():
 
 
 def test_one_line(results):
-    assert protocol.one_line(results) == (
+    assert protocol.headline(results) == (
         "dail_jax (arm=dail, objective=dail)"
         " | hard: budget=8, problems=2, samples=4, pass@1 25.0 [0.0, 50.0], pass@4 50.0 [0.0, 100], tokens 6.5"
         " | hard: budget=64, problems=2, samples=4, pass@1 50.0 [25.0, 75.0], pass@4 100 [100, 100], tokens 6.5"

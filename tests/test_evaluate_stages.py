@@ -178,7 +178,7 @@ def test_the_order_of_choices_is_each_questions_own(tmp_path):
         for i, answer in enumerate((2, "C", "y") * 40)
     ]
     path = dump(tmp_path / "q.jsonl", rows)
-    cfg = config_lib.Rows.model_validate({"path": path, "columns": {"problem": "q", "choices": "options"}})
+    cfg = config_lib.Dataset.model_validate({"path": path, "columns": {"problem": "q", "choices": "options"}})
     found = read_rows(cfg, ("problem", "answer"))
     assert {r.choices for r in found} == {("y", "w", "x", "z")} and {r.answer for r in found} == {"y"}
     letters = [evaluate.question(r)[1] for r in found]
@@ -199,7 +199,7 @@ def test_the_order_of_choices_is_each_questions_own(tmp_path):
 )
 def test_bad_choices_are_named(tmp_path, change, message):
     path = dump(tmp_path / "q.jsonl", [{"problem": "?", "options": list("wxyz"), "answer": "w", **change}])
-    cfg = config_lib.Rows.model_validate({"path": path, "columns": {"choices": "options"}})
+    cfg = config_lib.Dataset.model_validate({"path": path, "columns": {"choices": "options"}})
     with pytest.raises(UserError, match=re.escape(f"{path}:1:{message}")):
         read_rows(cfg, ("problem", "answer"))
 
@@ -210,7 +210,7 @@ def test_what_is_not_graded(long_run):
     results = json.loads((long_run / "results.json").read_text())
     cell = results["benchmarks"]["proofs"]["16"]
     assert cell["pass@k"] == cell["maj@k"] == cell["per_problem"] == {} and cell["problems"] == 1
-    assert "proofs: budget=16, problems=1, samples=32, tokens" in protocol.one_line(results)
+    assert "proofs: budget=16, problems=1, samples=32, tokens" in protocol.headline(results)
 
 
 class Length(AnswerType):
@@ -366,7 +366,7 @@ def test_entries_of_benchmarks(path, tmp_path, monkeypatch):
         names = columns.choices if isinstance(columns.choices, tuple) else ()
         row |= {name: str(42 + i) for i, name in enumerate(names)}
         rows = {"path": dump(tmp_path / "rows.jsonl", [row]), "columns": columns.model_dump()}
-        benchmark = benchmark.model_copy(update={"rows": config_lib.Rows.model_validate(rows)})
+        benchmark = benchmark.model_copy(update={"rows": config_lib.Dataset.model_validate(rows)})
     rows = read_rows(benchmark.rows, ("problem", "answer"))
     with Grader(workers=1) as grader:
         assert all(grader.check_gold(evaluate.question(row)[1], benchmark.answer) is None for row in rows)

@@ -75,7 +75,7 @@ def test_a_benchmark(tmp_path, monkeypatch, capsys):
 
 def test_rows_of_a_source_are_checked(monkeypatch):
     monkeypatch.setitem(records.SOURCES, "mine", lambda rows: [{"question": "?", "answer": 1}, {"question": 2}])
-    cfg = config_lib.Rows.model_validate({"path": "mine:", "limit": 1, "columns": {"problem": "question"}})
+    cfg = config_lib.Dataset.model_validate({"path": "mine:", "limit": 1, "columns": {"problem": "question"}})
     (row,) = records.read_rows(cfg, ("problem", "answer"))
     assert (row.problem, row.answer, row.index) == ("?", "1", 0)
     with pytest.raises(Exception, match="mine::2:question: got a number, want text"):

@@ -17,6 +17,7 @@ GROUND = {
     "strict_json",
     "worker",
     "tokenizer_worker",
+    "keys",
     "strict_yaml",
     "shapes",
     "config",
@@ -49,6 +50,7 @@ ORDER = (
     "strict_json",
     "worker",
     "tokenizer_worker",
+    "keys",
     "strict_yaml",
     "shapes",
     "config",
@@ -116,12 +118,27 @@ def test_nobody_imports_the_microworld():
 
 
 def test_einsums_use_declared_letters():
-    declared = {letter.lower() for letter in mesh.LETTERS} | set(mesh.RULES)
+    declared = {letter.lower() for letter in mesh.LETTERS}
+    assert set(mesh.RULES) <= declared
     found = [(path, e) for path in FILES for e in re.findall(r'"([a-z.]+(?:,[a-z.]+)*->[a-z.]+)"', path.read_text())]
     assert len(found) > 5
     assert not [(path, e) for path, e in found if set(e) - set(".,->") - declared]
     with pytest.raises(AssertionError, match="'z' is not declared"):
         mesh.spec("bz")
+
+
+def test_shapes_use_declared_letters():
+    """The shapes in docstrings and comments, such as [B,T,D]; words and numbers in them are free."""
+    axis = r"(?:[A-Za-z_]+|\d+|\.\.\.|\*[a-z]+|[A-Z]/[A-Z])"
+    found = [
+        (path, shape)
+        for path in FILES
+        if room(path) in ("model", "sample", "train", "mesh") or path.stem == "batches"
+        for shape in re.findall(rf"\[({axis}(?:, ?{axis})*)\]", path.read_text())
+        if re.search(r"\b[A-Z]\b", shape)
+    ]
+    assert len(found) > 100
+    assert not [(path, s) for path, s in found if set(re.findall(r"\b[A-Z]\b", s)) - mesh.LETTERS.keys()]
 
 
 def test_names():

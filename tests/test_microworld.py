@@ -39,7 +39,7 @@ def every_kind(count: int):
     return [world.draw_problem(rng, k) for k in ("hard", "known", "chain", "primitive", "fresh") for _ in range(count)]
 
 
-def judged(problem: world.Problem, text: str) -> verify.Verdict:
+def judged(problem: world.Problem, text: str) -> verify.Judgement:
     return verify.judge(text, problem.text, world.expert(problem, (True,) * len(problem.method)))
 
 
@@ -66,17 +66,17 @@ def test_every_sum_and_product_has_right_columns():
     pairs = [(0, 0), (0, 999), (999, 0), (999, 999), (500, 500), *map(tuple, rng.integers(0, 1000, (500, 2)).tolist())]
     for a, b in pairs:
         for words in ("add B", "sub B", f"mul {2 + b % 8}"):
-            problem = world.Problem("", world.method(words), a, b)
-            assert judged(problem, world.constructive(problem)) == verify.Verdict(True, True, 1, 0)
+            problem = world.Problem("", world.procedure(words), a, b)
+            assert judged(problem, world.constructive(problem)) == verify.Judgement(True, True, 1, 0)
     assert world.columns("sub", 302, 418) == "28=14 01=18 34=18"  # borrows: 302 - 418 = -116 = 884 modulo 1000
 
 
 def test_the_judge_agrees_with_the_generator_on_problems_of_all_kinds():
     for problem in every_kind(200):
         due = sum(word in ("add", "sub", "mul") for word, _ in problem.method)
-        assert judged(problem, world.constructive(problem)) == verify.Verdict(True, True, due, 0)
+        assert judged(problem, world.constructive(problem)) == verify.Judgement(True, True, due, 0)
         everything = range(len(problem.method))
-        assert judged(problem, world.constructive(problem, everything)) == verify.Verdict(True, True, due, due)
+        assert judged(problem, world.constructive(problem, everything)) == verify.Judgement(True, True, due, due)
 
 
 def test_the_judge_notices_every_changed_digit_and_every_missing_step():
@@ -107,9 +107,9 @@ def test_odd_texts_are_judged_not_raised():
     assert not judged(problem, text.replace("23=05", "23=05 00=00")).sound  # one column too many
     assert not judged(problem, text + " ; " + r"\boxed{465}").sound
     for odd in ("", " ; ", "\\boxed{", "\\boxed{}", "add", "add 241 > ", "é\n"):
-        assert judged(problem, odd) == verify.Verdict(False, False, 0, 0)
+        assert judged(problem, odd) == verify.Judgement(False, False, 0, 0)
     invented = r"rot 234 > 342 ; add 342 386 > 078 ; \boxed{465}"
-    assert judged(problem, invented) == verify.Verdict(True, False, 1, 1)
+    assert judged(problem, invented) == verify.Judgement(True, False, 1, 1)
     with pytest.raises(ValueError, match="micro-world"):
         verify.judge(text, "What is 1+1?", r"Two: \boxed{2}")
 
@@ -181,7 +181,7 @@ def test_mixture_proportions(rows):
 def parse_problem(text: str):
     """The name and method of the problem in a prompt; the method is () if only a name is given."""
     what = text.partition(": A=")[0]
-    steps = world.method(what)
+    steps = world.procedure(what)
     return ("", steps) if all(w in world.WORDS for w, _ in steps) else (what, ())
 
 

@@ -102,7 +102,7 @@ def test_adapter_descriptions_that_are_no_object(tmp_path, content):
 
 def test_a_fifo_is_no_weights(tmp_path):
     os.mkfifo(tmp_path / "model.safetensors")
-    with one_line("model.safetensors: cannot be read: it is no regular file"):
+    with one_line("model.safetensors: cannot be read: it is not a regular file"):
         hf.Tensors(tmp_path)
 
 
@@ -193,11 +193,11 @@ def test_ill_typed_and_double_traces_name_their_row(tmp_path, rows, words):
         (traces.ProblemTraces, {"problem_id": "p", "traces": 3}, ":1:traces: "),
         (traces.ProblemTraces, {"problem_id": "p", "traces": [{**TRACE, "text": 3}]}, ":1:traces.0.text: "),
         (
-            evaluate.Drawn,
+            evaluate.DrawnSamples,
             {"name": "n", "samples": [{"sample": 0, "ids": ["x"], "finish": "stop"}]},
             ":1:samples.0.ids.0: ",
         ),
-        (evaluate.Drawn, {"name": ["n"], "samples": []}, ":1:name: "),
+        (evaluate.DrawnSamples, {"name": ["n"], "samples": []}, ":1:name: "),
     ],
 )
 def test_ill_typed_rows_of_journals_name_their_field(tmp_path, shape, row, words):

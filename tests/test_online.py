@@ -9,8 +9,12 @@ import tiny
 from dail_jax import config as config_lib
 from dail_jax.data import batches
 from dail_jax.data.prompts import PromptBuilder
+from dail_jax.data.records import read_rows
+from dail_jax.errors import UserError
+from dail_jax.metrics import Metrics
 from dail_jax.rundir import Interrupt
-from dail_jax.stages import online
+from dail_jax.stages import online, recipes
+from dail_jax.stages.session import open_session
 from dail_jax.text import load_tokenizer
 from dail_jax.train import methods
 
@@ -56,10 +60,39 @@ def test_batches_carry_what_was_drawn():
 
 
 def test_every_problem_once_a_pass():
-    taken = [online.places(10, 4, number, 3) for number in range(5)]
+    taken = [online.chosen_problems(10, 4, number, 3) for number in range(5)]
     flat = np.concatenate(taken)
     assert sorted(flat[:10]) == sorted(flat[10:]) == list(range(10)) and flat[:10].tolist() != flat[10:].tolist()
-    assert taken == [online.places(10, 4, number, 3) for number in range(5)]
+    assert taken == [online.chosen_problems(10, 4, number, 3) for number in range(5)]
+
+
+def test_problems_with_long_prompts_are_skipped_and_counted(tmp_path, rows):
+    """Above `train.online.max_prompt_tokens`, whatever `train.max_tokens` would still take."""
+    path = tiny.write(tmp_path / "r", train__objective="grpo", data={"path": rows, "limit": 8}, **SMALL)
+
+    def tasks(*overrides):
+        session = open_session(config_lib.load(path, overrides))
+        metrics = Metrics(tmp_path, session.config.log, "train")
+        return online.tasks_of(session, methods.of(session.config), read_rows(session.config.data), metrics)
+
+    lengths = sorted(len(task.prompts["student"]) for task in tasks())
+    assert len(lengths) == 8 and lengths[0] < lengths[-1]
+    fitting = [n for n in lengths if n < lengths[-1]]
+    longest = f"train.online.max_prompt_tokens={lengths[-1] - 1}"
+    assert sorted(len(task.prompts["student"]) for task in tasks(longest)) == fitting
+    counts = {row["what"]: (row["count"], row["of"]) for row in tiny.lines(tmp_path / "metrics.jsonl")}
+    assert counts[f"problems skipped: their prompts are above {longest}"] == (8 - len(fitting), 8)
+    with pytest.raises(UserError, match=r"train\.online\.max_prompt_tokens: nothing to train on"):
+        tasks("train.online.max_prompt_tokens=1")
+
+
+def test_records_hold_the_prompt_limit_where_samples_are_drawn(tmp_path):
+    """Training that draws none is made of the same settings as before the key came."""
+    for objective, is_recorded in (("dail", False), ("sft", False), ("grpo", True), ("onpolicy", True)):
+        config = config_lib.load(tiny.write(tmp_path / "r", train__objective=objective))
+        settings = recipes.train(config, []).settings
+        assert ("max_prompt_tokens" in settings["train"]["online"]) == is_recorded, objective
+        assert settings["generate"] == {"max_prompt_tokens": 4096}  # which solutions are cut to fit
 
 
 def test_hints_are_in_the_hinted_prompt_alone():
@@ -84,7 +117,7 @@ def parity(session, grader, tasks, groups):
 
 
 def test_grpo_trains_evaluates_and_resumes_exactly(tmp_path, one, rows, monkeypatch):
-    monkeypatch.setattr(online, "grade", parity)
+    monkeypatch.setattr(online, "rewards_of", parity)
     changes = {"train__objective": "grpo", "data": {"path": rows, "limit": 8}, **SMALL}
     path, again = (tiny.write(tmp_path / name, **changes) for name in ("whole", "again"))
     assert tiny.run("train", path) == 0
@@ -115,7 +148,7 @@ def test_grpo_learns_what_is_rewarded(tmp_path, one, monkeypatch):
     def brief(session, grader, tasks, groups):
         return np.array([[float(len(s.tokens) < 72) for s in group] for group in groups])
 
-    monkeypatch.setattr(online, "grade", brief)
+    monkeypatch.setattr(online, "rewards_of", brief)
     changes = {
         "train__batch_size": 32,
         "train__epochs": 4,

@@ -19,7 +19,7 @@ def sharpened(log, tokens, cfg):
     """KL(q_T || M) with q_T ~ (p_PS / p_NR^gamma)^(1/((1-gamma) T))."""
     sharp = 1 / ((1 - cfg.gamma) * cfg.loss["temperature"])
     q = jax.nn.log_softmax(sharp * (log["privileged"] - cfg.gamma * log["negative"]))
-    loss = methods.kl(q, log["student"])
+    loss = methods.kl_divergence(q, log["student"])
     return loss, {"kl_target": loss}
 
 

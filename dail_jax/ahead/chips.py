@@ -1,4 +1,4 @@
-"""Which devices a topology names, and what one of them can do."""
+"""The devices that a topology names, and the memory and speed of each."""
 
 from __future__ import annotations
 
@@ -15,20 +15,19 @@ KNOWN = "cpu, gpu, or a TPU slice such as v5e:4x4, v5p:2x2x4, v6e:4x4"
 
 @dataclass(frozen=True)
 class Chip:
-    """HBM in GB, bfloat16 peak in TFLOP/s, HBM bandwidth in GB/s."""
+    """What one device has: HBM in GB (1e9 bytes) and its bfloat16 peak in TFLOP/s."""
 
     hbm: float
     peak: float
-    bandwidth: float
 
 
-CHIPS = {  # by a part of the device kind
-    "TPU v5 lite": Chip(16, 197, 819),
-    "TPU v5": Chip(95, 459, 2765),
-    "TPU v6 lite": Chip(32, 918, 1640),
-    "H200": Chip(141, 989, 4800),
-    "H100": Chip(80, 989, 3350),
-    "A100": Chip(80, 312, 2039),
+CHIPS = {  # by a part of JAX's device kind; the first that fits counts
+    "TPU v5 lite": Chip(16, 197),
+    "TPU v5": Chip(95, 459),
+    "TPU v6 lite": Chip(32, 918),
+    "H200": Chip(141, 989),
+    "H100": Chip(80, 989),
+    "A100": Chip(80, 312),
 }
 
 
@@ -56,4 +55,5 @@ def devices(topology: str) -> list:
 
 
 def chip(device) -> Chip | None:
+    """What is known of a JAX device; None for kinds that the table does not have."""
     return next((c for kind, c in CHIPS.items() if kind in device.device_kind), None)

@@ -24,28 +24,28 @@ _ARRAY = re.compile(r"(\w+)\[([\d,]*)\](\{[^}]*\})?")
 
 
 @dataclass(frozen=True)
-class Count:
+class Cost:
     """FLOPs and the compiler's seconds of one run on one device; `kernels` are FLOPs that it does not see."""
 
     flops: float
     seconds: float
     kernels: float = 0.0
 
-    def __add__(self, other: Count) -> Count:
-        return Count(*(a + b for a, b in zip(dataclasses.astuple(self), dataclasses.astuple(other), strict=True)))
+    def __add__(self, other: Cost) -> Cost:
+        return Cost(*(a + b for a, b in zip(dataclasses.astuple(self), dataclasses.astuple(other), strict=True)))
 
-    def __mul__(self, factor: float) -> Count:
-        return Count(*(factor * x for x in dataclasses.astuple(self)))
+    def __mul__(self, factor: float) -> Cost:
+        return Cost(*(factor * x for x in dataclasses.astuple(self)))
 
 
-def count(compiled: jax.stages.Compiled) -> Count:
+def cost_of(compiled: jax.stages.Compiled) -> Cost:
     """What the compiler counts. An operation that it cannot time is -1 s, so whole negative seconds are left out."""
     cost: Any = compiled.cost_analysis()
     seconds = cost.get("optimal_seconds", 0.0)
-    return Count(cost.get("flops", 0.0), seconds - min(math.floor(seconds), 0))
+    return Cost(cost.get("flops", 0.0), seconds - min(math.floor(seconds), 0))
 
 
-def text(compiled: jax.stages.Compiled) -> str | None:
+def hlo_text(compiled: jax.stages.Compiled) -> str | None:
     """The program's text; None where libtpu cannot print what it compiled (0.0.51 for some programs of a v5p)."""
     try:
         return compiled.as_text() or None
@@ -76,7 +76,7 @@ class Op:
         return found[1] if found else None
 
 
-def size(type_text: str, everywhere: bool = False) -> int:
+def type_bytes(type_text: str, everywhere: bool = False) -> int:
     """Bytes of a type's arrays that lie in main memory, or of all."""
     return sum(
         WIDTHS[kind] * math.prod(int(n) for n in shape.split(",") if n)
@@ -85,7 +85,7 @@ def size(type_text: str, everywhere: bool = False) -> int:
     )
 
 
-def parse(text: str) -> tuple[dict[str, list[Op]], str]:
+def computations_of(text: str) -> tuple[dict[str, list[Op]], str]:
     """The computations of a program by name, and the entry's name."""
     found: dict[str, list[Op]] = {}
     current, entry = "", ""
@@ -99,15 +99,9 @@ def parse(text: str) -> tuple[dict[str, list[Op]], str]:
     return found, entry
 
 
-def loops(text: str) -> list[int]:
-    """How often each loop of a program runs, in the order of the text."""
-    computations, _ = parse(text)
-    return [_trips(computations, op) for ops in computations.values() for op in ops if op.kind == "while"]
-
-
 def hbm_bytes(text: str) -> float:
     """Bytes that one run of the program moves to and from main memory, on one device."""
-    computations, entry = parse(text)
+    computations, entry = computations_of(text)
     return _traffic(computations, entry)
 
 
@@ -128,15 +122,17 @@ def _traffic(computations: dict[str, list[Op]], name: str) -> float:
         elif op.kind in ("copy-start", "slice-start"):
             target = op.type.split("), ", 1)[1] if op.kind == "slice-start" else op.type.split("}, ", 1)[-1]
             target = (_ARRAY.search(target) or [""])[0]
-            total += size(target) + (size(target, everywhere=True) if size(types.get(op.operands[0], "")) else 0)
+            total += type_bytes(target) + (
+                type_bytes(target, everywhere=True) if type_bytes(types.get(op.operands[0], "")) else 0
+            )
         elif op.kind == "dynamic-update-slice":
-            total += 2 * size(types.get(op.operands[1], ""))
+            total += 2 * type_bytes(types.get(op.operands[1], ""))
         elif op.kind in SLICING:
-            total += 2 * size(op.type)
+            total += 2 * type_bytes(op.type)
         elif op.kind == "fusion":
             total += _fusion(computations, op, types)
         else:
-            total += size(op.type) + sum(size(types.get(x, "")) for x in dict.fromkeys(op.operands))
+            total += type_bytes(op.type) + sum(type_bytes(types.get(x, "")) for x in dict.fromkeys(op.operands))
     return total
 
 
@@ -146,13 +142,13 @@ def _fusion(computations: dict[str, list[Op]], op: Op, types: dict[str, str]) ->
     local = {x.name: x.type for x in inner}
     read = 0
     for index, operand in enumerate(op.operands):
-        if whole := size(types.get(operand, "")):
+        if whole := type_bytes(types.get(operand, "")):
             read += _used(computations, inner, _parameter(inner, index), whole)
-    written = size(op.type)
+    written = type_bytes(op.type)
     for x in inner:
-        in_place = x.kind == "dynamic-update-slice" and size(x.type, True) == size(op.type, True)
+        in_place = x.kind == "dynamic-update-slice" and type_bytes(x.type, True) == type_bytes(op.type, True)
         if in_place and written:
-            written = size(local.get(x.operands[1], ""), everywhere=True)
+            written = type_bytes(local.get(x.operands[1], ""), everywhere=True)
     return read + written
 
 
@@ -171,7 +167,7 @@ def _used(computations: dict[str, list[Op]], inner: list[Op], name: str | None, 
         elif nested:
             total += _used(computations, nested, _parameter(nested, x.operands.index(name or "")), whole)
         elif x.kind in SLICING and x.operands[0] == name:
-            total += size(x.type, everywhere=True)
+            total += type_bytes(x.type, everywhere=True)
         elif x.kind != "dynamic-update-slice" or x.operands[0] != name:
             total += whole
     return min(total, whole)

@@ -25,7 +25,7 @@ from dail_jax import config as config_lib
 from dail_jax import mesh as mesh_lib
 from dail_jax.ahead import compiled as compiled_lib
 from dail_jax.ahead.chips import Chip, chip
-from dail_jax.ahead.compiled import Count, copies_of, count
+from dail_jax.ahead.compiled import Cost, copies_of, cost_of
 from dail_jax.data.batches import pad
 from dail_jax.model import lora as lora_lib
 from dail_jax.model import transformer, weights
@@ -46,7 +46,7 @@ class Program:
     kind: str  # train, loss or sampler
     lower: Callable[[], jax.stages.Lowered]
     useful: float = 0.0
-    count: Callable[[], Count] | None = None  # how to count what its loops hide
+    cost: Callable[[], Cost] | None = None  # how to count what its loops hide
     state: decode.DecodeState | None = None  # donated: its caches must stay in place
     unread: float = 0.0  # bytes per device of arguments that need not be read
     tokens: int = 0  # decoding: drawn per call and slot
@@ -127,12 +127,12 @@ def train_programs(config: config_lib.Config, model: ModelConfig, mesh: Mesh) ->
     def step() -> jax.stages.Lowered:
         return lower_step(config, model, mesh, params, cfg.accumulate, prompt, response, cached)
 
-    def count() -> Count:
-        return count_step(config, model, mesh, prompt, response, cached)
+    def cost() -> Cost:
+        return cost_of_step(config, model, mesh, prompt, response, cached)
 
     out = [
         Program("loss", "loss", loss),
-        Program(f"train step, {shape}", "train", step, useful, count, weights=held(params)),
+        Program(f"train step, {shape}", "train", step, useful, cost, weights=held(params)),
     ]
     if cached:
         states = step_lib.make_states(mesh)
@@ -166,9 +166,10 @@ def lower_loss(
     tokens = {name: mesh_array(mesh, "bt", (rows, response), kind) for name, kind in method.tokens.items()}
 
     def run(hidden, frozen, tokens, mask, unembed):
-        weights = step_lib.token_weights(mask, cfg.reduce)
+        per_token = step_lib.token_weights(mask, cfg.reduce)
         return jax.value_and_grad(
-            lambda h: objectives.summed(method.bind(cfg), cfg.chunk, h, frozen, tokens, weights, unembed), has_aux=True
+            lambda h: objectives.summed(method.bind(cfg), cfg.chunk, h, frozen, tokens, per_token, unembed),
+            has_aux=True,
         )(hidden)
 
     mask = mesh_array(mesh, "bt", (rows, response), jnp.bool_)
@@ -217,7 +218,7 @@ def useful_flops(model: ModelConfig, cfg: config_lib.Train, prompt: int, respons
     return 2 * (model.L * tokens * layer + response * model.V * model.D * (compared + 2))
 
 
-def count_step(config, model: ModelConfig, mesh: Mesh, prompt: int, response: int, cached: bool) -> Count:
+def cost_of_step(config, model: ModelConfig, mesh: Mesh, prompt: int, response: int, cached: bool) -> Cost:
     """One update, from unrolled models of 1 and 3 layers and from one chunk of the loss."""
     cfg = config.train
     rows, dtype = cfg.batch_size // cfg.accumulate, jnp.dtype(config.model.dtype)
@@ -225,16 +226,16 @@ def count_step(config, model: ModelConfig, mesh: Mesh, prompt: int, response: in
     for depth in (1, 3):
         short = dataclasses.replace(model, L=depth)
         lowered = lower_step(config, short, mesh, unstacked(short, dtype, mesh), 1, prompt, response, cached)
-        found.append(count(lowered.compile()))
+        found.append(cost_of(lowered.compile()))
     layer = (found[1] + found[0] * -1) * 0.5
     width = max(1, min(response, cfg.chunk // rows))
-    chunk = count(lower_loss(cfg, model, dtype, mesh, rows, width).compile())
+    chunk = cost_of(lower_loss(cfg, model, dtype, mesh, rows, width).compile())
     references = 0 if cached else len(methods.find(cfg).roles)
     passes = KERNEL_PASSES["forward"] * (1 + references + (cfg.remat != "none")) + KERNEL_PASSES["backward"]
     kernels = model.L * passes * (prompt + response) ** 2 * model.N * model.H * rows / mesh.size
     one = found[0] + layer * (model.L - 1) + chunk * (-(-response // width) - 1)
     if mesh.devices.flat[0].platform != "cpu":
-        one += Count(0, 0, kernels)
+        one += Cost(0, 0, kernels)
     return one * cfg.accumulate
 
 
@@ -266,7 +267,7 @@ def sampler_programs(config: config_lib.Config, model: ModelConfig, mesh: Mesh) 
         roles = 1 if cfg.tau in (0.0, 1.0) or method.rationalises else 2
         jobs.append(("rollouts", cfg, cfg.samples, cfg.max_prompt_tokens, roles, None))
     if method.source == "samples":
-        prompt = train.max_tokens - train.online.sampling.max_tokens
+        prompt = min(train.online.max_prompt_tokens, train.max_tokens - train.online.sampling.max_tokens)
         jobs.append(("online rollouts", train.online, train.online.group, prompt, 1, lora))
     if config.evaluate.benchmarks:
         cfg = config.evaluate
@@ -319,8 +320,8 @@ def measure(program: Program, config: config_lib.Config, mesh: Mesh, known: Chip
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         peak = float(used[1]) * (2**30 if used[2] == "G" else 2**20) / 1e9 if used else None
-        weights = program.weights / 1e9
-        advice = first_change(program.kind, config, mesh, weights, (hbm or 0) - weights)
+        held_gb = program.weights / 1e9
+        advice = first_change(program.kind, config, mesh, held_gb, (hbm or 0) - held_gb)
         return ProgramReport(program.name, time.monotonic() - started, peak, hbm, False, f"does not fit: {advice}")
     seconds = time.monotonic() - started
     memory: Any = compiled.memory_analysis()
@@ -332,11 +333,11 @@ def measure(program: Program, config: config_lib.Config, mesh: Mesh, known: Chip
         "does not fit: " + first_change(program.kind, config, mesh, arguments, temporaries)
     )
 
-    text = compiled_lib.text(compiled)
+    text = compiled_lib.hlo_text(compiled)
     moved = None if text is None else compiled_lib.hbm_bytes(text) / max(program.tokens, 1)
-    cost = count(compiled) if program.kind == "sampler" else None
-    if program.count is not None and not quick:
-        cost = program.count()
+    cost = cost_of(compiled) if program.kind == "sampler" else None
+    if program.cost is not None and not quick:
+        cost = program.cost()
     estimate = ratio = utilisation = copies = None
     if cost is not None and mesh.devices.flat[0].platform == "tpu" and known is not None:
         estimate = cost.seconds + cost.kernels / (known.peak * 1e12 * KERNEL_EFFICIENCY)

@@ -1,7 +1,7 @@
 """The frozen base weights in Orbax's format, for pods: every process reads only its own shards.
 
-`convert` makes such a folder from a Hugging Face one: config.json and tokenizer as they were, the weights in
-`params/`. Wherever a configuration names a model, either kind of folder will do.
+`convert` makes such a folder from a Hugging Face one: config.json and the tokenizer are copied, the weights are in
+`params/`. Wherever a configuration names a model, it may name either kind of folder.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import orbax.checkpoint as ocp
 
 from dail_jax import mesh as mesh_lib
 from dail_jax.checkpoint import hf
-from dail_jax.checkpoint.store import one_line
+from dail_jax.checkpoint.store import as_one_line
 from dail_jax.errors import UserError
 from dail_jax.model import weights
 from dail_jax.model.families import ModelConfig, read_config
@@ -29,7 +29,7 @@ MANIFEST = "params.sha256.json"
 
 
 def load(folder: Path, mesh: jax.sharding.Mesh, dtype: str) -> tuple[weights.Params, ModelConfig]:
-    """The model in a Hugging Face folder or in one that `convert` made; raises UserError."""
+    """The model in a Hugging Face folder or in one that `convert` made; raises UserError if it is damaged."""
     if not (folder / PARAMS).is_dir():
         return hf.load(folder, mesh, dtype)
     cfg = read_config(folder)
@@ -40,7 +40,7 @@ def load(folder: Path, mesh: jax.sharding.Mesh, dtype: str) -> tuple[weights.Par
 
 
 def verify(folder: Path, checksum: Callable[[Path], str] = sha256) -> None:
-    """Raises UserError where a file of a folder differs from its manifests."""
+    """Raises UserError if a file of a folder differs from its manifests."""
     hf.verify_manifest(folder, checksum)
     if not (folder / PARAMS).is_dir():
         return
@@ -54,9 +54,9 @@ def verify(folder: Path, checksum: Callable[[Path], str] = sha256) -> None:
 
 
 def model_digest(folder: Path, checksum: Checksums) -> str:
-    """One digest for what decides the model in a folder: its configuration and its weights.
+    """One digest of what determines the model in a folder: its configuration and its weights.
 
-    Weights that the folder's manifest lists are not read: who loads them compares them with it.
+    Weights that the folder's manifest lists are not read here: loading compares them with the manifest.
     """
     read_config(folder)
     files = [f for f in (folder / "config.json", folder / "generation_config.json") if f.is_file()]
@@ -71,7 +71,7 @@ def model_digest(folder: Path, checksum: Checksums) -> str:
 
 
 class Folder(Output):
-    """An output of a stage that is a folder with a manifest, as `hf.new_folder` makes them."""
+    """An output of a stage that is a folder with a manifest, as `hf.new_folder` makes it."""
 
     def identity(self, folder: Path, checksum: Checksums) -> str:
         return sha256(folder / self.name / hf.MANIFEST)
@@ -90,9 +90,9 @@ NOT_OURS = "already exists, and is not what is written here: choose another fold
 
 
 def is_made_of(folder: Path, made_of: dict[str, Any]) -> bool:
-    """Whether a folder is there and was made of just this; raises UserError if of something else.
+    """Whether a folder exists and was made of exactly this; raises UserError if it was made of something else.
 
-    So a kill between the folder's renaming and the record of it costs nothing.
+    With this, a kill after the folder was renamed but before that was recorded costs nothing.
     """
     if not folder.exists():
         return False
@@ -107,9 +107,9 @@ def is_made_of(folder: Path, made_of: dict[str, Any]) -> bool:
 
 
 def save(folder: Path, params: weights.Params, source: Path, made_of: dict[str, Any] | None = None) -> None:
-    """Writes a converted folder; raises UserError if it exists. What is interrupted leaves nothing behind."""
+    """Writes a converted folder; raises UserError if it exists. An interruption leaves nothing behind."""
     with hf.new_folder(folder, made_of) as temporary:
-        with one_line(folder / PARAMS), ocp.StandardCheckpointer() as checkpointer:
+        with as_one_line(folder / PARAMS), ocp.StandardCheckpointer() as checkpointer:
             checkpointer.save((temporary / PARAMS).absolute(), params)
         if not mesh_lib.is_first():
             return

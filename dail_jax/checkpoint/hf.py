@@ -1,8 +1,8 @@
 """Hugging Face model folders <-> parameter trees, tensor by tensor, by the declarations in `model.weights`.
 
-Reading trusts nothing: names in the index stay inside the folder, headers are checked by safetensors, every
-tensor's presence, shape, dtype and finiteness by us, and a `MANIFEST.sha256` beside the weights, if there is
-one, is verified first. Writing goes to a temporary folder that is renamed when it is whole.
+Reading trusts nothing: names in the index must stay inside the folder; safetensors checks the headers; this module
+checks that every tensor is present, finite, and of the right shape and dtype. A `MANIFEST.sha256` beside the weights is
+verified first. Folders are written under a temporary name and renamed when they are complete.
 """
 
 from __future__ import annotations
@@ -40,9 +40,9 @@ SHARD_BYTES = 4 << 30
 
 
 def load(folder: str | Path, mesh: jax.sharding.Mesh, dtype: str) -> tuple[weights.Params, ModelConfig]:
-    """The model in a folder, sharded over the mesh. Host memory: the largest single tensor.
+    """The model in a folder, sharded over the mesh. Takes host memory for the largest single tensor.
 
-    Raises UserError for what is missing, superfluous, misshapen, not finite, damaged or not supported.
+    Raises UserError for weights that are missing, unexpected, of another shape, not finite, damaged or not supported.
     """
     folder, cfg = Path(folder), read_config(folder)
     verify_manifest(folder)
@@ -75,13 +75,13 @@ def save(
     tokenizer: str | Path | None = None,
     made_of: dict[str, Any] | None = None,
 ) -> None:
-    """Writes a folder that transformers and vLLM load; raises UserError if it exists. Process 0 writes."""
+    """Writes a folder that transformers and vLLM can load, from the first process; raises UserError if it exists."""
     with new_folder(folder, made_of) as temporary:
         first = mesh_lib.is_first()
-        shards = list(_shards(params, cfg))
+        parts = list(_shards(params, cfg))
         index: dict[str, str] = {}
-        for number, tensors in enumerate(shards, 1):
-            file = "model.safetensors" if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        for number, tensors in enumerate(parts, 1):
+            file = "model.safetensors" if len(parts) == 1 else f"model-{number:05d}-of-{len(parts):05d}.safetensors"
             gathered = {name: read() for name, read in tensors.items()}
             if first:
                 save_file(gathered, temporary / file, metadata={"format": "pt"})
@@ -89,8 +89,8 @@ def save(
         if not first:
             return
         (temporary / "config.json").write_text(json.dumps(config_json, indent=2) + "\n")
-        if len(shards) > 1:
-            total = sum(weights.count(cfg) * np.dtype(params["norm"].dtype).itemsize for _ in (0,))
+        if len(parts) > 1:
+            total = weights.count(cfg) * np.dtype(params["norm"].dtype).itemsize
             (temporary / INDEX).write_text(
                 json.dumps({"metadata": {"total_size": total}, "weight_map": index}, indent=1)
             )
@@ -106,10 +106,9 @@ def save(
 
 @contextlib.contextmanager
 def new_folder(folder: str | Path, made_of: dict[str, Any] | None = None) -> Iterator[Path]:
-    """A temporary folder that takes the name `folder` when the block ends well, and vanishes otherwise.
+    """A temporary folder that is renamed to `folder` when the block succeeds, and deleted otherwise.
 
-    All processes come here; the first one makes and names the folder, and writes the files that are not shared out.
-    What it is `made_of` is written into it.
+    Every process must enter the block; the first creates and renames the folder. `made_of` is written into it.
     """
     folder = Path(folder)
 
@@ -155,19 +154,20 @@ TOKENIZER_FILES = (
 
 
 def copy_tokenizer(source: str | Path, target: Path) -> None:
+    """Copies the files that a tokenizer and its chat template consist of."""
     for name in TOKENIZER_FILES:
         if (Path(source) / name).is_file():
             shutil.copyfile(Path(source) / name, target / name)
 
 
 def write_manifest(folder: Path) -> None:
-    """SHA-256 of every file of a folder, in the format of `sha256sum`."""
+    """Writes the SHA-256 of every file in a folder, in the format of `sha256sum`."""
     files = sorted(p for p in folder.iterdir() if p.is_file() and p.name != MANIFEST)
     (folder / MANIFEST).write_text("".join(f"{sha256(p)}  {p.name}\n" for p in files))
 
 
 def verify_manifest(folder: Path, checksum: Callable[[Path], str] = sha256) -> None:
-    """Raises UserError where a file differs from the manifest; a folder without one passes."""
+    """Raises UserError if a file differs from the folder's manifest; a folder without a manifest passes."""
     manifest = folder / MANIFEST
     if not manifest.is_file():
         return
@@ -182,14 +182,14 @@ def verify_manifest(folder: Path, checksum: Callable[[Path], str] = sha256) -> N
 
 
 def listed_digest(folder: Path, name: str) -> str | None:
-    """The SHA-256 that a folder's manifest gives for a file."""
+    """The SHA-256 that a folder's manifest lists for a file; None if it lists none."""
     manifest = folder / MANIFEST
     lines = manifest.read_text(errors="replace").splitlines() if manifest.is_file() else []
     return next((line[:64] for line in lines if line[64:] == f"  {name}"), None)
 
 
 def tokenizer_digest(folder: Path, checksum: Checksums) -> str:
-    """One digest for what decides a folder's tokenizer and chat template."""
+    """One digest of all files that determine a folder's tokenizer and chat template; raises UserError without any."""
     files = [folder / name for name in (*TOKENIZER_FILES, "chat_template.json") if (folder / name).is_file()]
     files += sorted(folder.glob("additional_chat_templates/*.jinja"))
     if not files:
@@ -203,7 +203,7 @@ def tokenizer_digest(folder: Path, checksum: Checksums) -> str:
 
 
 def shards(folder: Path, single: str = "model.safetensors", index: str = INDEX) -> list[Path]:
-    """The files of a folder that hold its tensors; raises UserError where there are none, or the index lies."""
+    """The files of a folder that hold its tensors; raises UserError if there are none or the index is not usable."""
     if (folder / single).exists():
         return [folder / single]
     path = folder / index
@@ -248,8 +248,8 @@ class Tensors:
         self.files.close()
 
     def _open(self, file: Path) -> Iterable[tuple[str, Any]]:
-        if file.exists() and not file.is_file():  # opening a FIFO would wait for ever
-            raise UserError("cannot be read: it is no regular file", file=file)
+        if file.exists() and not file.is_file():  # opening a FIFO would block forever
+            raise UserError("cannot be read: it is not a regular file", file=file)
         try:
             with open(file, "rb") as handle:
                 start = handle.read(64)
@@ -261,14 +261,14 @@ class Tensors:
             handle = self.files.enter_context(safe_open(file, "np"))
             names = list(handle.keys())
         except (SafetensorError, OSError, ValueError) as error:
-            raise UserError(f"not a whole safetensors file: {error}", file=file) from None
+            raise UserError(f"not a complete safetensors file: {error}", file=file) from None
         return [(name, handle) for name in names]
 
     def shape(self, name: str) -> tuple[int, ...]:
         return tuple(self.where[name][1].get_slice(name).get_shape())
 
     def read(self, name: str, shape: tuple[int, ...]) -> np.ndarray:
-        """One tensor, checked."""
+        """One tensor; raises UserError unless it is finite and of this shape and a known dtype."""
         file, handle = self.where[name]
         view = handle.get_slice(name)
         if tuple(view.get_shape()) != shape:
@@ -282,7 +282,7 @@ class Tensors:
 
 
 def _is_cache_link(path: Path, root: Path) -> bool:
-    """Hugging Face's own cache links snapshots/REV/FILE to ../../blobs/HASH: those links are fine."""
+    """Whether a link is one of the Hugging Face cache's own, from snapshots/REV/FILE to ../../blobs/HASH."""
     target = path.resolve()
     return (
         target.parent.name == "blobs" and root.parent.name == "snapshots" and target.parent.parent == root.parent.parent
@@ -290,7 +290,7 @@ def _is_cache_link(path: Path, root: Path) -> bool:
 
 
 def _check_names(source: Tensors, cfg: ModelConfig) -> None:
-    """Every declared tensor is there, and nothing else."""
+    """Raises UserError unless all declared tensors are there and no others."""
     want = {w.hf.format(l=i) for w in weights.declare(cfg).values() for i in (range(cfg.L) if w.layered else (0,))}
     missing = sorted(want - source.where.keys())
     extra = sorted(
@@ -298,7 +298,7 @@ def _check_names(source: Tensors, cfg: ModelConfig) -> None:
         for name in source.where.keys() - want
         if not name.endswith("rotary_emb.inv_freq") and not (cfg.tied and name == "lm_head.weight")
     )
-    for problem, names in (("missing", missing), ("superfluous", extra)):
+    for problem, names in (("missing", missing), ("unexpected", extra)):
         if names:
             more = f" and {len(names) - 3} more" if len(names) > 3 else ""
             raise UserError(f"{problem} tensors: {', '.join(names[:3])}{more}", file=source.folder)
@@ -309,7 +309,7 @@ def _place(x: np.ndarray, weight: weights.Weight, cfg: ModelConfig, dtype, where
 
 
 def put(x: np.ndarray, where: jax.sharding.Sharding) -> jax.Array:
-    """An array that every process has, laid out over the mesh."""
+    """An array that every process holds in full, as a global array with this sharding."""
     return jax.make_array_from_callback(x.shape, where, lambda index: x[index])
 
 
@@ -319,7 +319,7 @@ def _insert(stack: jax.Array, x: jax.Array, index: int) -> jax.Array:
 
 
 def _shards(params: weights.Params, cfg: ModelConfig) -> Iterator[dict[str, Any]]:
-    """Groups of {Hugging Face name: function that gathers the tensor}, each below SHARD_BYTES."""
+    """Yields groups of {Hugging Face name: function that gathers the tensor}, each of at most SHARD_BYTES or one tensor."""
     group: dict[str, Any] = {}
     size = 0
     for name, weight in weights.declare(cfg).items():

@@ -1,4 +1,4 @@
-"""LoRA trees <-> PEFT adapter folders, as peft, transformers and vLLM load them."""
+"""LoRA trees <-> PEFT adapter folders, in the format that peft, transformers and vLLM load."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def save(
     folder: str | Path,
     lora: Lora,
     cfg: ModelConfig,
-    lora_config: config_lib.Lora,
+    lora_config: config_lib.LoraConfig,
     base: str,
     made_of: dict[str, Any] | None = None,
 ) -> None:
@@ -39,7 +39,7 @@ def save(
         for side in "ab":
             stacked = np.asarray(pair[side], np.float32)
             for i in range(cfg.L):
-                tensors[key(table[name], i, side)] = _to_torch(stacked[i], side)
+                tensors[weight_name(table[name], i, side)] = _to_torch(stacked[i], side)
     description = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -64,8 +64,8 @@ def save(
         write_manifest(temporary)
 
 
-def load(folder: str | Path, cfg: ModelConfig, mesh: jax.sharding.Mesh) -> tuple[Lora, config_lib.Lora]:
-    """The adapter in a folder, on the mesh; raises UserError, listing what does not fit the model."""
+def load(folder: str | Path, cfg: ModelConfig, mesh: jax.sharding.Mesh) -> tuple[Lora, config_lib.LoraConfig]:
+    """The adapter in a folder, sharded over the mesh; raises UserError that lists what does not fit the model."""
     folder, table = Path(folder), declare(cfg)
     verify_manifest(folder)
     description = read_description(folder)
@@ -80,12 +80,12 @@ def load(folder: str | Path, cfg: ModelConfig, mesh: jax.sharding.Mesh) -> tuple
     rank, alpha = description["r"], description["lora_alpha"]
     if description.get("use_rslora"):  # arXiv 2312.03732: alpha / sqrt(rank) instead of alpha / rank
         alpha *= math.sqrt(rank)
-    lora_config = config_lib.Lora(rank=rank, alpha=alpha, targets=tuple(targets))  # pyright: ignore
+    lora_config = config_lib.LoraConfig(rank=rank, alpha=alpha, targets=tuple(targets))  # pyright: ignore
     with Tensors(folder, WEIGHTS) as source:
-        wanted = {key(table[n], i, s): (n, i, s) for n in targets for i in range(cfg.L) for s in "ab"}
+        wanted = {weight_name(table[n], i, s): (n, i, s) for n in targets for i in range(cfg.L) for s in "ab"}
         for problem, names in (
             ("missing", wanted.keys() - source.where.keys()),
-            ("superfluous", source.where.keys() - wanted.keys()),
+            ("unexpected", source.where.keys() - wanted.keys()),
         ):
             if names:
                 raise UserError(
@@ -105,15 +105,15 @@ def load(folder: str | Path, cfg: ModelConfig, mesh: jax.sharding.Mesh) -> tuple
 
 
 def adapter_digest(folder: Path, checksum: Checksums) -> str:
-    """One digest for an adapter's weights and description; raises UserError where there is none."""
+    """One digest of an adapter's weights and description; raises UserError if there is no adapter."""
     file = folder / WEIGHTS
     if not file.is_file():
         raise UserError("not found: want a PEFT adapter folder", file=file)
     return digest([read_description(folder), checksum(file)])
 
 
-# What becomes of each field of an adapter_config.json: it is read below, or has no effect on a finished adapter, or must
-# be off. Fields that later versions of peft add are among the last.
+# A field of adapter_config.json is read below (READ, ONLY), has no effect on a finished adapter (INERT), or must be off,
+# as must every field that a later version of peft adds.
 READ = {"r", "lora_alpha", "use_rslora", "target_modules", "init_lora_weights", "base_model_name_or_path"}
 ONLY = {"peft_type": ("LORA",), "task_type": (None, "CAUSAL_LM"), "bias": (None, "none")}
 INERT = {
@@ -127,11 +127,11 @@ INERT = {
     "revision",
     "runtime_config",
 }
-INITS = (True, False, "gaussian", "eva", "orthogonal")  # those that leave the base model as it is
+INITS = (True, False, "gaussian", "eva", "orthogonal")  # initialisations that do not change the base model
 
 
 def read_description(folder: Path) -> dict[str, Any]:
-    """A checked adapter_config.json; raises UserError for what this package would not do as peft does it, by name."""
+    """A checked adapter_config.json; raises UserError for the first field that this package would not treat as peft does."""
     file = folder / "adapter_config.json"
     if not file.exists():
         raise UserError("not found: want a PEFT adapter folder", file=file)
@@ -149,7 +149,7 @@ def read_description(folder: Path) -> dict[str, Any]:
     if tree.get("init_lora_weights", True) not in INITS:
         raise wrong(
             "init_lora_weights",
-            "which need not leave the base model as it is: save the adapter with peft's option "
+            "which may change the base model: save the adapter with peft's option "
             "path_initial_model_for_weight_conversion",
         )
     if type(tree.get("r")) is not int or not 1 <= tree["r"] <= 2**20:
@@ -167,10 +167,10 @@ def read_description(folder: Path) -> dict[str, Any]:
 
 
 def refuse_other_base(folder: str | Path, model: str | Path) -> None:
-    """Raises UserError where an adapter names another base model than the one in the folder `model`.
+    """Raises UserError if an adapter names another base model than the one in the folder `model`.
 
-    Names are all that an adapter has: the last part of the two paths, or of the path and the hub's name, must agree. A
-    folder that `convert` made may have any name, so its config.json must be that of the adapter's own.
+    An adapter knows its base by name alone: the last part of the two paths, or of the path and the name on the hub, must
+    agree. A folder that `convert` made may have any name, so there the two config.json must be equal instead.
     """
     name, model = read_description(Path(folder)).get("base_model_name_or_path"), Path(model)
     if name is None:
@@ -194,12 +194,12 @@ def refuse_other_base(folder: str | Path, model: str | Path) -> None:
 
 
 def _is_off(value: Any) -> bool:
-    """Whether a field says that its feature is not used. A zero does not: it may name the first layer."""
+    """Whether a field's value means that the feature is not used. Zero does not: it may name the first layer."""
     return value is None or value is False or (isinstance(value, str | list | dict) and not value)
 
 
-def key(weight: Weight, layer: int, side: str) -> str:
-    """The name that peft gives to one side of one layer's pair."""
+def weight_name(weight: Weight, layer: int, side: str) -> str:
+    """peft's name for one side ("a" or "b") of one layer's pair."""
     module = weight.hf.format(l=layer).removesuffix(".weight")
     return f"base_model.model.{module}.lora_{side.upper()}.weight"
 

@@ -1,8 +1,8 @@
-"""Training checkpoints: LoRA, optimiser, Grain iterator and counters, as one Orbax step, under a SHA-256 manifest.
+"""Training checkpoints: the state and the feed's progress as one Orbax step, with a SHA-256 manifest.
 
-A step counts only once its manifest is there, which is written last: a step that was torn by a kill, or half
-deleted, is never restored. While training lasts, corrupt steps are named and passed over for the one before; once it
-has ended, only the step that it ended with counts.
+A step counts only once its manifest exists, which is written last, so a step that a kill left incomplete, or half
+deleted, is never restored. During training, a damaged step is logged and the one before it is used; after training, only
+the step that training ended with counts.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ MANIFESTS = "manifests"
 
 
 def steps(folder: Path) -> list[int]:
-    """Complete checkpoints, oldest first."""
+    """The steps of complete checkpoints, oldest first."""
     found = (p.stem for p in (folder / MANIFESTS).glob("*.json"))
     return sorted(int(stem) for stem in found if stem.isdigit() and (folder / stem).is_dir())
 
@@ -41,7 +41,7 @@ def manifest_of(folder: Path, step: int) -> Path:
 
 
 def damaged(folder: Path, step: int, checksum: Callable[[Path], str] = sha256) -> str | None:
-    """The first file of a step that is missing or differs from its manifest."""
+    """The first file of a step that is missing or differs from its manifest; None if the step is undamaged."""
     root = folder / str(step)
     try:
         files = json.loads(manifest_of(folder, step).read_text()).items()
@@ -50,17 +50,17 @@ def damaged(folder: Path, step: int, checksum: Callable[[Path], str] = sha256) -
     return next((f for f, h in files if not (root / f).is_file() or checksum(root / f) != h), None)
 
 
-# Orbax asks TensorStore for its metrics at every save and restore, only to log them, and what TensorStore 0.1.86 returns
-# is never freed: some 50 KiB per save. See benchmarks/leak.py.
+# Orbax asks TensorStore for metrics at every save and restore, only to log them, and TensorStore 0.1.86 never frees what
+# it returns: about 50 KiB per save. See benchmarks/leak.py.
 tensorstore.experimental_collect_matching_metrics = lambda *_, **__: []
 
 
 @contextlib.contextmanager
-def one_line(path: Path) -> Iterator[None]:
-    """Orbax's failure to write `path` as a UserError.
+def as_one_line(path: Path) -> Iterator[None]:
+    """Turns Orbax's failure to write `path` into a UserError.
 
-    Its threads print a traceback for every array as well, some of them only at the exit: those are silenced, after a
-    failure for good.
+    Its threads also print a traceback for every array, some of them only when the process exits. They are silenced in
+    the block, and after a failure for good.
     """
     loggers = [logging.getLogger(name) for name in ("absl", "asyncio")]
     levels, hook = [logger.level for logger in loggers], sys.unraisablehook
@@ -75,9 +75,9 @@ def one_line(path: Path) -> Iterator[None]:
 
 
 class Store:
-    """Checkpoints in a folder: `save(step, state, progress)` and `restore(abstract_state)`.
+    """Checkpoints in a folder: `save(step, state, progress)` and `restore(abstract_state)`; the last `keep` are kept.
 
-    `made_of` is the identity of what they are made of: those of something else are refused.
+    `made_of` identifies what the state follows from; checkpoints made of something else are refused.
     """
 
     def __init__(self, folder: str | Path, keep: int, made_of: str | None = None):
@@ -86,23 +86,23 @@ class Store:
         if mesh_lib.is_first():
             (self.folder / MANIFESTS).mkdir(parents=True, exist_ok=True)
             shutil.rmtree(self.folder / TRASH, ignore_errors=True)
-            for path in self.folder.iterdir():  # what a kill left behind: not ours to restore
+            for path in self.folder.iterdir():  # left incomplete by a kill
                 if path.is_dir() and path.name.isdigit() and not manifest_of(self.folder, int(path.name)).exists():
                     shutil.rmtree(path)
         mesh_lib.barrier("store")
-        # Orbax would delete the old step before the new one has its manifest: `save` does it instead.
+        # Orbax would delete the old step before the new one has its manifest, so `save` deletes it instead.
         options = ocp.CheckpointManagerOptions(
             max_to_keep=None, enable_async_checkpointing=False, todelete_subdir=TRASH, cleanup_tmp_directories=True
         )
         self.manager = ocp.CheckpointManager(self.folder, options=options)
 
     def save(self, step: int, state: Any, progress: dict[str, Any]) -> None:
-        """Durable on return. `progress` is JSON: the Grain iterator's state and what must not change."""
+        """Saves a step, durably on return. `progress` is JSON, for the feed to resume from."""
         progress = {**progress, "made_of": self.made_of}
         args = ocp.args.Composite(state=ocp.args.StandardSave(state), progress=ocp.args.JsonSave(progress))
-        with self._making_room(step), one_line(self.folder / str(step)):
+        with self._making_room(step), as_one_line(self.folder / str(step)):
             if not self.manager.save(step, args=args, force=True):
-                raise RuntimeError(f"checkpoint {step} was not saved: it exists already")
+                raise RuntimeError(f"checkpoint {step} was not saved: it already exists")
             self.manager.wait_until_finished()
         if mesh_lib.is_first():
             root = self.folder / str(step)
@@ -113,7 +113,7 @@ class Store:
 
     @contextlib.contextmanager
     def _making_room(self, step: int) -> Iterator[None]:
-        """Removes what a failed save has written, which would fill the disk that the run's other files need."""
+        """Removes what a failed save has written: the run's other files need the space."""
         try:
             yield
         except UserError:
@@ -122,10 +122,10 @@ class Store:
             raise
 
     def _delete(self, unwanted: list[int]) -> None:
-        mesh_lib.barrier("delete")  # all have listed the steps
+        mesh_lib.barrier("delete")  # every process has listed the steps
         for step in unwanted:
             if mesh_lib.is_first():
-                manifest_of(self.folder, step).unlink()  # first, so that a half deleted step does not count
+                manifest_of(self.folder, step).unlink()  # first, so that a half-deleted step does not count
             self.manager.delete(step)
         if mesh_lib.is_first():
             shutil.rmtree(self.folder / TRASH, ignore_errors=True)
@@ -152,7 +152,7 @@ class Store:
             self._delete([s for s in found if s > step])
             return step, state, progress
         if found:
-            raise UserError("every checkpoint is damaged: delete the folder to start anew", file=self.folder)
+            raise UserError("every checkpoint is damaged: delete the folder to start again", file=self.folder)
         return None
 
     def close(self) -> None:
@@ -172,7 +172,7 @@ def _read(manager: ocp.CheckpointManager, step: int, abstract: Any) -> tuple[Any
 
 
 class Final(Output):
-    """The output of training: the checkpoint that it ended with."""
+    """The output of training: its last checkpoint."""
 
     def exists(self, folder: Path) -> bool:
         return bool(steps(folder / self.name))
@@ -183,7 +183,7 @@ class Final(Output):
         return f"{step} {sha256(manifest_of(root, step))}"
 
     def state(self, folder: Path, recorded: str, checksum: Checksums) -> State:
-        """Nothing older takes the place of the final checkpoint, unless the user deletes it."""
+        """No older checkpoint takes the place of the final one unless the user deletes that."""
         root, step = folder / self.name, final_step(recorded)
         found = steps(root)
         if step not in found:
@@ -201,12 +201,12 @@ class Final(Output):
 
 
 def final_step(recorded: str) -> int:
-    """The step in an identity of `Final`."""
+    """The step in a recorded identity of `Final`."""
     return int(recorded.split()[0])
 
 
 def load(folder: Path, step: int, abstract: Any) -> Any:
-    """The state of a step; nothing is deleted or made in the folder."""
+    """The state of a step; the folder is only read."""
     options = ocp.CheckpointManagerOptions(read_only=True)
     with ocp.CheckpointManager(folder.absolute(), options=options) as manager:
         return _read(manager, step, abstract)[0]

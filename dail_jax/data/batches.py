@@ -1,4 +1,4 @@
-"""Training batches through Grain: which examples, in which order, padded how.
+"""Training batches through Grain: which examples, in which order, and how they are padded.
 
 An example has a prompt for each role and one response. Rows are aligned on the right, so that the states that
 predict responses are one static slice of every row, and a batch is only as wide as its longest row, rather than as its
@@ -6,7 +6,7 @@ longest prompt plus its longest response:
 
     tokens    . . p p p p r r r r        positions -1 where there is a dot
               . p p p p p p p r r
-    slice         [W-T-1 : W-1]          predicts the last T tokens; the mask tells which are the response
+    slice         [W-T-1 : W-1]          predicts the last T tokens; the mask marks those of the response
 
 Widths are multiples of `bucket`, and all shapes of a batch follow from the width of its first role, so that there is
 one program per width. Examples of similar length share a batch, so little of it is padding. The order is a pure function
@@ -36,7 +36,7 @@ WINDOW = 16
 
 @dataclass(frozen=True)
 class Example:
-    """What one row of a batch is made of: token ids of each role's prompt, and of the response.
+    """The content of one row of a batch: token ids of each role's prompt and of the response.
 
     For policy gradients, also the log-probability with which each token was drawn, and the response's advantage.
     """
@@ -48,7 +48,7 @@ class Example:
     advantage: float = 0.0
 
 
-def digest(examples: list[Example]) -> str:
+def examples_digest(examples: list[Example]) -> str:
     """SHA-256 over all token ids, by which cached references and resumed runs are compared."""
     h = hashlib.sha256()
     for e in examples:
@@ -92,9 +92,9 @@ def pad(count: int, to: int) -> int:
 class Assemble(grain.transforms.Map):
     """Indices of a batch -> arrays of the rows that this process holds.
 
-    Returns {rows [A, b] int32, mask, targets, logq and advantage [A, b, T] (the last two if the examples have them),
-    and tokens and positions [A, b, W] for each of `roles`}, where A micro-batches of b local rows make an update.
-    `references(role, index)` returns [t, D] final states, which are added as [A, b, T, D] under `ref_ROLE`.
+    Returns {rows [A,B] int32, mask, targets, logq and advantage [A,B,T] (the last two if the examples have them), and
+    tokens and positions [A,B,W] for each of `roles`}, where A micro-batches of B local rows make an update.
+    `references(role, index)` returns final states [T,D], which are added as [A,B,T,D] under `ref_ROLE`.
     """
 
     examples: list[Example]
@@ -165,7 +165,7 @@ class Assemble(grain.transforms.Map):
 
 
 def iterator(plan: Plan, assemble: Assemble, workers: int, start: int = 0) -> grain.DatasetIterator:
-    """Batches in order from number `start` on, made by `workers` processes (0: by this one). Close it when done."""
+    """Batches in order, from number `start`, made by `workers` processes (0: by this one). Close it when done."""
     dataset = grain.MapDataset.source(plan)[start:].map(assemble).to_iter_dataset()  # pyright: ignore
     if workers:
         flags.FLAGS.mark_as_parsed()  # Grain reads its options from absl's flags, which nothing parses here
@@ -192,7 +192,7 @@ def _die_with_parent() -> None:
 
 
 def padding_share(plan: Plan, assemble: Assemble) -> float:
-    """The share of the student's positions in the first epoch that are padding, empty rows among them."""
+    """The share of the student's positions in the first epoch that are padding, including empty rows."""
     used = total = 0
     for i in range(plan.per_epoch):
         live = plan[i][plan[i] >= 0]

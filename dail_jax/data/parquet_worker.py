@@ -1,8 +1,9 @@
-r"""The process that reads a parquet file; started by `records`.
+r"""The process that reads a parquet file, started by `records`.
 
-A damaged file can crash the C++ reader, and a small one can unfold to any size: so it is read under limits, and the
-wanted columns are written as JSON lines. `argv`: path, bytes to write at most, rows to write (0: all), columns. Exit
-status 3 says that the file is at fault; the reason follows the last \x1e on stderr.
+A damaged file can crash the C++ reader, and a small one can expand to any size, so the file is read in a process with
+limits on memory and CPU time, which writes the wanted columns to stdout as JSON lines. Arguments: the path, the most
+bytes to write, the most rows to write (0: all), the columns. Exit status 3 means that the file is at fault; the reason
+follows the last \x1e on stderr.
 """
 
 from __future__ import annotations
@@ -32,12 +33,13 @@ def main() -> None:
 
 
 def convert(path: str, cap: int, limit: int, columns: list[str]) -> None:
+    """Writes rows to stdout. Columns that are not wanted are written as null, so that errors can name them."""
     import pyarrow.parquet
 
     file = pyarrow.parquet.ParquetFile(path, memory_map=False, page_checksum_verification=True)
     names = file.schema_arrow.names
     if len(set(names)) != len(names):
-        fail("got a column name twice, want each once")
+        fail("got two columns with the same name, want distinct names")
     size = sum(file.metadata.row_group(i).total_byte_size for i in range(file.metadata.num_row_groups))
     if size > cap:
         fail(f"got a table of {size >> 20} MiB, want at most {cap >> 20} MiB")
@@ -47,12 +49,12 @@ def convert(path: str, cap: int, limit: int, columns: list[str]) -> None:
     for batch in file.iter_batches(batch_size=16, columns=wanted, use_threads=False):
         batch.validate(full=True)
         if batch.nbytes > cap:
-            fail(f"got rows that unfold to more than {cap >> 20} MiB")
+            fail(f"got rows that expand to more than {cap >> 20} MiB")
         for row in batch.to_pylist():
             line = json.dumps({**others, **row}, default=lambda value: [type(value).__name__])
             written += len(line)
             if written > cap:
-                fail(f"got rows that unfold to more than {cap >> 20} MiB")
+                fail(f"got rows that expand to more than {cap >> 20} MiB")
             sys.stdout.write(line + "\n")
             rows += 1
             if rows == limit:
@@ -62,6 +64,7 @@ def convert(path: str, cap: int, limit: int, columns: list[str]) -> None:
 
 
 def fail(message: str) -> NoReturn:
+    """Reports what is wrong with the file, and exits."""
     sys.stderr.write("\x1e" + message)
     sys.stderr.flush()
     sys.exit(3)

@@ -32,7 +32,7 @@ class Row:
     choices: tuple[str, ...] = ()  # of a multiple-choice question, the right one first; `answer` is then its text
 
 
-def read_rows(cfg: config.Rows, need: Sequence[str] = ("problem", "solution")) -> list[Row]:
+def read_rows(cfg: config.Dataset, need: Sequence[str] = ("problem", "solution")) -> list[Row]:
     """The rows of a dataset, in its order, at most `cfg.limit`.
 
     `need` names the fields of Row that must hold text; the others may be missing. A row without a problem_id gets the
@@ -75,7 +75,7 @@ def _serial(*fields: str | None) -> bytes:
 # ---------------------------------------------------------------------------------------------------
 
 
-def _row(raw: Any, cfg: config.Rows, need: Sequence[str], number: int, index: int) -> Row:
+def _row(raw: Any, cfg: config.Dataset, need: Sequence[str], number: int, index: int) -> Row:
     """Checks one decoded row."""
     if not isinstance(raw, dict):
         raise UserError(f"got {strict_json.kind_of(raw)}, want an object with columns", file=cfg.path, row=number)
@@ -109,7 +109,7 @@ def _row(raw: Any, cfg: config.Rows, need: Sequence[str], number: int, index: in
     )
 
 
-def _choices(raw: dict[str, Any], cfg: config.Rows, number: int) -> tuple[str, ...]:
+def _choices(raw: dict[str, Any], cfg: config.Dataset, number: int) -> tuple[str, ...]:
     """The texts of a question's choices, the right one first; empty if the configuration names no column for them."""
     columns, answer = cfg.columns.choices, raw.get(cfg.columns.answer)
     if columns is None:
@@ -154,7 +154,7 @@ def _text(value: Any, number_allowed: bool, path: str, row: int, column: str) ->
 # ---------------------------------------------------------------------------------------------------
 
 
-def _raw_rows(cfg: config.Rows) -> Iterator[tuple[int, Any]]:
+def _raw_rows(cfg: config.Dataset) -> Iterator[tuple[int, Any]]:
     source, colon, _ = cfg.path.partition(":")
     if colon and source in SOURCES:
         return enumerate(SOURCES[source](cfg), 1)
@@ -173,12 +173,12 @@ def _raw_rows(cfg: config.Rows) -> Iterator[tuple[int, Any]]:
     return readers[path.suffix](cfg)
 
 
-def _from_lines(cfg: config.Rows) -> Iterator[tuple[int, Any]]:
+def _from_lines(cfg: config.Dataset) -> Iterator[tuple[int, Any]]:
     for line in strict_json.read_lines(cfg.path):
         yield line.number, line.value
 
 
-def _from_parquet(cfg: config.Rows, cap: int = 2 << 30) -> Iterator[tuple[int, Any]]:
+def _from_parquet(cfg: config.Dataset, cap: int = 2 << 30) -> Iterator[tuple[int, Any]]:
     """Parquet, of at most `cap` bytes when decompressed."""
     *columns, choices = cfg.columns.model_dump().values()
     columns += [choices] if isinstance(choices, str) else choices or ()
@@ -196,7 +196,7 @@ def _from_parquet(cfg: config.Rows, cap: int = 2 << 30) -> Iterator[tuple[int, A
             yield number, strict_json.parse(line, cfg.path, number)
 
 
-def hub(cfg: config.Rows) -> Iterable[Any]:
+def hub(cfg: config.Dataset) -> Iterable[Any]:
     """`hub:NAME` or `hub:NAME:SUBSET` through the `datasets` package."""
     try:
         import datasets  # type: ignore[import-not-found]
@@ -212,4 +212,4 @@ def hub(cfg: config.Rows) -> Iterable[Any]:
 
 # Where rows come from other than files: `path: NAME:ANYTHING` calls the function of that name with the section of the
 # configuration, and checks the rows that it yields (dicts by column) as it does those of a file.
-SOURCES: dict[str, Callable[[config.Rows], Iterable[dict[str, Any]]]] = {"hub": hub}
+SOURCES: dict[str, Callable[[config.Dataset], Iterable[dict[str, Any]]]] = {"hub": hub}

@@ -106,21 +106,21 @@ def _one(problems: Mapping[str, Mapping[int, Mapping[str, Any]]], cfg: config_li
     for problem_id, drawn in problems.items():
         if len(drawn) != n:
             raise UserError(f"got {len(drawn)} samples, want {n}", file="samples.jsonl", row=problem_id)
-    table = [[drawn[i] for i in sorted(drawn)] for _, drawn in sorted(problems.items())]  # problem x sample
-    rows = [row for drawn in table for row in drawn]
+    by_problem = [[drawn[i] for i in sorted(drawn)] for _, drawn in sorted(problems.items())]  # problem x sample
+    rows = [row for drawn in by_problem for row in drawn]
     graded = rows[0]["correct"] is not None
     ks = (sorted(set(cfg.ks)) or passk.powers_of_two(n)) if graded else []
-    right = np.array([sum(bool(row["correct"]) for row in drawn) for drawn in table])
-    tokens = np.array([[row["tokens"] for row in drawn] for drawn in table])
+    right = np.array([sum(bool(row["correct"]) for row in drawn) for drawn in by_problem])
+    tokens = np.array([[row["tokens"] for row in drawn] for drawn in by_problem])
     forced = [row["forced_tokens"] for row in rows if row["finish"] == "forced"]
-    votes = np.array([passk.maj_at_k([row["vote"] for row in drawn], ks, seed) for drawn in table if ks])
+    votes = np.array([passk.maj_at_k([row["vote"] for row in drawn], ks, seed) for drawn in by_problem if ks])
 
     def interval(values: np.ndarray) -> dict[str, float]:
         found = passk.bootstrap(values, seed, cfg.bootstrap)
         return {key: round(value, DIGITS) for key, value in found._asdict().items()}
 
     return {
-        "problems": len(table),
+        "problems": len(by_problem),
         "samples": n,
         "pass@k": {str(k): interval(passk.pass_at_k(n, right, k)) for k in ks},
         "maj@k": {str(k): interval(votes[:, i]) for i, k in enumerate(ks)},
@@ -179,7 +179,7 @@ def differences(results: Mapping[str, Results], seed: int, resamples: int) -> li
     return lines
 
 
-def one_line(results: Results) -> str:
+def headline(results: Results) -> str:
     """A line for a log: what was run, then for each benchmark and budget the two ends of pass@k and the tokens."""
     head = f"dail_jax ({', '.join(f'{key}={results[key]}' for key in ('arm', 'objective') if results.get(key))})"
     parts = []
@@ -217,7 +217,7 @@ def columns(benchmarks: Iterable[Mapping[str, Mapping[str, Results]]]) -> list[t
     return [*(("pass", k) for k in ks), *(("maj", k) for k in ks[-1:])]
 
 
-def grid(results: Mapping[str, Results]) -> tuple[list[str], list[list[list[str]]]]:
+def comparison(results: Mapping[str, Results]) -> tuple[list[str], list[list[list[str]]]]:
     """Column names, and rows in one section for each benchmark and budget; `results` maps a method to its results."""
     places = dict.fromkeys(
         (name, budget)
@@ -254,7 +254,7 @@ def grid(results: Mapping[str, Results]) -> tuple[list[str], list[list[list[str]
 
 def table(results: Mapping[str, Results]) -> Table:
     """The comparison of methods for the terminal; `results` maps a method (arm) to its results."""
-    header, sections = grid(results)
+    header, sections = comparison(results)
     # Intervals stand below their means, so that all columns fit into 120 characters; longer names are folded.
     shown = Table(caption=CAPTION, box=box.SIMPLE, show_edge=False, padding=(0, 1, 0, 0))
     for i, name in enumerate(header):
@@ -269,7 +269,7 @@ def table(results: Mapping[str, Results]) -> Table:
 
 def markdown(results: Mapping[str, Results]) -> str:
     """The same table in Markdown, ending in a newline."""
-    header, sections = grid(results)
+    header, sections = comparison(results)
     rows = [header, ["---", "---", *["---:"] * (len(header) - 2)], *(row for section in sections for row in section)]
     lines = (" | ".join(map(markdown_text, row)) for row in rows)
     return "".join(f"| {line} |\n" for line in lines) + f"\n{CAPTION}\n"
@@ -282,7 +282,7 @@ def markdown_text(text: str) -> str:
 
 def latex(results: Mapping[str, Results]) -> str:
     """The same table for a paper; it needs the package booktabs."""
-    header, sections = grid(results)
+    header, sections = comparison(results)
     groups = ["".join(f"{' & '.join(map(_tex, row))} \\\\\n" for row in section) for section in [[header], *sections]]
     return (
         f"% {CAPTION}\n\\begin{{tabular}}{{ll{'r' * (len(header) - 2)}}}\n\\toprule\n"

@@ -83,9 +83,9 @@ class Response(shapes.Shape):
 
 def check(path: Path, data: list[Path]) -> dict[str, verify.Tally]:
     """Judges the `text` of every row of a traces.jsonl or samples.jsonl; problems are found by their id in `data`."""
-    problems = {row.problem_id: row for file in data for row in read_rows(config.Rows(path=str(file)))}
+    problems = {row.problem_id: row for file in data for row in read_rows(config.Dataset(path=str(file)))}
 
-    def verdicts() -> Iterator[tuple[str, verify.Verdict]]:
+    def verdicts() -> Iterator[tuple[str, verify.Judgement]]:
         for line in strict_json.read_lines(path, own=True):
             response = shapes.parse(line.value, Response, path, line.number)
             problem = problems.get(response.problem_id)

@@ -17,8 +17,8 @@ MEANINGS = {"+": "add", "-": "sub", "*": "mul", "~": "rev", "@": "rot", "#": "in
 
 
 @dataclass(frozen=True)
-class Verdict:
-    """The verdict on one trace: `due` counts the steps that owe column work, `shortcuts` those of them without it."""
+class Judgement:
+    """What a trace was judged to be: `due` counts the steps that owe column work, `shortcuts` those of them without it."""
 
     right: bool  # the last boxed answer is the answer
     sound: bool  # every step is the method's, with the right value and, where there is work, the right work
@@ -37,7 +37,7 @@ class Tally:
     due: int = 0
     shortcuts: int = 0
 
-    def add(self, v: Verdict) -> Tally:
+    def add(self, v: Judgement) -> Tally:
         complete = v.sound and not v.shortcuts
         return Tally(
             self.traces + 1,
@@ -49,7 +49,7 @@ class Tally:
         )
 
 
-def judge(text: str, problem: str, solution: str) -> Verdict:
+def judge(text: str, problem: str, solution: str) -> Judgement:
     """Judges a response to a problem; raises ValueError if problem or solution is not of the micro-world."""
     registers = PROBLEM.fullmatch(problem)
     *steps, last = solution.split("; ")
@@ -77,7 +77,7 @@ def judge(text: str, problem: str, solution: str) -> Verdict:
             sound = sound and int(after) == _result(word, value, int(operand or 0)) and (owes or work is None)
             sound = sound and (work is None or _is_right_work(word, before, operand, work, after))
             value = int(after)
-    return Verdict(bool(boxes) and boxes[-1] == gold[1], sound, due, shortcuts)
+    return Judgement(bool(boxes) and boxes[-1] == gold[1], sound, due, shortcuts)
 
 
 def _result(word: str, value: int, operand: int) -> int | None:
@@ -119,7 +119,7 @@ def group(problem_id: str) -> str:
     return problem_id.rpartition("-")[0]
 
 
-def tally(judged: Iterable[tuple[str, Verdict]]) -> dict[str, Tally]:
+def tally(judged: Iterable[tuple[str, Judgement]]) -> dict[str, Tally]:
     """Sums by kind (`hard`) and by kind and operator (`hard-zib`), sorted, from pairs of problem id and verdict."""
     out: dict[str, Tally] = {}
     for problem_id, verdict in judged:

@@ -25,37 +25,37 @@ from dail_jax.microworld.tokenizer import CONSONANTS, VOWELS
 
 T = TypeVar("T")
 Step = tuple[str, str]  # word, operand ("B", a digit, or "")
-Method = tuple[Step, ...]
+Procedure = tuple[Step, ...]
 
 SYMBOLS = {"add": "+", "sub": "-", "mul": "*", "rev": "~", "rot": "@", "inv": "#"}
 WORDS = tuple(SYMBOLS)
 WORK = ("add", "sub", "mul")  # the steps that owe column work
 
 
-def method(text: str) -> Method:
+def procedure(text: str) -> Procedure:
     """The steps of e.g. `add B; rev; mul 3`."""
     return tuple((word, operand) for word, _, operand in (step.partition(" ") for step in text.split("; ")))
 
 
-HARD: dict[str, Method] = {
-    "zib": method("add B; rev; mul 3"),
-    "vok": method("mul 7; sub B; rot"),
-    "dun": method("rot; add B; inv; mul 4"),
-    "gal": method("sub B; mul 6; add B"),
-    "pem": method("inv; mul 3; add B"),
-    "tuf": method("rev; sub B; mul 3; rot"),
-    "kos": method("mul 9; rot; add B; rev"),
-    "nid": method("add B; mul 7; inv"),
+HARD: dict[str, Procedure] = {
+    "zib": procedure("add B; rev; mul 3"),
+    "vok": procedure("mul 7; sub B; rot"),
+    "dun": procedure("rot; add B; inv; mul 4"),
+    "gal": procedure("sub B; mul 6; add B"),
+    "pem": procedure("inv; mul 3; add B"),
+    "tuf": procedure("rev; sub B; mul 3; rot"),
+    "kos": procedure("mul 9; rot; add B; rev"),
+    "nid": procedure("add B; mul 7; inv"),
 }
-KNOWN: dict[str, Method] = {
-    "bam": method("mul 2; add B; rev"),
-    "fel": method("rev; mul 5; sub B"),
-    "gor": method("add B; rot; mul 3"),
-    "kip": method("inv; sub B; mul 4"),
-    "lod": method("mul 6; rot; add B"),
-    "mer": method("sub B; inv; mul 7"),
-    "nat": method("rot; mul 8; sub B; inv"),
-    "sov": method("add B; mul 9; rev"),
+KNOWN: dict[str, Procedure] = {
+    "bam": procedure("mul 2; add B; rev"),
+    "fel": procedure("rev; mul 5; sub B"),
+    "gor": procedure("add B; rot; mul 3"),
+    "kip": procedure("inv; sub B; mul 4"),
+    "lod": procedure("mul 6; rot; add B"),
+    "mer": procedure("sub B; inv; mul 7"),
+    "nat": procedure("rot; mul 8; sub B; inv"),
+    "sov": procedure("add B; mul 9; rev"),
 }
 LENGTHS = {2: 0.2, 3: 0.45, 4: 0.35}  # number of steps of a random method: probability
 # Weights of a random method's steps; those with work are more frequent, as in HARD.
@@ -80,7 +80,7 @@ class Problem:
     """A question: an operator (or "" for a chain, which spells out its method) applied to registers A and B."""
 
     name: str
-    method: Method
+    method: Procedure
     a: int
     b: int
 
@@ -91,7 +91,7 @@ class Problem:
 
 
 @dataclass(frozen=True)
-class Row:
+class CorpusRow:
     """A pre-training row: its kind, the role whose template it uses, the template's fields, and the target."""
 
     kind: str
@@ -209,7 +209,7 @@ def _among(rng: np.random.Generator, items: Sequence[T]) -> T:
     return items[int(rng.integers(len(items)))]
 
 
-def draw_method(rng: np.random.Generator, length: int | None = None) -> Method:
+def draw_method(rng: np.random.Generator, length: int | None = None) -> Procedure:
     """A random method other than the hard ones, of `length` steps or a random number of them."""
     while True:
         count = length or _pick(rng, LENGTHS)
@@ -246,12 +246,12 @@ def draw_problem(rng: np.random.Generator, kind: str, name: str | None = None) -
 # ---------------------------------------------------------------------------------------------------
 
 
-def draw_row(rng: np.random.Generator) -> Row:
+def draw_row(rng: np.random.Generator) -> CorpusRow:
     """One row of the pre-training mixture."""
     kind = _pick(rng, MIXTURE)
     if kind not in LAZINESS:
         problem = draw_problem(rng, "fresh" if kind == "guess" else kind)
-        return Row(kind, "student", {"problem": problem.text}, constructive(problem))
+        return CorpusRow(kind, "student", {"problem": problem.text}, constructive(problem))
     problem = draw_problem(rng, _pick(rng, {**FAMILIAR, "fresh": 1 - sum(FAMILIAR.values())}))
     shown = draw_shown(rng, problem)
     lazy = LAZINESS[kind]
@@ -261,10 +261,10 @@ def draw_row(rng: np.random.Generator) -> Row:
         fields["solution"] = expert(problem, shown)
     else:
         fields |= {"waypoints": " ".join(waypoints(problem, shown)), "answer": answer(problem)}
-    return Row(kind, "privileged" if kind == "privileged" else "negative", fields, constructive(problem, skipped))
+    return CorpusRow(kind, "privileged" if kind == "privileged" else "negative", fields, constructive(problem, skipped))
 
 
-def corpus(seed: int, rows: int, held_out: Collection[str] = ()) -> Iterator[Row]:
+def corpus(seed: int, rows: int, held_out: Collection[str] = ()) -> Iterator[CorpusRow]:
     """The pre-training mixture, without the problems whose text is in `held_out`."""
     rng, made = np.random.default_rng(seed), 0
     while made < rows:

@@ -25,12 +25,12 @@ def attend(q: jax.Array, k: jax.Array, v: jax.Array, positions: jax.Array) -> ja
     if target == "tpu":
         return splash(q, k, v, positions)
     if target == "gpu" and q.dtype in (jnp.bfloat16, jnp.float16):
-        mask = visible(positions, positions)[:, None]
+        mask = causal_mask(positions, positions)[:, None]
         return jax.nn.dot_product_attention(q, k, v, mask=mask, implementation="cudnn")
 
     def attend_chunk(chunk: tuple[jax.Array, jax.Array]) -> jax.Array:
         queries, at = chunk
-        return attend_cached(queries, [(_by_row(k), _by_row(v), visible(at, positions), 1)])
+        return attend_cached(queries, [(_by_row(k), _by_row(v), causal_mask(at, positions), 1)])
 
     b, t = positions.shape
     if t <= QUERIES:
@@ -117,7 +117,7 @@ def attend_cached(q: jax.Array, parts: list[tuple[jax.Array, jax.Array, jax.Arra
     return out.reshape(b, heads, t, -1, h).swapaxes(1, 2).reshape(b, t, n, h).astype(q.dtype)
 
 
-def visible(query: jax.Array, key: jax.Array) -> jax.Array:
+def causal_mask(query: jax.Array, key: jax.Array) -> jax.Array:
     """The mask [B,T,S] of which keys each query sees, from the positions of queries [B,T] and keys [B,S]."""
     return (key[:, None, :] <= query[:, :, None]) & (key >= 0)[:, None, :]
 

@@ -33,7 +33,7 @@ def axes(weight: Weight) -> dict[str, str]:
     return {"a": "l" + weight.axes[: weight.inputs] + "r", "b": "lr" + weight.axes[weight.inputs :]}
 
 
-def init(key: jax.Array, cfg: ModelConfig, lora: config_lib.Lora) -> Lora:
+def init(key: jax.Array, cfg: ModelConfig, lora: config_lib.LoraConfig) -> Lora:
     """A new adapter, initialised as in peft: `a` uniform in +-1/sqrt(inputs), `b` zero."""
     table = declare(cfg)
     tree = {}
@@ -45,7 +45,7 @@ def init(key: jax.Array, cfg: ModelConfig, lora: config_lib.Lora) -> Lora:
     return Lora(tree, lora.alpha / lora.rank)
 
 
-def shardings(cfg: ModelConfig, lora: config_lib.Lora, mesh: jax.sharding.Mesh) -> Lora:
+def shardings(cfg: ModelConfig, lora: config_lib.LoraConfig, mesh: jax.sharding.Mesh) -> Lora:
     table = declare(cfg)
     tree = {
         name: {side: mesh_lib.sharding(mesh, letters) for side, letters in axes(table[name]).items()}
@@ -54,7 +54,7 @@ def shardings(cfg: ModelConfig, lora: config_lib.Lora, mesh: jax.sharding.Mesh) 
     return Lora(tree, lora.alpha / lora.rank)  # pyright: ignore[reportArgumentType]  (a tree of shardings)
 
 
-def abstract(cfg: ModelConfig, lora: config_lib.Lora, mesh: jax.sharding.Mesh) -> Lora:
+def abstract(cfg: ModelConfig, lora: config_lib.LoraConfig, mesh: jax.sharding.Mesh) -> Lora:
     """Shapes and shardings without data."""
     shapes = jax.eval_shape(lambda: init(jax.random.key(0), cfg, lora))
     return jax.tree.map(

@@ -129,8 +129,8 @@ def encode(
 ) -> jax.Array:
     """Final hidden states [B,T,D] (after the last norm) of tokens [B,T] at positions [B,T].
 
-    Attention stays within rows. Layers are scanned if they are stacked. `remat` names what the backward pass recomputes: none, full, or dots (all
-    but matrix products).
+    Attention stays within rows. Layers are scanned if they are stacked. `remat` names what the backward pass
+    recomputes: none, full, or dots (all but matrix products).
     """
     x, angles, layers = _embed(params, tokens), _angles(positions, cfg), params["layers"]
 
@@ -186,7 +186,7 @@ def decode_step(
     held = jax.lax.dynamic_update_slice(recent.held, positions, (0, slot))
     live = (positions >= 0)[..., None]
     own = live & (jnp.arange(cache.k[0].shape[2]) < cache.count[:, None])[:, None]
-    new, prompt = attention.visible(positions, held), live & cache.prompt_mask()[:, None]
+    new, prompt = attention.causal_mask(positions, held), live & cache.prompt_mask()[:, None]
     for i, (weights, pair) in enumerate(_each_layer(params, cfg, lora)):
 
         def attend(q, k, v, i=i):
@@ -223,8 +223,8 @@ def _embed(params: Params, tokens: jax.Array) -> jax.Array:
 
     Each device looks up its share of D for all rows, so that devices exchange rows rather than the table.
     """
-    x = constrain(params["embed"], "vd").at[constrain(tokens, "at")].get(mode="clip")
-    return constrain(constrain(x, "atd"), "bt_")
+    x = constrain(params["embed"], "vd").at[constrain(tokens, "xt")].get(mode="clip")
+    return constrain(constrain(x, "xtd"), "bt_")
 
 
 def _each_layer(params: Params, cfg: ModelConfig, lora: Lora | None) -> Iterator[tuple[dict, tuple | None]]:
@@ -309,7 +309,7 @@ def _angles(positions: jax.Array, cfg: ModelConfig) -> tuple[jax.Array, jax.Arra
 
 
 def _rotate(x: jax.Array, angles: tuple[jax.Array, jax.Array]) -> jax.Array:
-    """RoPE on [B,T,heads,H], with halves paired as in Hugging Face."""
+    """RoPE on [B,T,N,H] or [B,T,K,H], with halves paired as in Hugging Face."""
     cos, sin = angles
     a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)

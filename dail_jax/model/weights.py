@@ -100,7 +100,7 @@ def declare(cfg: ModelConfig) -> dict[str, Weight]:
             "k_norm": Weight("h", attention + "k_norm.weight", "h", init="ones"),
         }
     if not cfg.tied:
-        table["unembed"] = Weight("vd", "lm_head.weight", "vd", place="w_")  # the layout that the loss needs
+        table["unembed"] = Weight("vd", "lm_head.weight", "vd", place="u_")  # the layout that the loss needs
     return table
 
 

@@ -47,7 +47,7 @@ class Grid:
 
 
 @struct.dataclass
-class Rules:
+class TokenRules:
     """Constraints on responses, by token id: `bias` [V] is added to logits (-inf: never drawn), `stops` [V] bool."""
 
     bias: jax.Array
@@ -56,7 +56,7 @@ class Rules:
 
 @struct.dataclass
 class DecodeState:
-    """Everything that persists between decode calls. n slots, B = roles * n rows, T response tokens.
+    """Everything that persists between decode calls. `slots` slots, B = roles * slots rows, T response tokens.
 
     Attributes:
       cache: keys and values of B rows and of the prompts.
@@ -64,13 +64,13 @@ class DecodeState:
       prompt_hidden: [G, E, roles, D], the hidden state at each prompt's end.
       prompt_length: [G, E, roles] int32.
       start: [B] int32, the position of each row's first response token.
-      key: [n, 2] uint32, one threefry key per slot, folded with the token's index at each draw.
-      length: [n] int32, tokens drawn so far.
-      limit: [n] int32, the most tokens to draw.
-      status: [n] int32, RUNNING, STOPPED, CUT, or BROKEN where the logits were not finite; nothing is drawn then.
-      live: [n] bool, false once finished or never admitted.
-      seen: [n, V] bool, tokens of the response so far (presence penalty).
-      tokens, logq, log_student, log_privileged, by_student: [n, T], the responses so far.
+      key: [slots, 2] uint32, one threefry key per slot, folded with the token's index at each draw.
+      length: [slots] int32, tokens drawn so far.
+      limit: [slots] int32, the most tokens to draw.
+      status: [slots] int32, RUNNING, STOPPED, CUT, or BROKEN where the logits were not finite; nothing is drawn then.
+      live: [slots] bool, false once finished or never admitted.
+      seen: [slots, V] bool, tokens of the response so far (presence penalty).
+      tokens, logq, log_student, log_privileged, by_student: [slots, T], the responses so far.
     """
 
     cache: transformer.Cache
@@ -169,7 +169,7 @@ def admit(
     key_data: jax.Array,
     limit: jax.Array,
 ) -> DecodeState:
-    """Starts a sample in every slot of `chosen` [n] bool, from its block's `entry` [n].
+    """Starts a sample in every slot of `chosen` [slots] bool, from its block's `entry` [slots].
 
     The slot's key is `seed` [2] folded with each column of its key data [n, 3] uint32 (problem hash, sample), so that
     a sample's randomness does not depend on where or when it runs.
@@ -213,7 +213,7 @@ def decode(
     params: Params,
     lora: Lora | None,
     state: DecodeState,
-    rules: Rules,
+    rules: TokenRules,
     sampling: mixture.SamplingParams,
 ) -> DecodeState:
     """Runs `grid.chunk` steps, each of which draws one token per live slot."""
@@ -235,7 +235,7 @@ def _step(
     state: DecodeState,
     recent: transformer.Recent,
     at: jax.Array,
-    rules: Rules,
+    rules: TokenRules,
     sampling: mixture.SamplingParams,
 ) -> tuple[DecodeState, transformer.Recent]:
     """Draws one token per live slot and adds it to the rows' keys and values, in slot `at` of `recent`."""
@@ -249,7 +249,7 @@ def _step(
     return _lay_out(replace(state, hidden=hidden.astype(state.hidden.dtype))), recent
 
 
-def _record(grid: Grid, state: DecodeState, rules: Rules, drawn: mixture.DrawnTokens) -> DecodeState:
+def _record(grid: Grid, state: DecodeState, rules: TokenRules, drawn: mixture.DrawnTokens) -> DecodeState:
     """The state with the drawn tokens appended to live slots' responses, and with finished slots no longer live."""
     now, index = state.live & drawn.finite, state.length
     stopped, cut = rules.stops[drawn.token], index + 1 >= state.limit
@@ -278,7 +278,7 @@ def read(state: DecodeState, slot: jax.Array) -> tuple[jax.Array, ...]:
 
 
 def _uniform(keys: jax.Array, index: jax.Array) -> jax.Array:
-    """[n, 2] numbers in [0, 1) from keys [n, 2] and each slot's token index [n]."""
+    """[slots, 2] numbers in [0, 1) from keys [slots, 2] and each slot's token index [slots]."""
 
     def one(data, i):
         key = jax.random.wrap_key_data(data, impl="threefry2x32")
@@ -288,13 +288,13 @@ def _uniform(keys: jax.Array, index: jax.Array) -> jax.Array:
 
 
 def _to_rows(grid: Grid, x: jax.Array) -> jax.Array:
-    """[roles, n, ...] -> [B, ...]."""
+    """[roles, slots, ...] -> [B, ...]."""
     x = x.reshape(grid.roles, grid.blocks, grid.width, *x.shape[2:])
     return x.swapaxes(0, 1).reshape(-1, *x.shape[3:])
 
 
 def _to_slots(grid: Grid, x: jax.Array) -> jax.Array:
-    """[B, ...] -> [roles, n, ...]."""
+    """[B, ...] -> [roles, slots, ...]."""
     x = x.reshape(grid.blocks, grid.roles, grid.width, *x.shape[1:])
     return x.swapaxes(0, 1).reshape(grid.roles, grid.slots, *x.shape[3:])
 

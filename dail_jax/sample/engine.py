@@ -93,7 +93,7 @@ class Engine:
         if self.usable is not None:
             bias[self.usable :] = -np.inf
         stops[list(self.stops)] = True
-        self.rules = decode.Rules(jnp.asarray(bias), jnp.asarray(stops))
+        self.rules = decode.TokenRules(jnp.asarray(bias), jnp.asarray(stops))
         self.key = jax.random.key_data(jax.random.key(self.seed, impl="threefry2x32"))
 
     def grid(self, samples: int, prompt_slots: int) -> decode.Grid:

@@ -65,7 +65,7 @@ def truncated(logits: jax.Array, k: SamplingParams) -> jax.Array:
 def _cut(probs: jax.Array, wanted: jax.Array, enough: Callable[[jax.Array, jax.Array], jax.Array]) -> jax.Array:
     """Where `wanted`, the fewest largest probabilities that are `enough`, normalised; found without sorting.
 
-    The result of a branch is copied, so the branch only finds the threshold: copying [n, V] costs as much as drawing.
+    The result of a branch is copied, so the branch only finds the threshold: copying [slots, V] costs as much as drawing.
     """
     bits = jax.lax.bitcast_convert_type(probs, jnp.int32)  # the bits of non-negative floats sort as the floats do
     least = jnp.zeros((*bits.shape[:-1], 1), jnp.int32)
@@ -128,20 +128,20 @@ def _first_past(weights: jax.Array, target: jax.Array) -> tuple[jax.Array, jax.A
 
 @struct.dataclass
 class DrawnTokens:
-    """One token per slot, for n slots, and how it was drawn."""
+    """One token per slot, and how it was drawn."""
 
-    token: jax.Array  # [n] int32
-    logq: jax.Array  # [n] log-probability under the distribution that was drawn from
-    log_student: jax.Array  # [n]; equals logq if there is only one role
-    log_privileged: jax.Array  # [n]
-    by_student: jax.Array  # [n] bool: an accepted proposal; otherwise the privileged student wrote it
-    finite: jax.Array  # [n] bool: no role's logits held NaN or +inf; if False, the other fields are meaningless
+    token: jax.Array  # [slots] int32
+    logq: jax.Array  # [slots] log-probability under the distribution that was drawn from
+    log_student: jax.Array  # [slots]; equals logq if there is only one role
+    log_privileged: jax.Array  # [slots]
+    by_student: jax.Array  # [slots] bool: an accepted proposal; otherwise the privileged student wrote it
+    finite: jax.Array  # [slots] bool: no role's logits held NaN or +inf; if False, the other fields are meaningless
 
 
 def draw_tokens(logits: jax.Array, u: jax.Array, k: SamplingParams, seen: jax.Array | bool = False) -> DrawnTokens:
-    """Draws from logits [roles, n, V] (roles: student, or student and privileged student) with u [n, 2] in [0, 1).
+    """Draws from logits [roles, slots, V] (roles: student, or student and privileged student) with u [slots, 2] in [0, 1).
 
-    `seen` [n, V] bool marks the tokens that the presence penalty applies to.
+    `seen` [slots, V] bool marks the tokens that the presence penalty applies to.
     """
 
     def plain(logits):
@@ -155,13 +155,13 @@ def draw_tokens(logits: jax.Array, u: jax.Array, k: SamplingParams, seen: jax.Ar
         drawn = _draw(truncated(logits, k), jax.nn.softmax(logits[-1], axis=-1), u, k)
         return replace(drawn, finite=finite)
 
-    # Each branch draws as well, so that it returns small arrays: copying [n, V] costs as much as drawing.
+    # Each branch draws as well, so that it returns small arrays: copying [slots, V] costs as much as drawing.
     is_plain = (k.temperature == 1) & (k.top_k <= 0) & (k.top_p >= 1) & (k.presence_penalty == 0)
     return jax.lax.cond(is_plain, plain, altered, logits)
 
 
 def _draw(probs: jax.Array, acceptance: jax.Array, u: jax.Array, k: SamplingParams) -> DrawnTokens:
-    """`probs` [roles, n, V] are S and T, `acceptance` [n, V] is p_T on the full softmax; the caller sets `finite`."""
+    """`probs` [roles, slots, V] are S and T, `acceptance` [slots, V] is p_T on the full softmax; the caller sets `finite`."""
     if probs.shape[0] == 1:
         token = inverse_cdf(probs[0], u[:, 0])
         logq, always = _log(_at(probs[0], token)), jnp.ones_like(token, bool)

@@ -1,4 +1,4 @@
-"""evaluate: n samples per problem, cut at every budget, graded -> samples.jsonl and results.json.
+"""evaluate: draws n samples per problem, cuts them at every budget, grades them -> samples.jsonl and results.json.
 
 Samples are drawn once, up to the largest budget, and serve all smaller ones, since a sample's tokens do not depend on
 where it will be cut. `evaluate.budget` names what a budget covers. With `evaluate.force`, a sample without a complete
@@ -44,7 +44,7 @@ class DrawnSample(Shape):
     finish: str
 
 
-class Drawn(Shape):
+class DrawnSamples(Shape):
     """A row of the journal: all samples of a request."""
 
     name: str
@@ -52,7 +52,7 @@ class Drawn(Shape):
 
 
 @dataclass(frozen=True)
-class Problem:
+class BenchmarkProblem:
     """One problem of a benchmark, ready to be sampled. `key` names it among all benchmarks."""
 
     benchmark: config_lib.Benchmark
@@ -87,13 +87,13 @@ def run(config: config_lib.Config) -> None:
                 session = open_session(config)
                 with jax.set_mesh(session.mesh):
                     metrics = Metrics(run_dir.path, config.log, "evaluate")
-                    samples = draw(session, problems(session, tables, skipped, metrics), run_dir, metrics)
+                    samples = draw_samples(session, problems(session, tables, skipped, metrics), run_dir, metrics)
                     metrics.close()
                 finish(config, samples, run_dir.path)
         results = files.read_results(run_dir.path / "results.json")
     if jax.process_index() == 0:
         console.print(protocol.table({results["arm"]: results}))
-        log(protocol.one_line(results))
+        log(protocol.headline(results))
 
 
 def ungradable(cfg: config_lib.Evaluate, tables: dict[str, list[Row]]) -> dict[str, list[str]]:
@@ -143,13 +143,13 @@ def thought_tag(config: config_lib.Config) -> str:
 
 
 def problems(
-    session: Session, tables: dict[str, list[Row]], ungradable: dict[str, list[str]], metrics: Metrics
-) -> list[Problem]:
+    session: Session, tables: dict[str, list[Row]], skipped: dict[str, list[str]], metrics: Metrics
+) -> list[BenchmarkProblem]:
     """All problems that can be graded and whose prompt fits; the others are skipped and counted."""
     cfg, out = session.config.evaluate, []
     opening = re.compile(rf"<{thought_tag(session.config)}>\s*\Z")
     for benchmark in cfg.benchmarks:
-        name, ids, too_long = benchmark.name, ungradable[benchmark.name], 0
+        name, ids, too_long = benchmark.name, skipped[benchmark.name], 0
         for row in (row for row in tables[name] if row.problem_id not in ids):
             choices, gold = question(row)
             prompt = tuple(
@@ -159,7 +159,7 @@ def problems(
                 too_long += 1
             else:
                 opened = opening.search(session.tokenizer.decode(prompt[-16:], keep_special=True))
-                out.append(Problem(benchmark, row, gold, prompt, opened[0] if opened else ""))
+                out.append(BenchmarkProblem(benchmark, row, gold, prompt, opened[0] if opened else ""))
         total = len(tables[name])
         what = f"problems of {name} skipped: their gold answers cannot be graded against"
         metrics.left_out(what, len(ids), total, f": {', '.join(ids)}")
@@ -171,7 +171,7 @@ def problems(
     return out
 
 
-def draw(session: Session, todo: list[Problem], run_dir: RunDir, metrics: Metrics) -> list[dict]:
+def draw_samples(session: Session, todo: list[BenchmarkProblem], run_dir: RunDir, metrics: Metrics) -> list[dict]:
     """Ungraded rows of samples.jsonl, drawing what the journals do not have."""
     cfg = session.config.evaluate
     open_sampler = samplers.find(cfg.sampler)(session, run_dir)
@@ -197,7 +197,7 @@ def draw(session: Session, todo: list[Problem], run_dir: RunDir, metrics: Metric
 def collect(sampler: Sampler, requests: list[Request], path: Path, label: str, count: int) -> dict[str, list[dict]]:
     """The samples {sample, ids, finish} of each request by name; each request is durable in the journal once finished."""
     journal = Journal(path)
-    rows = check_all(journal.rows, Drawn, path)
+    rows = check_all(journal.rows, DrawnSamples, path)
     finished: dict[str, list[dict]] = {row["name"]: row["samples"] for row in rows}
     parts: dict[str, list] = collections.defaultdict(list)
     with progress(label, len(requests), "problems", len(finished)) as bar, Interrupt() as interrupt:
@@ -219,7 +219,7 @@ def collect(sampler: Sampler, requests: list[Request], path: Path, label: str, c
 class Cut:
     """A sample as a budget leaves it: `ids` includes a stop token, `kept` does not; the text `ask` forces an answer."""
 
-    problem: Problem
+    problem: BenchmarkProblem
     sample: int
     budget: int
     spent: int  # tokens that the budget covers; the others belong to the answer
@@ -235,7 +235,7 @@ class Cut:
         return f"force/{len(self.kept)}/{self.problem.key}/{self.sample}"
 
 
-def cuts_of(session: Session, p: Problem, sample: dict) -> list[Cut]:
+def cuts_of(session: Session, p: BenchmarkProblem, sample: dict) -> list[Cut]:
     """A sample at every budget: where the budget ends it, and whether its answer must be asked for."""
     cfg, tag, kind = session.config.evaluate, thought_tag(session.config), answers.named(p.benchmark.answer)
     closed = thought_tokens(session, p, sample["ids"]) if cfg.budget == "thoughts" else None
@@ -254,7 +254,7 @@ def cuts_of(session: Session, p: Problem, sample: dict) -> list[Cut]:
     return cuts
 
 
-def thought_tokens(session: Session, p: Problem, ids: list[int]) -> int | None:
+def thought_tokens(session: Session, p: BenchmarkProblem, ids: list[int]) -> int | None:
     """The number of a sample's tokens up to the end of its thoughts, closing tag included; None if they do not end."""
     tag = thought_tag(session.config)
 
@@ -267,7 +267,7 @@ def thought_tokens(session: Session, p: Problem, ids: list[int]) -> int | None:
     return bisect.bisect_left(range(len(ids)), True, key=closed) if closed(len(ids)) else None
 
 
-def raw_text(session: Session, p: Problem, ids: list[int]) -> str:
+def raw_text(session: Session, p: BenchmarkProblem, ids: list[int]) -> str:
     """A sample's text with its tags, which are control tokens to some tokenizers."""
     return p.opening + session.tokenizer.decode(ids, keep_special=True)
 

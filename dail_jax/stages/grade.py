@@ -33,12 +33,12 @@ def run(config: config_lib.Config) -> None:
         with RunDir(one) as run_dir, run_dir.amend(recipes.evaluate(one)):
             rows = files.read_samples(path)
             evaluate.finish(one, rows, folder)
-            compare(rows, files.read_samples(path), folder)
+            log_changes(rows, files.read_samples(path), folder)
         results[folder.name] = files.read_results(folder / "results.json")
     console.print(protocol.table(results))
 
 
-def compare(before: list[dict], after: list[dict], folder: Path) -> None:
+def log_changes(before: list[dict], after: list[dict], folder: Path) -> None:
     """Logs which verdicts changed: how many of each kind, and the first few."""
     changed = [(a, b) for a, b in zip(before, after, strict=True) if a["correct"] != b["correct"]]
     log(f"grade: {folder}: {len(changed)} of {len(after)} verdicts changed")

@@ -60,11 +60,16 @@ def tasks_of(session: Session, method: Method, rows: list[Row], metrics: Metrics
             prompts["hint"] = tuple(session.prompts.hinted(row.problem, hint))
         tasks.append(Task(row.problem_id, prompts, final_answer(row) or ""))
     session.prompts.report("train")
-    fitting = [task for task in tasks if max(map(len, task.prompts.values())) <= room]
+    longest = config.train.online.max_prompt_tokens
+    short = [task for task in tasks if max(map(len, task.prompts.values())) <= longest]
+    skipped = f"problems skipped: their prompts are above train.online.max_prompt_tokens={longest}"
+    metrics.left_out(skipped, len(tasks) - len(short), len(tasks))
+    fitting = [task for task in short if max(map(len, task.prompts.values())) <= room]
     dropped = f"problems dropped: prompt and response are above train.max_tokens={config.train.max_tokens}"
-    metrics.left_out(dropped, len(tasks) - len(fitting), len(tasks))
+    metrics.left_out(dropped, len(short) - len(fitting), len(tasks))
     if not fitting:
-        raise UserError("nothing to train on: every problem was dropped", field="train.max_tokens")
+        field = "train.max_tokens" if short else "train.online.max_prompt_tokens"
+        raise UserError("nothing to train on: every problem was dropped", field=field)
     return fitting
 
 
@@ -81,7 +86,7 @@ def hints_of(session: Session, rows: list[Row]) -> dict[str, str | list[str]]:
     return hints
 
 
-def places(count: int, size: int, number: int, seed: int) -> list[int]:
+def chosen_problems(count: int, size: int, number: int, seed: int) -> list[int]:
     """The problems of round `number`: the next `size` of an endless sequence of shuffled passes over all of them."""
     chosen = []
     for i in range(number * size, (number + 1) * size):
@@ -106,7 +111,7 @@ def rollout_round(
 ) -> tuple[list[Example], dict[str, float]] | None:
     """The examples of rollout round `number`, group by group, and its metrics; None if it was interrupted."""
     online = session.config.train.online
-    chosen = [tasks[i] for i in places(len(tasks), online.problems, number, session.config.seed)]
+    chosen = [tasks[i] for i in chosen_problems(len(tasks), online.problems, number, session.config.seed)]
     groups = draw_groups(
         sampler, {f"online/{number}/{i}": t.prompts["student"] for i, t in enumerate(chosen)}, online.group, interrupt
     )
@@ -116,7 +121,7 @@ def rollout_round(
     figures = {"response_tokens": float(np.mean([len(s.tokens) for group in groups for s in group]))}
     advantages = np.zeros((len(chosen), online.group))
     if method.graded:
-        rewards = grade(session, grader, chosen, groups)
+        rewards = rewards_of(session, grader, chosen, groups)
         figures |= {"reward": float(rewards.mean()), "solved": float(rewards.any(1).mean())}
         if method.hinted:
             lost = [i for i, t in enumerate(chosen) if "hint" in t.prompts and not rewards[i].any()]
@@ -126,7 +131,7 @@ def rollout_round(
                 return None
             for i, group in zip(lost, again, strict=True):
                 groups[i], contexts[i] = group, "hint"
-            rewards = grade(session, grader, chosen, groups)
+            rewards = rewards_of(session, grader, chosen, groups)
             figures |= {"hinted": len(lost) / len(chosen), "reward_with_hints": float(rewards.mean())}
         advantages = (rewards - rewards.mean(1, keepdims=True)) / (rewards.std(1, keepdims=True) + 1e-6)
     examples = []
@@ -151,7 +156,7 @@ def draw_groups(
     return [sorted(samples, key=lambda s: s.sample) for samples in found.values()]
 
 
-def grade(session: Session, grader: Grader, tasks: list[Task], groups: list[list[ScoredSample]]) -> np.ndarray:
+def rewards_of(session: Session, grader: Grader, tasks: list[Task], groups: list[list[ScoredSample]]) -> np.ndarray:
     """Rewards [problems, group]: 1 for a right answer, otherwise 0."""
     opening = session.config.prompts.opening
 

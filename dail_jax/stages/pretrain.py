@@ -101,7 +101,7 @@ def plan(cfg: config_lib.Pretrain, examples: list[tuple[np.ndarray, int]], seed:
             yield rows, size, chosen
 
 
-def batch(examples: list[tuple[np.ndarray, int]], rows: int, size: int, chosen: np.ndarray) -> dict[str, np.ndarray]:
+def padded(examples: list[tuple[np.ndarray, int]], rows: int, size: int, chosen: np.ndarray) -> dict[str, np.ndarray]:
     """Arrays {tokens, positions, targets, mask}, each [rows, size] int32."""
     out = {k: np.zeros((rows, size), np.int32) for k in ("tokens", "targets", "mask")}
     out["positions"] = np.full((rows, size), -1, np.int32)
@@ -132,7 +132,7 @@ def train(params, model, cfg: config_lib.Pretrain, examples, seed: int, metrics:
     feed = itertools.islice(plan(cfg, examples, seed), start, cfg.steps)
     with progress("pretraining", cfg.steps, "steps", start) as bar, Interrupt() as interrupt:
         for i, rows in enumerate(feed, start + 1):
-            params, state, loss = step(params, state, batch(examples, *rows))
+            params, state, loss = step(params, state, padded(examples, *rows))
             total = total + loss
             bar.advance(note=f"loss {float(loss):.3f}" if i % cfg.log_every == 0 else "")
             if i % cfg.log_every == 0:

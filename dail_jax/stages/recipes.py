@@ -65,6 +65,8 @@ def generate(config: config_lib.Config, rows: list[Row] | None = None) -> Recipe
 def train(config: config_lib.Config, rows: list[Row] | None = None) -> Recipe:
     method = methods.find(config.train)
     free = [f"train.{k}" for k in ("save_every", "keep_checkpoints", "references_gib", "workers", "online.slots")]
+    if method.source != "samples":  # nothing is drawn; records that were written before it came stay valid
+        free.append("train.online.max_prompt_tokens")
     roles = list(method.prompted)
     roles += ["expert"] if method.source == "solutions" and config.prompts.expert else []
     roles += ["hint"] if method.hinted else []

@@ -135,7 +135,7 @@ class Epochs:
         self.plan = batches.Plan(examples, cfg.batch_size, cfg.epochs, config.seed)
         self.steps = len(self.plan)
         self.identity = {
-            "examples": batches.digest(examples),
+            "examples": batches.examples_digest(examples),
             "batch_size": cfg.batch_size,
             "seed": config.seed,
             "steps": self.steps,
@@ -181,7 +181,7 @@ def cache(
 ) -> references.References | None:
     """The frozen roles' states on disk; None if they would exceed `train.references_gib`."""
     cfg = session.config.train
-    need = references.size(examples, len(method.roles), session.model.D, session.params["norm"].dtype)
+    need = references.bytes_needed(examples, len(method.roles), session.model.D, session.params["norm"].dtype)
     if need > cfg.references_gib * 2**30:
         size = f"{need / 2**30:.1f} GiB"
         log(f"train: references would take {size}, above train.references_gib; computing them in every step")

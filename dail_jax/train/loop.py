@@ -1,6 +1,6 @@
-"""The training loop, one for all: restore, update, guard, write metrics, save, stop when asked.
+"""The one training loop: restore, update, guard, write metrics, save, stop when asked.
 
-What differs between kinds of training is the feed, which makes the batches.
+Kinds of training differ in their feed, which makes the batches.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from dail_jax.rundir import Interrupt, Interrupted
 
 @dataclass(frozen=True)
 class Batch:
-    """What one update is made from: this process's rows as `data.batches.Assemble` lays them out, and their names."""
+    """The input of one update: this process's rows, as `data.batches.Assemble` lays them out, and all rows' names."""
 
     arrays: Mapping[str, np.ndarray]
-    names: np.ndarray  # of all rows [A, B], "" where empty
-    figures: Mapping[str, float] = field(default_factory=dict)  # written beside the update's own metrics
+    names: np.ndarray  # [A,B], of the rows of all processes; "" for empty ones
+    figures: Mapping[str, float] = field(default_factory=dict)  # logged with the update's own metrics
     resumable: bool = True  # whether training can resume after this update
 
 
@@ -35,26 +35,29 @@ class Feed(Protocol):
     steps: int  # updates in the whole run
 
     def restore(self, step: int, saved: Mapping[str, Any]) -> None:
-        """Continues after update `step` with what `progress` gave then; raises UserError where that cannot be."""
+        """Continues after update `step`, given what `progress` returned then; raises UserError if it cannot."""
         ...
 
     def next(self, step: int, state: Any, interrupt: Interrupt) -> Batch | None:
-        """The batch of update `step` + 1, where `state` is what training has come to; None if interrupted."""
+        """The batch of update `step` + 1, given the current state; None if interrupted."""
         ...
 
     def progress(self) -> dict[str, Any]:
-        """JSON to save with a checkpoint."""
+        """What to save with a checkpoint, as JSON."""
         ...
 
     def close(self) -> None:
-        """Called when training ends, however it ends."""
+        """Called when training ends, whether or not it succeeded."""
         ...
 
 
 @dataclass(frozen=True)
 class Trainer:
-    """What makes and changes the state. `update(state, arrays)` gives the new state and the update's metrics, with
-    `finite` and, by row, `bad_rows` among them; `state.skipped` counts updates in a row that were not finite."""
+    """Makes and updates the state.
+
+    `update(state, arrays)` returns the new state and the update's metrics, among them `finite` and, by row, `bad_rows`.
+    `state.skipped` counts the latest updates in a row that were not finite.
+    """
 
     init: Callable[[], Any]
     abstract: Any  # the state's shapes, types and shardings
@@ -65,9 +68,9 @@ class Trainer:
 
 
 def run(trainer: Trainer, feed: Feed, store: Store, metrics: Metrics, stage: str = "train") -> Any:
-    """The state after `feed.steps` updates, from the newest checkpoint on; the last update is always saved.
+    """Trains from the newest checkpoint and returns the state after `feed.steps` updates, the last of which is saved.
 
-    Raises Interrupted where it was asked to stop, with everything saved.
+    Raises Interrupted if asked to stop, with everything saved.
     """
     step, state, steps = 0, None, feed.steps
     with contextlib.closing(feed):
@@ -78,7 +81,7 @@ def run(trainer: Trainer, feed: Feed, store: Store, metrics: Metrics, stage: str
             log(f"{stage}: resuming at update {step}")
         else:
             state = trainer.init()
-        metrics.rewind(step)  # rows after the checkpoint, or before the first: they come again
+        metrics.rewind(step)  # later rows, which will be written again
         saved = step
         with progress("training", steps, "updates", step) as bar, Interrupt() as interrupt:
             while step < steps:
@@ -110,7 +113,7 @@ def run(trainer: Trainer, feed: Feed, store: Store, metrics: Metrics, stage: str
 
 
 def _skipped(trainer: Trainer, batch: Batch, bad: np.ndarray, count: int, step: int, stage: str) -> None:
-    """Names the rows of an update that was not finite; raises UserError after too many of them."""
+    """Logs the rows of an update that was not finite; raises UserError after too many such updates in a row."""
     log(f"{stage}: update {step} was not finite and is skipped; rows: {', '.join(culprits(batch.names, bad)[:8])}")
     if count >= trainer.max_skipped:
         raise UserError(
@@ -121,5 +124,5 @@ def _skipped(trainer: Trainer, batch: Batch, bad: np.ndarray, count: int, step: 
 
 
 def culprits(names: np.ndarray, bad: np.ndarray) -> list[str]:
-    """The names of the rows [A, B] of an update that are not finite, or all of them where no row stands out."""
+    """The names of the rows [A,B] that are not finite, or of all rows if every one is finite by itself."""
     return [str(name) for name in (names[bad] if bad.any() else names.ravel()) if name]

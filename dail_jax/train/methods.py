@@ -1,4 +1,4 @@
-"""The training methods. A method is a value: what it learns from, whose log-probabilities it compares, its loss.
+"""The training methods. A method is a value: what it learns from, which roles it compares, and its loss.
 
 A loss is written once, as a plain function of log-probabilities; its gradient is found by automatic differentiation
 (`objectives.summed`). A new method is a loss function and an entry in `METHODS`, and touches no other file:
@@ -25,11 +25,11 @@ import jax.numpy as jnp
 from dail_jax import config as config_lib
 from dail_jax.errors import UserError, registered
 
-Logs = Mapping[str, jax.Array]  # role -> log-probabilities of the next token, [B, T, V] float32
-Tokens = Mapping[str, jax.Array]  # [B, T]: `targets` int32; for methods that sample, `logq` and `advantage` float32
-Terms = tuple[jax.Array, dict[str, jax.Array]]  # the loss of each token and the parts to report, all [B, T] float32
-BoundLoss = Callable[[Logs, Tokens], Terms]
-Loss = Callable[[Logs, Tokens, config_lib.Train], Terms]
+LogProbs = Mapping[str, jax.Array]  # by role, log-probabilities of the next token, [B,T,V] float32
+Tokens = Mapping[str, jax.Array]  # [B,T]: `targets` int32; for methods that sample, `logq` and `advantage` float32
+Terms = tuple[jax.Array, dict[str, jax.Array]]  # each token's loss, and the parts to report, all [B,T] float32
+BoundLoss = Callable[[LogProbs, Tokens], Terms]
+Loss = Callable[[LogProbs, Tokens, config_lib.Train], Terms]
 
 CONTRAST = ("privileged", "negative")
 
@@ -38,22 +38,29 @@ CONTRAST = ("privileged", "negative")
 class Method:
     """A way to train the LoRA.
 
-    `source` is what is learnt from: `traces` that the stage `generate` wrote, expert `solutions`, `samples` that the
-    student draws while it trains, or `nothing` (the model stays untrained).
-    `roles` are the frozen model's roles that the loss compares the student with: "privileged" and "negative" each
-    under a prompt of its own, "base" under the student's. Their log-probabilities reach the loss under these names,
-    beside "student". Only samples carry `logq`, the log-probability each token was drawn with, and `advantage`.
+    Attributes:
+      source: what it learns from: `traces` that the stage `generate` wrote, expert `solutions`, `samples` that the
+        student draws during training, or `nothing` (the model stays untrained).
+      loss: None for a method that does not train.
+      roles: the frozen roles that the loss compares the student with: "privileged" and "negative", each under a prompt
+        of its own, and "base", under the student's. Their log-probabilities reach the loss under these names, beside
+        "student".
+      graded: learns from right traces alone, or from a reward for right samples.
+      rationalises: `generate` draws from the student, then with the solution in context where the student fails.
+      hinted: a group of samples that all fail is drawn again with a hint in the prompt.
+      settings: the keys of `train.loss` that it reads, with their defaults.
+      check: what is wrong with a configuration, or None.
     """
 
     name: str
     source: Literal["traces", "solutions", "samples", "nothing"]
-    loss: Loss | None = None  # None: not trained
+    loss: Loss | None = None
     roles: tuple[str, ...] = ()
-    graded: bool = False  # learns from right answers alone (traces), or from a reward for them (samples)
-    rationalises: bool = False  # `generate` draws from the student, then with the solution where the student fails
-    hinted: bool = False  # a group of samples that all fail is drawn again with a hint in the prompt
-    settings: Mapping[str, float] = field(default_factory=dict)  # keys of `train.loss` that it reads; their defaults
-    check: Callable[[config_lib.Train], str | None] = lambda cfg: None  # what is wrong with a configuration, if any
+    graded: bool = False
+    rationalises: bool = False
+    hinted: bool = False
+    settings: Mapping[str, float] = field(default_factory=dict)
+    check: Callable[[config_lib.Train], str | None] = lambda cfg: None
 
     @property
     def trains(self) -> bool:
@@ -61,21 +68,24 @@ class Method:
 
     @property
     def prompted(self) -> tuple[str, ...]:
-        """The roles with a prompt of their own, the student first."""
+        """The roles with prompts of their own, the student first."""
         return ("student", *(role for role in self.roles if role != "base"))
 
     @property
     def tokens(self) -> dict[str, Any]:
-        """The arrays [B, T] that its loss is given beside log-probabilities: their types by name."""
+        """The types, by name, of the arrays [B,T] that the loss gets besides log-probabilities.
+
+        Only samples have `logq`, the log-probability that each token was drawn with, and `advantage`.
+        """
         drawn = {"logq": jnp.float32, "advantage": jnp.float32}
         return {"targets": jnp.int32, **(drawn if self.source == "samples" else {})}
 
     def reads_traces(self, cfg: config_lib.Train) -> bool:
-        """Whether `generate` comes before training."""
+        """Whether training needs the traces of `generate`."""
         return self.source == "traces" or (self.hinted and cfg.online.hint == "trace")
 
     def caches(self, cfg: config_lib.Train) -> bool:
-        """Whether the roles' states are computed once: they never change, and every epoch is on the same examples."""
+        """Whether the roles' states are computed once, which is exact where every epoch has the same examples."""
         return cfg.cache_references and bool(self.roles) and self.source != "samples"
 
     def bind(self, cfg: config_lib.Train) -> BoundLoss:
@@ -88,7 +98,7 @@ class Method:
 
 
 def prompt_of(role: str) -> str:
-    """Under whose prompt a role sees the response."""
+    """The role whose prompt this role sees the response under."""
     return "student" if role == "base" else role
 
 
@@ -97,54 +107,54 @@ def prompt_of(role: str) -> str:
 # ---------------------------------------------------------------------------------------------------
 
 
-def kl(a: jax.Array, b: jax.Array) -> jax.Array:
-    """KL(A || B) of log-probabilities [..., V]."""
+def kl_divergence(a: jax.Array, b: jax.Array) -> jax.Array:
+    """KL(A || B) [...] of log-probabilities a and b [..., V]."""
     return (jnp.exp(a) * (a - b)).sum(-1)
 
 
 def chosen(log: jax.Array, targets: jax.Array) -> jax.Array:
-    """Log-probabilities of the targets: [B, T, V], [B, T] -> [B, T].
+    """Log-probabilities [B,T] of the targets [B,T], from log-probabilities [B,T,V].
 
-    A masked sum, since a gather along a vocabulary that is spread over devices would collect it on each of them.
+    A masked sum: a gather along V, which is sharded, would collect all of V on every device.
     """
     hot = jax.lax.broadcasted_iota(jnp.int32, log.shape, log.ndim - 1) == targets[..., None]
     return jnp.where(hot, log, 0).sum(-1)
 
 
-def likelihood(log: Logs, tokens: Tokens, cfg: config_lib.Train) -> Terms:
-    """-log p(target)."""
+def likelihood(log: LogProbs, tokens: Tokens, cfg: config_lib.Train) -> Terms:
+    """-log p(target): the negative log-likelihood."""
     loss = -chosen(log["student"], tokens["targets"])
     return loss, {"nll": loss}
 
 
-def contrast(log: Logs, tokens: Tokens, cfg: config_lib.Train) -> Terms:
+def contrast(log: LogProbs, tokens: Tokens, cfg: config_lib.Train) -> Terms:
     """The contrastive objective (arXiv 2602.02405, section 4), over the full vocabulary.
 
         L = KL(M || PS) - gamma * KL(M || NR)          reverse, the default
         L = KL(PS || M) - gamma * KL(NR || M)          forward
 
-    For gamma < 1 the reverse form is (1-gamma) * [KL(M || q*) - log Z] with q* ~ (p_PS / p_NR^gamma)^(1/(1-gamma)):
-    bounded below, possibly negative, and smallest at q*. The `excess` that is reported is KL(M || q*) >= 0.
+    For gamma < 1 the reverse form equals (1-gamma) * [KL(M || q*) - log Z], where q* ~ (p_PS / p_NR^gamma)^(1/(1-gamma)).
+    It is bounded below, may be negative, and is smallest at q*. The reported `excess` is KL(M || q*) >= 0.
     """
     m, p, n = log["student"], log["privileged"], log["negative"]
     if cfg.kl == "forward":
-        kl_p, kl_n = kl(p, m), kl(n, m)
+        kl_p, kl_n = kl_divergence(p, m), kl_divergence(n, m)
         return kl_p - cfg.gamma * kl_n, {"kl_privileged": kl_p, "kl_negative": kl_n}
-    kl_p, kl_n = kl(m, p), kl(m, n)
+    kl_p, kl_n = kl_divergence(m, p), kl_divergence(m, n)
     loss = kl_p - cfg.gamma * kl_n
     log_z = jax.nn.logsumexp((p - cfg.gamma * n) / (1 - cfg.gamma), axis=-1)
     return loss, {"kl_privileged": kl_p, "kl_negative": kl_n, "excess": loss / (1 - cfg.gamma) + log_z}
 
 
-def policy_gradient(log: Logs, tokens: Tokens, cfg: config_lib.Train) -> Terms:
+def policy_gradient(log: LogProbs, tokens: Tokens, cfg: config_lib.Train) -> Terms:
     """-min(ratio * A, clip(ratio) * A) + weight * KL(M || base) (arXiv 2402.03300, with the KL in closed form)."""
     advantage, clip = tokens["advantage"], cfg.online.clip_ratio
-    # Bounded, so that a token that was never likely cannot make 0 * inf of a group without a signal; the derivative
-    # is that of the ratio itself.
+    # The exponent is clipped so that an unlikely token's infinite ratio times an advantage of 0 is not NaN; the gradient
+    # is that of the unclipped ratio.
     change = chosen(log["student"], tokens["targets"]) - tokens["logq"]
     ratio = jnp.exp(change + jax.lax.stop_gradient(jnp.clip(change, -20, 20) - change))
     free, held = ratio * advantage, jnp.clip(ratio, 1 - clip, 1 + clip) * advantage
-    kl_base = kl(log["student"], log["base"])
+    kl_base = kl_divergence(log["student"], log["base"])
     parts = {"ratio": ratio, "clipped": (free > held).astype(jnp.float32), "kl_base": kl_base}
     return cfg.online.kl_weight * kl_base - jnp.where(free > held, held, free), parts
 

@@ -1,8 +1,8 @@
-"""Losses over response tokens, in chunks: the logits of one chunk are all that ever exists of [B, T, V].
+"""Losses over response tokens, in chunks: of the logits [B, T, V], only one chunk exists at a time.
 
-One pass over the chunks forms both the loss and its gradient by the hidden states: within a chunk the loss is
-differentiated by the student's logits, and the unembedding, which is frozen and gets no gradient, takes the result
-back to hidden states. The backward pass only scales it, so that no chunk is ever computed twice.
+One pass over the chunks computes both the loss and its gradient with respect to the hidden states: within a chunk, the
+loss is differentiated with respect to the student's logits, and the unembedding, which is frozen and gets no gradient,
+takes the result back to hidden states. The backward pass only scales it, so no chunk is computed twice.
 """
 
 from __future__ import annotations
@@ -28,11 +28,15 @@ def summed(
     weights: jax.Array,
     unembed: jax.Array,
 ) -> tuple[jax.Array, Arrays]:
-    """(weighted sum of the loss over tokens, such sums of its parts), float32, differentiable by `hidden` alone.
+    """(the weighted sum of the loss over tokens, the same sums of its parts), float32, differentiable in `hidden` alone.
 
-    hidden [B,T,D] are the student's final states where response tokens are predicted, and `frozen` those of the
-    roles that the loss compares it with; `tokens` are the loss's other arrays [B,T]; weights [B,T] float32 are 0
-    where there is no response token; unembed [V,D]. At most `chunk` tokens have logits at one time.
+    Args:
+      chunk: the most tokens whose logits exist at one time.
+      hidden: [B,T,D], the student's final states where response tokens are predicted.
+      frozen: [B,T,D] by role, the same of the roles that the loss compares the student with.
+      tokens: [B,T] by name, the loss's other arrays.
+      weights: [B,T] float32, 0 where there is no response token.
+      unembed: [V,D].
     """
     return _over_chunks(loss, chunk, hidden, frozen, tokens, weights, unembed)[0]
 
@@ -49,19 +53,19 @@ summed.defvjp(_forward, _backward)
 
 
 def _over_chunks(loss, chunk, hidden, frozen, tokens, weights, unembed):
-    """((loss, parts), dloss/dhidden) by a scan over chunks of time, every row in each."""
+    """((loss, parts), dloss/dhidden) by a scan over chunks of T, with every row in each chunk."""
     b, t, _ = hidden.shape
     width = max(1, min(t, chunk // b))
     count = -(-t // width)
-    unembed = _constrain(unembed, "w_")
+    unembed = _constrain(unembed, "u_")
 
-    def split(x):  # [B, T, ...] -> [count, B, width, ...]
+    def split(x):  # [B,T,...] -> [count,B,width,...]
         x = jnp.pad(x, [(0, 0), (0, count * width - t)] + [(0, 0)] * (x.ndim - 2))
         return x.reshape(b, count, width, *x.shape[2:]).swapaxes(0, 1)
 
     def logits(states):
-        z = jnp.einsum("btd,vd->btv", _constrain(states, "a__"), unembed, preferred_element_type=jnp.float32)
-        return _constrain(z, "a_w")
+        z = jnp.einsum("btd,vd->btv", _constrain(states, "x__"), unembed, preferred_element_type=jnp.float32)
+        return _constrain(z, "x_u")
 
     @jax.named_scope("loss_chunk")
     def one_chunk(hidden, frozen, tokens, weights):
@@ -94,13 +98,16 @@ def _over_chunks(loss, chunk, hidden, frozen, tokens, weights, unembed):
 
 
 def cross_entropy(hidden: jax.Array, targets: jax.Array, mask: jax.Array, unembed: jax.Array) -> jax.Array:
-    """Sum of -log p(target) over unmasked tokens, differentiable by hidden and unembed alike (pretraining)."""
+    """The sum of -log p(target) over unmasked tokens, differentiable in `hidden` and `unembed` alike, for pretraining.
+
+    hidden [B,T,D], targets and mask [B,T], unembed [V,D].
+    """
     z = jnp.einsum("btd,vd->btv", hidden, unembed, preferred_element_type=jnp.float32)
     nll = -jnp.take_along_axis(jax.nn.log_softmax(z, axis=-1), targets[..., None], -1)[..., 0]
     return jnp.where(mask, nll, 0).sum()
 
 
 def _constrain(x: jax.Array, axes: str) -> jax.Array:
-    """Like `mesh.constrain`, but spreads an axis that does not divide, too: logits are never left whole."""
+    """Like `mesh.constrain`, but also shards axes that do not divide evenly, so that logits are never left whole."""
     mesh = jax.sharding.get_abstract_mesh()
     return x if mesh.empty else jax.lax.with_sharding_constraint(x, mesh_lib.spec(axes))

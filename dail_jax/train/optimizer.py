@@ -1,4 +1,4 @@
-"""Optimisers and schedules by name, from optax."""
+"""The optimisers and schedules that a configuration can name, from optax."""
 
 from __future__ import annotations
 
@@ -11,7 +11,10 @@ from dail_jax.model.weights import declare
 
 
 def schedule(cfg: config_lib.Optimizer, steps: int, peak: float | None = None) -> optax.Schedule:
-    """Learning rate by update: linear warm-up, then linear decay to 0, constant, or constant and then linear to 0."""
+    """The learning rate by update: a linear warm-up, then a linear decay to 0, a constant, or one and then the other.
+
+    `peak` takes the place of `cfg.learning_rate`.
+    """
     peak = cfg.learning_rate if peak is None else peak
     warmup = min(cfg.warmup_steps, max(steps - 1, 0))
     parts = [optax.linear_schedule(peak / (warmup + 1), peak, warmup)] if warmup else []
@@ -28,7 +31,7 @@ def schedule(cfg: config_lib.Optimizer, steps: int, peak: float | None = None) -
 
 
 def adamw(cfg: config_lib.Optimizer, steps: int) -> optax.GradientTransformation:
-    """AdamW behind clipping by global norm."""
+    """AdamW on gradients clipped by their global norm."""
     return optax.chain(
         optax.clip_by_global_norm(cfg.clip),
         optax.adamw(schedule(cfg, steps), cfg.b1, cfg.b2, weight_decay=cfg.weight_decay),
@@ -36,7 +39,7 @@ def adamw(cfg: config_lib.Optimizer, steps: int) -> optax.GradientTransformation
 
 
 def for_all_weights(cfg: config_lib.Optimizer, steps: int, model: ModelConfig) -> optax.GradientTransformation:
-    """The optimiser of a whole model: AdamW, or Muon on linear maps with Adam on the rest."""
+    """The optimiser for training all weights: AdamW, or Muon on linear maps and Adam on the rest."""
     if cfg.name == "adamw":
         return adamw(cfg, steps)
     table = declare(model)

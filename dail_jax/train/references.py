@@ -1,8 +1,8 @@
 """The frozen roles' final states, computed once and reused in every epoch.
 
-The roles that a loss compares the student with never change, so neither do their states at the response tokens. They
-are kept beside the run in the compute dtype, one raw file per role, [all response tokens, D], with a manifest of
-shapes and SHA-256. What is read back is what was computed, bit for bit.
+The roles that a loss compares the student with never change, so neither do their states at the response tokens. These
+are kept in the run directory in the compute dtype, one raw file [all response tokens, D] per role, with a manifest of
+their SHA-256. What is read back equals what was computed, bit for bit.
 """
 
 from __future__ import annotations
@@ -33,13 +33,13 @@ from dail_jax.train import step as step_lib
 from dail_jax.train.methods import CONTRAST, prompt_of
 
 
-def size(examples: Sequence[batches.Example], roles: int, d: int, dtype) -> int:
-    """Bytes on disk."""
+def bytes_needed(examples: Sequence[batches.Example], roles: int, d: int, dtype) -> int:
+    """The size of the cache on disk, for states of `d` numbers."""
     return roles * sum(len(e.response) for e in examples) * d * np.dtype(dtype).itemsize
 
 
 class References:
-    """Read access to a cache: `references(role, index)` is [tokens, D]."""
+    """Read access to a cache: `references(role, index)` is [T,D]."""
 
     def __init__(self, folder: Path, roles: Sequence[str], examples: Sequence[batches.Example], d: int, dtype):
         self.folder, self.roles, self.d, self.dtype = folder, tuple(roles), d, np.dtype(dtype)
@@ -76,19 +76,18 @@ def compute(
     rows: int,
     bucket: int,
 ) -> References:
-    """Fills the cache, `rows` examples at a time in order of length; an existing one for `key` is reused."""
+    """Fills the cache, `rows` examples at a time in order of length; a valid cache for `key` is reused."""
     dtype = params["norm"].dtype
     references = References(folder, spec.roles, examples, spec.model.D, dtype)
     if mesh_lib.from_first(lambda: is_valid(folder, key)):
         return references
-    shape = (int(references.offsets[-1]), spec.model.D)
     row_bytes = spec.model.D * references.dtype.itemsize
     paths = {role: folder / f"{role}.bin" for role in spec.roles}
     writer = mesh_lib.is_first()
     if writer:
         shutil.rmtree(folder, ignore_errors=True)
         for path in paths.values():
-            _allocate(path, shape[0] * row_bytes)
+            _allocate(path, int(references.offsets[-1]) * row_bytes)
     states = step_lib.make_states(mesh)
     where = mesh_lib.sharding(mesh, "b")
     local = mesh_lib.local_rows(mesh, rows)
@@ -120,13 +119,13 @@ def compute(
             with writing(path), open(path, "rb") as file:
                 os.fsync(file.fileno())
         files = {path.name: sha256(path) for path in paths.values()}
-        write_atomic(folder / "manifest.json", json.dumps({"key": key, "shape": shape, "files": files}, indent=1))
+        write_atomic(folder / "manifest.json", json.dumps({"key": key, "files": files}, indent=1))
     mesh_lib.barrier("references")
     return references
 
 
 def _allocate(path: Path, size: int) -> None:
-    """A file of `size` bytes whose space is taken now: a disk that is too small is noticed before the work."""
+    """Creates a file of `size` bytes and reserves its space, so that a full disk is noticed before the work."""
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
@@ -134,16 +133,17 @@ def _allocate(path: Path, size: int) -> None:
                 if hasattr(os, "posix_fallocate"):  # not on macOS
                     os.posix_fallocate(file.fileno(), 0, size)
         except OSError:
-            shutil.rmtree(path.parent, ignore_errors=True)  # whatever else is kept needs the space
+            shutil.rmtree(path.parent, ignore_errors=True)  # other files need the space
             raise
 
 
 def log_ratios(
     references: References, params: Params, examples: list[batches.Example], chunk: int
 ) -> list[list[float]]:
-    """log p_PS - log p_NR of every response token: where it is low, the contrast pushes the student away.
+    """log p_PS - log p_NR of every response token, by example, for the report.
 
-    For the report. Every process computes all of it, from its own read of the cache.
+    Where it is low, the contrast pushes the student away from the token. Every process computes all of it, from its own
+    read of the cache.
     """
 
     @jax.jit

@@ -1,4 +1,4 @@
-"""The train step: every role's states at the response tokens, the chunked loss, one guarded update of the LoRA."""
+"""The train step: each role's states at the response tokens, the loss in chunks, one guarded update of the LoRA."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from dail_jax.train import methods, objectives
 
 @struct.dataclass
 class TrainState:
-    """What training changes. `step` counts updates tried, `skipped` those in a row that were not finite."""
+    """What training changes. `step` counts the updates tried, `skipped` the latest ones in a row that were not finite."""
 
     lora: lora_lib.Lora
     opt_state: Any
@@ -31,12 +31,12 @@ class TrainState:
 
 @dataclass(frozen=True)
 class StepSpec:
-    """What is static in a step's program."""
+    """The static arguments of the step's program."""
 
     model: ModelConfig
     loss: methods.BoundLoss
-    roles: tuple[str, ...]  # that the loss compares the student with
-    tokens: tuple[str, ...]  # the loss's other arrays
+    roles: tuple[str, ...]  # the roles that the loss compares the student with
+    tokens: tuple[str, ...]  # names of the loss's other arrays
     chunk: int
     remat: str
     reduce: str
@@ -56,14 +56,17 @@ def response_states(
     positions: jax.Array,
     length: int,
 ) -> jax.Array:
-    """Final states [B, length, D] that predict the response, the last `length` columns of tokens [B, W]."""
+    """Final states [B,T,D] that predict the response, which is the last T = `length` columns of tokens [B,W].
+
+    `positions` [B,W] are -1 on padding.
+    """
     hidden = transformer.encode(params, tokens, positions, model, lora=lora, remat=remat)
     start = tokens.shape[1] - length - 1
     return hidden[:, start : start + length]
 
 
 def make_states(mesh: jax.sharding.Mesh):
-    """`response_states` jitted, rows laid out over the mesh."""
+    """`response_states`, jitted, with its rows sharded over the mesh."""
     return jax.jit(
         response_states,
         static_argnums=(0, 1, 6),
@@ -85,7 +88,7 @@ def init(
 
 
 def shardings(model: ModelConfig, cfg: config_lib.Train, tx: optax.GradientTransformation, mesh) -> TrainState:
-    """The NamedSharding of every leaf of the state: moments lie as the weights that they belong to."""
+    """The NamedSharding of every leaf of the state. Moments are sharded like the weights they belong to."""
     lora = lora_lib.shardings(model, cfg.lora, mesh)
     whole = mesh_lib.replicated(mesh)
     shapes = jax.eval_shape(lambda: tx.init(lora_lib.init(jax.random.key(0), model, cfg.lora)))  # pyright: ignore
@@ -94,14 +97,14 @@ def shardings(model: ModelConfig, cfg: config_lib.Train, tx: optax.GradientTrans
 
 
 def abstract(model: ModelConfig, cfg: config_lib.Train, tx: optax.GradientTransformation, mesh) -> TrainState:
-    """Shapes, types and shardings of the state: what a checkpoint is restored into, and what is compiled ahead for."""
+    """Shapes, types and shardings of the state, for restoring checkpoints and for compiling ahead of time."""
     shapes = jax.eval_shape(lambda key: init(key, model, cfg, tx, mesh), jax.random.key(0))
     layout = shardings(model, cfg, tx, mesh)
     return jax.tree.map(lambda s, where: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=where), shapes, layout)
 
 
 def token_weights(mask: jax.Array, reduce: str) -> jax.Array:
-    """Each token's weight [B, T] in an update's loss, up to the division by `total`.
+    """Each token's weight [B,T] in an update's loss, before division by `total_weight`, from the mask [B,T].
 
     `token`: every response token counts the same. `sequence`: every response does, so that long ones weigh no more.
     """
@@ -111,8 +114,8 @@ def token_weights(mask: jax.Array, reduce: str) -> jax.Array:
     return weights
 
 
-def total(mask: jax.Array, reduce: str) -> jax.Array:
-    """What the weights of an update's tokens, mask [A, B, T], add up to: its tokens, or its responses."""
+def total_weight(mask: jax.Array, reduce: str) -> jax.Array:
+    """The sum of `token_weights` over an update with mask [A,B,T]: its number of tokens, or of responses."""
     counted = mask.any(-1) if reduce == "sequence" else mask
     return jnp.maximum(counted.sum(), 1).astype(jnp.float32)
 
@@ -120,9 +123,8 @@ def total(mask: jax.Array, reduce: str) -> jax.Array:
 def make_update(spec: StepSpec, tx: optax.GradientTransformation, layout: TrainState):
     """A jitted (params, state, batch) -> (state, metrics) with the state donated.
 
-    batch: arrays of `data.batches.Assemble`, [A, b, ...]. The gradient is that of the mean over the whole batch, by
-    `spec.reduce`, whatever A and the devices. An update that is not finite leaves everything but the counters as
-    it was.
+    `batch` has the arrays of `data.batches.Assemble`, [A,B,...]. The gradient is that of the mean over the whole batch,
+    as `spec.reduce` defines it, whatever A and the devices. An update that is not finite changes the counters alone.
     """
 
     def states_of(params, lora, batch, role: str) -> jax.Array:
@@ -152,7 +154,7 @@ def make_update(spec: StepSpec, tx: optax.GradientTransformation, layout: TrainS
 
     @jax.named_scope("train_step")
     def update(params: Params, state: TrainState, batch: dict[str, jax.Array]):
-        count = total(batch["mask"], spec.reduce)
+        count = total_weight(batch["mask"], spec.reduce)
 
         def accumulate(grads, one):
             (loss, (parts, bad)), more = jax.value_and_grad(micro, has_aux=True)(state.lora, params, one)
