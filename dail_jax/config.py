@@ -133,6 +133,14 @@ class Dataset(Section):
     `text` encodes them as the plain text they are in the row, `keep` as control tokens, `refuse` is an error."""
 
 
+class Data(Dataset):
+    """The rows that are trained on."""
+
+    answer: str = "math"
+    """How their answers are read and compared, for `filters.correct`, rewards, `calibrate` and `select`: `math`,
+    `integer`, `choice`, or a name of your own in `dail_jax/evaluate/answers.py`."""
+
+
 class Prompts(Section):
     """Templates of the roles' prompts, and how long a solution in them may be."""
 
@@ -213,7 +221,7 @@ class Filters(Section):
     """Which traces are trained on. Every drop is counted under its reason."""
 
     correct: bool = False
-    """Drop traces whose boxed answer is wrong; every row then needs an answer."""
+    """Drop traces whose answer is wrong; every row then needs one."""
     finished: bool = False
     """Drop traces that were cut at `generate.sampling.max_tokens`."""
     artefacts: tuple[str, ...] = (
@@ -231,6 +239,8 @@ class Filters(Section):
     """Share of a trace's 8-grams of tokens that may be repeats before it is dropped; 1 drops none, as in the paper."""
     min_tokens: Count = 1
     """Tokens that a trace must have; shorter ones are dropped."""
+    also: tuple[str, ...] = ()
+    """Further filters to apply, by their names in `dail_jax/data/filters.py`."""
     keep: Count | Literal["all"] = 1
     """Traces to keep per problem among those that nothing else drops."""
     choose: Literal["first", "random"] = "first"
@@ -508,7 +518,7 @@ class Config(Section):
     """The frozen base model."""
     mesh: Mesh = Mesh()
     """How devices share the work."""
-    data: Dataset | None = None
+    data: Data | None = None
     """The training problems with their expert solutions; null = none, for stages that need none."""
     prompts: Prompts = Prompts()
     """Templates of the roles' prompts."""

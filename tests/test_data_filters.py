@@ -3,8 +3,9 @@
 import pytest
 
 from dail_jax import config
-from dail_jax.data import filters
-from dail_jax.data.filters import repetition
+from dail_jax.data.filters import FILTERS, Context, chosen, repetition
+from dail_jax.data.filters import mark as mark_all
+from dail_jax.data.records import Row
 from dail_jax.data.traces import Trace
 from dail_jax.errors import UserError
 from dail_jax.text import mention
@@ -15,38 +16,45 @@ def trace(text="So the answer is \\boxed{4}.", ids=None, finish="stop", problem=
     return Trace(problem_id=problem, sample=sample, response_ids=ids, text=text, finish=finish)
 
 
-def mark(traces, cfg, seed=1, gold="4", is_correct=lambda text, gold: f"\\boxed{{{gold}}}" in text):
-    return [t.drop for t in filters.mark(traces, cfg, seed, {t.problem_id: gold for t in traces}, is_correct)]
+def mark(traces, seed=1, is_correct=lambda text: "{4}" in text, **cfg):
+    row, filters = Row("p", "Add 2 and 2.", "It is \\boxed{4}.", "4", 0), config.Filters(**cfg)
+    context = Context(filters, row, is_correct)
+    return [t.drop for t in mark_all(traces, {t.problem_id: context for t in traces}, filters, seed)]
 
 
-def drop_reason(one, cfg=None, **how):
-    return mark([one], cfg or config.Filters(), **how)[0]
+def reason(one, is_correct=None, **cfg):
+    return mark([one], is_correct=is_correct, **cfg)[0]
 
 
 def test_reasons():
-    assert drop_reason(trace()) is None
-    assert drop_reason(trace(finish="length")) is None
-    assert drop_reason(trace(finish="length"), config.Filters(finished=True)) == "unfinished"
-    assert drop_reason(trace(ids=[1, 2]), config.Filters(min_tokens=3)) == "short"
-    assert drop_reason(trace("As  THE\nreference solution says")) == "artefact: reference solution"
-    assert drop_reason(trace(ids=[1, 2] * 50)) == "repetition"
-    assert drop_reason(trace(ids=[1, 2] * 50), config.Filters(max_repetition=1.0)) is None
+    assert reason(trace()) is None
+    assert reason(trace(finish="length")) is None
+    assert reason(trace(finish="length"), finished=True) == "unfinished"
+    assert reason(trace(ids=[1, 2]), min_tokens=3) == "short"
+    assert reason(trace("As  THE\nreference solution says")) == "artefact: reference solution"
+    assert reason(trace(ids=[1, 2] * 50)) == "repetition"
+    assert reason(trace(ids=[1, 2] * 50), max_repetition=1.0) is None
 
 
-def test_correctness_is_asked_last():
+def test_correctness_is_asked_last(monkeypatch):
     asked = []
 
-    def grade(text, gold):
-        asked.append(gold)
-        return f"\\boxed{{{gold}}}" in text
+    def grade(text):
+        asked.append(text)
+        return "{4}" in text
 
-    cfg = config.Filters(correct=True, finished=True)
-    assert drop_reason(trace(), cfg, gold="4", is_correct=grade) is None
-    assert drop_reason(trace(), cfg, gold="5", is_correct=grade) == "wrong"
-    assert drop_reason(trace(finish="length"), cfg, gold="6", is_correct=grade) == "unfinished"
-    assert asked == ["4", "5"]
+    monkeypatch.setitem(FILTERS, "loud", lambda trace, context: "!" if "!" in trace.text else None)
+    cfg = {"correct": True, "finished": True, "also": ["loud"]}
+    assert list(chosen(config.Filters(**cfg))) == ["unfinished", "short", "artefact", "repetition", "loud", "wrong"]
+    assert reason(trace(), grade, **cfg) is None
+    assert reason(trace("\\boxed{5}"), grade, **cfg) == "wrong"
+    assert reason(trace(finish="length"), grade, **cfg) == "unfinished"
+    assert reason(trace("\\boxed{4}!"), grade, **cfg) == "loud: !"
+    assert len(asked) == 2
     with pytest.raises(UserError, match=r"filters.correct: got no answer for problem 'p'"):
-        drop_reason(trace(), cfg, gold=None, is_correct=grade)
+        reason(trace(), None, **cfg)
+    with pytest.raises(UserError, match=r"filters.also: got 'lout', want one of unfinished, .*; did you mean 'loud'\?"):
+        chosen(config.Filters(also=("lout",)))
 
 
 def test_artefacts_are_words():
@@ -71,7 +79,7 @@ def test_so_many_traces_of_a_problem_are_kept():
         trace(problem="b"),
         trace(problem="a", sample=2),
     ]
-    drops = lambda **cfg: mark(traces, config.Filters(correct=True, **cfg))  # noqa: E731
+    drops = lambda **cfg: mark(traces, correct=True, **cfg)  # noqa: E731
     assert drops() == ["wrong", None, None, "surplus"]
     assert drops(keep="all") == drops(keep=2) == ["wrong", None, None, None]
     assert [t.drop for t in traces] == ["surplus", None, None, None]  # traces are not changed
@@ -79,10 +87,10 @@ def test_so_many_traces_of_a_problem_are_kept():
 
 def test_traces_are_chosen_by_the_seed_alone():
     traces = [trace(problem=p, sample=i) for p in "abcdefgh" for i in range(6)]
-    cfg = config.Filters(keep=2, choose="random")
 
     def kept(traces, seed):
-        return {t.name for t, drop in zip(traces, mark(traces, cfg, seed), strict=True) if drop is None}
+        drops = mark(traces, seed, keep=2, choose="random")
+        return {t.name for t, drop in zip(traces, drops, strict=True) if drop is None}
 
     found = kept(traces, 1)
     assert len(found) == 16 and found == kept(traces[::-1], 1) and found != kept(traces, 2)

@@ -3,6 +3,7 @@
 import json
 import re
 import sys
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -10,10 +11,12 @@ import pytest
 import tiny
 
 from dail_jax import config as config_lib
-from dail_jax.data import records
+from dail_jax.data import filters, records
 from dail_jax.evaluate import answers
-from dail_jax.sample.sampler import Sample
-from dail_jax.stages import samplers
+from dail_jax.evaluate.grading import Grader
+from dail_jax.sample.sampler import Sample, ScoredSample
+from dail_jax.stages import golds, online, samplers
+from dail_jax.text import load_tokenizer
 
 
 @pytest.fixture(autouse=True)
@@ -21,6 +24,7 @@ def here(programs, monkeypatch):
     """One device; what a script registers is forgotten after the test."""
     for module, name in (
         (answers, "ANSWERS"),
+        (filters, "FILTERS"),
         (records, "SOURCES"),
         (samplers, "SAMPLERS"),
     ):
@@ -80,3 +84,67 @@ def test_rows_of_a_source_are_checked(monkeypatch):
     assert (row.problem, row.answer, row.index) == ("?", "1", 0)
     with pytest.raises(Exception, match="mine::2:question: got a number, want text"):
         records.read_rows(cfg.model_copy(update={"limit": None}), ("problem",))
+
+
+def test_a_filter(tmp_path, monkeypatch, capsys):
+    path = tiny.write(tmp_path / "run", data__limit=6, filters__also=["verbose"])
+    assert tiny.run("generate", path) == 2
+    assert "filters.also: got 'verbose', want one of unfinished, short, artefact" in capsys.readouterr().err
+    assert script("A filter", monkeypatch, "generate", "--config", str(path)) == 0
+    traces = tiny.lines(tmp_path / "run" / "traces.jsonl")
+    lengths = {r["problem_id"]: len(r["solution"]) for r in tiny.lines(tiny.ASSETS / "train.jsonl")}
+    ratios = [len(t["text"]) / lengths[t["problem_id"]] for t in traces]
+    dropped = [f"verbose: {ratio:.1f} times the solution" if ratio > 3.5 else None for ratio in ratios]
+    assert [t["drop"] if t["drop"] != "wrong" else None for t in traces] == dropped
+    assert 0 < dropped.count(None) < len(traces) == 12
+    assert f", {12 - dropped.count(None)} verbose" in capsys.readouterr().out.replace("; ", ", ")
+
+
+def test_an_answer_type_grades_training(tmp_path, monkeypatch, capsys):
+    """Gold answers are written in a column that no prompt shows, so that both runs draw the same traces."""
+    rows = tiny.lines(tiny.ASSETS / "train.jsonl")[:4]
+    path = tiny.write(tmp_path / "run", data__path=str(tmp_path / "rows.jsonl"), filters__correct=False)
+
+    def generate(name: str, *overrides: str) -> list[dict]:
+        (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        arguments = ("generate", "--config", str(path), f"run_dir={tmp_path / name}", *overrides)
+        assert script("An answer type", monkeypatch, *arguments) == 0
+        return tiny.lines(tmp_path / name / "traces.jsonl")
+
+    drawn = generate("run")
+    assert [t["drop"] for t in drawn] == [None] * 8
+    for row, trace in zip(rows[:2], drawn[::2], strict=False):
+        row["answer"] = " ".join(reversed(trace["text"].upper().split()))
+    expected = [None if t["text"] in (drawn[0]["text"], drawn[2]["text"]) else "wrong" for t in drawn]
+    graded = ("data.answer=words", "filters.correct=true")
+    assert [t["drop"] for t in generate("other", *graded)] == expected
+    assert expected[0] is expected[2] is None and expected.count("wrong") >= 4
+    assert tiny.run("generate", path, *graded, "data.answer=none") == 2
+    assert capsys.readouterr().err == "error: data.answer: got 'none', want an answer type that is graded\n"
+
+
+def test_an_answer_type_rewards_and_selects(tmp_path, monkeypatch):
+    path = tiny.write(tmp_path / "run", data__answer="words", data__limit=3, evaluate__sampler="constant")
+    assert script("An answer type", monkeypatch, "select", "--config", str(path)) == 0
+    rows = tiny.lines(tmp_path / "run" / "select" / "samples.jsonl")
+    assert {r["answer"] for r in rows} == {"\\boxed{12}", "\\boxed{42}"}
+    assert {r["reason"] for r in rows} == {"other words"}
+    assert len(tiny.lines(tmp_path / "run" / "selected.jsonl")) == 3
+
+    tokenizer = load_tokenizer(str(tiny.ASSETS / "model"))
+    session: Any = SimpleNamespace(config=config_lib.load(path), tokenizer=tokenizer)
+    task = online.Task("p", {}, "12 add")
+
+    def drawn(text):
+        ids = np.array(tokenizer.encode(text))
+        return ScoredSample("p", 0, ids, "length", *[np.zeros(len(ids))] * 4)
+
+    with Grader() as grader:
+        rewards = online.rewards_of(session, grader, [task], [[drawn("add 12"), drawn("\\boxed{12}")]])
+    assert rewards.tolist() == [[1.0, 0.0]]
+
+
+def test_gold_answers():
+    row = records.Row("p", "?", "First 3, so the answer is 3 + 9 = 12.", None, 0)
+    assert golds.gold_of(row, "math") is None and golds.gold_of(row, "integer") == "12"
+    assert golds.gold_of(records.Row("p", "?", "\\boxed{5}", " 4 ", 0), "math") == "4"

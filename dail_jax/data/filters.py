@@ -1,33 +1,65 @@
-"""Filters: which traces are trained on, and why the others are not."""
+"""Filters: which traces are trained on, and why the others are not.
+
+A filter is a function of a trace; once it is in FILTERS, configurations can name it. docs/extending.md shows one from
+outside this package.
+"""
 
 from __future__ import annotations
 
 import collections
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 
 from dail_jax import config
+from dail_jax.data.records import Row
 from dail_jax.data.traces import Trace
-from dail_jax.errors import UserError
+from dail_jax.errors import UserError, registered
 from dail_jax.text import mention
 
 GRAM = 8  # tokens
 
 
-def mark(
-    traces: Sequence[Trace],
-    cfg: config.Filters,
-    seed: int,
-    golds: Mapping[str, str | None],
-    is_correct: Callable[[str, str], bool],
-) -> list[Trace]:
+@dataclass(frozen=True)
+class Context:
+    """What a filter may look at besides the trace."""
+
+    cfg: config.Filters
+    row: Row  # the problem, with its expert solution
+    is_correct: Callable[[str], bool] | None = None  # grades a text; None where the row has no answer
+
+
+# Returns None for a trace to keep, otherwise why it is dropped, which may be empty.
+Filter = Callable[[Trace, Context], str | None]
+
+
+def drop_reason(trace: Trace, context: Context) -> str | None:
+    """Why a trace is dropped, whatever the others: `FILTER` or `FILTER: DETAIL`, of the first filter that drops it."""
+    for name, drops in chosen(context.cfg).items():
+        detail = drops(trace, context)
+        if detail is not None:
+            return f"{name}: {detail}" if detail else name
+    return None
+
+
+def chosen(cfg: config.Filters) -> dict[str, Filter]:
+    """The filters that a configuration asks for, by name and in order: `wrong` comes last, since it costs most.
+
+    Raises UserError for one that is not registered.
+    """
+    names = [*["unfinished"] * cfg.finished, "short", "artefact", "repetition", *cfg.also, *["wrong"] * cfg.correct]
+    ordered = sorted(dict.fromkeys(names), key=lambda name: name == "wrong")
+    return {name: registered(FILTERS, name, "filters.also") for name in ordered}
+
+
+def mark(traces: Sequence[Trace], contexts: Mapping[str, Context], cfg: config.Filters, seed: int) -> list[Trace]:
     """The traces with `drop` set anew, in the same order: the only place that decides what is dropped, and why.
 
-    `golds` has the answers by problem id; `is_correct(text, gold)` grades. A trace that passes the filters by itself is
-    still `surplus` if its problem has `cfg.keep` others: the first ones are kept, or with `cfg.choose: random` those
-    that `seed` picks. Raises UserError if `cfg.correct` asks for grades and there is no answer.
+    `contexts` are by problem id. A trace that passes the filters by itself is still `surplus` if its problem has
+    `cfg.keep` others: the first ones are kept, or with `cfg.choose: random` those that `seed` picks. Raises UserError
+    for a filter that is not registered, and if `wrong` is asked of a row without an answer.
     """
-    marked = [t.marked(drop_reason(t, cfg, golds[t.problem_id], is_correct)) for t in traces]
+    marked = [t.marked(drop_reason(t, contexts[t.problem_id])) for t in traces]
 
     def rank(index: int):
         if cfg.choose == "first":
@@ -42,33 +74,45 @@ def mark(
     return marked
 
 
-def drop_reason(
-    trace: Trace, cfg: config.Filters, gold: str | None, is_correct: Callable[[str, str], bool]
-) -> str | None:
-    """Why a trace is dropped, whatever the others: `unfinished`, `short`, `artefact: PHRASE`, `repetition` or `wrong`.
+# ---------------------------------------------------------------------------------------------------
+# The filters
+# ---------------------------------------------------------------------------------------------------
 
-    None if it is kept. Grading comes last because it costs most.
-    """
-    if cfg.finished and trace.finish != "stop":
-        return "unfinished"
-    if len(trace.response_ids) < cfg.min_tokens:
-        return "short"
-    if phrase := mention(trace.text, cfg.artefacts):
-        return f"artefact: {phrase}"
-    if repetition(trace.response_ids) > cfg.max_repetition:
-        return "repetition"
-    if cfg.correct:
-        if gold is None:
-            raise UserError(
-                f"got no answer for problem {trace.problem_id!r}, want one to grade its traces",
-                field="filters.correct",
-            )
-        if not is_correct(trace.text, gold):
-            return "wrong"
-    return None
+
+def unfinished(trace: Trace, context: Context) -> str | None:
+    return None if trace.finish == "stop" else ""
+
+
+def short(trace: Trace, context: Context) -> str | None:
+    return "" if len(trace.response_ids) < context.cfg.min_tokens else None
+
+
+def artefact(trace: Trace, context: Context) -> str | None:
+    return mention(trace.text, context.cfg.artefacts)
+
+
+def repetitive(trace: Trace, context: Context) -> str | None:
+    return "" if repetition(trace.response_ids) > context.cfg.max_repetition else None
 
 
 def repetition(ids: Sequence[int]) -> float:
     """The share of a response's 8-grams that occurred in it before; 0 for a response without any."""
     grams = [tuple(ids[i : i + GRAM]) for i in range(len(ids) - GRAM + 1)]
     return 1 - len(set(grams)) / len(grams) if grams else 0.0
+
+
+def wrong(trace: Trace, context: Context) -> str | None:
+    if context.is_correct is None:
+        raise UserError(
+            f"got no answer for problem {trace.problem_id!r}, want one to grade its traces", field="filters.correct"
+        )
+    return None if context.is_correct(trace.text) else ""
+
+
+FILTERS: dict[str, Filter] = {
+    "unfinished": unfinished,
+    "short": short,
+    "artefact": artefact,
+    "repetition": repetitive,
+    "wrong": wrong,
+}

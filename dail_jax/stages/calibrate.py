@@ -18,15 +18,15 @@ from dail_jax import config as config_lib
 from dail_jax.data import traces as traces_lib
 from dail_jax.data.records import Row, read_rows
 from dail_jax.data.traces import Trace
-from dail_jax.data.waypoints import final_answer
 from dail_jax.errors import UserError
-from dail_jax.evaluate.grading import Grader, extract
+from dail_jax.evaluate import answers
+from dail_jax.evaluate.grading import Grader
 from dail_jax.evaluate.passk import bootstrap
 from dail_jax.metrics import console, log
 from dail_jax.report import plots
 from dail_jax.report.charts import Chart, Series
 from dail_jax.rundir import write_atomic
-from dail_jax.stages import experiment, generate, recipes
+from dail_jax.stages import experiment, generate, golds, recipes
 from dail_jax.text import mention
 
 SHARES = ("right", "student's tokens", "artefacts", "finished")
@@ -45,33 +45,34 @@ def run(config: config_lib.Config, tau: str) -> None:
         generate.run(own)
         if jax.process_index() == 0:
             traces = traces_lib.read(recipes.traces_path(own))
-            found[changes["generate.tau"]] = measure(traces, rows, config.filters, config.seed)
+            found[changes["generate.tau"]] = measure(traces, rows, own)
     if found:
         write(found, Path(config.run_dir))
 
 
-def measure(traces: list[Trace], rows: list[Row], cfg: config_lib.Filters, seed: int) -> dict:
+def measure(traces: list[Trace], rows: list[Row], config: config_lib.Config) -> dict:
     """Shares of all traces, dropped or not, with 95% intervals over problems, and the mean number of tokens.
 
-    `right` is given only if every row has an answer. `artefacts` counts the filters' phrases and the default ones, so
+    `right` is given only if every row has an answer to grade against. `artefacts` counts the filters' phrases and the default ones, so
     that a configuration without phrases learns how many traces contain them.
     """
-    phrases = (*cfg.artefacts, *config_lib.Filters().artefacts)
-    golds = {row.problem_id: final_answer(row) or "" for row in rows}
+    kind = golds.answer_type(config)
+    phrases = (*config.filters.artefacts, *config_lib.Filters().artefacts)
+    gold = {row.problem_id: golds.gold_of(row, kind) or "" for row in rows}
     of: dict[str, Callable[[Trace], float]] = {
         "student's tokens": lambda t: t.acceptance or 0.0,
         "artefacts": lambda t: mention(t.text, phrases) is not None,
         "finished": lambda t: t.finish == "stop",
     }
     with Grader() as grader:
-        if all(golds.values()):
-            of["right"] = lambda t: grader.grade(extract(t.text), golds[t.problem_id]).correct
+        if all(gold.values()) and answers.named(kind).is_graded:
+            of["right"] = lambda t: golds.is_correct(grader, t.text, gold[t.problem_id], kind)
         shares = {}
         for name, share in of.items():
             problems = collections.defaultdict(list)
             for t in traces:
                 problems[t.problem_id].append(share(t))
-            shares[name] = bootstrap([float(np.mean(x)) for x in problems.values()], seed, 1000)._asdict()
+            shares[name] = bootstrap([float(np.mean(x)) for x in problems.values()], config.seed, 1000)._asdict()
     return {"traces": len(traces), "tokens": float(np.mean([len(t.response_ids) for t in traces])), **shares}
 
 

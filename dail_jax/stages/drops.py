@@ -9,24 +9,24 @@ from dail_jax import mesh as mesh_lib
 from dail_jax.data import filters
 from dail_jax.data.records import Row
 from dail_jax.data.traces import Trace
-from dail_jax.data.waypoints import final_answer
-from dail_jax.errors import UserError
-from dail_jax.evaluate.grading import Grader, extract
+from dail_jax.evaluate.grading import Grader
+from dail_jax.stages import golds
 from dail_jax.train import methods
 
 
 def mark(traces: Sequence[Trace], rows: list[Row], config: config_lib.Config) -> list[Trace]:
     """The traces with `drop` set. The first process decides for all: a grader's time limit may strike in one alone."""
-    golds = {row.problem_id: final_answer(row) for row in rows}
+    cfg, kind = filters_of(config), golds.answer_type(config)
+
+    def context(row: Row, grader: Grader) -> filters.Context:
+        gold = golds.gold_of(row, kind)
+        is_correct = None if gold is None else lambda text: golds.is_correct(grader, text, gold, kind)
+        return filters.Context(cfg, row, is_correct)
 
     def reasons() -> list[str | None]:
         with Grader() as grader:
-
-            def is_correct(text: str, gold: str) -> bool:
-                return grader.grade(extract(text), gold).correct
-
-            marked = filters.mark(traces, filters_of(config), config.seed, golds, is_correct)
-        return [trace.drop for trace in marked]
+            contexts = {row.problem_id: context(row, grader) for row in rows}
+            return [trace.drop for trace in filters.mark(traces, contexts, cfg, config.seed)]
 
     return [t.marked(reason) for t, reason in zip(traces, mesh_lib.from_first(reasons), strict=True)]
 
@@ -40,11 +40,5 @@ def filters_of(config: config_lib.Config) -> config_lib.Filters:
 
 def check_golds(config: config_lib.Config, rows: list[Row]) -> None:
     """Raises UserError, before any work, if traces or samples will be graded and a row has no answer that parses."""
-    if not (filters_of(config).correct or methods.of(config).graded) or config.data is None:
-        return
-    with Grader() as grader:
-        for row in rows:
-            gold = final_answer(row)
-            problem = "want an answer: traces are graded" if gold is None else grader.check_gold(gold)
-            if problem:
-                raise UserError(problem, file=config.data.path, row=row.index + 1, field=config.data.columns.answer)
+    if config.data and ("wrong" in filters.chosen(filters_of(config)) or methods.of(config).graded):
+        golds.check(config, rows)

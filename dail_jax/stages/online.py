@@ -20,13 +20,14 @@ from dail_jax import mesh as mesh_lib
 from dail_jax.data import batches, traces
 from dail_jax.data.batches import Example
 from dail_jax.data.records import Row
-from dail_jax.data.waypoints import final_answer
 from dail_jax.errors import UserError
-from dail_jax.evaluate.grading import Grader, extract
+from dail_jax.evaluate import answers
+from dail_jax.evaluate.grading import Grader
 from dail_jax.metrics import Metrics, log
 from dail_jax.rundir import Interrupt
 from dail_jax.sample.engine import Engine
 from dail_jax.sample.sampler import Request, ScoredSample
+from dail_jax.stages import golds
 from dail_jax.stages.recipes import traces_path
 from dail_jax.stages.session import Session
 from dail_jax.text import open_tag
@@ -50,7 +51,7 @@ class Task:
 
 def tasks_of(session: Session, method: Method, rows: list[Row], metrics: Metrics) -> list[Task]:
     """All problems whose prompts leave room for a response; the others are dropped and counted."""
-    config = session.config
+    config, kind = session.config, golds.answer_type(session.config)
     room = config.train.max_tokens - config.train.online.sampling.max_tokens
     hints = hints_of(session, rows) if method.hinted else {}
     tasks = []
@@ -58,7 +59,7 @@ def tasks_of(session: Session, method: Method, rows: list[Row], metrics: Metrics
         prompts = {role: tuple(getattr(built, role)) for role in method.prompted}
         if hint := hints.get(row.problem_id):
             prompts["hint"] = tuple(session.prompts.hinted(row.problem, hint))
-        tasks.append(Task(row.problem_id, prompts, final_answer(row) or ""))
+        tasks.append(Task(row.problem_id, prompts, golds.gold_of(row, kind) or ""))
     session.prompts.report("train")
     longest = config.train.online.max_prompt_tokens
     short = [task for task in tasks if max(map(len, task.prompts.values())) <= longest]
@@ -158,16 +159,16 @@ def draw_groups(
 
 def rewards_of(session: Session, grader: Grader, tasks: list[Task], groups: list[list[ScoredSample]]) -> np.ndarray:
     """Rewards [problems, group]: 1 for a right answer, otherwise 0."""
-    opening = session.config.prompts.opening
+    opening, kind = session.config.prompts.opening, golds.answer_type(session.config)
 
     def answer(s: ScoredSample) -> str | None:
         kept = s.tokens[:-1] if s.finish == "stop" else s.tokens
         text = opening + session.tokenizer.decode(kept.tolist(), keep_special=True)
-        return extract(text, tag=open_tag(opening) or "think")
+        return answers.extract(text, kind, tag=open_tag(opening) or "think")
 
     def verdicts() -> list[list[float]]:
         pairs = [(task, s) for task, group in zip(tasks, groups, strict=True) for s in group]
-        items = [(answer(s), task.gold, "math") for task, s in pairs]
+        items = [(answer(s), task.gold, kind) for task, s in pairs]
         return np.reshape([v.correct for v in grader.grade_many(items)], (len(groups), -1)).astype(float).tolist()
 
     return np.array(mesh_lib.from_first(verdicts))

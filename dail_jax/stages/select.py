@@ -1,7 +1,7 @@
 """select: keeps the problems that the untrained model never solves -> RUN_DIR/selected.jsonl.
 
-The paper keeps those on which 32 samples all fail. They are drawn by the stage `evaluate`, as `evaluate` in the
-configuration says (`evaluate.samples=32`), in RUN_DIR/select; at several budgets the largest counts.
+The paper keeps those on which 32 samples all fail. The stage `evaluate` draws them in RUN_DIR/select, as the section
+`evaluate` of the configuration asks (`evaluate.samples=32`); of several budgets, the largest counts.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from dail_jax.errors import UserError
 from dail_jax.evaluate import files
 from dail_jax.metrics import log
 from dail_jax.rundir import json_line, write_atomic
-from dail_jax.stages import evaluate
+from dail_jax.stages import evaluate, golds
 
 NAME = "selection"
 
@@ -24,14 +24,14 @@ NAME = "selection"
 def run(config: config_lib.Config) -> None:
     if config.data is None:
         raise UserError("missing: there are no rows to select from", field="data")
-    folder = Path(config.run_dir)
+    folder, kind = Path(config.run_dir), golds.answer_type(config, graded=True)
     inner = config_lib.with_overrides(
         config,
         {
             "arms": {},
             "run_dir": str(folder / "select"),
             "train.objective": "none",
-            "evaluate.benchmarks": [{"name": NAME, "rows": config.data.model_dump()}],
+            "evaluate.benchmarks": [{"name": NAME, "rows": config.data.model_dump(exclude={"answer"}), "answer": kind}],
         },
         "select",
     )
