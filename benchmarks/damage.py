@@ -241,5 +241,5 @@ def mutate(file: Path, rng: random.Random) -> str:
 
 if __name__ == "__main__":
     metrics.console.quiet = True
-    logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax says what it could not read
+    logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax logs what it could not read
     sys.exit(main())

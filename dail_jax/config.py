@@ -110,7 +110,7 @@ class Columns(Section):
     solution: str = "solution"
     """Column of the expert solution."""
     answer: str = "answer"
-    """Column of the final answer. Where a training row has none, the last box in its solution is the answer."""
+    """Column of the final answer. A training row without one has the answer that its solution ends in."""
     waypoints: str = "waypoints"
     """Column of the waypoints, a list or text with one per line, read by the extractor `file`."""
     choices: str | tuple[str, ...] | None = None

@@ -148,7 +148,7 @@ def mathematical(row: Row) -> list[str]:
 
     Numbers that only label something (steps, cases, lists, years) are left out, and so is what the problem gives. Of
     equal values, the shortest spelling is kept. If a sum or a product yields the final answer, its parts count as well:
-    the answer itself says nothing about how it was reached.
+    the answer itself does not tell how it was reached.
     """
     answer = row.answer or latex.last_boxed(row.solution)
     known = _Known(_givens(row.problem), _key(answer.strip()) if answer else None)

@@ -122,7 +122,7 @@ class PromptBuilder:
         ]
 
     def _values(self, row: Row, solution: str) -> Values:
-        """The values of a row of which only the beginning of the solution is seen."""
+        """The values of a row of whose solution only this beginning is seen."""
         answer = final_answer(row)
         seen = Row(row.problem_id, row.problem, solution, answer, row.index, row.waypoints)
         found = waypoints(seen, self.waypoint_cfg)

@@ -90,7 +90,7 @@ _Span = tuple[int, int, str]  # start, end, text
 def salient(row: Row) -> list[str]:
     """Short salient spans of a prose solution, in order: conclusions, names, quotations, measures, recurring phrases.
 
-    What the problem already says does not count. The longer the solution, the longer the list.
+    Whatever the problem already states does not count. Longer solutions give longer lists.
     """
     solution, formulas = _masked(_SIGNATURE.sub(" ", without_figures(collapsed(row.solution))))
     solution = _WRAP.sub(" ", re.sub(r" ?\n+ ?", "\n", collapsed(solution)))

@@ -21,7 +21,7 @@ from dail_jax.errors import UserError
 
 @dataclass(frozen=True)
 class Row:
-    """One problem. `index` is its place in the dataset, from 0; a missing text is empty, a missing answer is None."""
+    """One problem. `index` is its position in the dataset, from 0; a missing text is empty, a missing answer None."""
 
     problem_id: str
     problem: str
@@ -29,7 +29,7 @@ class Row:
     answer: str | None
     index: int
     waypoints: str | None = None  # one per line, for the extractor `file`
-    choices: tuple[str, ...] = ()  # of a multiple-choice question, the right one first; `answer` is then its text
+    choices: tuple[str, ...] = ()  # the choices of a question, the right one first; `answer` is then its text
 
 
 def read_rows(cfg: config.Dataset, need: Sequence[str] = ("problem", "solution")) -> list[Row]:
@@ -110,7 +110,7 @@ def _row(raw: Any, cfg: config.Dataset, need: Sequence[str], number: int, index:
 
 
 def _choices(raw: dict[str, Any], cfg: config.Dataset, number: int) -> tuple[str, ...]:
-    """The texts of a question's choices, the right one first; empty if the configuration names no column for them."""
+    """The texts of a question's choices, the right one first; empty if no column is configured for them."""
     columns, answer = cfg.columns.choices, raw.get(cfg.columns.answer)
     if columns is None:
         return ()
@@ -140,7 +140,7 @@ def _text(value: Any, number_allowed: bool, path: str, row: int, column: str) ->
     """A field as text. Answers and ids may be numbers, as they are in many datasets."""
     if number_allowed and type(value) is int:
         return str(value)
-    if number_allowed and type(value) is float:  # a table turns integers into these if one is missing
+    if number_allowed and type(value) is float:  # tables store integers as floats if one is missing
         return str(int(value)) if value.is_integer() and abs(value) < 2**53 else repr(value)
     if not isinstance(value, str):
         want = "text or a number" if number_allowed else "text"
@@ -179,7 +179,7 @@ def _from_lines(cfg: config.Dataset) -> Iterator[tuple[int, Any]]:
 
 
 def _from_parquet(cfg: config.Dataset, cap: int = 2 << 30) -> Iterator[tuple[int, Any]]:
-    """Parquet, of at most `cap` bytes when decompressed."""
+    """Reads Parquet of at most `cap` bytes when decompressed."""
     *columns, choices = cfg.columns.model_dump().values()
     columns += [choices] if isinstance(choices, str) else choices or ()
     with tempfile.TemporaryFile() as out:
@@ -210,6 +210,6 @@ def hub(cfg: config.Dataset) -> Iterable[Any]:
         raise UserError(f"cannot be loaded: {reason[:300]}", file=cfg.path) from None
 
 
-# Where rows come from other than files: `path: NAME:ANYTHING` calls the function of that name with the section of the
-# configuration, and checks the rows that it yields (dicts by column) as it does those of a file.
+# Where rows may come from besides files: `path: NAME:ANYTHING` calls the function of that name with its section of the
+# configuration. The rows that it yields, dicts by column, are checked like those of a file.
 SOURCES: dict[str, Callable[[config.Dataset], Iterable[dict[str, Any]]]] = {"hub": hub}

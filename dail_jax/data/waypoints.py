@@ -16,7 +16,7 @@ from dail_jax.errors import UserError, registered
 
 
 def waypoints(row: Row, cfg: config.Waypoints) -> list[str]:
-    """The row's waypoints, each once and without the final answer; at most `cfg.limit`, spread evenly over them all."""
+    """The row's waypoints, each once and without the final answer; at most `cfg.limit`, spread evenly over all of them."""
     extract = named(cfg.extractor)
     answer = final_answer(row)
     final = _values(answer) if answer else set()
@@ -49,8 +49,8 @@ _UNIT = re.compile(
 def _values(text: str) -> set[Hashable]:
     """The keys of every value that a text, an answer or a waypoint, can be read to state.
 
-    These are the values of the whole text, of each formula in it, and of what follows a relation or a word near the end
-    of either; each with and without its unit, since `v = 19.8\\text{ m/s}` gives away `19.8`.
+    These are the values of the text as such, of each formula in it, and of what follows a relation or a word near the end
+    of either, each with and without its unit, since `v = 19.8\\text{ m/s}` gives away `19.8`.
     """
     text = collapsed(text).strip()
     parts = [text, *_FORMULA.findall(text)]
@@ -66,11 +66,11 @@ def _digits(match: re.Match[str]) -> str:
 
 
 # ---------------------------------------------------------------------------------------------------
-# `reference`: the categories of the reference implementation (method.md), sorted as text
+# `reference`: the categories of the paper's reference implementation, sorted as text
 # ---------------------------------------------------------------------------------------------------
 
-# The reference implementation's categories. A number or a term must not touch a letter, digit or underscore; a power may
-# stand anywhere. No character is scanned twice, since every run of characters is matched possessively.
+# A number or a term must not touch a letter, digit or underscore; a power may be anywhere. No character is scanned twice,
+# since every run of characters is matched possessively.
 _NUMBER = re.compile(
     r"""(?<!\w)[-+]?
     (?: \d*+\.\d++ (?:[eE][-+]?\d++)?+ (?!\w)  # 3.5, .5, 1.5e-3

@@ -32,13 +32,13 @@ def mark(traces: Sequence[Trace], rows: list[Row], config: config_lib.Config) ->
 
 
 def filters_of(config: config_lib.Config) -> config_lib.Filters:
-    """The filters; a method that learns from right traces alone never keeps a wrong one, whatever they say."""
+    """The section `filters`, with `correct` set for a method that learns from right traces only."""
     method = methods.of(config)
     right = method.graded and method.source == "traces"
     return config.filters.model_copy(update={"correct": True}) if right else config.filters
 
 
 def check_golds(config: config_lib.Config, rows: list[Row]) -> None:
-    """Raises UserError, before any work, if traces or samples will be graded and a row has no answer that parses."""
+    """Raises UserError if traces or samples will be graded and a row has no answer to grade against."""
     if config.data and ("wrong" in filters.chosen(filters_of(config)) or methods.of(config).graded):
         golds.check(config, rows)

@@ -127,7 +127,8 @@ def rationalise(session: Session, rows: list[Row], journal: Path, metrics: Metri
     marked = drops.mark([trace for traces in own.values() for trace in traces], rows, session.config)
     solved = {trace.problem_id for trace in marked if trace.drop is None}
     failed = [row for row in rows if row.problem_id not in solved]
-    log(f"generate: the student solves {len(rows) - len(failed)} of {len(rows)} problems, the others with a solution")
+    solved_share = f"{len(rows) - len(failed)} of {len(rows)} problems"
+    log(f"generate: the student solves {solved_share}; the others are drawn with the solution in context")
     return {**own, **roll_out(at(1.0), failed, journal.with_name(TOLD), metrics, "rationalise")}
 
 

@@ -29,7 +29,7 @@ def is_correct(grader: Grader, text: str, gold: str, kind: str) -> bool:
 
 
 def check(config: config_lib.Config, rows: list[Row]) -> None:
-    """Raises UserError, before any work, where a row has no answer that can be graded against."""
+    """Raises UserError at the first row without an answer that can be graded against; called before any work."""
     kind, data = answer_type(config, graded=True), config.data
     assert data is not None
     with Grader() as grader:
