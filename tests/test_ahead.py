@@ -119,7 +119,7 @@ def test_counted_flops_are_the_arithmetic(config):
 
 
 def test_a_program_that_does_not_fit_says_what_to_change_first(config, monkeypatch):
-    monkeypatch.setitem(chips.CHIPS, "cpu", chips.Chip(1e-6, 1, 1))
+    monkeypatch.setitem(chips.CHIPS, "cpu", chips.Chip(1e-6, 1))
     changes = {"mesh.fsdp": 1, "mesh.tensor": 1}
     one = config_lib.with_overrides(config, changes, "test")
     (loss,) = compile_on(one, jax.devices()[:1], quick=True, only="loss").values()

@@ -15,7 +15,7 @@ from dail_jax.data import filters, records
 from dail_jax.evaluate import answers
 from dail_jax.evaluate.grading import Grader
 from dail_jax.sample.sampler import Sample, ScoredSample
-from dail_jax.stages import golds, online, samplers
+from dail_jax.stages import experiment, golds, online, samplers
 from dail_jax.text import load_tokenizer
 
 
@@ -148,3 +148,16 @@ def test_gold_answers():
     row = records.Row("p", "?", "First 3, so the answer is 3 + 9 = 12.", None, 0)
     assert golds.gold_of(row, "math") is None and golds.gold_of(row, "integer") == "12"
     assert golds.gold_of(records.Row("p", "?", "\\boxed{5}", " 4 ", 0), "math") == "4"
+
+
+def test_run_exports_before_it_evaluates(tmp_path, monkeypatch, capsys):
+    """So another engine finds the adapter. A sampler that is not registered is refused before any work."""
+    done = []
+    for name in ("generate", "train", "export", "evaluate", "report"):
+        monkeypatch.setattr(getattr(experiment, name), "run", lambda config, name=name: done.append(name))
+    path = tiny.write(tmp_path / "run", evaluate__sampler="constnat")
+    assert tiny.run("run", path) == 2 and not done
+    error = "error: evaluate.sampler: got 'constnat', want one of engine, constant; did you mean 'constant'?\n"
+    assert capsys.readouterr().err == error
+    assert tiny.run("run", path, "evaluate.sampler=constant") == 0
+    assert done == ["generate", "train", "export", "evaluate", "report"]
