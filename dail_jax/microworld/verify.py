@@ -1,7 +1,7 @@
 """Judges traces of the micro-world from their text, sharing no code with what writes them.
 
-The method is read from the expert's solution and the registers from the problem, both as given in the data set;
-every step of a trace is then recomputed, and every column of its work is checked.
+The method is read from the expert's solution and the registers from the problem, as the data set has them. Then every
+step of a trace is computed again, and every column of its work is checked.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ MEANINGS = {"+": "add", "-": "sub", "*": "mul", "~": "rev", "@": "rot", "#": "in
 
 @dataclass(frozen=True)
 class Judgement:
-    """What a trace was judged to be: `due` counts the steps that owe column work, `shortcuts` those of them without it."""
+    """A judgement of one trace: `due` counts the steps that need column work, `shortcuts` those that leave it out."""
 
     right: bool  # the last boxed answer is the answer
-    sound: bool  # every step is the method's, with the right value and, where there is work, the right work
+    sound: bool  # every step follows the method and has the right value; any work it shows is right
     due: int
     shortcuts: int
 
@@ -50,7 +50,7 @@ class Tally:
 
 
 def judge(text: str, problem: str, solution: str) -> Judgement:
-    """Judges a response to a problem; raises ValueError if problem or solution is not of the micro-world."""
+    """Judges a response to a problem; raises ValueError if the problem or the solution is not of the micro-world."""
     registers = PROBLEM.fullmatch(problem)
     *steps, last = solution.split("; ")
     gold = BOXED.fullmatch(last)
