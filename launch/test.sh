@@ -9,4 +9,4 @@ export JAX_PLATFORMS=cpu HF_HUB_OFFLINE=1
 .venv/bin/ruff format --check .
 .venv/bin/pyright
 .venv/bin/shellcheck launch/*.sh launch/slurm.sbatch
-exec .venv/bin/python -m pytest "$@"
+exec .venv/bin/python -m pytest -n 2 --dist worksteal "$@"

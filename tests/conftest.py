@@ -32,15 +32,6 @@ def mesh_of(data=1, fsdp=1, tensor=1):
     )
 
 
-@pytest.fixture(scope="module")
-def optimized():
-    """Programs as they are compiled outside of the tests: for what is promised to the bit, or read in the program."""
-    before = jax.config.jax_disable_most_optimizations
-    jax.config.update("jax_disable_most_optimizations", False)
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)
-
-
 @pytest.fixture(scope="session")
 def one_device():
     return mesh_of()

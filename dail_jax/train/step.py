@@ -168,7 +168,7 @@ def make_update(spec: StepSpec, tx: optax.GradientTransformation, layout: TrainS
             grads, (sums, bad) = jax.lax.scan(accumulate, zeros, batch)
         grads = jax.tree.map(lambda g: g / count, grads)
         metrics = {name: x.sum() / count for name, x in sums.items()}
-        norm = optax.global_norm(grads)
+        norm = optax.tree.norm(grads)
         ok = jnp.isfinite(norm) & jnp.isfinite(metrics["loss"])
         with jax.named_scope("optimizer"):
             updates, opt_state = tx.update(grads, state.opt_state, state.lora)  # pyright: ignore
