@@ -44,7 +44,6 @@ class Tokenizer:
     template: str | None  # the chat template's source
     size: int  # the highest token id, plus one: the embedding needs at least this many rows
     eos: int | None
-    pad: int | None
     controls: tuple[str, ...]  # the texts of control tokens
 
     def encode(self, text: str, marked: bool = False) -> list[int]:
@@ -102,11 +101,6 @@ class Tokenizer:
         if self.eos is None:
             raise UserError("got a tokenizer without an end-of-sequence token, want eos_token", file=self.folder)
         return self.eos
-
-    @property
-    def pad_id(self) -> int:
-        """The id used for padding, which is masked everywhere, so that any valid id will do."""
-        return next((i for i in (self.pad, self.eos) if i is not None), 0)
 
     @functools.cached_property
     def _folded(self) -> tuple[str, ...]:

@@ -166,7 +166,6 @@ def load(task: dict[str, Any]) -> dict[str, Any]:
         "template": loaded.template,
         "size": max(hf.get_vocab().values()) + 1,
         "eos": hf.eos_token_id,
-        "pad": hf.pad_token_id,
         "controls": list(loaded.controls.values()),
     }
 

@@ -84,7 +84,7 @@ def test_the_exported_adapter_answers_alike_in_transformers(tmp_path, pipeline, 
                 do_sample=False,
                 max_new_tokens=96,
                 eos_token_id=tokenizer.eos_id,
-                pad_token_id=tokenizer.pad_id,
+                pad_token_id=tokenizer.eos_id,
             )
         theirs = out[0, prompt.shape[1] :].tolist()
         assert tokenizer.decode(theirs) == s["text"] and len(theirs) == s["tokens"]

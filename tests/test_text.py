@@ -61,7 +61,7 @@ def test_round_trip_and_ids(tokenizer):
     ids = tokenizer.encode(text)
     assert len(ids) == len(text.encode()) and tokenizer.decode(ids) == text
     assert tokenizer.encode("") == []
-    assert tokenizer.size == 260 and tokenizer.eos_id == tokenizer.encode("<|end|>")[0] == tokenizer.pad_id
+    assert tokenizer.size == 260 and tokenizer.eos_id == tokenizer.encode("<|end|>")[0]
     ids = tokenizer.encode("a<|end|>")
     assert len(ids) == 2 and tokenizer.decode(ids) == "a" and tokenizer.decode(ids, keep_special=True) == "a<|end|>"
 

@@ -60,7 +60,7 @@ class Template:
 
 
 @dataclass(frozen=True)
-class Prompts:
+class RolePrompts:
     """Token ids of a row's prompts, each ending where the reply begins, and of the reply that SFT imitates."""
 
     student: list[int]
@@ -93,11 +93,11 @@ class PromptBuilder:
         self.negative = load_template(cfg.negative, "negative")
         self.expert = load_template(cfg.expert, "expert") if cfg.expert else None
 
-    def build(self, row: Row) -> Prompts:
+    def build(self, row: Row) -> RolePrompts:
         """All prompts of a row. If the solution is cut, every role sees the cut one, but the same final answer."""
         return self.build_all([row])[0]
 
-    def build_all(self, rows: Sequence[Row]) -> list[Prompts]:
+    def build_all(self, rows: Sequence[Row]) -> list[RolePrompts]:
         """`build` for many rows, with far fewer round trips to the tokenizer's worker."""
         found = self.values_all(rows)
         safe, replies = [], []
@@ -109,7 +109,9 @@ class PromptBuilder:
         )
         experts = self.tokenizer.encode_all(replies, marked=True)
         return [
-            Prompts(student[i], privileged[i], negative[i], experts[i] + ([] if cut else [self.tokenizer.eos_id]), cut)
+            RolePrompts(
+                student[i], privileged[i], negative[i], experts[i] + ([] if cut else [self.tokenizer.eos_id]), cut
+            )
             for i, (_, cut) in enumerate(found)
         ]
 

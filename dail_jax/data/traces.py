@@ -13,7 +13,7 @@ from typing import Annotated, Literal, get_args
 from pydantic import ConfigDict, Field, ValidationInfo, field_validator
 
 from dail_jax import strict_json
-from dail_jax.data.prompts import Prompts
+from dail_jax.data.prompts import RolePrompts
 from dail_jax.errors import UserError
 from dail_jax.rundir import json_line, write_atomic
 from dail_jax.shapes import Natural, Shape, Text, parse
@@ -127,7 +127,7 @@ def prompt_hash(ids: Sequence[int]) -> str:
 
 
 def verify(
-    traces: Sequence[Trace], prompts: Mapping[str, Prompts], tokenizer: Tokenizer, vocabulary: int, path: Path
+    traces: Sequence[Trace], prompts: Mapping[str, RolePrompts], tokenizer: Tokenizer, vocabulary: int, path: Path
 ) -> None:
     """Checks that traces may be trained on with these prompts (by problem id) and this tokenizer.
 

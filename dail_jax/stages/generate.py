@@ -16,7 +16,7 @@ import numpy as np
 from dail_jax import config as config_lib
 from dail_jax import shapes
 from dail_jax.data import traces as traces_lib
-from dail_jax.data.prompts import Prompts
+from dail_jax.data.prompts import RolePrompts
 from dail_jax.data.records import Row, read_rows
 from dail_jax.data.traces import ProblemTraces, Role, Trace, prompt_hash
 from dail_jax.errors import UserError
@@ -137,7 +137,7 @@ def report_usage(sampler: Sampler, metrics: Metrics) -> None:
         metrics.write(0, **figures)
 
 
-def trace_of(session: Session, row: Row, prompts: Prompts, roles: tuple[Role, ...], s: ScoredSample) -> Trace:
+def trace_of(session: Session, row: Row, prompts: RolePrompts, roles: tuple[Role, ...], s: ScoredSample) -> Trace:
     """A sample as a trace, not yet filtered."""
     by_student = s.by_student if "student" in roles else np.zeros_like(s.by_student)
     ids = tuple(s.tokens.tolist())
