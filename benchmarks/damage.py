@@ -1,14 +1,21 @@
-"""Damages files at random and counts what loading them does.
+"""Damages files, and mixes runs, at random; counts what loading them does.
 
-    python benchmarks/damage.py --mutations 10000      (about ten minutes; --mutations 500: one minute)
+    python benchmarks/damage.py --mutations 10000      (half an hour; --mutations 900: some three minutes)
 
-Targets: an adapter, a merged model, a converted model, training checkpoints (two, so that loading can fall back to the
-older one), cached references, a finished run directory, and a Hugging Face folder without checksums, where a flipped bit
-of a weight goes unnoticed. A mutation hits one random file: a bit is flipped, a stretch is overwritten, zeroed, removed
-or inserted, the end is cut off, or the file is emptied or deleted. Loading must refuse with a one-line error, or return
-what was saved, bit for bit. For the finished run, every stage is called again: whatever it then accepts as done must be
-unchanged, including the final checkpoint, which an older one must not replace; making an output again counts as refusing.
-Exit status 1 if a folder with checksums ever loaded something else, or if anything but such an error was raised.
+Targets: an adapter, a merged model, a converted model, training checkpoints (two, so that the older one can be fallen
+back to), cached references, a finished run directory; and a Hugging Face folder without checksums, where a flipped bit
+of a weight cannot be noticed. A mutation hits one random file: a bit is flipped, a stretch is overwritten, zeroed, taken
+out or put in, the end is cut off, or the file is emptied or removed. Loading must refuse in one line, or give what was
+saved, bit for bit. Of the finished run every stage is called again: what it then calls done must be what it was, also
+the final checkpoint, which no older one may stand in for; to make an output again counts as a refusal.
+
+Two more targets are mixed up instead, a finished run and one that was interrupted: a setting is changed, contents are
+replaced behind their paths (weights, tokenizer, templates, data, a benchmark, an adapter), or outputs are replaced by
+another run's or by stale ones. Then some stage that depends on it is called. It must refuse in one line, or make its
+outputs again, or find them to be what they were.
+
+Exit status 1 if a folder with checksums ever loaded something else, a stage went on as if nothing had changed, or
+anything but such a refusal was raised.
 """
 
 from __future__ import annotations
@@ -38,6 +45,7 @@ import tiny
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
+from safetensors.numpy import load_file, save_file
 
 from dail_jax import config as config_lib
 from dail_jax import launch, metrics, provenance, rundir
@@ -65,8 +73,11 @@ def main() -> int:
     rng = random.Random(options.seed)
     with tempfile.TemporaryDirectory(prefix="damage-") as name:
         loaders = targets(Path(name))
-        share = options.mutations // len(loaders)
+        share = options.mutations // (len(loaders) + 2)
         rows = [{"target": t, **campaign(t, Path(name) / t, load, share, rng)} for t, load in loaders.items()]
+        mixes = (("mixed runs", FINISHED), ("mixed after an interrupt", INTERRUPTED))
+        with working(Path(name) / "mixed") as world:
+            rows += [{"target": t, **mixed(t, world, stages, share, rng)} for t, stages in mixes]
     table = Table(title=f"{share * len(rows)} damaged files")
     for column in ("target", *OUTCOMES):
         table.add_column(column, justify="left" if column == "target" else "right")
@@ -148,7 +159,7 @@ def read_run(folder: Path) -> dict[str, bytes]:
     with contextlib.ExitStack() as stack, contextlib.redirect_stderr(errors):
         for stage in stages:
             stack.enter_context(mock.patch.object(stage, "open_session", work))
-        stack.enter_context(mock.patch.object(evaluate, "ungradable", lambda _, tables: {name: [] for name in tables}))
+        stack.enter_context(mock.patch.object(evaluate, "ungradable", every_row))
         for stage in tiny.STAGES[:4]:
             if launch.main([stage, "--config", str(path)]):
                 raise UserError(errors.getvalue().rstrip("\n"))
@@ -156,6 +167,11 @@ def read_run(folder: Path) -> dict[str, bytes]:
     names = ("traces.jsonl", "samples.jsonl", "results.json")
     files = [*(folder / name for name in names), *final.rglob("*"), *(folder / "adapter").iterdir()]
     return {str(file.relative_to(folder)): file.read_bytes() for file in files if file.is_file()}
+
+
+def every_row(_, tables: dict[str, list]) -> dict[str, list[str]]:
+    """In place of `evaluate.ungradable`, which asks a worker process about each gold answer."""
+    return {name: [] for name in tables}
 
 
 def write_references(folder: Path, examples: list[Example], d: int) -> None:
@@ -237,6 +253,213 @@ def mutate(file: Path, rng: random.Random) -> str:
     else:
         file.write_bytes(data)
     return f"{kind} at {at}"
+
+
+# ---------------------------------------------------------------------------------------------------
+# Mixed runs
+# ---------------------------------------------------------------------------------------------------
+
+# Stage: what it makes, in a run of the world below.
+FINISHED = {
+    "generate": ("traces.jsonl",),
+    "train": ("checkpoints",),
+    "evaluate": ("samples.jsonl", "results.json"),
+    "grade": ("samples.jsonl", "results.json"),
+    "export": ("adapter",),
+    "judge": ("samples.jsonl", "results.json"),  # evaluate, of an adapter that the configuration names
+}
+INTERRUPTED = {"generate": (), "train": (), "evaluate": (), "judge": ()}
+TRAINED = ("train", "evaluate", "grade", "export")
+DRAWN = ("evaluate", "grade", "judge")
+ALL = tuple(FINISHED)
+SETTINGS = {  # of the configuration: the stages that must notice
+    "seed=6": ALL,
+    "model.dtype=bfloat16": ALL,
+    "prompts.opening=x": ALL,
+    "prompts.max_solution_tokens=50": ALL,
+    "generate.tau=0.5": ("generate", *TRAINED),
+    "generate.sampling.temperature=0.9": ("generate", *TRAINED),
+    "data.limit=11": ("generate", *TRAINED),
+    "filters.keep=1": ("generate", *TRAINED),
+    "waypoints.extractor=reference": TRAINED,
+    "train.gamma=0.2": TRAINED,
+    "train.epochs=1": TRAINED,
+    "train.lora.rank=2": TRAINED,
+    "train.reduce=sequence": TRAINED,
+    "train.optimizer.learning_rate=1e-4": TRAINED,
+    "evaluate.samples=2": DRAWN,
+    "evaluate.sampling.temperature=0.5": DRAWN,
+    "evaluate.max_prompt_tokens=100": DRAWN,
+}
+CONTENTS = {  # files beside the run: the stages that must notice
+    "model/model.safetensors": ALL,
+    "model/tokenizer_config.json": ALL,
+    "templates/student.txt": ALL,
+    "templates/privileged.txt": ("generate", *TRAINED),
+    "templates/negative.txt": TRAINED,
+    "train.jsonl": ("generate", *TRAINED),
+    "hard.jsonl": DRAWN,
+    "adapter/adapter_model.safetensors": ("judge",),
+    "adapter/adapter_config.json": ("judge",),
+}
+
+
+@contextlib.contextmanager
+def working(folder: Path):
+    """The folder with all that runs read in it, a finished run, and for each stage one that was interrupted in it."""
+    folder.mkdir()
+    for name in ("model", "templates"):
+        shutil.copytree(tiny.ASSETS / name, folder / name)
+    (folder / "model" / hf.MANIFEST).unlink()  # as after a download
+    for name in ("train.jsonl", "hard.jsonl"):
+        shutil.copy(tiny.ASSETS / name, folder / name)
+    call(folder, "finished", "generate")
+    call(folder, "finished", "train")
+    call(folder, "finished", "export")
+    shutil.copytree(folder / "finished" / "adapter", folder / "adapter")
+    call(folder, "finished", "evaluate")
+    call(folder, "judged", "judge")
+    shutil.copytree(folder / "finished", folder / "other")  # with outputs that are valid, and not these
+    for name in ("traces.jsonl", "samples.jsonl"):
+        lines = (folder / "other" / name).read_text().splitlines(keepends=True)
+        (folder / "other" / name).write_text("".join(lines[:-1]))
+    shutil.rmtree(folder / "other" / "checkpoints" / str(tiny.UPDATES))
+    (folder / "other" / "checkpoints" / "manifests" / f"{tiny.UPDATES}.json").unlink()
+    for file in (folder / "other" / "adapter").glob("*.safetensors"):
+        nudge(file)
+    results = (folder / "other" / "results.json").read_text()
+    (folder / "other" / "results.json").write_text(results.replace('"seed": 5', '"seed": 6'))
+    for stage in INTERRUPTED:
+        run = folder / f"begun {stage}"
+        if stage in ("train", "evaluate"):
+            shutil.copytree(folder / "finished", run)
+            names = ["samples.jsonl", "results.json"] + ["checkpoints"] * (stage == "train")
+            for name in names:
+                rundir.remove(run / name)
+            manifest = json.loads((run / "run.json").read_text())
+            for name in ("evaluate", "train")[: 1 + (stage == "train")]:
+                del manifest["stages"][name]
+            (run / "run.json").write_text(json.dumps(manifest))
+        seen: list[int] = []
+        wanted = property(lambda _, seen=seen: seen.append(1) or len(seen) == 2)
+        with mock.patch.object(rundir.Interrupt, "wanted", wanted):
+            call(folder, run.name, stage)
+    yield folder
+
+
+def call(folder: Path, run: str, stage: str, *overrides: str) -> None:
+    """A stage of FOLDER/RUN, with what lies in the folder; raises UserError."""
+    errors, more = io.StringIO(), {}
+    if stage == "judge":
+        more = {"train__objective": "none", "evaluate__adapter": str(folder / "adapter")}
+    path = tiny.write(
+        folder / run,
+        model__path=str(folder / "model"),
+        data__path=str(folder / "train.jsonl"),
+        prompts={role: str(folder / "templates" / f"{role}.txt") for role in ("student", "privileged", "negative")},
+        evaluate__benchmarks=[{"name": "hard", "rows": {"path": str(folder / "hard.jsonl"), "limit": 3}}],
+        **more,
+    )
+    with contextlib.redirect_stderr(errors), contextlib.redirect_stdout(io.StringIO()):
+        status = launch.main([stage.replace("judge", "evaluate"), "--config", str(path), *overrides])
+    if status:
+        raise UserError(errors.getvalue().rstrip("\n").removeprefix("error: "))
+
+
+def mixed(name: str, world: Path, stages: dict[str, tuple[str, ...]], count: int, rng: random.Random) -> dict[str, int]:
+    """How often each outcome came, where a stage of a run meets what is not its own."""
+    counts: Counter[str] = Counter(dict.fromkeys(OUTCOMES, 0))
+    finished = stages is FINISHED
+    for _ in track(range(count), description=name):
+        stage = rng.choice(list(stages))
+        run = ("judged" if stage == "judge" else "finished") if finished else f"begun {stage}"
+        with tempfile.TemporaryDirectory(prefix="mixed-") as place:
+            folder = Path(place) / "world"
+            shutil.copytree(world, folder)
+            want = contents(folder / run, stages[stage])
+            overrides: tuple[str, ...] = ()
+            kind = rng.choice(
+                ("setting", "contents", "swap") if finished and stage != "judge" else ("setting", "contents")
+            )
+            if kind == "setting":
+                what = rng.choice([one for one, noticed in SETTINGS.items() if stage in noticed])
+                overrides = (what,)
+            elif kind == "contents":
+                what = rng.choice([one for one, noticed in CONTENTS.items() if stage in noticed])
+                replace(folder / what, rng)
+            else:
+                what = rng.choice([output for outputs in stages.values() for output in outputs])
+                rundir.remove(folder / run / what)
+                if rng.random() < 0.8:
+                    (shutil.copytree if (folder / "other" / what).is_dir() else shutil.copy)(
+                        folder / "other" / what, folder / run / what
+                    )
+            outcome = met(folder, run, stage, overrides)
+            if outcome == "done":
+                same = kind == "swap" and contents(folder / run, stages[stage]) == want
+                outcome = "unharmed" if same else "changed"
+            if outcome in ("changed", "crashed"):
+                print(f"{name}: {stage} after {kind} {what}: {outcome}", file=sys.stderr)
+            counts[outcome] += 1
+    return dict(counts)
+
+
+def met(folder: Path, run: str, stage: str, overrides: tuple[str, ...]) -> str:
+    """What a stage makes of it: `refused`, `done`, or `crashed`. To begin work on an interrupted run is `done`, too."""
+
+    class Begins(BaseException):
+        pass
+
+    def work(*_):
+        raise Begins
+
+    with contextlib.ExitStack() as stack:
+        for module in (generate, train, evaluate, export):
+            stack.enter_context(mock.patch.object(module, "open_session", work))
+        stack.enter_context(mock.patch.object(evaluate, "ungradable", every_row))
+        try:
+            call(folder, run, stage, *overrides)
+        except UserError as error:
+            return "crashed" if "\n" in str(error) else "refused"
+        except Begins:
+            return "done" if run.startswith("begun") else "refused"  # made again
+        except Exception:
+            traceback.print_exc()
+            return "crashed"
+    return "done"
+
+
+def contents(run: Path, names: tuple[str, ...]) -> dict[str, bytes]:
+    files = [file for name in names for file in ((run / name).rglob("*") if (run / name).is_dir() else [run / name])]
+    return {str(file.relative_to(run)): file.read_bytes() for file in files if file.is_file()}
+
+
+def replace(file: Path, rng: random.Random) -> None:
+    """Another version of a file, as valid as the first: of the rows that are read, where it has rows."""
+    if file.suffix == ".safetensors":
+        nudge(file)
+    elif file.suffix == ".jsonl":
+        lines = file.read_text().splitlines(keepends=True)
+        row = json.loads(lines[0])
+        field = rng.choice(("problem", "answer"))
+        row[field] += "1"
+        file.write_text(json.dumps(row) + "\n" + "".join(lines[1:]))
+    elif file.suffix == ".json":
+        tree = json.loads(file.read_text())
+        key, value = (
+            ("lora_alpha", 5) if "lora_alpha" in tree else ("chat_template", tree.get("chat_template", "") + "x")
+        )
+        file.write_text(json.dumps({**tree, key: value}))
+    else:
+        file.write_text(f"{file.read_text()} And {rng.random()}.")
+
+
+def nudge(file: Path) -> None:
+    """Changes one weight in a file of them."""
+    weights = load_file(file)
+    first = weights[min(weights)]
+    first.flat[0] += 1
+    save_file(weights, file, metadata={"format": "pt"})
 
 
 if __name__ == "__main__":

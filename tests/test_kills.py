@@ -15,6 +15,7 @@ import tiny
 from dail_jax import config as config_lib
 from dail_jax import mesh as mesh_lib
 from dail_jax.checkpoint import base
+from dail_jax.report import plots
 
 # Stage: what it writes.
 OUTPUTS = {
@@ -22,6 +23,9 @@ OUTPUTS = {
     "convert": ("model/config.json",),  # and Orbax's files, which hold the time: their checksums are verified
     "report": ("results.md", "results.tex", "report.html", "plots/pass_at_k.svg"),
     "grade": ("samples.jsonl", "results.json"),
+    "select": ("selected.jsonl", "select/samples.jsonl", "select/results.json"),
+    "calibrate": ("calibration.json", "calibration.md", "tau=0.6/traces.jsonl", "tau=0.99/traces.jsonl"),
+    "sweep": ("results.md", "gamma=0.1/samples.jsonl", "gamma=0.1/adapter/adapter_model.safetensors"),
 }
 
 
@@ -33,6 +37,9 @@ class Killed(BaseException):
 def one(programs):
     with tiny.alone(programs):
         yield
+
+
+ARGUMENTS = {"calibrate": ("--tau", "0.6,0.99"), "sweep": ("--over", "train.gamma=0.1")}
 
 
 def run_until(stage: str, path: Path, count: int) -> int:
@@ -49,7 +56,7 @@ def run_until(stage: str, path: Path, count: int) -> int:
         patch.setattr(os, "fsync", note)
         patch.setattr(shutil, "rmtree", lambda *_, **__: None)  # the dead do not tidy up
         with contextlib.suppress(Killed):
-            assert tiny.run(stage, path) == 0
+            assert tiny.run(stage, path, *ARGUMENTS.get(stage, ())) == 0
     return len(seen)
 
 
@@ -59,7 +66,7 @@ def contents(folder: Path, stage: str) -> dict[str, bytes]:
     return {name: (folder / name).read_bytes() for name in OUTPUTS[stage]}
 
 
-@pytest.mark.parametrize("stage", OUTPUTS)
+@pytest.mark.parametrize("stage", ["export", "convert", "report", "grade"])
 def test_a_stage_that_was_killed_is_finished_by_the_next_call(tmp_path, pipeline, stage):
     folder = tmp_path / "run"
     shutil.copytree(pipeline, folder)
@@ -83,3 +90,23 @@ def test_a_stage_that_was_killed_is_finished_by_the_next_call(tmp_path, pipeline
         assert tiny.run(stage, path) == 0
         assert contents(folder, stage) == want, count
         assert not [p for p in folder.iterdir() if p.name.endswith(".tmp")]
+
+
+@pytest.mark.parametrize("stage", ["select", "calibrate", "sweep"])
+def test_a_stage_of_several_runs_that_was_killed_twice_is_finished_by_the_next_call(
+    tmp_path, pipeline, monkeypatch, stage
+):
+    changes = {
+        "select": {"data": {"path": str(tiny.ASSETS / "hard.jsonl"), "limit": 2}},
+        "calibrate": {"data__limit": 2},
+        "sweep": {"traces": str(pipeline / "traces.jsonl")},  # all programs are those of `pipeline`
+    }[stage]
+    monkeypatch.setattr(plots, "draw", lambda _, folder: [folder])  # those are killed above, in `report`
+    for name in ("whole", "cut"):
+        (tmp_path / name).mkdir()
+    whole, cut = (tiny.write(tmp_path / name / "run", **changes) for name in ("whole", "cut"))
+    third = run_until(stage, whole, 0) // 3
+    for _ in range(2):
+        assert run_until(stage, cut, third) == third
+    assert run_until(stage, cut, 0) > 1
+    assert contents(cut.with_suffix(""), stage) == contents(whole.with_suffix(""), stage)
