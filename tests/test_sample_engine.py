@@ -36,6 +36,7 @@ CFG = families.ModelConfig(
 )
 STOP = 3
 
+
 @pytest.fixture(scope="module")
 def params():
     return weights.init(jax.random.key(0), CFG, std=0.4)
