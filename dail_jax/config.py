@@ -2,7 +2,8 @@
 
 `load(path, overrides)` is the way in. Unknown keys fail and name the nearest known one; numbers such as
 `1e-5` are numbers (YAML 1.2); duplicate keys, aliases, tags and non-finite values are refused. Relative
-paths are relative to the working directory. Defaults live here and nowhere else.
+paths are relative to the working directory; `pkg:NAME` is a file that comes with the package. Defaults live here and
+nowhere else.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from pydantic import (
 )
 from ruamel.yaml import YAML
 
+from dail_jax import resources
 from dail_jax.errors import UserError
 from dail_jax.strict_yaml import as_user_error, assign, included, lay_over, parse_yaml, read_yaml
 
@@ -57,7 +59,7 @@ def is_remote(path: str) -> bool:
 def _local(path: str) -> str:
     if is_remote(path):
         raise ValueError(REMOTE)
-    return path
+    return resources.locate(path)
 
 
 LocalPath = Annotated[str, AfterValidator(_local), WithJsonSchema({"type": "string", "format": "path"})]

@@ -11,7 +11,7 @@ from pydantic import BaseModel, ValidationError
 from ruamel.yaml import YAML
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
 
-from dail_jax import keys
+from dail_jax import keys, resources
 from dail_jax.errors import UserError
 from dail_jax.strict_json import refuse_odd_text
 
@@ -83,7 +83,7 @@ def included(value: Any) -> Any:
     """A mapping with the key `from` becomes the mapping in that file, overridden by the other keys."""
     if not isinstance(value, dict) or "from" not in value:
         return value
-    tree = read_yaml(str(value["from"]))
+    tree = read_yaml(resources.locate(str(value["from"])))
     lay_over(tree, {key: other for key, other in value.items() if key != "from"})
     return tree
 

@@ -14,6 +14,7 @@ FILES = sorted(LIBRARY.rglob("*.py"))
 # Who may import whom, besides the ground floor, which is for all. A room may always import itself.
 GROUND = {
     "errors",
+    "resources",
     "strict_json",
     "worker",
     "tokenizer_worker",
@@ -47,6 +48,7 @@ MAY["launch"] = {"stages"}
 # The ground floor's own order: a file imports only what stands before it.
 ORDER = (
     "errors",
+    "resources",
     "strict_json",
     "worker",
     "tokenizer_worker",

@@ -1,0 +1,37 @@
+"""What comes with the package: configurations, and the files of the embedded micro-world."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+PREFIX = "pkg:"
+PACKAGE = Path(__file__).parent
+# An installed package holds the configurations; in a checkout they lie beside it.
+CONFIGS = PACKAGE / "configs" if (PACKAGE / "configs").is_dir() else PACKAGE.parent / "configs"
+
+
+def locate(path: str) -> str:
+    """A path with `pkg:NAME` replaced by the place of that file: a configuration, or else a file of the package.
+
+    Raises ValueError where nothing of that name comes with the package.
+    """
+    if not path.startswith(PREFIX):
+        return path
+    name = path.removeprefix(PREFIX)
+    for root in (CONFIGS, PACKAGE):
+        if name and (root / name).resolve().is_relative_to(root.resolve()) and (root / name).exists():
+            return str(root / name)
+    raise ValueError(f"want a file that comes with the package: {', '.join(configurations())}, ...")
+
+
+def configurations() -> list[str]:
+    """The names of the configurations, such as `demo` and `paper/tau`; those of benchmarks and models left out."""
+    found = (path.relative_to(CONFIGS).with_suffix("").as_posix() for path in CONFIGS.rglob("*.yaml"))
+    return sorted(name for name in found if not name.startswith("benchmarks/"))
+
+
+def configuration(name: str) -> str:
+    """The file that a command line means: a path, `pkg:NAME`, or the bare name of a configuration of the package."""
+    if not Path(name).is_file() and name in configurations():
+        return str(CONFIGS / f"{name}.yaml")
+    return locate(name)
