@@ -1,4 +1,4 @@
-"""The command line: `python -m dail_jax.launch STAGE --config FILE key.sub=value ...`.
+"""The command line: `dail STAGE CONFIGURATION key.sub=value ...`, where it is installed, or `python -m dail_jax.launch`.
 
 Picks a stage, loads the configuration, applies overrides, calls the stage. `run` is all of them in order.
 """
@@ -12,6 +12,8 @@ import signal
 import sys
 import traceback
 from collections.abc import Callable
+
+import dail_jax
 
 # How reading and writing fail on a disk that is full, over quota, read-only or broken.
 DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EFBIG)
@@ -42,15 +44,17 @@ OWN_ARGUMENTS = ("row", "over", "tau", "runs", "out", "explain", "markdown")
 
 
 def parser() -> argparse.ArgumentParser:
-    top = argparse.ArgumentParser(prog="python -m dail_jax.launch", description=__doc__.split("\n")[0])  # pyright: ignore
+    top = argparse.ArgumentParser(prog="dail", description=__doc__.split("\n")[0])  # pyright: ignore
+    top.add_argument("--version", action="version", version=f"%(prog)s {dail_jax.__version__}")
     stages = top.add_subparsers(dest="stage", required=True, metavar="STAGE")
     for name, purpose in STAGES.items():
         sub = stages.add_parser(name, help=purpose, description=purpose)
         sub.add_argument(
             "--config",
-            required=name not in ("env", "compare", "config"),
             action="append",
-            help="a YAML file, see configs/; further ones are laid over it",
+            default=[],
+            metavar="CONFIG",
+            help="a YAML file, or the name of one of configs/ such as `demo`; further ones are laid over it",
         )
         sub.add_argument("--trace", action="store_true", help="show a traceback with errors")
         sub.add_argument(
@@ -78,19 +82,26 @@ def parser() -> argparse.ArgumentParser:
         if name == "compare":
             sub.add_argument("--out", metavar="DIR", default="runs/comparison", help="(default: %(default)s)")
             sub.add_argument("runs", nargs="+", metavar="RUN_DIR", help="a run, or a run with arms; the baseline first")
-            sub.set_defaults(overrides=[])
+            sub.set_defaults(words=[])
             continue
-        sub.add_argument("overrides", nargs="*", metavar="key.sub=value", help="replaces a key of the configuration")
+        sub.add_argument(
+            "words",
+            nargs="*",
+            metavar="CONFIG | key.sub=value",
+            help="the configuration, as with --config; or a key of it and its value",
+        )
     return top
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    """Parses the command line. Overrides may be anywhere, although argparse takes positional arguments in one place only."""
+    """Parses the command line. Configurations and overrides may be anywhere, although argparse takes positional arguments
+    in one place only."""
     args, rest = parser().parse_known_args(argv)
-    strange = [word for word in rest if word.startswith("-") or "=" not in word or args.stage == "compare"]
-    if strange:
+    if strange := [word for word in rest if word.startswith("-") or args.stage == "compare"]:
         parser().error(f"unrecognized arguments: {' '.join(strange)}")
-    args.overrides = [*args.overrides, *rest]
+    words = [*args.words, *rest]
+    args.overrides = [word for word in words if "=" in word]
+    args.config = [*(word for word in words if "=" not in word), *args.config]
     return args
 
 
@@ -121,8 +132,13 @@ def main(argv: list[str] | None = None) -> int:
             jax.distributed.initialize(args.coordinator, args.processes, args.process_id)
             signal.signal(signal.SIGTERM, handler)  # JAX has installed its own
         from dail_jax import config as config_lib
+        from dail_jax import resources
 
-        config = config_lib.load(args.config[0], args.overrides, args.config[1:]) if args.config else None
+        files = [resources.configuration(name) for name in args.config]
+        if not files and (args.overrides or args.stage not in ("env", "compare", "config")):
+            known = ", ".join(resources.configurations())
+            raise UserError(f"{args.stage}: want a configuration: a YAML file, or one of {known}")
+        config = config_lib.load(files[0], args.overrides, files[1:]) if files else None
         if config is not None:
             from dail_jax.stages import names
 
@@ -195,10 +211,15 @@ def env(config) -> None:
     console.print(table)
 
 
-if __name__ == "__main__":
-    # On preemption, a stage with something to save handles the signal itself. Elsewhere all finished work is on disk and
-    # the process exits at once: an exception could be swallowed on its way up, or meet JAX's threads at the exit.
+def console() -> int:
+    """The process's own `main`: its exit status."""
+    # Preemption: where a stage has something to save it does so, elsewhere there is nothing to lose and all that was
+    # finished is on disk. At once, since an exception could be swallowed on its way, or meet JAX's threads at the exit.
     signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
-    result = main()
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # all is done: a late signal must not change the status
-    sys.exit(result)
+    status = main()
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # all is done: let it end in peace
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(console())

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from dail_jax.errors import UserError
+
 PREFIX = "pkg:"
 PACKAGE = Path(__file__).parent
 # An installed package holds the configurations; in a checkout they lie beside it.
@@ -32,6 +34,11 @@ def configurations() -> list[str]:
 
 def configuration(name: str) -> str:
     """The file that a command line means: a path, `pkg:NAME`, or the bare name of a configuration of the package."""
-    if not Path(name).is_file() and name in configurations():
-        return str(CONFIGS / f"{name}.yaml")
-    return locate(name)
+    if name.startswith(PREFIX):
+        try:
+            return locate(name)
+        except ValueError as error:
+            raise UserError(str(error), file=name) from None
+    if Path(name).is_file() or name not in configurations():
+        return name
+    return str(CONFIGS / f"{name}.yaml")

@@ -23,7 +23,8 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     try:
         text = Path(path).read_text(encoding="utf-8-sig")
     except FileNotFoundError:
-        raise UserError("no such file", file=path) from None
+        near = difflib.get_close_matches(str(path), resources.configurations(), 1)
+        raise UserError("no such file" + (f"; did you mean {near[0]!r}?" if near else ""), file=path) from None
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"cannot be read as UTF-8 text: {error}", file=path) from None
     tree = parse_yaml(text, path)

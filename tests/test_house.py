@@ -44,6 +44,7 @@ MAY = {
 MAY["ahead"] = {"data", "model", "sample", "train"}
 MAY["stages"] |= {"ahead"}
 MAY["launch"] = {"stages"}
+MAY["__main__"] = {"launch"}
 
 # The ground floor's own order: a file imports only what stands before it.
 ORDER = (
