@@ -160,7 +160,9 @@ def test_the_paper_s_presets_are_complete(path, monkeypatch):
 def test_overrides_may_stand_anywhere(capsys):
     args = launch.parse(["compile", "a.b=1", "--config", "c.yaml", "c.d=2", "--only", "x", "e.f=3"])
     assert args.overrides == ["a.b=1", "c.d=2", "e.f=3"] and args.only == "x"
-    for words in (["--nothing"], ["--only", "x", "word"], ["--only", "x", "--n=1"]):
+    args = launch.parse(["compile", "--config", "d.yaml", "c.yaml", "--only", "x", "c.d=2", "--config", "e.yaml"])
+    assert args.config == ["c.yaml", "d.yaml", "e.yaml"] and args.overrides == ["c.d=2"]
+    for words in (["--nothing"], ["--only", "x", "--n=1"]):
         with pytest.raises(SystemExit):
             launch.parse(["compile", "a.b=1", "--config", "c.yaml", "c.d=2", *words])
         assert "unrecognized arguments" in capsys.readouterr().err

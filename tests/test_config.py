@@ -164,8 +164,7 @@ def test_shipped_configurations_load(path):
     assert "python -m dail_jax.launch" in path.read_text().split("\nrun_dir:")[0]  # the command that runs it
     for name, changes in config.arms.items():
         config_lib.with_overrides(config, {"arms": {}, **changes}, f"arms.{name}")
-    for text in (config.run_dir, config.model.path):
-        assert not re.match(r"/(work|home|root|tmp)\b", text)
+    assert not re.search(r"[\s:'\"]/\w", path.read_text())  # no place on anyone's machine
 
 
 def test_a_remote_run_directory_is_refused(tmp_path):

@@ -20,7 +20,7 @@ def run(config: config_lib.Config) -> None:
     for one in arms.values():
         names.check(one)
         samplers.find(one.evaluate.sampler)
-        recipes.check(one)
+        recipes.check(one, has_traces=bool(one.traces) and one.traces != _shared_traces(config))
     if any(a.traces for a in arms.values()) or (not config.arms and reads_traces(config)):
         generate.run(config)
     for name, one in arms.items():
@@ -45,8 +45,12 @@ def arm(config: config_lib.Config, name: str) -> config_lib.Config:
     same = all(getattr(own, section) == getattr(config, section) for section in made)
     same &= methods.of(own).rationalises == methods.find(config.train).rationalises
     if same and reads_traces(own) and not own.traces:
-        own = config_lib.with_overrides(own, {"traces": str(Path(config.run_dir) / "traces.jsonl")}, source)
+        own = config_lib.with_overrides(own, {"traces": _shared_traces(config)}, source)
     return own
+
+
+def _shared_traces(config: config_lib.Config) -> str:
+    return str(Path(config.run_dir) / recipes.TRACES)
 
 
 def reads_traces(config: config_lib.Config) -> bool:

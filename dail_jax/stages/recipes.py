@@ -159,15 +159,18 @@ def check_traces(config: config_lib.Config) -> None:
         raise UserError(f"was generated with another tokenizer: {theirs.get('path')!r}, not {ours.path!r}", file=path)
 
 
-def check(config: config_lib.Config) -> None:
-    """Reads the inputs of the stages of `run`, except for their own outputs and the weights; raises UserError."""
+def check(config: config_lib.Config, has_traces: bool) -> None:
+    """Reads the inputs of the stages of `run`, except for their own outputs and the weights; raises UserError.
+
+    `has_traces`: `config.traces` were made elsewhere, and are not what `run` itself is about to write.
+    """
     method = methods.of(config)
     found = [train(config), evaluate(config)] if method.trains else [evaluate(config)]
-    if method.reads_traces(config.train) and not config.traces:
+    if method.reads_traces(config.train) and not has_traces:
         found.insert(0, generate(config))
     for recipe in found:
         for name, one in recipe.inputs.items():
-            if name not in ("model.path", "traces") or (name == "traces" and config.traces):
+            if name != "model.path" and (name != "traces" or has_traces):
                 one.read(Checksums())
 
 
