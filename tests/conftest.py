@@ -2,7 +2,6 @@ import atexit
 import os
 import shutil
 import tempfile
-from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -38,18 +37,12 @@ def one_device():
 
 
 @pytest.fixture(scope="session")
-def programs():
-    """A folder of compiled programs, shared with the processes that tests start."""
-    return Path(os.environ["JAX_COMPILATION_CACHE_DIR"])
-
-
-@pytest.fixture(scope="session")
-def pipeline(tmp_path_factory, programs):
+def pipeline(tmp_path_factory):
     """The finished run of all stages on the tiny configuration, on one device of this process."""
     import tiny
 
     path = tiny.write(tmp_path_factory.mktemp("pipeline") / "run")
-    with tiny.alone(programs), tiny.no_network():
+    with tiny.alone(), tiny.no_network():
         for stage in tiny.STAGES:
             assert tiny.run(stage, path) == 0
     return path.with_suffix("")

@@ -15,8 +15,8 @@ from dail_jax.train import methods
 
 
 @pytest.fixture
-def one(programs):
-    with tiny.alone(programs):
+def one():
+    with tiny.alone():
         yield
 
 

@@ -9,9 +9,9 @@ import tiny
 from dail_jax import mesh as mesh_lib
 
 
-def test_same_seed_same_files(tmp_path, pipeline, programs):
+def test_same_seed_same_files(tmp_path, pipeline):
     path = tiny.write(tmp_path / pipeline.name)  # results.json has the folder's name
-    with tiny.alone(programs):
+    with tiny.alone():
         for stage in tiny.STAGES[:-1]:
             assert tiny.run(stage, path) == 0
     for file in ("traces.jsonl", "samples.jsonl", "results.json", "adapter/adapter_model.safetensors"):
@@ -19,9 +19,9 @@ def test_same_seed_same_files(tmp_path, pipeline, programs):
     assert tiny.losses(tmp_path / pipeline.name) == tiny.losses(pipeline)
 
 
-def test_other_devices_same_traces(tmp_path, pipeline, programs, monkeypatch):
+def test_other_devices_same_traces(tmp_path, pipeline, monkeypatch):
     path = tiny.write(tmp_path / "r", mesh={"data": 2, "fsdp": 1, "tensor": 1})
-    with tiny.alone(programs), monkeypatch.context() as patch:
+    with tiny.alone(), monkeypatch.context() as patch:
         patch.setattr(mesh_lib, "make_mesh", functools.partial(mesh_lib.make_mesh, devices=jax.devices()[:2]))
         assert tiny.run("generate", path) == 0 and tiny.run("train", path) == 0
     got, want = (tiny.lines(folder / "traces.jsonl") for folder in (tmp_path / "r", pipeline))
@@ -34,8 +34,8 @@ def test_other_devices_same_traces(tmp_path, pipeline, programs, monkeypatch):
     np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5)
 
 
-def test_another_seed_gives_other_traces(tmp_path, pipeline, programs):
-    with tiny.alone(programs):
+def test_another_seed_gives_other_traces(tmp_path, pipeline):
+    with tiny.alone():
         path = tiny.write(tmp_path / "r", seed=6, data__limit=4)
         assert tiny.run("generate", path) == 0
     got, want = (tiny.lines(folder / "traces.jsonl") for folder in (tmp_path / "r", pipeline))

@@ -84,7 +84,7 @@ def test_model_folders_that_do_not_fit_leave_nothing(tmp_path):
     assert not os.listdir(tmp_path)
 
 
-def test_training_goes_on_when_there_is_room_again(tmp_path, pipeline, programs, capsys):
+def test_training_goes_on_when_there_is_room_again(tmp_path, pipeline, capsys):
     folder = tmp_path / "run"
     path = tiny.write(folder, traces=str(pipeline / "traces.jsonl"))
     save = Store.save
@@ -93,7 +93,7 @@ def test_training_goes_on_when_there_is_room_again(tmp_path, pipeline, programs,
         with tiny.small_files(1 << 14) if step == 4 else contextlib.nullcontext():
             save(self, step, *args)
 
-    with tiny.alone(programs):
+    with tiny.alone():
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(Store, "save", on_a_full_disk)
             assert tiny.run("train", path) == 2

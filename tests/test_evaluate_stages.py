@@ -29,7 +29,7 @@ def dump(path, rows):
 
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory, programs):
+def world(tmp_path_factory):
     """(folder, function that evaluates a configuration with changes and returns its run directory)."""
     # (prompts are padded to a common length: each length class is a program to compile)
     root = tmp_path_factory.mktemp("evaluate")
@@ -85,7 +85,7 @@ def world(tmp_path_factory, programs):
         for key, value in changes.items():
             config_lib.assign(whole, key.replace("__", "."), value)
         path.write_text(json.dumps(whole))
-        with tiny.alone(programs):
+        with tiny.alone():
             assert tiny.run("evaluate", path) == 0
         return root / name
 

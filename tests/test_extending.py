@@ -20,7 +20,7 @@ from dail_jax.text import load_tokenizer
 
 
 @pytest.fixture(autouse=True)
-def here(programs, monkeypatch):
+def here(monkeypatch):
     """One device; what a script registers is forgotten after the test."""
     for module, name in (
         (answers, "ANSWERS"),
@@ -30,7 +30,7 @@ def here(programs, monkeypatch):
     ):
         monkeypatch.setattr(module, name, dict(getattr(module, name)))
     samplers.SAMPLERS["constant"] = lambda session, run_dir: lambda limit: Constant(session.tokenizer)
-    with tiny.alone(programs):
+    with tiny.alone():
         yield
 
 

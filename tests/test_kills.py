@@ -34,8 +34,8 @@ class Killed(BaseException):
 
 
 @pytest.fixture(autouse=True)
-def one(programs):
-    with tiny.alone(programs):
+def one():
+    with tiny.alone():
         yield
 
 

@@ -13,12 +13,12 @@ import tiny
 from dail_jax.sample import engine
 
 
-def start(stage, path, programs, *more):
+def start(stage, path, *more):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         at = f"127.0.0.1:{free.getsockname()[1]}"
     return [
-        tiny.start(stage, path, programs, "--coordinator", at, "--processes", "2", "--process-id", str(i), *more)
+        tiny.start(stage, path, "--coordinator", at, "--processes", "2", "--process-id", str(i), *more)
         for i in range(2)
     ]
 
@@ -40,19 +40,19 @@ def finish(processes):
     return [status for status, _, _ in found], found[0][1], "".join(err for _, _, err in found)
 
 
-def test_two_processes_train_as_one(tmp_path, pipeline, programs):
+def test_two_processes_train_as_one(tmp_path, pipeline):
     """Each feeds its share of the rows. Both are killed, then both preempted; losses equal one process's."""
     folder = tmp_path / "run"
     path = tiny.write(folder, traces=str(pipeline / "traces.jsonl"), train__save_every=1)
     log, tail = folder / "metrics.jsonl", 1
-    processes = start("train", path, programs)
+    processes = start("train", path)
     with ended(processes):
         tiny.wait_for(log, 2, processes[0], "train")
     assert log.exists(), [p.returncode for p in processes]
     tail = len(tiny.losses(folder))
     assert tail < tiny.UPDATES
 
-    processes = start("train", path, programs)
+    processes = start("train", path)
     tiny.wait_for(log, tail + 1, processes[0], "train")
     processes[1].send_signal(signal.SIGTERM)  # one hears of it, both stop at the same update
     statuses, out, err = finish(processes)
@@ -60,12 +60,12 @@ def test_two_processes_train_as_one(tmp_path, pipeline, programs):
     assert "train: resuming at update" in out
     if len(tiny.losses(folder)) < tiny.UPDATES:
         assert "train: stopped and saved at update" in out
-        statuses, _, err = finish(start("train", path, programs))
+        statuses, _, err = finish(start("train", path))
         assert statuses == [0, 0], err
     got, want = np.array(tiny.losses(folder)), np.array(tiny.losses(pipeline))
     np.testing.assert_allclose(got, want, rtol=1e-5)
 
-    env = {**tiny.environment(programs), "PYTHON": sys.executable, "LOGS": str(tmp_path)}  # as people start it
+    env = {**tiny.environment(), "PYTHON": sys.executable, "LOGS": str(tmp_path)}  # as people start it
     done = subprocess.run(
         [tiny.ROOT / "launch" / "local.sh", "2", "export", "--config", path],
         env=env,
@@ -100,12 +100,12 @@ time.sleep(5)
 """
 
 
-def test_hosts_whose_rows_are_not_side_by_side(tmp_path, programs):
+def test_hosts_whose_rows_are_not_side_by_side(tmp_path):
     """Each process feeds the rows of its own devices, wherever the mesh has put them; and SIGTERM still ends it."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         at = f"127.0.0.1:{free.getsockname()[1]}"
-    env = {**tiny.environment(programs), "XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
+    env = {**tiny.environment(), "XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
     processes = [
         subprocess.Popen(
             [sys.executable, "-c", INTERLEAVED, at, str(i)],
@@ -124,25 +124,25 @@ def test_hosts_whose_rows_are_not_side_by_side(tmp_path, programs):
         assert line in out.splitlines()
 
 
-def test_errors_of_one_are_errors_of_all(tmp_path, programs):
+def test_errors_of_one_are_errors_of_all(tmp_path):
     """What only the first process can see ends both, in one line each."""
     path = tiny.write(tmp_path / "run", data__path=str(tiny.ASSETS / "train.jsonl"))
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "run.json").write_text("{")
-    statuses, _, err = finish(start("generate", path, programs))
+    statuses, _, err = finish(start("generate", path))
     assert (
         statuses[0] == 2 and statuses[1] != 0 and f"error: {tmp_path}/run/run.json: got a file that is not JSON" in err
     )
 
 
-def test_two_processes_generate_the_same_traces(tmp_path, pipeline, programs):
+def test_two_processes_generate_the_same_traces(tmp_path, pipeline):
     traces = tiny.lines(pipeline / "traces.jsonl")
     longest = {t["problem_id"]: max(t["prompt_tokens"].values()) for t in traces}
     chosen = [name for name, n in longest.items() if engine.bucket(n) == engine.bucket(max(longest.values()))][:4]
     rows = [r for r in tiny.lines(tiny.ASSETS / "train.jsonl") if r["problem_id"] in chosen]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     path = tiny.write(tmp_path / "run", data__path=str(tmp_path / "rows.jsonl"))
-    statuses, _, err = finish(start("generate", path, programs))
+    statuses, _, err = finish(start("generate", path))
     assert statuses == [0, 0], err
     got, want = tiny.lines(tmp_path / "run" / "traces.jsonl"), [t for t in traces if t["problem_id"] in chosen]
     assert [t["response_ids"] for t in got] == [t["response_ids"] for t in want]

@@ -42,8 +42,8 @@ def rows(tmp_path_factory):
 
 
 @pytest.fixture
-def one(programs):
-    with tiny.alone(programs):
+def one():
+    with tiny.alone():
         yield
 
 

@@ -10,8 +10,8 @@ from dail_jax.text import load_tokenizer
 
 
 @pytest.fixture(autouse=True)
-def one(programs):
-    with tiny.alone(programs):
+def one():
+    with tiny.alone():
         yield
 
 
@@ -23,7 +23,7 @@ THINKING = {
 }
 
 
-def test_forced_answers_at_budgets(tmp_path, programs):
+def test_forced_answers_at_budgets(tmp_path):
     """A sample cut at budget b is that of a run with max_tokens b; those without an answer are asked for one."""
     assert tiny.run("evaluate", tiny.write(tmp_path / "all", evaluate__budgets=[24, 96], **THINKING)) == 0
     samples = tiny.lines(tmp_path / "all" / "samples.jsonl")

@@ -15,8 +15,8 @@ from dail_jax.text import load_tokenizer
 
 
 @pytest.fixture(autouse=True)
-def one(programs):
-    with tiny.alone(programs):
+def one():
+    with tiny.alone():
         yield
 
 

@@ -15,8 +15,8 @@ from dail_jax.checkpoint.store import Store
 
 
 @pytest.fixture(autouse=True)
-def one(programs):
-    with tiny.alone(programs):
+def one():
+    with tiny.alone():
         yield
 
 
@@ -140,62 +140,62 @@ def test_changed_traces_are_noticed(tmp_path, pipeline, monkeypatch, capsys):
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory, pipeline, programs):
+def whole(tmp_path_factory, pipeline):
     """Uninterrupted runs of generate and train in processes of their own: with other threads, rounding differs."""
     folder = tmp_path_factory.mktemp("whole")
     generate = tiny.write(folder / "generate", generate__slots=2)
     train = tiny.write(folder / "train", traces=str(pipeline / "traces.jsonl"))
     for stage, path in (("generate", generate), ("train", train)):
-        status, _, err = tiny.finish(tiny.start(stage, path, programs))
+        status, _, err = tiny.finish(tiny.start(stage, path))
         assert status == 0, err
     return folder
 
 
-def test_sigkill_in_generate_loses_no_finished_problem(tmp_path, pipeline, programs, whole):
+def test_sigkill_in_generate_loses_no_finished_problem(tmp_path, pipeline, whole):
     """Kills at random moments: what was durable stays, nothing is drawn twice, and the final bytes are the same."""
     folder, path = tmp_path / "run", tiny.write(tmp_path / "run", generate__slots=2)
     journal, rng, acknowledged = folder / "traces.partial.jsonl", random.Random(3), []
     for _ in range(2):
-        process = tiny.start("generate", path, programs)
+        process = tiny.start("generate", path)
         tiny.wait_for(journal, len(acknowledged) + rng.randint(1, 3), process)
         process.kill()
         process.communicate()
         lines = journal.read_bytes().split(b"\n")[:-1]
         assert lines[: len(acknowledged)] == acknowledged and len(lines) > len(acknowledged)
         acknowledged = lines
-    status, _, err = tiny.finish(tiny.start("generate", path, programs))
+    status, _, err = tiny.finish(tiny.start("generate", path))
     assert status == 0, err
     assert (folder / "traces.jsonl").read_bytes() == (whole / "generate" / "traces.jsonl").read_bytes()
     got, want = tiny.lines(folder / "traces.jsonl"), tiny.lines(pipeline / "traces.jsonl")
     assert [t["response_ids"] for t in got] == [t["response_ids"] for t in want]  # with other slots, the same traces
 
 
-def test_signals_in_train(tmp_path, pipeline, programs, whole):
+def test_signals_in_train(tmp_path, pipeline, whole):
     """SIGTERM saves and exits with 0; SIGKILL loses what came after the last save; the results are bit-identical."""
     folder = tmp_path / "run"
     path = tiny.write(folder, traces=str(pipeline / "traces.jsonl"))
     log = folder / "metrics.jsonl"
-    process = tiny.start("train", path, programs)
+    process = tiny.start("train", path)
     tiny.wait_for(log, 1, process, "train")
     process.send_signal(signal.SIGTERM)
     status, out, err = tiny.finish(process)
     assert status == 0 and "train: stopped and saved at update" in out, (out, err)
     done = len(tiny.losses(folder))
     assert 1 <= done < tiny.UPDATES and f"saved at update {done} of 6" in out
-    process = tiny.start("train", path, programs)
+    process = tiny.start("train", path)
     tiny.wait_for(log, done + 1, process, "train")
     process.kill()
     process.communicate()
-    status, out, err = tiny.finish(tiny.start("train", path, programs))
+    status, out, err = tiny.finish(tiny.start("train", path))
     assert status == 0 and "train: resuming at update" in out, (out, err)
     same_training(folder, whole / "train")
 
 
-def test_worker_processes_feed_the_same_batches_and_die_with_their_parent(tmp_path, pipeline, programs, whole):
+def test_worker_processes_feed_the_same_batches_and_die_with_their_parent(tmp_path, pipeline, whole):
     """Two workers: the same losses across a SIGKILL and a resume, and no orphan 10 s after their parent's death."""
     folder = tmp_path / "run"
     path = tiny.write(folder, traces=str(pipeline / "traces.jsonl"), train__workers=2, train__save_every=1)
-    process = tiny.start("train", path, programs)
+    process = tiny.start("train", path)
     tiny.wait_for(folder / "metrics.jsonl", 1, process, "train")
     workers = [pid for pid in tiny.children(process.pid) if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes()]
     tiny.wait_for(folder / "metrics.jsonl", 2, process, "train")  # so that the first update is saved
@@ -206,23 +206,23 @@ def test_worker_processes_feed_the_same_batches_and_die_with_their_parent(tmp_pa
     while any(map(tiny.is_alive, workers)) and time.monotonic() < deadline:
         time.sleep(0.01)
     assert not any(map(tiny.is_alive, workers))
-    status, out, err = tiny.finish(tiny.start("train", path, programs))
+    status, out, err = tiny.finish(tiny.start("train", path))
     assert status == 0 and "train: resuming at update" in out and "shared_memory" not in err, (out, err)
     same_training(folder, whole / "train")
 
 
-def test_sigterm_at_the_start_ends_with_0(tmp_path, programs):
+def test_sigterm_at_the_start_ends_with_0(tmp_path):
     path = tiny.write(tmp_path / "run")
-    process = tiny.start("generate", path, programs)
+    process = tiny.start("generate", path)
     tiny.wait_for(tmp_path / "run" / "run.json", 1, process)  # the model is being loaded
     process.send_signal(signal.SIGTERM)
     status, _, err = tiny.finish(process)
     assert status == 0 and "Traceback" not in err, err
 
 
-def test_errors_are_one_line_and_status_2(tmp_path, programs):
+def test_errors_are_one_line_and_status_2(tmp_path):
     path = tiny.write(tmp_path / "run")
-    status, out, err = tiny.finish(tiny.start("train", path, programs, "train.gama=0.2"))
+    status, out, err = tiny.finish(tiny.start("train", path, "train.gama=0.2"))
     assert (status, out, err) == (2, "", f"error: {path}:train.gama: unknown key; did you mean 'gamma'?\n")
 
 

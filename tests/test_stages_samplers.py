@@ -13,8 +13,8 @@ from dail_jax.stages import samplers, session
 
 
 @pytest.fixture(autouse=True)
-def one(programs):
-    with tiny.alone(programs):
+def one():
+    with tiny.alone():
         yield
 
 

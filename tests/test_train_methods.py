@@ -34,11 +34,11 @@ def of(**train):
     return methods.of(config_lib.build({"run_dir": "r", "model": {"path": "m"}, "train": train}, "c.yaml"))
 
 
-def test_a_method_from_outside_trains(tmp_path, pipeline, programs, mine, capsys):
+def test_a_method_from_outside_trains(tmp_path, pipeline, mine, capsys):
     """One function and one entry: nothing else knows of it, and it goes from traces to results."""
     changes = {"train__objective": "mine", "train__loss": {"temperature": 0.5}, "train__gamma": 0.3}
     path = tiny.write(tmp_path / "run", traces=str(pipeline / "traces.jsonl"), evaluate__samples=2, **changes)
-    with tiny.alone(programs):
+    with tiny.alone():
         for stage in ("train", "export", "evaluate"):
             assert tiny.run(stage, path) == 0
         assert "train: mine on " in capsys.readouterr().out

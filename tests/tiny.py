@@ -13,7 +13,6 @@ from pathlib import Path
 
 import jax
 import pytest
-from jax.experimental.compilation_cache import compilation_cache
 
 from dail_jax import config as config_lib
 from dail_jax import launch
@@ -85,23 +84,11 @@ def write_pretrain(run_dir, corpus: Path, **changes) -> Path:
 
 
 @contextlib.contextmanager
-def alone(programs: Path):
-    """One device of this process, and programs kept in a folder: they are compiled once for all tests."""
-    settings = {
-        "jax_compilation_cache_dir": str(programs),
-        "jax_persistent_cache_min_compile_time_secs": 0,
-        "jax_persistent_cache_min_entry_size_bytes": -1,
-    }
-    before = {name: getattr(jax.config, name) for name in settings}
+def alone():
+    """One device of this process."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(mesh_lib, "make_mesh", functools.partial(mesh_lib.make_mesh, devices=jax.devices()[:1]))
-        for name, value in settings.items():
-            jax.config.update(name, value)
-        compilation_cache.reset_cache()
         yield
-    for name, value in before.items():
-        jax.config.update(name, value)
-    compilation_cache.reset_cache()
 
 
 def run(stage: str, path: Path, *overrides: str) -> int:
@@ -109,16 +96,13 @@ def run(stage: str, path: Path, *overrides: str) -> int:
     return launch.main([stage, "--config", str(path), *overrides])
 
 
-def environment(programs: Path) -> dict[str, str]:
+def environment() -> dict[str, str]:
     """Of a process with one device."""
     return {
         **os.environ,
         "JAX_PLATFORMS": "cpu",
         "XLA_FLAGS": "--xla_force_host_platform_device_count=1",
         "JAX_DEFAULT_MATMUL_PRECISION": "highest",
-        "JAX_COMPILATION_CACHE_DIR": str(programs),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
     }
 
 
@@ -133,11 +117,11 @@ def small_files(limit: int):
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
-def start(stage: str, path: Path, programs: Path, *more: str) -> subprocess.Popen:
+def start(stage: str, path: Path, *more: str) -> subprocess.Popen:
     """A stage in a process of its own."""
     command = [sys.executable, "-m", "dail_jax.launch", stage, "--config", str(path), *more]
     return subprocess.Popen(
-        command, env=environment(programs), cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        command, env=environment(), cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
     )
 
 
