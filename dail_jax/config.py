@@ -501,8 +501,10 @@ class Pretrain(Section):
 
 
 class Log(Section):
-    """Where metrics go besides metrics.jsonl."""
+    """How progress is shown, and where metrics go besides metrics.jsonl."""
 
+    every: Positive = 30.0
+    """Seconds between lines about the progress of a stage where there is no terminal to show a bar on."""
     tensorboard: bool = False
     """Whether to write TensorBoard event files into the run directory."""
     wandb: str | None = None

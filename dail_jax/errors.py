@@ -31,6 +31,14 @@ class UserError(Exception):
         super().__init__(visible(" ".join(line.split())))
 
 
+def want_folder(folder: Path, what: str) -> None:
+    """Raises UserError if a folder `what` is read from is not there; a model's name on a hub is recognised."""
+    if not folder.is_dir():
+        on_hub = re.fullmatch(r"[\w.-]+/[\w.-]+", str(folder))
+        hint = f"; is it a name on a hub? Download it: hf download {folder} --local-dir DIR" if on_hub else ""
+        raise UserError(f"got no such folder, want one with {what}{hint}", file=folder)
+
+
 def visible(text: str) -> str:
     """The text made safe for a terminal: characters that would move its cursor, colour or reverse text are escaped.
 

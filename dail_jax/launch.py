@@ -110,6 +110,7 @@ def main(argv: list[str] | None = None) -> int:
     several = args.distributed or args.coordinator is not None
     os.environ.setdefault("HF_HUB_OFFLINE", "1")  # models and tokenizers are folders
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # such as that there is no PyTorch
     if args.stage == "compile" and args.topology != "gpu":  # no device is looked for, and libtpu's lock is not taken
         os.environ.update(
             JAX_PLATFORMS="cpu",
@@ -119,7 +120,7 @@ def main(argv: list[str] | None = None) -> int:
         )
 
     from dail_jax.errors import UserError, reason, visible
-    from dail_jax.metrics import log
+    from dail_jax.metrics import configure, log
     from dail_jax.rundir import Interrupted
 
     config = None
@@ -142,6 +143,7 @@ def main(argv: list[str] | None = None) -> int:
         if config is not None:
             from dail_jax.stages import names
 
+            configure(config.log)
             names.check(config)
         more = {key: vars(args)[key] for key in OWN_ARGUMENTS if key in args}
         if args.stage == "compile":

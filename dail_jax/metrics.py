@@ -1,8 +1,10 @@
-"""Metrics and progress: metrics.jsonl always, TensorBoard and W&B on request, a rich bar on a terminal."""
+"""Metrics and progress: metrics.jsonl always, TensorBoard and W&B on request, a bar on a terminal or lines in a log."""
 
 from __future__ import annotations
 
 import contextlib
+import datetime
+import functools
 import json
 import os
 import sys
@@ -12,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import jax
+from rich import progress as rich_progress
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from dail_jax import config as config_lib
 from dail_jax import strict_json
@@ -107,33 +109,72 @@ class Metrics:
             self.wandb.finish()
 
 
-class Bar:
-    """One progress bar; `advance` also takes a short text such as the current loss."""
+# ---------------------------------------------------------------------------------------------------
+# Progress
+# ---------------------------------------------------------------------------------------------------
 
-    def __init__(self, progress: Progress | None, label: str, total: int, unit: str, done: int = 0):
-        self.progress, self.unit, self.started, self.count = progress, unit, time.monotonic(), 0
-        self.task = progress.add_task(label, total=total, completed=done, note="") if progress else None
+COMPILED = "/jax/core/compile/backend_compile_duration"  # JAX's name of the event
+LONG = 5.0  # seconds of compilation that are worth a line
+
+
+class Progress:
+    """How far long work has come. On a terminal it is a bar, otherwise a line in the log every `every` seconds."""
+
+    every = 30.0  # set from `log.every`
+
+    def __init__(self, label: str, total: int, unit: str, done: int, bar: rich_progress.Progress | None):
+        self.label, self.total, self.unit, self.done, self.bar = label, total, unit, done, bar
+        self.first, self.started = done, time.monotonic()
+        self.logged = self.started
+        self.task = bar.add_task(label, total=total, completed=done, note="") if bar else None
 
     def advance(self, amount: int = 1, note: str = "") -> None:
-        self.count += amount
-        if self.progress is not None and self.task is not None:
-            rate = self.count / max(time.monotonic() - self.started, 1e-9)
-            self.progress.update(self.task, advance=amount, note=f"{rate:.3g} {self.unit}/s {note}")
+        """`note` is a short text such as the current loss."""
+        self.done += amount
+        now = time.monotonic()
+        rate = (self.done - self.first) / max(now - self.started, 1e-9)
+        if self.bar is not None and self.task is not None:
+            self.bar.update(self.task, advance=amount, note=f"{rate:.3g} {self.unit}/s {note}")
+        elif now - self.logged >= self.every:
+            self.logged = now
+            times = f"{_clock(now - self.started)} elapsed, {_clock((self.total - self.done) / max(rate, 1e-9))} left"
+            parts = [f"{self.done} / {self.total} {self.unit}", f"{rate:.3g} {self.unit}/s", note, times]
+            log(f"{self.label}: {', '.join(part for part in parts if part)}")
+
+
+def _clock(seconds: float) -> str:
+    return str(datetime.timedelta(seconds=round(max(seconds, 0))))
 
 
 @contextlib.contextmanager
-def progress(label: str, total: int, unit: str, done: int = 0) -> Iterator[Bar]:
-    """A bar with rate and estimate for long work; quiet when nobody is watching a terminal."""
+def progress(label: str, total: int, unit: str, done: int = 0) -> Iterator[Progress]:
+    """Shows how far long work has come, with its rate and an estimate; `done` of `total` were there before."""
     if jax.process_index() != 0 or not sys.stdout.isatty():
-        yield Bar(None, label, total, unit, done)
+        yield Progress(label, total, unit, done, None)
         return
     columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[note]}"),
+        rich_progress.TextColumn("{task.description}"),
+        rich_progress.BarColumn(),
+        rich_progress.MofNCompleteColumn(),
+        rich_progress.TimeElapsedColumn(),
+        rich_progress.TimeRemainingColumn(),
+        rich_progress.TextColumn("{task.fields[note]}"),
     )
-    with Progress(*columns, console=console) as shown:
-        yield Bar(shown, label, total, unit, done)
+    with rich_progress.Progress(*columns, console=console) as bar:
+        yield Progress(label, total, unit, done, bar)
+
+
+def configure(cfg: config_lib.Log) -> None:
+    """How this process reports: how often it writes to a log, and that a long compilation is announced."""
+    Progress.every = cfg.every
+    _listen()
+
+
+@functools.cache
+def _listen() -> None:
+    jax.monitoring.register_event_duration_secs_listener(_announce)
+
+
+def _announce(event: str, seconds: float, **details: Any) -> None:
+    if event == COMPILED and seconds >= LONG:
+        log(f"compiled {details.get('fun_name', 'a program')} in {seconds:.0f} s")

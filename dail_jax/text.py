@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from dail_jax import strict_json
-from dail_jax.errors import UserError
+from dail_jax.errors import UserError, want_folder
 from dail_jax.tokenizer_worker import LOAD_SECONDS, MARK, open_tag
 from dail_jax.worker import Lost, Worker
 
@@ -124,8 +124,7 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     UserError.
     """
     folder = Path(path)
-    if not folder.is_dir():
-        raise UserError("got no such folder, want one with a tokenizer", file=folder)
+    want_folder(folder, "a tokenizer")
     names = [name for name in FILES if (folder / name).is_file()]
     if not names and not ((folder / "vocab.json").is_file() and (folder / "merges.txt").is_file()):
         raise UserError(f"got no tokenizer file, want {' or '.join(FILES)}", file=folder)

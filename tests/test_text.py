@@ -305,8 +305,10 @@ def test_templates_that_refuse_a_role_or_are_missing(tmp_path):
 
 
 def test_bad_folders(tmp_path):
-    with pytest.raises(UserError, match="no such folder"):
+    with pytest.raises(UserError, match=r"no such folder, want one with a tokenizer$"):
         load_tokenizer(tmp_path / "none")
+    with pytest.raises(UserError, match="Download it: hf download Qwen/Qwen3-8B --local-dir DIR"):
+        load_tokenizer("Qwen/Qwen3-8B")
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match=r"no tokenizer file, want tokenizer.json or tokenizer.model"):
         load_tokenizer(tmp_path / "empty")

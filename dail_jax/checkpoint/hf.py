@@ -25,7 +25,7 @@ from safetensors.numpy import save_file
 
 from dail_jax import mesh as mesh_lib
 from dail_jax import strict_json
-from dail_jax.errors import UserError, writing
+from dail_jax.errors import UserError, want_folder, writing
 from dail_jax.metrics import progress
 from dail_jax.model import weights
 from dail_jax.model.families import ModelConfig, read_config
@@ -190,6 +190,7 @@ def listed_digest(folder: Path, name: str) -> str | None:
 
 def tokenizer_digest(folder: Path, checksum: Checksums) -> str:
     """One digest of all files that determine a folder's tokenizer and chat template; raises UserError without any."""
+    want_folder(folder, "a tokenizer")
     files = [folder / name for name in (*TOKENIZER_FILES, "chat_template.json") if (folder / name).is_file()]
     files += sorted(folder.glob("additional_chat_templates/*.jinja"))
     if not files:
