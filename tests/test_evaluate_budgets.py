@@ -190,7 +190,7 @@ def test_bad_settings():
 
 def test_protocols_are_not_compared():
     base = {"benchmarks": {}, "objective": "none"}
-    assert protocol.differences({"base": base, "dail": {**base, "budget": "thoughts"}}, 0, 50) == [
+    assert protocol.differences({"base": base, "dail": {**base, "budget": "thoughts"}}, 0, 50).notes == [
         "dail against base: not compared, for their budgets cover other tokens (thoughts, all)"
     ]
 

@@ -119,14 +119,32 @@ def test_compare(results):
 def test_differences_are_paired(results):
     better = protocol.summarise(rows({"a": 4, "b": 2}, "hard", 64), CFG, 0)
     other = protocol.summarise(rows({"a": 4, "z": 2}, "hard", 8), CFG, 0)
-    assert protocol.differences({"dail": results, "more": better, "odd": other}, 0, 50) == [
-        "hard (64): more against dail: pass@1 +25.0 points [+25.0, +25.0], p = 0.569, better on 2, worse on 0, "
-        "same on 0 problems",
-        "hard (64): more against dail: pass@4 +0.0 points [+0.0, +0.0], p = 1, better on 0, worse on 0, "
-        "same on 2 problems",
-        "hard (8): odd against dail: not the same problems",
+    found = protocol.differences({"dail": results, "more": better, "odd": other}, 0, 50)
+    assert found.header == ["benchmark", "method", "pass@1", "p", "+ / - / =", "pass@4", "p", "+ / - / ="]
+    assert found.rows == [
+        ["hard (64)", "more", "+25.0 [+25.0, +25.0]", "0.57", "2 / 0 / 0", "+0.0 [+0.0, +0.0]", "1", "0 / 0 / 2"]
     ]
-    assert protocol.differences({"dail": results}, 0, 50) == []
+    assert found.notes == ["hard (8): odd against dail: not the same problems"]
+    assert protocol.differences({"dail": results}, 0, 50).rows == []
+
+
+def test_a_p_value_is_not_below_what_resamples_can_show():
+    many = {f"p{i}": 4 for i in range(40)}
+    base, better = (protocol.summarise(rows(dict.fromkeys(many, n), "hard", 64), CFG, 0) for n in (0, 4))
+    (row,) = protocol.differences({"base": base, "better": better}, 0, 999).rows
+    assert row[2:5] == ["+100.0 [+100.0, +100.0]", "<= 0.001", "40 / 0 / 0"]
+
+
+def test_tables_fit_a_terminal(results):
+    """No word is broken at 80 columns, and no column is wider than its texts at 200."""
+    found = protocol.differences({"base": results, "dail": results}, 0, 50)
+    for width in (80, 200):
+        console = Console(width=width, file=io.StringIO())
+        console.print(protocol.table({"base": results, "dail": results}), protocol.differences_table(found))
+        lines = console.file.getvalue().splitlines()
+        assert all(any(name in line for line in lines) for name in ("benchmark", "mean tokens", "+ / - / ="))
+        assert sum("[+0.0, +0.0]" in line for line in lines) == len(found.rows)
+        assert max(len(line.rstrip()) for line in lines if "pass@" in line and "percent" not in line) <= 100
 
 
 def test_grading_again_is_by_texts_alone():

@@ -399,7 +399,8 @@ def test_comparison_of_runs_that_lie_anywhere(tmp_path, capsys, monkeypatch):
         0,
         diagnosis.RESAMPLES,
     )
-    assert f"hard (256): {tmp_path}/one/dail against {tmp_path}/base: pass@1 {100 * d.mean:+.1f} points" in shown
+    low, mean, high = (f"{100 * value:+.1f}" for value in (d.low, d.mean, d.high))
+    assert f"{mean} [{low}, {high}]" in (out / "results.md").read_text() and f"[{low}, {high}]" in shown
     assert {f.name for f in out.iterdir()} == {"report.html", "results.md", "results.tex"}
     data = Page((out / "report.html").read_text("utf-8")).data()
     assert data["runs"] == [str(tmp_path / name) for name in ("base", "one/dail", "two/dail")]

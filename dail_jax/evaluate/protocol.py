@@ -9,7 +9,7 @@ import itertools
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from rich import box
@@ -146,37 +146,56 @@ def compare(a: Results, b: Results, benchmark: str, budget: str, k: int, seed: i
     return passk.paired_difference(values(a), values(b), seed, resamples)
 
 
-def differences(results: Mapping[str, Results], seed: int, resamples: int) -> list[str]:
-    """How every method differs from the untrained model, or else the first, at the two ends of pass@k: a line each.
+class Differences(NamedTuple):
+    """How methods differ from a first one: a table, whose cells are texts, and a line for each that cannot be compared."""
+
+    first: str
+    header: list[str]
+    rows: list[list[str]]
+    notes: list[str]
+
+
+def differences(results: Mapping[str, Results], seed: int, resamples: int) -> Differences:
+    """How every method differs from the untrained model, or else the first, at the two ends of pass@k.
 
     Intervals are bootstrap ones over problems, p values from sign flips; neither is corrected for their number.
     """
     first = next(
         (arm for arm, found in results.items() if found.get("objective") == files.UNTRAINED), next(iter(results))
     )
-    base, lines = results[first], []
-    for arm, other in results.items():
-        if arm == first:
-            continue
-        protocols = [one.get("budget", "all") for one in (other, base)]
-        if len(set(protocols)) > 1:
-            covered = ", ".join(protocols)
-            lines.append(f"{arm} against {first}: not compared, for their budgets cover other tokens ({covered})")
-            continue
-        for name, budgets in base["benchmarks"].items():
-            for budget, found in budgets.items():
-                cell = other["benchmarks"].get(name, {}).get(budget)
-                ks = sorted(set(found["pass@k"]) & set(cell["pass@k"] if cell else ()), key=int)
-                place = f"{name} ({budget}): {arm} against {first}"
-                if ks and found["per_problem"].keys() != cell["per_problem"].keys():
-                    lines.append(f"{place}: not the same problems")
-                    continue
-                for k in dict.fromkeys([*ks[:1], *ks[-1:]]):
-                    d = compare(base, other, name, budget, int(k), seed, resamples)
-                    low, mean, high = (f"{100 * value:+.1f}" for value in (d.low, d.mean, d.high))
-                    counts = f"better on {d.better}, worse on {d.worse}, same on {d.same} problems"
-                    lines.append(f"{place}: pass@{k} {mean} points [{low}, {high}], p = {d.p:.3g}, {counts}")
-    return lines
+    base, rows, notes = results[first], [], []
+    others = {arm: other for arm, other in results.items() if arm != first}
+    for arm, other in list(others.items()):
+        if len(covered := {one.get("budget", "all"): None for one in (other, base)}) > 1:
+            notes.append(
+                f"{arm} against {first}: not compared, for their budgets cover other tokens ({', '.join(covered)})"
+            )
+            del others[arm]
+    for name, budgets in base["benchmarks"].items():
+        for (budget, found), (arm, other) in itertools.product(budgets.items(), others.items()):
+            cell = other["benchmarks"].get(name, {}).get(budget)
+            label = f"{name} ({budget})" if len(budgets) > 1 else name
+            ks = sorted(set(found["pass@k"]) & set(cell["pass@k"] if cell else ()), key=int)
+            if ks and found["per_problem"].keys() != cell["per_problem"].keys():
+                notes.append(f"{label}: {arm} against {first}: not the same problems")
+            elif ks:
+                ends = {k: compare(base, other, name, budget, int(k), seed, resamples) for k in (ks[0], ks[-1])}
+                rows.append((label, arm, ends))
+    ks = sorted({k for *_, ends in rows for k in ends}, key=int)
+    header = ["benchmark", "method", *itertools.chain(*([f"pass@{k}", "p", "+ / - / ="] for k in ks))]
+    cells = lambda ends: itertools.chain(*(_cells(ends[k], resamples) if k in ends else ["-"] * 3 for k in ks))  # noqa: E731
+    return Differences(first, header, [[label, arm, *cells(ends)] for label, arm, ends in rows], notes)
+
+
+def _cells(d: passk.Difference, resamples: int) -> list[str]:
+    low, mean, high = (f"{100 * value:+.1f}" for value in (d.low, d.mean, d.high))
+    return [f"{mean} [{low}, {high}]", _p(d.p, resamples), f"{d.better} / {d.worse} / {d.same}"]
+
+
+def _p(p: float, resamples: int) -> str:
+    """A p value, which cannot fall below that of a single one among all resamples."""
+    floor = 1 / (1 + resamples)
+    return f"<= {floor:.1g}" if p < 1.5 * floor else f"{p:.2g}"
 
 
 def headline(results: Results) -> str:
@@ -255,8 +274,25 @@ def comparison(results: Mapping[str, Results]) -> tuple[list[str], list[list[lis
 def table(results: Mapping[str, Results]) -> Table:
     """The comparison of methods for the terminal; `results` maps a method (arm) to its results."""
     header, sections = comparison(results)
-    # Intervals stand below their means, so that all columns fit into 120 characters; longer names are folded.
-    shown = Table(caption=CAPTION, box=box.SIMPLE, show_edge=False, padding=(0, 1, 0, 0))
+    return _shown(header, sections, CAPTION)
+
+
+def differences_table(found: Differences) -> Table:
+    """The differences for the terminal."""
+    sections = [list(rows) for _, rows in itertools.groupby(found.rows, key=lambda row: row[0])]
+    return _shown(found.header, sections, _differences_caption(found))
+
+
+def _differences_caption(found: Differences) -> str:
+    return (
+        f"against {found.first}: points of pass@k with 95% bootstrap intervals over problems, p of random sign flips, and on "
+        "how many problems better / worse / the same"
+    )
+
+
+def _shown(header: Sequence[str], sections: Sequence[Sequence[Sequence[str]]], caption: str) -> Table:
+    # Intervals are below their means, so that all columns fit into a terminal; longer names are folded.
+    shown = Table(caption=caption, box=box.SIMPLE, show_edge=False, padding=(0, 1, 0, 0))
     for i, name in enumerate(header):
         shown.add_column(name, justify="left" if i < 2 else "right", overflow="fold")
     for section in sections:
@@ -270,9 +306,18 @@ def table(results: Mapping[str, Results]) -> Table:
 def markdown(results: Mapping[str, Results]) -> str:
     """The same table in Markdown, ending in a newline."""
     header, sections = comparison(results)
-    rows = [header, ["---", "---", *["---:"] * (len(header) - 2)], *(row for section in sections for row in section)]
-    lines = (" | ".join(map(markdown_text, row)) for row in rows)
-    return "".join(f"| {line} |\n" for line in lines) + f"\n{CAPTION}\n"
+    return _markdown(header, [row for section in sections for row in section], CAPTION)
+
+
+def differences_markdown(found: Differences) -> str:
+    """The differences in Markdown, ending in a newline."""
+    return _markdown(found.header, found.rows, _differences_caption(found))
+
+
+def _markdown(header: Sequence[str], rows: Sequence[Sequence[str]], caption: str) -> str:
+    lines = [header, ["---", "---", *["---:"] * (len(header) - 2)], *rows]
+    text = (" | ".join(map(markdown_text, line)) for line in lines)
+    return "".join(f"| {line} |\n" for line in text) + f"\n{markdown_text(caption)}\n"
 
 
 def markdown_text(text: str) -> str:

@@ -66,7 +66,7 @@ class BenchmarkProblem:
         return f"evaluate/{self.benchmark.name}/{self.row.problem_id}"
 
 
-def run(config: config_lib.Config) -> None:
+def run(config: config_lib.Config, table: bool = True) -> None:
     cfg = config.evaluate
     if not cfg.benchmarks:
         log("evaluate: nothing to do (no evaluate.benchmarks)")
@@ -92,7 +92,8 @@ def run(config: config_lib.Config) -> None:
                 finish(config, samples, run_dir.path)
         results = files.read_results(run_dir.path / "results.json")
     if jax.process_index() == 0:
-        console.print(protocol.table({results["arm"]: results}))
+        if table:
+            console.print(protocol.table({results["arm"]: results}))
         log(protocol.headline(results))
 
 

@@ -45,12 +45,16 @@ def show(
     if results:
         console.print(protocol.table(results))
         paired = protocol.differences(results, 0, diagnosis.RESAMPLES)
-        for line in paired:
+        parts = [protocol.markdown(results)]
+        if paired.rows:
+            console.print("", protocol.differences_table(paired), sep="\n")
+            parts.append(protocol.differences_markdown(paired))
+        for line in paired.notes:
             log(line)
-        parts = [protocol.markdown(results) + "".join(f"\n- {protocol.markdown_text(line)}" for line in paired)]
+            parts.append(f"- {protocol.markdown_text(line)}")
         if left_out := collect.left_out(runs, traces):
             parts.append("Left out:\n" + "".join(f"\n- {protocol.markdown_text(line)}" for line in left_out))
-        write_atomic(out / "results.md", "\n\n".join(parts) + "\n")
+        write_atomic(out / "results.md", "\n\n".join(part.rstrip("\n") for part in parts) + "\n")
         write_atomic(out / "results.tex", protocol.latex(results))
     decode = functools.partial(pieces, load_tokenizer(tokenizer)) if tokenizer and tokenizer.is_dir() else None
     written = page.write(runs, out / "report.html", title, traces, decode)
