@@ -82,7 +82,7 @@ def main() -> int:
     options = args.parse_args()
     with tempfile.TemporaryDirectory(prefix="crash-") as name:
         folder, rows = Path(name), []
-        for part in ("programs", "base", "whole", "run"):
+        for part in ("programs", "base", "intact", "run"):
             (folder / part).mkdir()
         if not set(options.stages) <= ALONE:
             make_base(folder)
@@ -108,7 +108,7 @@ class Campaign:
 
     def __init__(self, stage: str, folder: Path, rng: random.Random):
         self.stage, self.folder, self.rng = stage, folder, rng
-        self.run_dir, self.whole = folder / "run" / stage, folder / "whole" / stage
+        self.run_dir, self.whole = folder / "run" / stage, folder / "intact" / stage
         self.counts, self.problems = Counter(), []
 
     def run(self, events: list[str]) -> dict:

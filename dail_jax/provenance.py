@@ -121,7 +121,7 @@ class Checksums:
 # Recipes
 # ---------------------------------------------------------------------------------------------------
 
-State = Literal["whole", "stale", "missing"]
+State = Literal["intact", "stale", "missing"]
 
 
 @dataclass(frozen=True)
@@ -157,7 +157,7 @@ class File(Output):
         if not self.exists(folder):
             return "missing"
         if checksum(folder / self.name) == recorded:
-            return "whole"
+            return "intact"
         if self.derived:
             return "stale"
         raise UserError(

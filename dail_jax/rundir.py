@@ -229,11 +229,11 @@ class RunDir:
 
     @contextlib.contextmanager
     def stage(self, recipe: Recipe) -> Iterator[Stage]:
-        """Begins a stage; the result is `done` if an earlier call finished it and its outputs are whole.
+        """Begins a stage; the result is `done` if an earlier call finished it and its outputs are intact.
 
         If the configuration or an input differs from what the stage was started with, and anything has been written
         since, a UserError names the difference. The same goes for an earlier stage whose outputs this one reads, if they
-        were made with another configuration or are not whole. The stage is marked as finished when the block ends
+        were made with another configuration or are not intact. The stage is marked as finished when the block ends
         without error, and only then is its scratch deleted, so that a kill at any moment loses nothing.
         """
         stage = Stage(**mesh_lib.from_first(lambda: self._begin(recipe)))
@@ -272,14 +272,14 @@ class RunDir:
             record = {}
         states = self._states(recipe, record)
         fields = {"states": states, "made_of": made_of, "done": False}
-        if "finished" in record and all(state == "whole" for state in states.values()):
+        if "finished" in record and all(state == "intact" for state in states.values()):
             return {**fields, "done": True}
         for one, theirs in earlier:
             for name, state in self._states(one, theirs).items():
-                if state != "whole":
+                if state != "intact":
                     raise UserError(f"{state}: run the stage `{one.stage}` again", file=self.path / name)
         if "finished" in record:
-            lost = ", ".join(f"{name} is {state}" for name, state in states.items() if state != "whole")
+            lost = ", ".join(f"{name} is {state}" for name, state in states.items() if state != "intact")
             log(f"{recipe.stage}: done before, but {lost}; made again")
         now = provenance.environment()
         place = {key: now[key] for key in ("platform", "device_kind", "devices", "xla_flags")}
@@ -335,7 +335,7 @@ class RunDir:
             known = output.name in recorded
             state = output.state(self.path, recorded[output.name], self.checksum) if known else "missing"
             outdated = output.derived and record.get("summary", {}) != recipe.summary
-            states[output.name] = "stale" if outdated and state == "whole" else state
+            states[output.name] = "stale" if outdated and state == "intact" else state
         return states
 
     def _work(self, recipe: Recipe, record: dict[str, Any]) -> list[str]:

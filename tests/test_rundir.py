@@ -191,7 +191,7 @@ def test_done_is_said_only_of_whole_outputs(tmp_path, capsys):
 def test_another_summary_makes_derived_outputs_stale(tmp_path):
     run(tmp_path, recipe(summary={"ks": [1]}))
     with rundir.RunDir(config(tmp_path)) as opened, opened.stage(recipe(summary={"ks": [2]})) as stage:
-        assert stage.states == {"out.txt": "whole", "sum.txt": "stale"} and not stage.done
+        assert stage.states == {"out.txt": "intact", "sum.txt": "stale"} and not stage.done
     assert run(tmp_path, recipe(summary={"ks": [2]}))
 
 

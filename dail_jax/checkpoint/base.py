@@ -83,7 +83,7 @@ class Folder(Output):
         if not (target / hf.MANIFEST).is_file() or sha256(target / hf.MANIFEST) != recorded:
             raise UserError(NOT_OURS, file=target)
         verify(target, checksum)
-        return "whole"
+        return "intact"
 
 
 NOT_OURS = "already exists, and is not what is written here: choose another folder, or move this one away"

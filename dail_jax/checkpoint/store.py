@@ -197,7 +197,7 @@ class Final(Output):
             raise UserError(f"damaged ({file}), and it is what training ended with: {again}", file=root / str(step))
         if self.identity(folder, checksum) != recorded:
             raise UserError(f"is not what training ended with here: put that back; {again}", file=root)
-        return "whole"
+        return "intact"
 
 
 def final_step(recorded: str) -> int:

@@ -98,7 +98,7 @@ class Samples(File):
             return "missing"
         drawn, whole = recorded.split()
         if checksum(path) == whole:
-            return "whole"
+            return "intact"
         if self._drawn(path) == drawn:
             return "stale"
         raise UserError(
