@@ -4,6 +4,7 @@ import contextlib
 import functools
 import json
 import os
+import re
 import resource
 import socket
 import subprocess
@@ -101,7 +102,7 @@ def environment() -> dict[str, str]:
     return {
         **os.environ,
         "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=1",
+        "XLA_FLAGS": re.sub(r"(device_count)=\d+", r"\1=1", os.environ["XLA_FLAGS"]),
         "JAX_DEFAULT_MATMUL_PRECISION": "highest",
     }
 
