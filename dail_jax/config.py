@@ -119,6 +119,17 @@ class Columns(Section):
     """Multiple choice: one column with a list of 2 to 26 texts, or a list of columns with one text each."""
 
 
+class HoldOut(Section):
+    """Rows that are kept out of training, for a benchmark with `rows: held_out` to evaluate on."""
+
+    rows: Count
+    """How many rows to keep out."""
+    seed: Seed = 0
+    """Which rows: each seed draws others, whatever the order of the file."""
+    use: Literal["rest", "held_out"] = "rest"
+    """Which of the two parts to read; `rows: held_out` in a benchmark sets it."""
+
+
 class Dataset(Section):
     """A dataset: a .jsonl or .parquet file, `hub:NAME` through the extra `hub`, or a source of your own."""
 
@@ -130,6 +141,8 @@ class Dataset(Section):
     """The dataset's names for the fields that are read."""
     limit: Count | None = None
     """Rows to read, from the first; null = all."""
+    hold_out: HoldOut | None = None
+    """Rows to keep out of training; null = none."""
     special_tokens: Literal["text", "keep", "refuse"] = "text"
     """What to do with control tokens in a row, such as `<|im_end|>` or `</think>`, which would end a turn or a thought.
     `text` encodes them as the plain text they are in the row, `keep` as control tokens, `refuse` is an error."""
@@ -547,6 +560,26 @@ class Config(Section):
     arms: dict[Annotated[str, Field(pattern=r"^[A-Za-z0-9_,=-][A-Za-z0-9_.,=-]*$")], dict[str, Any]] = {}
     """Variants of this configuration that `run` works through: by name, the keys to replace, as in
     `{nll: {train.objective: nll}}`. Over an arm of another file, `name: null` takes it away."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _held_out(cls, tree: Any) -> Any:
+        """A benchmark with `rows: held_out` reads what `data.hold_out` keeps out of training."""
+        data, evaluate = tree.get("data"), tree.get("evaluate")
+        listed = evaluate.get("benchmarks") if isinstance(evaluate, dict) else None
+        if not isinstance(listed, (list, tuple)):
+            return tree
+        wanted = [isinstance(one, dict) and one.get("rows") == "held_out" for one in listed]
+        if any(wanted) and not (isinstance(data, dict) and isinstance(data.get("hold_out"), dict)):
+            raise ValueError("a benchmark with rows: held_out wants data.hold_out")
+        if not any(wanted):
+            return tree
+        assert isinstance(data, dict)
+        rows = {key: value for key, value in data.items() if key != "answer"}
+        rows["hold_out"] = {**data["hold_out"], "use": "held_out"}
+        answer = {"answer": data["answer"]} if "answer" in data else {}
+        own = [{**answer, **one, "rows": rows} if held else one for one, held in zip(listed, wanted, strict=True)]
+        return {**tree, "evaluate": {**evaluate, "benchmarks": own}}
 
     @field_validator("arms", mode="before")
     @classmethod

@@ -175,6 +175,6 @@ def _listen() -> None:
     jax.monitoring.register_event_duration_secs_listener(_announce)
 
 
-def _announce(event: str, seconds: float, **details: Any) -> None:
-    if event == COMPILED and seconds >= LONG:
-        log(f"compiled {details.get('fun_name', 'a program')} in {seconds:.0f} s")
+def _announce(event: str, duration_secs: float, **details: Any) -> None:
+    if event == COMPILED and duration_secs >= LONG:
+        log(f"compiled {details.get('fun_name', 'a program')} in {duration_secs:.0f} s")

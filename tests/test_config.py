@@ -237,3 +237,21 @@ def test_the_papers_ablations():
     arms = arms_of(PRESETS[0], "open_questions")
     rooms = {n: a.train.max_tokens - a.generate.sampling.max_tokens for n, a in arms.items() if n.startswith("length")}
     assert rooms["length_512"] == rooms["length_1024"] == 1792 and rooms["length_128"] >= 1792
+
+
+def test_a_benchmark_reads_what_is_held_out(tmp_path):
+    tree = {
+        "run_dir": "r",
+        "model": {"path": "m"},
+        "data": {"path": "d.jsonl", "answer": "integer", "hold_out": {"rows": 5, "seed": 3}},
+        "evaluate": {"benchmarks": [{"name": "mine", "rows": "held_out"}, {"name": "b", "rows": {"path": "b.jsonl"}}]},
+    }
+    made = config_lib.build(tree, "test.yaml")
+    mine, other = made.evaluate.benchmarks
+    assert (mine.rows.path, mine.answer, other.rows.hold_out) == ("d.jsonl", "integer", None)
+    assert mine.rows.hold_out == config_lib.HoldOut(rows=5, seed=3, use="held_out")
+    assert made.data is not None and made.data.hold_out == config_lib.HoldOut(rows=5, seed=3)
+    assert config_lib.with_overrides(made, {"seed": 1}, "again").evaluate == made.evaluate
+    del tree["data"]["hold_out"]
+    with pytest.raises(UserError, match=r"test.yaml: a benchmark with rows: held_out wants data.hold_out"):
+        config_lib.build(tree, "test.yaml")

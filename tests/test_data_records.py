@@ -195,3 +195,25 @@ def test_hub(monkeypatch):
     assert asked == [(("o/n", "main"), {"split": "test"})]
     with pytest.raises(UserError, match=r"hub:o/gone: cannot be loaded: cannot reach it$"):
         read_rows(config.Dataset(path="hub:o/gone"))
+
+
+def test_two_parts_of_one_file(tmp_path):
+    """Disjoint, complete, chosen by the seed, and the same however the file is sorted."""
+    lines = [json.dumps({"problem": f"{i} + {i}?", "solution": "add"}) for i in range(20)]
+    path = tmp_path / "mine.jsonl"
+
+    def part(use, seed=0):
+        cfg = config.Dataset.model_validate({"path": str(path), "hold_out": {"rows": 6, "seed": seed, "use": use}})
+        return [row.problem for row in read_rows(cfg)]
+
+    path.write_text("\n".join(lines))
+    rest, held = part("rest"), part("held_out")
+    assert len(held) == 6 and sorted(rest + held) == sorted(json.loads(line)["problem"] for line in lines)
+    assert held != part("held_out", seed=1) and rest == [
+        p for p in (json.loads(x)["problem"] for x in lines) if p in rest
+    ]
+    path.write_text("\n".join(reversed(lines)))
+    assert (part("rest"), part("held_out")) == (rest[::-1], held[::-1])
+    path.write_text("\n".join(lines[:6]))
+    with pytest.raises(UserError, match=r"got 6 rows, want more than hold_out.rows \(6\)"):
+        part("rest")

@@ -8,6 +8,7 @@ import pytest
 import tiny
 
 from dail_jax import config as config_lib
+from dail_jax import launch
 from dail_jax import mesh as mesh_lib
 from dail_jax.checkpoint.store import Store, damaged
 from dail_jax.evaluate import passk
@@ -236,3 +237,28 @@ def test_rows_that_do_not_divide_are_refused(tmp_path, pipeline, capsys, monkeyp
     path = tiny.write(tmp_path / "r", traces=str(pipeline / "traces.jsonl"), train__batch_size=12)
     assert tiny.run("train", path) == 2
     assert "train.batch_size: got 12 rows per step, want a multiple of the 8 devices" in capsys.readouterr().err
+
+
+def test_own_data_is_evaluated_on_what_was_held_out(tmp_path):
+    """The preset, with what the tiny model needs: no problem is both trained and evaluated on."""
+    changes = tiny.tree(tmp_path / "run")
+    sections = {name: changes[name] for name in ("run_dir", "model", "prompts", "generate")}
+    tiny_train = {**changes["train"], "epochs": 1}
+    tiny_evaluate = {**changes["evaluate"], "samples": 2, "budgets": [96], "benchmarks": None}
+    del tiny_evaluate["benchmarks"]
+    over = tmp_path / "over.yaml"
+    rows = {"path": str(tiny.ASSETS / "train.jsonl"), "limit": 12, "hold_out": {"rows": 3}}
+    over.write_text(json.dumps({**sections, "data": rows, "train": tiny_train, "evaluate": tiny_evaluate}))
+    command = [
+        "run",
+        "own_data",
+        "--config",
+        str(over),
+        "arms.base=null",
+        "evaluate.force=null",
+        "filters.correct=false",
+    ]
+    assert launch.main(command) == 0
+    trained = {trace["problem_id"] for trace in tiny.lines(tmp_path / "run" / "traces.jsonl")}
+    evaluated = {sample["problem_id"] for sample in tiny.lines(tmp_path / "run" / "dail" / "samples.jsonl")}
+    assert (len(trained), len(evaluated)) == (9, 3) and not trained & evaluated

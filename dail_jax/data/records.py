@@ -33,7 +33,7 @@ class Row:
 
 
 def read_rows(cfg: config.Dataset, need: Sequence[str] = ("problem", "solution")) -> list[Row]:
-    """The rows of a dataset, in its order, at most `cfg.limit`.
+    """The rows of a dataset, in its order: of the first `cfg.limit`, the part that `cfg.hold_out` leaves.
 
     `need` names the fields of Row that must hold text; the others may be missing. A row without a problem_id gets the
     hash of its content for one. Raises UserError at the first fault.
@@ -55,7 +55,16 @@ def read_rows(cfg: config.Dataset, need: Sequence[str] = ("problem", "solution")
             break
     if not rows:
         raise UserError("got an empty dataset, want at least one row", file=cfg.path)
-    return rows
+    return rows if cfg.hold_out is None else _part(rows, cfg.hold_out, cfg.path)
+
+
+def _part(rows: list[Row], cfg: config.HoldOut, path: str) -> list[Row]:
+    """Either part of the rows. Their order does not matter, so that a file may be sorted anew or grow by a few rows."""
+    if cfg.rows >= len(rows):
+        raise UserError(f"got {len(rows)} rows, want more than hold_out.rows ({cfg.rows})", file=path)
+    order = sorted(rows, key=lambda row: hashlib.sha256(_serial(str(cfg.seed), row.problem_id)).digest())
+    held = {row.problem_id for row in order[: cfg.rows]}
+    return [row for row in rows if (row.problem_id in held) == (cfg.use == "held_out")]
 
 
 def dataset_hash(rows: Iterable[Row]) -> str:
