@@ -154,7 +154,7 @@ def test_run_exports_before_it_evaluates(tmp_path, monkeypatch, capsys):
     """So another engine finds the adapter. A sampler that is not registered is refused before any work."""
     done = []
     for name in ("generate", "train", "export", "evaluate", "report"):
-        monkeypatch.setattr(getattr(experiment, name), "run", lambda config, name=name: done.append(name))
+        monkeypatch.setattr(getattr(experiment, name), "run", lambda config, name=name, **_: done.append(name))
     path = tiny.write(tmp_path / "run", evaluate__sampler="constnat")
     assert tiny.run("run", path) == 2 and not done
     error = "error: evaluate.sampler: got 'constnat', want one of engine, constant; did you mean 'constant'?\n"

@@ -145,7 +145,11 @@ def wait_for(path: Path, count: int, process: subprocess.Popen, stage: str = "")
 
 def children(pid: int) -> list[int]:
     """The processes that one has started, by any of its threads."""
-    return [int(c) for task in Path(f"/proc/{pid}/task").iterdir() for c in (task / "children").read_text().split()]
+    found = []
+    for task in Path(f"/proc/{pid}/task").iterdir():
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # a thread that has ended since
+            found += map(int, (task / "children").read_text().split())
+    return found
 
 
 def is_alive(pid: int) -> bool:
