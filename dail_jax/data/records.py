@@ -59,7 +59,7 @@ def read_rows(cfg: config.Dataset, need: Sequence[str] = ("problem", "solution")
 
 
 def _part(rows: list[Row], cfg: config.HoldOut, path: str) -> list[Row]:
-    """Either part of the rows. Their order does not matter, so that a file may be sorted anew or grow by a few rows."""
+    """Either part of the rows. Which rows are held out depends on their ids and the seed, not on their order."""
     if cfg.rows >= len(rows):
         raise UserError(f"got {len(rows)} rows, want more than hold_out.rows ({cfg.rows})", file=path)
     order = sorted(rows, key=lambda row: hashlib.sha256(_serial(str(cfg.seed), row.problem_id)).digest())

@@ -183,11 +183,15 @@ def differences(results: Mapping[str, Results], seed: int, resamples: int) -> Di
                 rows.append((label, arm, ends))
     ks = sorted({k for *_, ends in rows for k in ends}, key=int)
     header = ["benchmark", "method", *itertools.chain(*([f"pass@{k}", "p", "+ / - / ="] for k in ks))]
-    cells = lambda ends: itertools.chain(*(_cells(ends[k], resamples) if k in ends else ["-"] * 3 for k in ks))  # noqa: E731
-    return Differences(first, header, [[label, arm, *cells(ends)] for label, arm, ends in rows], notes)
+    table = []
+    for label, arm, ends in rows:
+        table.append([label, arm, *itertools.chain(*(_cells(ends.get(k), resamples) for k in ks))])
+    return Differences(first, header, table, notes)
 
 
-def _cells(d: passk.Difference, resamples: int) -> list[str]:
+def _cells(d: passk.Difference | None, resamples: int) -> list[str]:
+    if d is None:
+        return ["-"] * 3
     low, mean, high = (f"{100 * value:+.1f}" for value in (d.low, d.mean, d.high))
     return [f"{mean} [{low}, {high}]", _p(d.p, resamples), f"{d.better} / {d.worse} / {d.same}"]
 
