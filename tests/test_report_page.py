@@ -559,7 +559,7 @@ def test_lists_hold_options_alone():
 
 
 def test_page_and_plots_share_their_colours():
-    css = (Path(page.__file__).parent / "page.css").read_text()
+    css = (Path(page.__file__).parent / "charts.css").read_text()
     light = re.findall(r"\.c\d \{ --c: light-dark\((#\w+),", css)
     assert tuple(light) == plots.COLOURS
 

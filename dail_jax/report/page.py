@@ -24,6 +24,8 @@ from dail_jax.report import charts, collect, diagnosis
 from dail_jax.report.collect import Run, TraceFile
 from dail_jax.rundir import write_atomic
 
+PARTS = ("page", "charts")  # of the page's style and of its script
+
 # The first rows of the table that says what was run; the settings in which runs differ follow.
 SETTINGS = (
     "model.path",
@@ -70,7 +72,10 @@ def write(
 def render(runs: Sequence[Run], traces: Sequence[TraceFile], title: str, left_out: Sequence[str] = ()) -> str:
     """The page's HTML; equal runs give equal bytes."""
     room = resources.files("dail_jax.report")
-    html, css, js = (room.joinpath(f"page.{kind}").read_text("utf-8") for kind in ("html", "css", "js"))
+    html = room.joinpath("page.html").read_text("utf-8")
+    css, js = (
+        "\n".join(room.joinpath(f"{part}.{kind}").read_text("utf-8") for part in PARTS) for kind in ("css", "js")
+    )
     found = charts.build(runs, traces)
     data = {
         "runs": [run.name for run in runs],
