@@ -70,6 +70,15 @@ class RolePrompts:
     cut: bool  # the solution was longer than the limits allow
 
 
+@dataclass(frozen=True)
+class _Seen:
+    """What the roles see of a row: the placeholders' values, of a solution cut to fit, and the prompt that it must fit."""
+
+    values: Values
+    cut: bool
+    privileged: list[int]
+
+
 class PromptBuilder:
     """Builds every prompt of a run from its templates and chat template; raises UserError for bad templates.
 
@@ -99,28 +108,34 @@ class PromptBuilder:
 
     def build_all(self, rows: Sequence[Row]) -> list[RolePrompts]:
         """`build` for many rows, with far fewer round trips to the tokenizer's worker."""
-        found = self.values_all(rows)
+        found = self._seen(rows)
         safe, replies = [], []
-        for row, (raw, cut) in zip(rows, found, strict=True):
-            safe.append(self._safe(raw, self.special_tokens, row.problem_id))
-            replies.append(self.reply({**safe[-1], "solution": self._own_thoughts(str(raw["solution"]))}, cut))
-        student, privileged, negative = (
-            self._render(template, safe) for template in (self.student, self.privileged, self.negative)
-        )
+        for row, seen in zip(rows, found, strict=True):
+            safe.append(self._safe(seen.values, self.special_tokens, row.problem_id))
+            own = {**safe[-1], "solution": self._own_thoughts(str(seen.values["solution"]))}
+            replies.append(self.reply(own, seen.cut))
+        student, negative = (self._render(template, safe) for template in (self.student, self.negative))
         experts = self.tokenizer.encode_all(replies, marked=True)
         return [
             RolePrompts(
-                student[i], privileged[i], negative[i], experts[i] + ([] if cut else [self.tokenizer.eos_id]), cut
+                student[i],
+                seen.privileged,
+                negative[i],
+                experts[i] + ([] if seen.cut else [self.tokenizer.eos_id]),
+                seen.cut,
             )
-            for i, (_, cut) in enumerate(found)
+            for i, seen in enumerate(found)
         ]
 
     def values_all(self, rows: Sequence[Row]) -> list[tuple[Values, bool]]:
         """The values of the placeholders for each row, and whether its solution was cut."""
+        return [(seen.values, seen.cut) for seen in self._seen(rows)]
+
+    def _seen(self, rows: Sequence[Row]) -> list[_Seen]:
         whole = [self._values(row, row.solution) for row in rows]
         return [
-            (values, False) if fits else self._shortened(row)
-            for row, values, fits in zip(rows, whole, self._fit(whole), strict=True)
+            self._shortened(row) if privileged is None else _Seen(values, False, privileged)
+            for row, values, privileged in zip(rows, whole, self._fitting(whole), strict=True)
         ]
 
     def _values(self, row: Row, solution: str) -> Values:
@@ -137,32 +152,35 @@ class PromptBuilder:
         marked = [self._mark(solution)[0] for solution in solutions]
         return [len(ids) <= limit for ids in self.tokenizer.encode_all(marked, marked=True)]
 
-    def _fit(self, found: Sequence[Values]) -> list[bool]:
-        """Whether solutions are within their own limit, and the prompts that contain them within theirs."""
-        fit = self._are_short([str(values["solution"]) for values in found])
-        if self.max_tokens is not None:
-            short = [i for i, is_short in enumerate(fit) if is_short]
-            marked: list[Values] = [
-                {
-                    field: self._mark(value)[0] if isinstance(value, str) else [self._mark(part)[0] for part in value]
-                    for field, value in found[i].items()
-                }
-                for i in short
-            ]
-            for i, prompt in zip(short, self._render(self.privileged, marked), strict=True):
-                fit[i] = len(prompt) <= self.max_tokens
-        return fit
+    def _fitting(self, found: Sequence[Values]) -> list[list[int] | None]:
+        """The privileged student's prompts; None where the solution or the prompt is above its limit."""
+        short = [i for i, is_short in enumerate(self._are_short([str(v["solution"]) for v in found])) if is_short]
+        prompts: list[list[int] | None] = [None] * len(found)
+        for i, prompt in zip(short, self._privileged([found[i] for i in short]), strict=True):
+            prompts[i] = prompt if self.max_tokens is None or len(prompt) <= self.max_tokens else None
+        return prompts
 
-    def _shortened(self, row: Row) -> tuple[Values, bool]:
+    def _privileged(self, found: Sequence[Values]) -> list[list[int]]:
+        marked: list[Values] = [
+            {
+                field: self._mark(value)[0] if isinstance(value, str) else [self._mark(part)[0] for part in value]
+                for field, value in values.items()
+            }
+            for values in found
+        ]
+        return self._render(self.privileged, marked)
+
+    def _shortened(self, row: Row) -> _Seen:
         def is_short(solution: str) -> bool:
             return self._are_short([solution])[0]
 
         def fits(solution: str) -> bool:
-            return self._fit([self._values(row, solution)])[0]
+            return self._fitting([self._values(row, solution)])[0] is not None
 
         # A prompt that is too long even without a solution is not helped by cutting: its row is skipped and counted.
         solution = longest_prefix(row.solution, fits if fits("") else is_short)
-        return self._values(row, solution), solution != row.solution
+        values = self._values(row, solution)
+        return _Seen(values, solution != row.solution, self._privileged([values])[0])
 
     def student_only(
         self, problem: str, template: str | None = None, choices: str = "", special_tokens: Policy | None = None
