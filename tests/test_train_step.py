@@ -111,6 +111,21 @@ def close(a, b, tolerance=1e-5):
     assert max(jax.tree.leaves(diff)) < 20 * tolerance  # parameters of order 0.1, after 20 Adam steps
 
 
+def test_few_batches_are_made_before_they_are_asked_for(examples):
+    made = []
+
+    class Counted(batches.Assemble):
+        def map(self, element):
+            made.append(element)
+            return super().map(element)
+
+    plan = batches.Plan(examples, 4, 20, 0)
+    feed = batches.iterator(plan, Counted(examples, 8, 1, np.arange(4), ("student",)), 0)
+    ahead = [len(made) - taken for taken, _ in enumerate(feed, 1)]
+    feed.close()
+    assert len(ahead) == len(made) == 200 and max(ahead) <= 2 * batches.AHEAD  # those that are ready, or being made
+
+
 def test_loss_falls_and_excess_is_not_negative(reference):
     losses = reference[0]
     assert losses[-1]["loss"] < losses[0]["loss"]
