@@ -44,6 +44,23 @@ def test_the_run_directory_has_everything(pipeline):
     assert "<html" in page and not re.search(r'(src|href)="https?://', page)  # self-contained
 
 
+def test_what_a_run_writes_is_documented(pipeline):
+    """Every file of a run directory, every key of run.json and every metric, in docs/run_directory.md."""
+
+    def documented(title: str) -> set[str]:
+        text = (tiny.ROOT / "docs" / "run_directory.md").read_text()
+        section = text.split(f"## {title}\n")[1].split("\n## ")[0]
+        return {name.rstrip("/") for name in re.findall(r"`([^`]+)`", section)}
+
+    assert {path.name for path in pipeline.iterdir()} <= documented("The files")
+    manifest, keys = json.loads((pipeline / "run.json").read_text()), documented("run.json")
+    assert manifest.keys() <= keys
+    assert all(record.keys() <= keys for record in manifest["stages"].values())
+    known = documented("metrics.jsonl")
+    for row in tiny.lines(pipeline / "metrics.jsonl"):
+        assert row["stage"] in known and row.keys() <= known
+
+
 def test_traces(pipeline):
     traces = tiny.lines(pipeline / "traces.jsonl")
     rows = tiny.lines(tiny.ASSETS / "train.jsonl")[:12]
