@@ -1,5 +1,6 @@
 """Configurations: what is wrong is said in one line, with file, line or key, and the nearest known key."""
 
+import itertools
 import re
 from pathlib import Path
 
@@ -221,9 +222,29 @@ def test_the_papers_presets_drop_nothing_that_the_paper_keeps(preset):
             assert own.filters.correct == own.filters.finished == ("qwen2_5" in preset.stem)
 
 
+REAL = [*PRESETS, CONFIGS / "own_data.yaml", *sorted((CONFIGS / "paper").glob("*.yaml"))]
+
+
+@pytest.mark.parametrize("path", REAL, ids=lambda p: p.stem)
+def test_presets_for_real_models_have_a_base_arm_and_say_what_they_cost(path):
+    text = path.read_text()
+    under = [preset for preset in PRESETS if "\nrun_dir:" not in text and f"configs/{preset.name}" in text]
+    for config in [config_lib.load(preset, (), [str(path)]) for preset in under] or [config_lib.load(path)]:
+        arms = [
+            config_lib.with_overrides(config, {"arms": {}, **changes}, name) for name, changes in config.arms.items()
+        ]
+        assert "none" in {arm.train.objective for arm in arms} and len(arms) > 1
+    header = " ".join(line.removeprefix("#").strip() for line in itertools.takewhile(_is_comment, text.splitlines()))
+    assert re.search(r"Hardware.*\b\d+ (chips|GPUs?)\b.*Memory: .*\d GB.*Hours, by estimate\b.*\d chip-hours", header)
+
+
+def _is_comment(line: str) -> bool:
+    return line.startswith("#")
+
+
 def test_the_papers_ablations():
     assert {"base", "grpo", "dail"} == set(arms_of(PRESETS[1], "gpqa"))
-    assert [own.generate.tau for own in arms_of(PRESETS[0], "tau").values()] == [
+    assert [own.generate.tau for name, own in arms_of(PRESETS[0], "tau").items() if name != "base"] == [
         0,
         0.1,
         0.2,
