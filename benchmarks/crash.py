@@ -5,7 +5,7 @@
 Four things happen to a stage in a process of its own:
 
     kill     SIGKILL.
-    term     SIGTERM, which must end with 0.
+    term     SIGTERM, which must end with 75 (stopped, call again), or with 0 if the stage was done.
     worker   SIGKILL to one of its child processes: tokenizer, grading, batches. It must end with 0, or in one line.
     disk     no file may grow beyond a random size, so that the system itself refuses to write. It must end with 0, or
              in one line.
@@ -42,6 +42,7 @@ import environment  # noqa: F401  (before jax)
 import tiny
 
 from dail_jax import config as config_lib
+from dail_jax import launch
 from dail_jax.rundir import RunDir
 
 EVENTS = ("kill", "term", "worker", "disk")
@@ -134,8 +135,7 @@ class Campaign:
                 if missed == 5 and not self.counts["worker"]:  # it starts none
                     events = [event for event in events if event != "worker"]
             self.problems += self.lost(before)
-            # (after SIGTERM, 0 may also say that all was saved)
-            if status == 0 and (self.recorded() or not happened or event in ("worker", "disk")):
+            if status == 0:
                 self.compare()
         if self.run_dir.exists() and not self.problems:
             self.finish(self.run_dir)
@@ -171,7 +171,7 @@ class Campaign:
         early = event == "term" and status == -signal.SIGTERM
         self.counts["too_early"] += early
         self.counts["one_line"] += status == 2
-        wanted = {"kill": (0, -signal.SIGKILL), "term": (0,)}.get(event, (0, 2))
+        wanted = {"kill": (0, -signal.SIGKILL), "term": (0, launch.STOPPED)}.get(event, (0, 2))
         errors = [line for line in err.splitlines() if line.startswith("error: ")]
         if "Traceback" in err or len(errors) != (status == 2) or not (early or status in wanted):
             self.problems.append(f"{self.stage}: after {event}, exit status {status} and:\n{err[-4000:]}")

@@ -362,7 +362,7 @@ def call(folder: Path, run: str, stage: str, *overrides: str) -> None:
     )
     with contextlib.redirect_stderr(errors), contextlib.redirect_stdout(io.StringIO()):
         status = launch.main([stage.replace("judge", "evaluate"), "--config", str(path), *overrides])
-    if status:
+    if status not in (0, launch.STOPPED):
         raise UserError(errors.getvalue().rstrip("\n").removeprefix("error: "))
 
 

@@ -15,6 +15,10 @@ from collections.abc import Callable
 
 import dail_jax
 
+# The exit status after SIGTERM or Ctrl-C: what was done is saved, and the same command resumes. Not 0, which schedulers take
+# for a job that is done.
+STOPPED = os.EX_TEMPFAIL
+
 # How reading and writing fail on a disk that is full, over quota, read-only or broken.
 DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EFBIG)
 
@@ -119,6 +123,7 @@ def main(argv: list[str] | None = None) -> int:
             TPU_WORKER_HOSTNAMES="localhost",
         )
 
+    from dail_jax import mesh as mesh_lib
     from dail_jax.errors import UserError, reason, visible
     from dail_jax.metrics import configure, log
     from dail_jax.rundir import Interrupted
@@ -157,7 +162,8 @@ def main(argv: list[str] | None = None) -> int:
         return _leave(several, 2)
     except Interrupted as stopped:
         log(str(stopped))
-        return 0
+        mesh_lib.barrier("stopped")  # a launcher may kill the others as soon as one process does not end with 0
+        return STOPPED
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return _leave(several, 130)
@@ -217,7 +223,7 @@ def console() -> int:
     """The process's own `main`: its exit status."""
     # Preemption: where a stage has something to save it does so, elsewhere there is nothing to lose and all that was
     # finished is on disk. At once, since an exception could be swallowed on its way, or meet JAX's threads at the exit.
-    signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
+    signal.signal(signal.SIGTERM, lambda *_: os._exit(STOPPED))
     status = main()
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # all is done: let it end in peace
     return status

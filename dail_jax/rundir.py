@@ -456,4 +456,4 @@ class Interrupt:
 
 
 class Interrupted(Exception):
-    """A stage has saved its work and stopped on request: the command exits with status 0."""
+    """A stage has saved its work and stopped on request: the command exits with status 75."""

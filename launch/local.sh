@@ -4,7 +4,7 @@
 #   ./launch/local.sh 2 train --config configs/demo.yaml run_dir=runs/two
 #
 # Process 0's output is shown; the others write to $LOGS (default: a new temporary folder). Ctrl-C or SIGTERM reaches
-# all of them: they agree on a step, save, and exit with 0; the same command then resumes.
+# all of them: they agree on a step, save, and exit with 75; the same command then resumes.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -40,5 +40,5 @@ for pid in "${pids[@]}"; do
   done
   [ "$status" -ne 0 ] || status=$code
 done
-[ "$status" -eq 0 ] || echo "failed with status $status; other processes' logs: $logs" >&2
+[ "$status" -eq 0 ] || [ "$status" -eq 75 ] || echo "failed with status $status; other processes' logs: $logs" >&2
 exit "$status"

@@ -8,7 +8,7 @@
 # same path for run_dir (Filestore, or a bucket through a mount that supports renames): process 0 writes there, and all
 # read from it. SETUP=1 first copies this folder to the workers and installs it.
 #
-# On preemption, Cloud TPU sends SIGTERM; the processes agree on a step, save and exit with 0. Call again to resume.
+# On preemption, Cloud TPU sends SIGTERM; the processes agree on a step, save and exit with 75. Call again to resume.
 # Only process 0 prints; `run_dir/metrics.jsonl` can be followed from anywhere.
 set -euo pipefail
 

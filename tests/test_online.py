@@ -7,6 +7,7 @@ import pytest
 import tiny
 
 from dail_jax import config as config_lib
+from dail_jax import launch
 from dail_jax.data import batches
 from dail_jax.data.prompts import PromptBuilder
 from dail_jax.data.records import read_rows
@@ -129,10 +130,10 @@ def test_grpo_trains_evaluates_and_resumes_exactly(tmp_path, one, rows, monkeypa
 
     wanted = Interrupt.wanted
     monkeypatch.setattr(Interrupt, "wanted", property(lambda self: True))
-    assert tiny.run("train", again) == 0 and not metrics(tmp_path / "again")  # stopped in the first round
+    assert tiny.run("train", again) == launch.STOPPED and not metrics(tmp_path / "again")  # stopped in the first round
     looks = iter([False] * 4)  # one a group: stopped after the first round
     monkeypatch.setattr(Interrupt, "wanted", property(lambda self: next(looks, True)))
-    assert tiny.run("train", again) == 0 and len(metrics(tmp_path / "again")) == 2
+    assert tiny.run("train", again) == launch.STOPPED and len(metrics(tmp_path / "again")) == 2
     monkeypatch.setattr(Interrupt, "wanted", wanted)
     assert tiny.run("train", again) == 0 and metrics(tmp_path / "again") == want
     for run in (path, again):

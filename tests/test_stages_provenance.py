@@ -8,7 +8,7 @@ import tiny
 from safetensors.numpy import load_file, save_file
 from test_stages_resume import stop_after
 
-from dail_jax import rundir
+from dail_jax import launch, rundir
 from dail_jax.checkpoint import hf, peft, store
 from dail_jax.checkpoint.store import Store
 from dail_jax.stages import export as export_stage
@@ -164,7 +164,7 @@ def test_contents_replaced_behind_their_path_are_named(tmp_path, pipeline, capsy
     overrides = (override, "train.objective=none") if stage == "evaluate" else ()
     with pytest.MonkeyPatch.context() as patch:
         stop_after(patch, 1)
-        assert tiny.run(stage, path, *overrides) == 0
+        assert tiny.run(stage, path, *overrides) == launch.STOPPED
     if what == "weights":
         weights = load_file(tmp_path / "m" / "model.safetensors")
         weights["model.norm.weight"][0] *= 1.01
@@ -195,7 +195,7 @@ def test_an_adapter_replaced_behind_its_path_is_named(tmp_path, pipeline, capsys
     path = tiny.write(tmp_path / "run", train__objective="none", evaluate__adapter=str(tmp_path / "adapter"))
     with pytest.MonkeyPatch.context() as patch:
         stop_after(patch, 1)
-        assert tiny.run("evaluate", path) == 0
+        assert tiny.run("evaluate", path) == launch.STOPPED
     for file, old, new in (("adapter_config.json", b'"lora_alpha": 4', b'"lora_alpha": 8'), (peft.WEIGHTS, b"", b"")):
         whole = (tmp_path / "adapter" / file).read_bytes()
         (tmp_path / "adapter" / file).write_bytes(whole.replace(old, new))
@@ -349,7 +349,7 @@ def test_a_failed_first_start_does_not_bind_the_run_directory(tmp_path, capsys, 
     assert tiny.run("generate", path, "seed=7") == 130  # a record, and no work
     monkeypatch.undo()
     stop_after(monkeypatch, 1)
-    assert tiny.run("generate", path) == 0
+    assert tiny.run("generate", path) == launch.STOPPED
     assert "stopped with 1 of 12 problems finished" in capsys.readouterr().out
     assert "seed: 5 -> 7" in refused(capsys, "generate", path, "seed=7")
 
@@ -388,7 +388,7 @@ def test_pretrain_resumes_after_an_interrupt_and_after_a_kill(tmp_path, capsys, 
     assert tiny.run("pretrain", whole) == 0
     with pytest.MonkeyPatch.context() as patch:
         stop_after(patch, 3)
-        assert tiny.run("pretrain", path) == 0
+        assert tiny.run("pretrain", path) == launch.STOPPED
     assert "pretrain: stopped and saved at step 3 of 12; call again to resume" in capsys.readouterr().out
     assert not (tmp_path / "cut" / "model").exists()
     assert "seed: 5 -> 6" in refused(capsys, "pretrain", path, "seed=6")

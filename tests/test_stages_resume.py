@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import tiny
 
-from dail_jax import rundir
+from dail_jax import launch, rundir
 from dail_jax.checkpoint.store import Store
 
 
@@ -41,7 +41,7 @@ def same_training(folder, whole):
 def test_generate_resumes_after_an_interrupt_and_a_torn_line(tmp_path, pipeline, monkeypatch, capsys):
     folder, path = tmp_path / "run", tiny.write(tmp_path / "run")
     stop_after(monkeypatch, 5)
-    assert tiny.run("generate", path) == 0
+    assert tiny.run("generate", path) == launch.STOPPED
     assert "generate: stopped with 5 of 12 problems finished; call again to resume" in capsys.readouterr().out
     journal = folder / "traces.partial.jsonl"
     kept = tiny.lines(journal)
@@ -74,7 +74,7 @@ def test_evaluate_resumes_after_an_interrupt(tmp_path, pipeline, monkeypatch):
     manifest = (folder / "run.json").read_text().replace('"evaluate"', '"other"', 1)
     (folder / "run.json").write_text(manifest)
     stop_after(monkeypatch, 4)
-    assert tiny.run("evaluate", path) == 0
+    assert tiny.run("evaluate", path) == launch.STOPPED
     assert len(tiny.lines(folder / "samples.partial.jsonl")) == 4
     assert tiny.run("evaluate", path) == 0
     for name in ("samples.jsonl", "results.json"):
@@ -87,7 +87,7 @@ def test_training_resumes_after_an_interrupt(tmp_path, pipeline, monkeypatch, ca
     folder = tmp_path / "run"
     path = tiny.write(folder, traces=str(pipeline / "traces.jsonl"))
     stop_after(monkeypatch, looks)
-    assert tiny.run("train", path) == 0
+    assert tiny.run("train", path) == launch.STOPPED
     assert f"train: stopped and saved at update {looks} of 6; call again to resume" in capsys.readouterr().out
     with (folder / "metrics.jsonl").open("a") as file:  # updates after the checkpoint, which a crash loses
         file.write('{"stage": "train", "step": 4, "loss": 99}\n{"stage": "tr')
@@ -101,7 +101,7 @@ def test_a_damaged_checkpoint_is_named_and_passed_over(tmp_path, pipeline, capsy
     path = tiny.write(folder, traces=str(pipeline / "traces.jsonl"))
     with pytest.MonkeyPatch.context() as patch:
         stop_after(patch, 4)
-        assert tiny.run("train", path) == 0
+        assert tiny.run("train", path) == launch.STOPPED
     victim = max((folder / "checkpoints" / "4").rglob("*"), key=lambda p: p.stat().st_size if p.is_file() else 0)
     data = bytearray(victim.read_bytes())
     data[len(data) // 2] ^= 1
@@ -128,7 +128,7 @@ def test_changed_traces_are_noticed(tmp_path, pipeline, monkeypatch, capsys):
     shutil.copy(pipeline / "traces.jsonl", traces)
     path = tiny.write(tmp_path / "run", traces=str(traces))
     stop_after(monkeypatch, 1)
-    assert tiny.run("train", path) == 0
+    assert tiny.run("train", path) == launch.STOPPED
     traces.write_text("".join(traces.read_text().splitlines(keepends=True)[1:]))
     assert tiny.run("train", path) == 2
     assert "traces: the contents of " in capsys.readouterr().err
@@ -171,7 +171,7 @@ def test_sigkill_in_generate_loses_no_finished_problem(tmp_path, pipeline, whole
 
 
 def test_signals_in_train(tmp_path, pipeline, whole):
-    """SIGTERM saves and exits with 0; SIGKILL loses what came after the last save; the results are bit-identical."""
+    """SIGTERM saves and exits with 75; SIGKILL loses what came after the last save; the results are bit-identical."""
     folder = tmp_path / "run"
     path = tiny.write(folder, traces=str(pipeline / "traces.jsonl"))
     log = folder / "metrics.jsonl"
@@ -179,7 +179,7 @@ def test_signals_in_train(tmp_path, pipeline, whole):
     tiny.wait_for(log, 1, process, "train")
     process.send_signal(signal.SIGTERM)
     status, out, err = tiny.finish(process)
-    assert status == 0 and "train: stopped and saved at update" in out, (out, err)
+    assert status == launch.STOPPED and "train: stopped and saved at update" in out, (out, err)
     done = len(tiny.losses(folder))
     assert 1 <= done < tiny.UPDATES and f"saved at update {done} of 6" in out
     process = tiny.start("train", path)
@@ -211,13 +211,13 @@ def test_worker_processes_feed_the_same_batches_and_die_with_their_parent(tmp_pa
     same_training(folder, whole / "train")
 
 
-def test_sigterm_at_the_start_ends_with_0(tmp_path):
+def test_sigterm_at_the_start_says_that_there_is_more_to_do(tmp_path):
     path = tiny.write(tmp_path / "run")
     process = tiny.start("generate", path)
     tiny.wait_for(tmp_path / "run" / "run.json", 1, process)  # the model is being loaded
     process.send_signal(signal.SIGTERM)
     status, _, err = tiny.finish(process)
-    assert status == 0 and "Traceback" not in err, err
+    assert status == launch.STOPPED == 75 and "Traceback" not in err, err
 
 
 def test_errors_are_one_line_and_status_2(tmp_path):
