@@ -5,12 +5,14 @@
 
 Each seed has its own rollouts, LoRA, order of examples and evaluation samples; the base model and the problems are the
 same. Intervals are over seeds: mean +- t(0.975, seeds - 1) * standard error. Seeds are independent: to use two cores well,
-start one process per core on seeds of its own, then make the tables from all of them.
+start one process per core on seeds of its own, then make the tables from all of them. Arms whose runs are not in --out
+keep the values that study.json has.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import math
 import os
@@ -30,10 +32,15 @@ from dail_jax.rundir import json_line, write_atomic
 ROOT = Path(__file__).resolve().parent.parent
 ASSETS = ROOT / "dail_jax/microworld/assets"
 TRAINED = 64  # hard training problems that the arms are evaluated on
-CONFIGS = {"methods": "microworld_methods", "ablations": "microworld_study"}
-COLD = {"nll": "methods", "dail": "methods", "nll_100": "ablations"}  # arms also evaluated at lower temperatures
-TEMPERATURES = ("0.5", "0")
-PARTS = (*CONFIGS, "temperature")
+CONFIGS = {"methods": "microworld_methods", "ablations": "microworld_study", "sharp": "microworld_sharp"}
+# Arms also evaluated at lower temperatures, and arms also evaluated with MANY samples per problem.
+COLD = {"nll": "methods", "dail": "methods", "sharp": "methods", "nll_100": "ablations"}
+TEMPERATURES = ("0.5", "0.2", "0")
+DIVERSE = ("nll", "dail", "sharp")
+MANY = 128
+# The grid of `sharp`, for the first seed alone.
+GRID = {"loss.temperature": (0.2, 0.3, 0.1, 0.5, 0.7, 1.0), "gamma": (0.1, 0.3, 0.0, 0.5)}
+PARTS = (*CONFIGS, "grid", "temperature", "diversity")
 METHODS = {
     "base": "untrained",
     "sft": "SFT on experts",
@@ -43,6 +50,7 @@ METHODS = {
     "nurl": "NuRL hints",
     "onpolicy": "on-policy self-distillation",
     "dail": "DAIL",
+    "sharp": "sharp",
 }
 ABLATIONS = {
     "gamma": {"dail, gamma 0": "gamma_0", "0.1": "dail", "0.3": "gamma_0.3", "0.6": "gamma_0.6"},
@@ -68,8 +76,22 @@ ABLATIONS = {
     "solutions, NLL": {"25": "nll_25", "100": "nll_100", "400": "nll_400", "800": "nll"},
     "temperature": {
         f"{label}, {t}": arm if t == "1" else f"{arm}_t{t}"
-        for arm, label in {"dail": "DAIL", "nll": "NLL", "nll_100": "NLL, 100 solutions"}.items()
+        for arm, label in {"dail": "DAIL", "sharp": "sharp", "nll": "NLL", "nll_100": "NLL, 100 solutions"}.items()
         for t in ("1", *TEMPERATURES)
+    },
+    "sharp": {
+        "sharp, gamma 0.1, T 0.2": "sharp",
+        "gamma 0.3, T 0.3": "sharp_0.3",
+        "gamma 0, T 0.21": "sharp_alone",
+        "NLL": "nll",
+        "NLL, traces drawn at temperature 0.2": "nll_drawn_at_0.2",
+        "NLL, traces drawn greedily": "nll_drawn_greedily",
+        "DAIL": "dail",
+        "DAIL with a gate": "gated",
+        "from forward to reverse": "scheduled",
+    },
+    "sharp, T and gamma": {
+        f"T {t}, gamma {g}": f"temperature={t},gamma={g}" for t, g in itertools.product(*map(sorted, GRID.values()))
     },
 }
 COLUMNS = {
@@ -84,7 +106,13 @@ COLUMNS = {
     "trained@1": "training set pass@1",
     "trained@32": "pass@32",
 }
-PLAIN = ("unlearned", "tokens")  # the other columns are shares
+DIVERSITY = {
+    **{f"hard@{k}": f"hard pass@{k}" for k in (1, 8, 32, MANY)},
+    "traces": f"different traces among {MANY}",
+    "answers": "different answers",
+    "entropy": "entropy on traces, nats per 100 tokens",
+}
+PLAIN = ("unlearned", "tokens", "traces", "answers")  # the other columns are shares
 
 
 def main() -> None:
@@ -100,11 +128,8 @@ def main() -> None:
     if not options.tables_only:
         trained = write_trained(options.out)
         for part in parts:
-            for seed in seeds:
-                if part in CONFIGS:
-                    run(part, seed, options.out, trained)
-                else:
-                    run_cold(seed, options.out)
+            for seed in seeds[:1] if part == "grid" else seeds:
+                run(part, seed, options.out, trained)
         if options.part or len(seeds) < 2:
             return
     tables(options.out, seeds, options.docs)
@@ -120,20 +145,27 @@ def write_trained(out: Path) -> Path:
 
 
 def run(part: str, seed: int, out: Path, trained: Path) -> None:
-    command = ["run", "--config", "configs/demo.yaml"]
-    command += ["--config", f"configs/{CONFIGS[part]}.yaml", f"seed={seed}", f"run_dir={out}/{part}/seed{seed}"]
-    if part == "methods":
-        command.append(benchmarks("hard", "chain", "known", trained=trained))
-    launch(command)
-
-
-def run_cold(seed: int, out: Path) -> None:
-    """Evaluates the adapters of the arms in COLD again, at lower temperatures."""
-    for arm, part in COLD.items():
-        for t in TEMPERATURES:
-            command = ["evaluate", "--config", "configs/demo.yaml", benchmarks("hard", "known"), f"seed={seed}"]
-            command += ["train.objective=none", f"evaluate.adapter={out}/{part}/seed{seed}/{arm}/adapter"]
-            launch([*command, f"evaluate.sampling.temperature={t}", f"run_dir={out}/temperature/seed{seed}/{arm}_t{t}"])
+    demo = ["--config", "configs/demo.yaml", f"seed={seed}"]
+    home, sets = f"{out}/{part}/seed{seed}", benchmarks("hard", "chain", "known")
+    if part in CONFIGS:
+        if part == "methods":
+            sets = benchmarks("hard", "chain", "known", trained=trained)
+        own = [sets] if part != "ablations" else []
+        launch(["run", *demo, "--config", f"configs/{CONFIGS[part]}.yaml", *own, f"run_dir={home}"])
+    elif part == "grid":
+        over = [
+            word for key, values in GRID.items() for word in ("--over", f"train.{key}={','.join(map(str, values))}")
+        ]
+        launch(["sweep", *demo, sets, "train.objective=sharp", *over, f"run_dir={home}"])
+    else:  # the adapters of other parts, evaluated again
+        changes = {arm: {f"{arm}_t{t}": f"evaluate.sampling.temperature={t}" for t in TEMPERATURES} for arm in COLD}
+        if part == "diversity":
+            sets = benchmarks("hard")
+            changes = {arm: {f"{arm}_n{MANY}": f"evaluate.samples={MANY}"} for arm in DIVERSE}
+        for arm, folders in changes.items():
+            adapter = f"evaluate.adapter={out}/{COLD[arm]}/seed{seed}/{arm}/adapter"
+            for folder, change in folders.items():
+                launch(["evaluate", *demo, sets, "train.objective=none", adapter, change, f"run_dir={home}/{folder}"])
 
 
 def benchmarks(*names: str, **files: Path) -> str:
@@ -142,7 +174,7 @@ def benchmarks(*names: str, **files: Path) -> str:
 
 
 def launch(command: list[str]) -> None:
-    command = [sys.executable, "-m", "dail_jax.launch", *command]
+    command = [sys.executable, "benchmarks/study_methods.py", *command]
     subprocess.run(command, cwd=ROOT, check=True, env={**os.environ, "JAX_PLATFORMS": "cpu"})
 
 
@@ -155,16 +187,23 @@ def measure(folder: Path, problems: dict[str, dict]) -> dict[str, float]:
     """The columns of one finished arm."""
     results = json.loads((folder / "results.json").read_text())["benchmarks"]
     out = {"tokens": only(results["hard"])["mean_tokens"]}
-    for name, ks in {"hard": (1, 8, 32), "known": (1,), "chain": (1,), "trained": (1, 32)}.items():
+    for name, ks in {"hard": (1, 8, 32, MANY), "known": (1,), "chain": (1,), "trained": (1, 32)}.items():
         if name in results:
-            out |= {f"{name}@{k}": only(results[name])["pass@k"][str(k)]["mean"] for k in ks}
+            found = only(results[name])["pass@k"]
+            out |= {f"{name}@{k}": found[str(k)]["mean"] for k in ks if str(k) in found}
     rows = [json.loads(line) for line in (folder / "samples.jsonl").read_text().splitlines()]
+    rows = [row for row in rows if row["benchmark"] == "hard"]
     judged = (
         (row["problem_id"], verify.judge(row["text"], problem["problem"], problem["solution"]))
         for row in rows
-        if row["benchmark"] == "hard"
         for problem in [problems[row["problem_id"]]]
     )
+    out["traces"] = len({(row["problem_id"], row["text"]) for row in rows}) / len(problems)
+    out["answers"] = len({(row["problem_id"], row["answer"]) for row in rows}) / len(problems)
+    if (folder / "checkpoints").exists():
+        rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        rows = [row for row in rows if row["stage"] == "train"]
+        out["entropy"] = statistics.mean(row["entropy"] for row in rows if row["epoch"] == rows[-1]["epoch"])
     tallies = verify.tally(judged)
     total = tallies.pop("hard")
     out["unlearned"] = sum(t.sound < 0.01 * t.traces for t in tallies.values())
@@ -188,6 +227,8 @@ def interval(values: list[float]) -> tuple[float, float]:
 
 def tables(out: Path, seeds: list[int], docs: Path) -> None:
     problems = {r["problem_id"]: r for r in map(json.loads, (ASSETS / "hard.jsonl").read_text().splitlines())}
+    stored = docs / "study.json"
+    kept = json.loads(stored.read_text()) if stored.exists() else {}
     measured: dict[str, dict[str, list[float]]] = {}
     for part in PARTS:
         for seed in seeds:
@@ -195,21 +236,27 @@ def tables(out: Path, seeds: list[int], docs: Path) -> None:
                 arm = measured.setdefault(folder.parent.name, {})
                 for column, value in measure(folder.parent, problems).items():
                     arm.setdefault(column, []).append(value)
+    for arm, values in kept.items():
+        if len(values["tokens"]) > len(measured.get(arm, {"tokens": ()})["tokens"]):
+            measured[arm] = values
     docs.mkdir(parents=True, exist_ok=True)
-    write_atomic(docs / "study.json", json.dumps(measured, indent=1) + "\n")
+    write_atomic(stored, json.dumps(measured, indent=1, sort_keys=True) + "\n")
     text = ["# Methods\n", *table({label: measured[arm] for arm, label in METHODS.items() if arm in measured})]
     for title, arms in ABLATIONS.items():
         found = {label: measured[arm] for label, arm in arms.items() if arm in measured}
         text += [f"\n# Ablation: {title}\n", *table(found)] if found else []
+    found = {METHODS[a]: {**measured[a], **measured[f"{a}_n{MANY}"]} for a in DIVERSE if f"{a}_n{MANY}" in measured}
+    text += ["\n# Diversity\n", *table(found, DIVERSITY)] if found else []
     write_atomic(docs / "tables.md", "\n".join(text) + "\n")
     plot(measured, docs)
+    plot_sharp(measured, docs)
     print("\n".join(text), f"\nwrote {docs}/tables.md, study.json and plots")
 
 
-def table(rows: dict[str, dict[str, list[float]]]) -> list[str]:
-    columns = [c for c in COLUMNS if any(c in row for row in rows.values())]
+def table(rows: dict[str, dict[str, list[float]]], titles: dict[str, str] = COLUMNS) -> list[str]:
+    columns = [c for c in titles if any(c in row for row in rows.values())]
     lines = [
-        "| | seeds | " + " | ".join(COLUMNS[c] for c in columns) + " |",
+        "| | seeds | " + " | ".join(titles[c] for c in columns) + " |",
         "|---|---:|" + "---:|" * len(columns),
     ]
     for label, row in rows.items():
@@ -260,8 +307,32 @@ def plot(measured: dict[str, dict[str, list[float]]], docs: Path) -> None:
             ax.set(xlabel=title, ylim=(-0.02, 1.02))
         ax = figure.axes[1]
         figure.legend(*ax.get_legend_handles_labels(), loc="outside upper center", ncols=3)
-        for suffix, metadata in ((".png", {"Software": None}), (".svg", {"Date": None})):
-            figure.savefig(docs / f"study{suffix}", dpi=150, metadata=metadata)
+        save(figure, docs / "study")
+
+
+def plot_sharp(measured: dict[str, dict[str, list[float]]], docs: Path) -> None:
+    """Plots the grid of `sharp` against its target's exponent, with a curve for each gamma."""
+    shown = {"hard@1": "hard pass@1", "shortcuts": "shortcut steps", "known@1": "known pass@1"}
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(10.8, 3.6), layout="constrained")
+        axes = figure.subplots(1, len(shown))
+        for ax, (column, title) in zip(axes, shown.items(), strict=True):
+            for colour, gamma in zip(COLOURS, sorted(GRID["gamma"]), strict=False):
+                arms = {1 / ((1 - gamma) * t): f"temperature={t},gamma={gamma}" for t in GRID["loss.temperature"]}
+                points = [(x, measured[arm][column][0]) for x, arm in sorted(arms.items()) if arm in measured]
+                if points:
+                    x, y = zip(*points, strict=True)
+                    ax.plot(x, y, label=f"gamma {gamma}", color=colour, marker="o", markersize=3.5, linewidth=1.3)
+            ax.set(title=title, xlabel="exponent 1 / ((1 - gamma) T)", xscale="log")
+            ax.set_xticks((1, 2, 5, 10, 20), ("1", "2", "5", "10", "20"))
+            ax.minorticks_off()
+        figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=len(GRID["gamma"]))
+        save(figure, docs / "sharp")
+
+
+def save(figure: Figure, path: Path) -> None:
+    for suffix, metadata in ((".png", {"Software": None}), (".svg", {"Date": None})):
+        figure.savefig(path.with_suffix(suffix), dpi=150, metadata=metadata)
 
 
 if __name__ == "__main__":

@@ -37,6 +37,8 @@ def test_descriptions_name_all_that_is_registered():
     }.items():
         description = keys.find(config_lib.Config, path).description
         assert not [name for name in registry if name not in description], path
+    settings = {key for method in METHODS.values() for key in method.settings}
+    assert not [key for key in settings if f"`{key}`" not in keys.find(config_lib.Config, "train.loss").description]
 
 
 def test_what_is_known_of_a_key():

@@ -15,17 +15,18 @@ from dail_jax.train import methods
 from dail_jax.train.methods import CONTRAST, METHODS, Method
 
 
-def sharpened(log, tokens, cfg):
-    """KL(q_T || M) with q_T ~ (p_PS / p_NR^gamma)^(1/((1-gamma) T))."""
-    sharp = 1 / ((1 - cfg.gamma) * cfg.loss["temperature"])
-    q = jax.nn.log_softmax(sharp * (log["privileged"] - cfg.gamma * log["negative"]))
-    loss = methods.kl_divergence(q, log["student"])
-    return loss, {"kl_target": loss}
+def gated(log, tokens, cfg):
+    """dail's loss, and -log M of q*'s most likely token where M gives it less than epsilon."""
+    loss, parts = methods.contrast(log, tokens, cfg)
+    best = (log["privileged"] - cfg.gamma * log["negative"]).argmax(-1)
+    missed = -methods.chosen(log["student"], best)
+    missed = jnp.where(missed > -jnp.log(cfg.loss["epsilon"]), missed, 0)
+    return loss + missed, {**parts, "missed": missed}
 
 
 @pytest.fixture
 def mine(monkeypatch):
-    method = Method("mine", "traces", sharpened, CONTRAST, settings={"temperature": 0.3})
+    method = Method("mine", "traces", gated, CONTRAST, settings={"epsilon": 0.01})
     monkeypatch.setitem(METHODS, "mine", method)
     return method
 
@@ -36,28 +37,43 @@ def of(**train):
 
 def test_a_method_from_outside_trains(tmp_path, pipeline, mine, capsys):
     """One function and one entry: nothing else knows of it, and it goes from traces to results."""
-    changes = {"train__objective": "mine", "train__loss": {"temperature": 0.5}, "train__gamma": 0.3}
+    changes = {"train__objective": "mine", "train__loss": {"epsilon": 0.5}, "train__gamma": 0.3}
     path = tiny.write(tmp_path / "run", traces=str(pipeline / "traces.jsonl"), evaluate__samples=2, **changes)
     with tiny.alone():
         for stage in ("train", "export", "evaluate"):
             assert tiny.run(stage, path) == 0
         assert "train: mine on " in capsys.readouterr().out
         rows = [r for r in tiny.lines(tmp_path / "run" / "metrics.jsonl") if r["stage"] == "train"]
-        assert len(rows) == tiny.UPDATES and rows[-1]["kl_target"] < rows[0]["kl_target"]
-        assert all(r["loss"] == r["kl_target"] > 0 for r in rows)
+        assert len(rows) == tiny.UPDATES and rows[-1]["missed"] < rows[0]["missed"]
+        for r in rows:
+            assert r["loss"] == pytest.approx(r["kl_privileged"] - 0.3 * r["kl_negative"] + r["missed"], rel=1e-5)
         assert (tmp_path / "run" / "references" / "negative.bin").is_file()  # cached like anyone else's
-        assert tiny.run("train", path, "train.loss.temprature=1") == 2
-        assert "train.loss.temprature: unknown key; did you mean 'temperature'?" in capsys.readouterr().err
+        assert tiny.run("train", path, "train.loss.epsilom=1") == 2
+        assert "train.loss.epsilom: unknown key; did you mean 'epsilon'?" in capsys.readouterr().err
+
+
+def test_sharp_trains(tmp_path, pipeline):
+    """On traces, with cached references; what it minimises is its distance to the target, which falls."""
+    path = tiny.write(tmp_path / "run", traces=str(pipeline / "traces.jsonl"), train__objective="sharp")
+    with tiny.alone():
+        assert tiny.run("train", path) == 0
+    rows = [r for r in tiny.lines(tmp_path / "run" / "metrics.jsonl") if r["stage"] == "train"]
+    assert len(rows) == tiny.UPDATES and all(r["loss"] == r["excess"] > 0 and r["target_entropy"] > 0 for r in rows)
+    assert sum(r["loss"] for r in rows[-3:]) < sum(r["loss"] for r in rows[:3])  # the same examples, an epoch later
+    assert (tmp_path / "run" / "references" / "privileged.bin").read_bytes() == (
+        pipeline / "references" / "privileged.bin"
+    ).read_bytes()
 
 
 def test_a_method_s_settings_have_defaults(mine):
     z = np.random.default_rng(0).normal(size=(3, 1, 2, 9)).astype(np.float32)
     log = dict(zip(("student", *CONTRAST), jax.nn.log_softmax(z), strict=True))
-    for loss, temperature in (({}, 0.3), ({"temperature": 1.0}, 1.0)):
+    best = (log["privileged"] - 0.3 * log["negative"]).argmax(-1)[0]
+    nll = -log["student"][0, jnp.arange(2), best]
+    assert (nll > -np.log(0.6)).all() and (nll < -np.log(0.01)).all()
+    for loss, missed in (({}, 0), ({"epsilon": 0.6, "temperature": 0.2}, nll)):  # another method's is not read
         cfg = config_lib.Train(objective="mine", gamma=0.3, loss=loss)
-        got = mine.bind(cfg)(log, {})[0]
-        q = jax.nn.softmax((log["privileged"] - 0.3 * log["negative"]) / 0.7 / temperature)
-        np.testing.assert_allclose(got, (q * (jnp.log(q) - log["student"])).sum(-1), atol=1e-6)
+        np.testing.assert_allclose(mine.bind(cfg)(log, {})[1]["missed"][0], missed, atol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -74,7 +90,16 @@ def test_a_method_s_settings_have_defaults(mine):
             {"objective": "nurl", "online": {"sampling": {"top_p": 0.9}}},
             "train: nurl wants plain online.sampling: temperature 1 and no truncation",
         ),
-        ({"loss": {"temperature": 1}}, "train.loss.temperature: unknown key; no method declares settings"),
+        ({"loss": {"epsilon": 1}}, "train.loss.epsilon: unknown key; did you mean 'temperature'?"),
+        ({"objective": "sharp", "gamma": 1}, "train: gamma must be below 1: there is no target otherwise"),
+        (
+            {"objective": "sharp", "loss": {"temperature": 0}},
+            "train: loss.temperature must be above 0 and at most 1, got 0",
+        ),
+        (
+            {"objective": "sharp", "loss": {"temperature": 1.5}},
+            "train: loss.temperature must be above 0 and at most 1, got 1.5",
+        ),
     ],
 )
 def test_configurations_that_a_method_refuses(train, want):
@@ -86,14 +111,16 @@ def test_configurations_that_a_method_refuses(train, want):
 def test_what_others_accept_is_not_refused():
     assert of(objective="nll", gamma=1).name == "nll"  # which does not read gamma
     assert of(gamma=1.5, kl="forward").name == "dail"
+    assert of(loss={"temperature": 2}).name == "dail"
+    assert of(objective="sharp", loss={"temperature": 1}, kl="forward").name == "sharp"
     assert of(objective="onpolicy", online={"sampling": {"top_p": 0.9}}).name == "onpolicy"
 
 
 def test_what_each_method_asks_of_the_stages():
     cfg = config_lib.Train()
-    assert [n for n, m in METHODS.items() if m.reads_traces(cfg)] == ["dail", "nll", "star", "nurl"]
+    assert [n for n, m in METHODS.items() if m.reads_traces(cfg)] == ["dail", "sharp", "nll", "star", "nurl"]
     assert [n for n, m in METHODS.items() if m.source == "samples"] == ["onpolicy", "grpo", "nurl"]
-    assert [n for n, m in METHODS.items() if m.caches(cfg)] == ["dail"]
+    assert [n for n, m in METHODS.items() if m.caches(cfg)] == ["dail", "sharp"]
     assert [n for n, m in METHODS.items() if m.rationalises] == ["star"]
     assert [n for n, m in METHODS.items() if not m.trains] == ["none"]
     assert METHODS["grpo"].prompted == METHODS["nll"].prompted == ("student",)

@@ -39,6 +39,12 @@ def ours(cfg, chunk, data):
     return hidden, lambda h: objectives.summed(method.bind(cfg), chunk, h, frozen, tokens, weights, unembed)
 
 
+def sharp_target(cfg, p, n):
+    """q_T [..., V] from powers of probabilities, from log-probabilities p and n."""
+    q = (jnp.exp(p) / jnp.exp(n) ** cfg.gamma) ** (1 / ((1 - cfg.gamma) * cfg.loss["temperature"]))
+    return q / q.sum(-1, keepdims=True)
+
+
 def naive(cfg, data, hidden):
     """Straight from the papers: full [B,T,V] tensors, gradients by autodiff."""
     _, frozen, tokens, weights, unembed = data
@@ -51,6 +57,8 @@ def naive(cfg, data, hidden):
     elif cfg.objective == "grpo":
         ratio, a, clip = jnp.exp(log_p - tokens["logq"]), tokens["advantage"], cfg.online.clip_ratio
         loss = cfg.online.kl_weight * kl(m, base) - jnp.minimum(ratio * a, jnp.clip(ratio, 1 - clip, 1 + clip) * a)
+    elif cfg.objective == "sharp":
+        loss = kl(jnp.log(sharp_target(cfg, p, n)), m)
     else:
         loss = kl(p, m) - cfg.gamma * kl(n, m) if cfg.kl == "forward" else kl(m, p) - cfg.gamma * kl(m, n)
     return (loss * weights).sum()
@@ -72,6 +80,8 @@ def by_hand(cfg, data):
         kl = (m * (log_m - log_b)).sum(-1, keepdims=True)
         slope = jnp.where(free <= held, free, 0)[..., None] * (m - hot)
         slope += cfg.online.kl_weight * m * (log_m - log_b - kl)
+    elif cfg.objective == "sharp":
+        slope = m - sharp_target(cfg, log_p, log_n)
     elif cfg.kl == "forward":
         slope = (m - p) - cfg.gamma * (m - n)
     else:
@@ -83,6 +93,7 @@ def by_hand(cfg, data):
 CASES = [
     settings("nll"),
     *(settings("dail", gamma=g, kl=k) for g in (0.0, 0.1, 0.7) for k in ("reverse", "forward")),
+    settings("sharp", gamma=0.3, loss={"temperature": 0.7}),
     *(settings("grpo", online={"kl_weight": w}) for w in (0.0, 0.5)),
 ]
 
@@ -117,6 +128,59 @@ def test_excess_is_the_distance_to_the_optimum(data):
     loss, parts = at(hidden @ unembed.T)
     np.testing.assert_allclose(parts["excess"], methods.kl_divergence(m, optimum), atol=1e-4)
     assert (best < loss).all()
+
+
+def test_the_sharpened_target():
+    """With p_PS = (.5, .3, .2), p_NR = (.25, .5, .25), gamma 1/2 and T 1/2, q_T ~ p_PS^4 / p_NR^2 = (1, .0324, .0256)."""
+    log = {"privileged": jnp.log(jnp.array([[[0.5, 0.3, 0.2]]])), "negative": jnp.log(jnp.array([[[0.25, 0.5, 0.25]]]))}
+    q = jnp.array([1, 0.0324, 0.0256]) / 1.058
+
+    def of(objective, z, **kw):
+        """The token's loss, its parts, and the gradient by logits, for a student with logits z."""
+        bound = methods.METHODS[objective].bind(settings(objective, **kw))
+
+        def f(z):
+            loss, parts = bound({"student": jax.nn.log_softmax(z), **log}, {})
+            return loss[0, 0], parts
+
+        (loss, parts), slope = jax.value_and_grad(f, has_aux=True)(z[None, None])
+        return loss, parts, slope[0, 0]
+
+    kw: dict = {"gamma": 0.5, "loss": {"temperature": 0.5}}
+    loss, parts, slope = of("sharp", jnp.zeros(3), **kw)
+    np.testing.assert_allclose(slope, 1 / 3 - q, atol=1e-6)
+    entropy = -(q * jnp.log(q)).sum()
+    np.testing.assert_allclose([loss, parts["excess"][0, 0]], np.log(3) - entropy, atol=1e-6)
+    np.testing.assert_allclose(parts["target_entropy"][0, 0], entropy, atol=1e-6)
+    loss, _, slope = of("sharp", jnp.log(q), **kw)  # its minimum, which is 0
+    np.testing.assert_allclose([loss, *slope], 0, atol=1e-6)
+
+    rng = np.random.default_rng(0)
+    for z in jnp.asarray(rng.normal(size=(4, 3)) * 3, jnp.float32):
+        loss, _, slope = of("sharp", z, **kw)
+        assert loss > 0
+        np.testing.assert_allclose(slope, jax.nn.softmax(z) - q, atol=1e-6)
+        # without contrast and sharpening it is forward KL
+        plain, forward = of("sharp", z, gamma=0, loss={"temperature": 1}), of("dail", z, gamma=0, kl="forward")
+        np.testing.assert_allclose(plain[0], forward[0], atol=1e-6)
+        np.testing.assert_allclose(plain[2], forward[2], atol=1e-6)
+        # and at T -> 0 the negative log-likelihood of the target's most likely token
+        loss, parts, slope = of("sharp", z, gamma=0.1, loss={"temperature": 1e-3})
+        np.testing.assert_allclose(loss, -jax.nn.log_softmax(z)[0], rtol=1e-6)
+        np.testing.assert_allclose(slope, jax.nn.softmax(z) - jnp.eye(3)[0], atol=1e-6)
+        assert parts["target_entropy"][0, 0] < 1e-6
+
+
+def test_what_the_student_never_does_is_learned():
+    """A token without mass gets no gradient from reverse KL, and its whole target from `sharp`."""
+    log = {role: jax.nn.log_softmax(jnp.array([[[6.0, 0.0, 0.0]]])) for role in methods.CONTRAST}
+    z = jnp.array([[[-30.0, 0.0, 0.0]]])
+
+    def slope(objective):
+        bound = methods.METHODS[objective].bind(settings(objective))
+        return jax.grad(lambda z: bound({"student": jax.nn.log_softmax(z), **log}, {})[0].sum())(z)[0, 0, 0]
+
+    assert abs(slope("dail")) < 1e-9 and slope("sharp") < -0.99
 
 
 def test_equal_references_and_student_give_zero(data):

@@ -3,13 +3,13 @@
 A loss is written once, as a plain function of log-probabilities; its gradient is found by automatic differentiation
 (`objectives.summed`). A new method is a loss function and an entry in `METHODS`, and touches no other file:
 
-    def sharpened(log, tokens, cfg):
+    def gated(log, tokens, cfg):
         ...
         return loss, {"name of a reported part": part}
 
-    METHODS["sharpened"] = Method("sharpened", "traces", sharpened, CONTRAST, settings={"temperature": 0.3})
+    METHODS["gated"] = Method("gated", "traces", gated, CONTRAST, settings={"epsilon": 0.01})
 
-`train.objective: sharpened` then selects it, and `train.loss: {temperature: 0.5}` sets what it declares in `settings`.
+`train.objective: gated` then selects it, and `train.loss: {epsilon: 0.1}` sets what it declares in `settings`.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class Method:
       rationalises: `generate` draws from the student, then with the solution in context where the student fails.
       hinted: a group of samples that all fail is drawn again with a hint in the prompt.
       settings: the keys of `train.loss` that it reads, with their defaults.
-      check: what is wrong with a configuration, or None.
+      check: what is wrong with a configuration, whose `loss` is filled in, or None.
     """
 
     name: str
@@ -88,12 +88,16 @@ class Method:
         """Whether the roles' states are computed once, which is exact where every epoch has the same examples."""
         return cfg.cache_references and bool(self.roles) and self.source != "samples"
 
+    def fill(self, cfg: config_lib.Train) -> config_lib.Train:
+        """The configuration with this method's settings in `loss`, defaults included, and no others."""
+        given = {key: value for key, value in cfg.loss.items() if key in self.settings}
+        return cfg.model_copy(update={"loss": {**self.settings, **given}})
+
     def bind(self, cfg: config_lib.Train) -> BoundLoss:
         """The loss as a function of log-probabilities and tokens, with the method's settings filled in."""
         loss = self.loss
         assert loss is not None
-        given = {key: value for key, value in cfg.loss.items() if key in self.settings}
-        cfg = cfg.model_copy(update={"loss": {**self.settings, **given}})
+        cfg = self.fill(cfg)
         return lambda log, tokens: loss(log, tokens, cfg)
 
 
@@ -146,6 +150,21 @@ def contrast(log: LogProbs, tokens: Tokens, cfg: config_lib.Train) -> Terms:
     return loss, {"kl_privileged": kl_p, "kl_negative": kl_n, "excess": loss / (1 - cfg.gamma) + log_z}
 
 
+def sharpened(log: LogProbs, tokens: Tokens, cfg: config_lib.Train) -> Terms:
+    """Forward KL to a sharpened contrast, over the full vocabulary. Ours, not the paper's.
+
+        L = KL(q_T || M),  q_T ~ (p_PS / p_NR^gamma)^(1 / ((1-gamma) T)),  0 < T <= 1
+
+    At T = 1 the target is the q* that `contrast` implies; as T falls to 0, it becomes q*'s most likely token. The gradient
+    by logits is M - q_T, which also raises tokens that the student gives no mass, where that of reverse KL vanishes. What
+    the privileged student does only now and then, such as a shortcut, the sharpening takes out of the target.
+    """
+    sharpness = 1 / ((1 - cfg.gamma) * cfg.loss["temperature"])
+    target = jax.nn.log_softmax(sharpness * (log["privileged"] - cfg.gamma * log["negative"]))
+    loss = kl_divergence(target, log["student"])
+    return loss, {"excess": loss, "target_entropy": -(jnp.exp(target) * target).sum(-1)}
+
+
 def policy_gradient(log: LogProbs, tokens: Tokens, cfg: config_lib.Train) -> Terms:
     """-min(ratio * A, clip(ratio) * A) + weight * KL(M || base) (arXiv 2402.03300, with the KL in closed form)."""
     advantage, clip = tokens["advantage"], cfg.online.clip_ratio
@@ -170,6 +189,14 @@ def _bounded(cfg: config_lib.Train) -> str | None:
     return None
 
 
+def _sharp(cfg: config_lib.Train) -> str | None:
+    if cfg.gamma >= 1:
+        return "gamma must be below 1: there is no target otherwise"
+    if not 0 < cfg.loss["temperature"] <= 1:
+        return f"loss.temperature must be above 0 and at most 1, got {cfg.loss['temperature']:g}"
+    return None
+
+
 def _plain(cfg: config_lib.Train) -> str | None:
     if not cfg.online.sampling.is_plain:
         return f"{cfg.objective} wants plain online.sampling: temperature 1 and no truncation"
@@ -183,6 +210,8 @@ METHODS: dict[str, Method] = {
         Method("dail", "traces", contrast, CONTRAST, check=_bounded),
         # the same on what the student writes now
         Method("onpolicy", "samples", contrast, CONTRAST, check=_bounded),
+        # ours: the sharpened optimum of the contrast as a target (docs/study.md)
+        Method("sharp", "traces", sharpened, CONTRAST, settings={"temperature": 0.2}, check=_sharp),
         # likelihood of traces, and of expert solutions
         Method("nll", "traces", likelihood),
         Method("sft", "solutions", likelihood),
@@ -209,10 +238,9 @@ def of(config: config_lib.Config) -> Method:
     known = {key for other in METHODS.values() for key in other.settings}  # arms may switch between methods
     for key in cfg.loss:
         if key not in known:
-            near = difflib.get_close_matches(key, known, 1, 0.0)
-            hint = f"did you mean {near[0]!r}?" if near else "no method declares settings"
-            raise UserError(f"unknown key; {hint}", field=f"train.loss.{key}")
-    if problem := method.check(cfg):
+            (near,) = difflib.get_close_matches(key, known, 1, 0.0)
+            raise UserError(f"unknown key; did you mean {near!r}?", field=f"train.loss.{key}")
+    if problem := method.check(method.fill(cfg)):
         raise UserError(problem, field="train")
     if method.source == "samples" and cfg.online.problems * cfg.online.group % cfg.batch_size:
         raise UserError("online.problems * online.group must be a multiple of batch_size", field="train")
