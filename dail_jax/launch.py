@@ -12,12 +12,15 @@ import signal
 import sys
 import traceback
 from collections.abc import Callable
+from pathlib import Path
 
 import dail_jax
 
 # The exit status after SIGTERM or Ctrl-C: what was done is saved, and the same command resumes. Not 0, which schedulers take
 # for a job that is done.
 STOPPED = os.EX_TEMPFAIL
+
+PROGRAMS = ".programs"  # in the run directory: what JAX has compiled
 
 # How reading and writing fail on a disk that is full, over quota, read-only or broken.
 DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EFBIG)
@@ -149,6 +152,8 @@ def main(argv: list[str] | None = None) -> int:
             from dail_jax.stages import names
 
             configure(config.log)
+            if args.stage != "compile":  # which only reports on programs, of other devices
+                _keep_programs(config.run_dir)
             names.check(config)
         more = {key: vars(args)[key] for key in OWN_ARGUMENTS if key in args}
         if args.stage == "compile":
@@ -180,6 +185,17 @@ def main(argv: list[str] | None = None) -> int:
             traceback.print_exc()
         _leave(several, 1)
         raise
+
+
+def _keep_programs(run_dir: str) -> None:
+    """Keeps compiled programs in the run directory, so that a resumed run compiles none again; unless JAX has a folder."""
+    import jax
+
+    if jax.config.jax_compilation_cache_dir is None:
+        from dail_jax import provenance
+
+        jax.config.update("jax_compilation_cache_dir", str(Path(run_dir) / PROGRAMS / provenance.instruction_set()))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 
 
 def _leave(at_once: bool, status: int) -> int:

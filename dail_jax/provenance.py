@@ -50,6 +50,16 @@ LARGE = 64 << 20  # bytes: the digest of a smaller file is computed every time
 SETTLED = 2_000_000_000  # ns: a file that changed more recently could change again within one tick of its times
 
 
+def instruction_set() -> str:
+    """A name for what this machine's CPU can run: programs that are compiled for one may crash another."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:  # no Linux
+        lines = []
+    features = next((line for line in lines if line.lower().startswith(("flags", "features"))), "")
+    return f"{platform.machine()}-{hashlib.sha256(features.encode()).hexdigest()[:12]}"
+
+
 def environment() -> dict[str, Any]:
     """Versions, flags and devices: what a bug report or a reproduction needs."""
     versions = {}

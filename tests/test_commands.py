@@ -2,6 +2,8 @@
 
 import json
 import re
+import subprocess
+import sys
 
 import pytest
 import tiny
@@ -23,6 +25,34 @@ def one():
 def squeeze(text):
     """What was printed, without frames and spacing."""
     return " ".join("".join(c if c not in "│┃╭╮╰╯─━┏┓└┘┡┩┳╇┴┬┼├┤" else " " for c in text).split())
+
+
+START = """
+import sys
+import jax
+from dail_jax import launch
+events = []
+jax.monitoring.register_event_listener(lambda name, **_: events.append(name.rpartition("/")[2]))
+assert launch.main(["env", "--config", sys.argv[1]]) == 0
+jax.block_until_ready(jax.jit(lambda x: x * 2 + 1)(jax.numpy.arange(8.0)))
+print("found:", events.count("cache_hits"), "compiled:", events.count("cache_misses"))
+"""
+
+
+def test_compiled_programs_are_kept(tmp_path):
+    """In the run directory: a second start compiles nothing again."""
+    path = tiny.write(tmp_path / "run")
+    env = {k: v for k, v in tiny.environment().items() if not k.startswith(("JAX_COMPILATION", "JAX_PERSISTENT"))}
+    counts = []
+    for _ in range(2):
+        done = subprocess.run(
+            [sys.executable, "-c", START, path], env=env, cwd=tiny.ROOT, text=True, capture_output=True
+        )
+        assert done.returncode == 0, done.stderr
+        counts.append(re.search(r"found: (\d+) compiled: (\d+)", done.stdout).groups())  # pyright: ignore
+    (_, new), (again, none) = counts
+    assert int(new) > 0 and again == new and none == "0"
+    assert any((tmp_path / "run" / launch.PROGRAMS).rglob("*-cache"))
 
 
 def test_waypoints_stand_beside_their_solution(tmp_path, capsys):
