@@ -191,7 +191,7 @@ def _keep_programs(run_dir: str) -> None:
     """Keeps compiled programs in the run directory, so that a resumed run compiles none again; unless JAX has a folder."""
     import jax
 
-    if jax.config.jax_compilation_cache_dir is None:
+    if jax.config.jax_compilation_cache_dir is None:  # pyright: ignore
         from dail_jax import provenance
 
         jax.config.update("jax_compilation_cache_dir", str(Path(run_dir) / PROGRAMS / provenance.instruction_set()))
