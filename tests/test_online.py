@@ -154,6 +154,7 @@ def test_grpo_learns_what_is_rewarded(tmp_path, one, monkeypatch):
         "train__batch_size": 32,
         "train__epochs": 4,
         "train__bucket": 96,
+        "train__save_every": 16,
         "train__online": {"problems": 8, "group": 8, "slots": 64, "sampling": {"max_tokens": 96}},
     }
     hard = {"path": str(tiny.ASSETS / "hard.jsonl"), "limit": 16}
@@ -191,7 +192,8 @@ def test_hints_from_traces_are_how_they_begin(tmp_path, one, pipeline):
 
 
 def test_onpolicy_follows_the_privileged_student(tmp_path, one, rows):
-    changes = {**SMALL, "train__batch_size": 16, "train__epochs": 16, "data": {"path": rows, "limit": 4}}
+    changes = {**SMALL, "train__batch_size": 16, "train__epochs": 16, "train__save_every": 16}
+    changes["data"] = {"path": rows, "limit": 4}
     path = tiny.write(tmp_path / "own", train__objective="onpolicy", train__gamma=0.0, **changes)
     assert tiny.run("train", path, "train.optimizer.learning_rate=3e-2") == 0
     got = metrics(tmp_path / "own")
