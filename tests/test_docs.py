@@ -10,6 +10,7 @@ import pytest
 from dail_jax import config as config_lib
 from dail_jax import keys, launch, resources
 from dail_jax.errors import UserError
+from dail_jax.train.methods import METHODS
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted(ROOT.glob("docs/**/*.md"))]
@@ -135,6 +136,11 @@ def test_the_commands_are_found():
     assert ["run", "demo"] in commands(ROOT / "README.md")
     assert len(list(commands(ROOT / "configs" / "paper" / "tau.yaml"))) == 4
     assert sum(len(list(commands(path))) for path in STARTERS) > 25
+
+
+def test_every_method_is_explained():
+    table = (ROOT / "docs" / "method.md").read_text().split("## Other methods\n")[1].split("\n## ")[0]
+    assert set(re.findall(r"^\| `(\w+)` \|", table, re.MULTILINE)) == METHODS.keys()
 
 
 def test_the_source_names_pages_that_exist():
