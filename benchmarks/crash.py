@@ -147,6 +147,7 @@ class Campaign:
 
     def once(self, event: str) -> tuple[int, bool]:
         """Runs the stage and lets something happen: (exit status, whether it had not ended before)."""
+        started = time.monotonic()
         process = self.start(self.run_dir, limit=self.limit() if event == "disk" else None)
         if event != "disk":
             self.wait(process)
@@ -167,6 +168,8 @@ class Campaign:
             status, _, err = tiny.finish(process)
         finally:
             process.kill()
+        if not happened and not status:  # too late: the machine is faster than it was
+            self.seconds = time.monotonic() - started
         # Before Python reaches its first line, nothing can handle a signal, and nothing can be lost.
         early = event == "term" and status == -signal.SIGTERM
         self.counts["too_early"] += early
