@@ -1,3 +1,5 @@
+import types
+
 import environment  # noqa: F401  (before jax)
 import jax
 import pytest
@@ -13,6 +15,15 @@ def mesh_of(data=1, fsdp=1, tensor=1):
     return mesh_lib.make_mesh(
         config_lib.Mesh(data=data, fsdp=fsdp, tensor=tensor), jax.devices()[: data * fsdp * tensor]
     )
+
+
+@pytest.fixture
+def undrawn(monkeypatch):
+    """For tests of other things: plots, which take seconds to draw, are empty files."""
+    from dail_jax.report import plots
+
+    blank = types.SimpleNamespace(savefig=lambda path, **_: path.write_bytes(b""))
+    monkeypatch.setattr(plots, "_figure", lambda *_: blank)
 
 
 @pytest.fixture(scope="session")

@@ -118,7 +118,7 @@ def test_combinations_are_named_by_what_differs():
         experiment.combinations(["train.gamma=1,1"])
 
 
-def test_sweep_runs_and_tabulates_every_value(tmp_path, one, pipeline, capsys):
+def test_sweep_runs_and_tabulates_every_value(tmp_path, one, pipeline, capsys, undrawn):
     path = tiny.write(
         tmp_path / "r", traces=str(pipeline / "traces.jsonl"), train__epochs=1, evaluate__samples=2, arms={"other": {}}
     )

@@ -248,7 +248,7 @@ def test_nothing_from_data_steers_the_terminal(capsys, tmp_path):
 def test_plots_take_any_name(tmp_path):
     """Dollar signs would be taken for mathematics, and what stands between them is none."""
     points = [(1, 0.5, 0.4, 0.6), (2, 0.6, 0.5, 0.7)]
-    chart = charts.Chart("tau", "", r"a$\frac$b", "marked", "x", "y", [charts.Series(r"a$\frac$b", 0, points)])
+    chart = charts.Chart("tau", "", r"a$\frac$b", "marked", "x", "y", [charts.Series(r"a$\frac$b", 0, points)], (0, 1))
     assert all(path.stat().st_size for path in plots.draw([chart], tmp_path))
 
 

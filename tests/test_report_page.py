@@ -12,7 +12,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from matplotlib import image
 
 from dail_jax import config as config_lib
 from dail_jax import launch, metrics
@@ -302,7 +301,7 @@ def test_charts_hold_the_results(runs, parsed):
     by_budget = found["budget", "pass@1 against token budget", "hard"]["dail"]
     assert [p[0] for p in by_budget] == list(BUDGETS) and by_budget[1][1] == results["pass@k"]["1"]["mean"]
     lengths = found["lengths", "budget 256", "hard"]["dail"]
-    assert sum(p[1] for p in lengths) == pytest.approx(1, abs=1e-4)
+    assert lengths[-1][1] == 1 and [p[1] for p in lengths] == sorted(p[1] for p in lengths)
     excess = found["training", "", charts.TRAINING["excess"][0]]
     assert list(excess) == ["dail"] and len(excess["dail"]) == 60
 
@@ -352,7 +351,7 @@ def parsed_text(found: Page) -> list[str]:
 def test_an_empty_run_still_gives_a_page(tmp_path):
     (tmp_path / "run").mkdir()
     found = Page(page.write({"run": tmp_path / "run"}, tmp_path / "report.html", "nothing yet").read_text("utf-8"))
-    assert found.data() == {"runs": ["run"], "charts": [], "samples": [], "traces": []}
+    assert found.data() == {"runs": ["run"], "colours": [0], "charts": [], "samples": [], "traces": []}
     assert plots.write({"run": tmp_path / "run"}, tmp_path / "plots") == []
 
 
@@ -373,7 +372,7 @@ def test_files_of_a_run_in_progress(tmp_path):
     assert len(read.metrics["train"]["loss"]) == 60 and read.metrics["train"]["loss"][60] == 77.0
 
 
-def test_comparison_of_runs_that_lie_anywhere(tmp_path, capsys, monkeypatch):
+def test_comparison_of_runs_that_lie_anywhere(tmp_path, capsys, undrawn):
     """Two experiments whose arms have the same name, each with its own traces and scores of the same problems."""
     for i, place in enumerate(("one", "two")):
         run = make_run(tmp_path / place / "dail", "dail")
@@ -386,7 +385,6 @@ def test_comparison_of_runs_that_lie_anywhere(tmp_path, capsys, monkeypatch):
             )
         )
     make_run(tmp_path / "base", "base")
-    monkeypatch.setattr(plots, "write", lambda *_: [])  # slow, and tested below
     out = tmp_path / "comparison"
     runs = [str(tmp_path / name) for name in ("base", "one", "two/dail")]
     assert launch.main(["compare", *runs, "--out", str(out)]) == 0
@@ -401,7 +399,8 @@ def test_comparison_of_runs_that_lie_anywhere(tmp_path, capsys, monkeypatch):
     )
     low, mean, high = (f"{100 * value:+.1f}" for value in (d.low, d.mean, d.high))
     assert f"{mean} [{low}, {high}]" in (out / "results.md").read_text() and f"[{low}, {high}]" in shown
-    assert {f.name for f in out.iterdir()} == {"report.html", "results.md", "results.tex"}
+    assert {f.name for f in out.iterdir()} == {"report.html", "results.md", "results.tex", "plots"}
+    assert {f.stem for f in (out / "plots").iterdir()} == set(plots.FILES.values()) - {"tau"}
     data = Page((out / "report.html").read_text("utf-8")).data()
     assert data["runs"] == [str(tmp_path / name) for name in ("base", "one/dail", "two/dail")]
     pushes = {(trace["file"], trace["push"][0]) for trace in data["traces"]}
@@ -531,20 +530,6 @@ def test_the_same_runs_give_the_same_bytes(runs, tmp_path):
     assert pages[0] == pages[1] and len(pages[0]) < 2_000_000
 
 
-def test_plots(runs, tmp_path):
-    files = plots.write(runs[0], tmp_path / "plots", runs[1])
-    assert {f.name for f in files} == {
-        f"{name}.{kind}" for name in set(plots.FILES.values()) - {"tau"} for kind in ("png", "svg")
-    }
-    for file in files:
-        if file.suffix == ".png":
-            pixels = image.imread(file)
-            assert min(pixels.shape[:2]) > 400 and pixels[..., :3].std() > 0.05
-        else:
-            text = file.read_text()
-            assert text.count("<path") > 30 and text.rstrip().endswith("</svg>")
-
-
 def test_plots_are_the_same_bytes(runs, tmp_path):
     found = charts.build(*collect.read(runs[0]))[:1]
     first, again = ([file.read_bytes() for file in plots.draw(found, tmp_path / name)] for name in ("a", "b"))
@@ -556,12 +541,6 @@ def test_lists_hold_options_alone():
     script = (Path(page.__file__).parent / "page.js").read_text()
     items = re.findall(r'make\("li", \{(.*?)\}', script)
     assert items and all('role: "option"' in item for item in items)
-
-
-def test_page_and_plots_share_their_colours():
-    css = (Path(page.__file__).parent / "charts.css").read_text()
-    light = re.findall(r"\.c\d \{ --c: light-dark\((#\w+),", css)
-    assert tuple(light) == plots.COLOURS
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -580,29 +559,12 @@ def test_diagnosis_has_the_figures(runs):
     assert found["Traces that mention the reference"] == "all arms: 6 of 40 traces (15.0%), 5 dropped for it"
     a, b = (json.loads((runs[0][arm] / "results.json").read_text()) for arm in ("base", "nll"))
     d = protocol.compare(a, b, "known", "256", 1, 0, diagnosis.RESAMPLES)
-    figures = f"known (budget 256) {100 * d.mean:+.1f} points [{100 * d.low:+.1f}, {100 * d.high:+.1f}]"
+    figures = f"nll, known (budget 256), pass@1: {100 * d.mean:+.1f} points [{100 * d.low:+.1f}, {100 * d.high:+.1f}], p = 0.0"
     assert figures in found["Below the untrained model"] and "dail" not in found["Below the untrained model"]
     everything = diagnosis.find(*collect.read(*runs))
-    assert [f.seen for f in everything] == sorted((f.seen for f in everything), reverse=True)
+    assert [f.severity for f in everything[:3]] == ["red", "red", "none"]
     unseen = {f.title: f.figures for f in everything if not f.seen}
     assert len(unseen["Loss spikes"]) == 2 and unseen["Below the untrained model"][0].startswith("dail")
-
-
-def test_diagnosis_of_training_curves(tmp_path):
-    run = make_run(tmp_path / "dail", "dail")
-    assert not seen_in({"dail": run}).keys() & {"Loss spikes", "Excess not falling"}
-    noise = 1 + np.random.default_rng(0).normal(size=(100, 2)) / 10
-    noise[30, 0], noise[40, 0] = 50.0, float("nan")
-    dump(
-        run / "metrics.jsonl",
-        [
-            {"stage": "train", "step": i, "time": 0, "loss": loss, "excess": excess, "kl_negative": 1.0}
-            for i, (loss, excess) in enumerate(noise.tolist())
-        ],
-    )
-    found = seen_in({"dail": run})
-    assert found["Loss spikes"] == "dail (gamma 0.1): 1 spikes at updates 30, 1 losses not finite, in 100 updates"
-    assert found["Excess not falling"].startswith("dail (gamma 0.1): ")
 
 
 def test_batches_of_another_length_are_no_spikes(tmp_path):
@@ -620,14 +582,17 @@ def test_batches_of_another_length_are_no_spikes(tmp_path):
     assert "Loss spikes" not in seen_in({"dail": run})
     dump(run / "metrics.jsonl", [{k: v for k, v in row.items() if k != "tokens"} for row in rows])
     found = re.search(r"(\d+) spikes", seen_in({"dail": run})["Loss spikes"])
-    assert found and int(found[1]) > 30  # what they look like if batch sizes are not known
+    assert found and int(found[1]) > 10  # what they look like if batch sizes are not known
     at = next(i for i in range(300, 480) if rows[i]["tokens"] == 16 * 256)
     rows[at]["loss"] += 0.2
     dump(run / "metrics.jsonl", rows)
-    assert f"1 spikes at updates {at + 1}, 0 losses" in seen_in({"dail": run})["Loss spikes"]
+    assert (
+        seen_in({"dail": run})["Loss spikes"]
+        == f"dail (gamma 0.1): 1 spike at updates {at + 1}, in {len(rows)} updates"
+    )
 
 
-def test_what_was_left_out_is_in_the_report(tmp_path, capsys):
+def test_what_was_left_out_is_in_the_report(tmp_path, capsys, undrawn):
     """Not only on the terminal. The last record of a stage counts, and a count of 0 is not shown."""
     arms = {arm: make_run(tmp_path / "r" / arm, arm) for arm in ("base", "dail")}
     root, arm = (metrics.Metrics(tmp_path / "r" / name, config_lib.Log(), stage) for name, stage in NAMES)
@@ -685,4 +650,4 @@ def test_diagnosis_of_shortcuts_and_long_budgets(tmp_path):
     assert "(trained on hard)" in seen_in({"base": base, "dail": dail})["Better on its training problems alone"]
     rewrite(dail, lambda b: b.update(hard={"64": b["hard"]["256"], "256": b["hard"]["64"]}))
     found = seen_in({"base": base, "dail": dail})["Accuracy falling at long budgets"]
-    assert re.fullmatch(r"dail, pass@1: hard -\d.* from budget 64 to 256, known best at its longest budget, 256", found)
+    assert re.fullmatch(r"dail, hard, pass@1: -\d.* from budget 64 to 256", found)

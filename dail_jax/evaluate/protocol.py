@@ -13,6 +13,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from rich import box
+from rich.console import Console, ConsoleOptions, RenderResult
+from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
@@ -146,6 +148,9 @@ def compare(a: Results, b: Results, benchmark: str, budget: str, k: int, seed: i
     return passk.paired_difference(values(a), values(b), seed, resamples)
 
 
+COUNTS = "+ / - / ="  # the column with the numbers of problems that are better, worse, and the same
+
+
 class Differences(NamedTuple):
     """How methods differ from a first one: a table, whose cells are texts, and a line for each that cannot be compared."""
 
@@ -182,7 +187,7 @@ def differences(results: Mapping[str, Results], seed: int, resamples: int) -> Di
                 ends = {k: compare(base, other, name, budget, int(k), seed, resamples) for k in (ks[0], ks[-1])}
                 rows.append((label, arm, ends))
     ks = sorted({k for *_, ends in rows for k in ends}, key=int)
-    header = ["benchmark", "method", *itertools.chain(*([f"pass@{k}", "p", "+ / - / ="] for k in ks))]
+    header = ["benchmark", "method", *itertools.chain(*([f"pass@{k}", "p", COUNTS] for k in ks))]
     table = []
     for label, arm, ends in rows:
         table.append([label, arm, *itertools.chain(*(_cells(ends.get(k), resamples) for k in ks))])
@@ -193,13 +198,14 @@ def _cells(d: passk.Difference | None, resamples: int) -> list[str]:
     if d is None:
         return ["-"] * 3
     low, mean, high = (f"{100 * value:+.1f}" for value in (d.low, d.mean, d.high))
-    return [f"{mean} [{low}, {high}]", _p(d.p, resamples), f"{d.better} / {d.worse} / {d.same}"]
+    p = p_value(d.p, resamples).removeprefix("p ").removeprefix("= ")
+    return [f"{mean} [{low}, {high}]", p, f"{d.better} / {d.worse} / {d.same}"]
 
 
-def _p(p: float, resamples: int) -> str:
-    """A p value, which cannot fall below that of a single one among all resamples."""
+def p_value(p: float, resamples: int) -> str:
+    """A p value in words, such as `p = 0.12`; it cannot fall below that of a single one among all resamples."""
     floor = 1 / (1 + resamples)
-    return f"<= {floor:.1g}" if p < 1.5 * floor else f"{p:.2g}"
+    return f"p <= {floor:.1g}" if p < 1.5 * floor else f"p = {p:.2g}"
 
 
 def headline(results: Results) -> str:
@@ -275,16 +281,18 @@ def comparison(results: Mapping[str, Results]) -> tuple[list[str], list[list[lis
     return ["benchmark", "method", *(f"{metric}@{k}" for metric, k in scores), "mean tokens"], sections
 
 
-def table(results: Mapping[str, Results]) -> Table:
+def table(results: Mapping[str, Results]) -> Fitting:
     """The comparison of methods for the terminal; `results` maps a method (arm) to its results."""
     header, sections = comparison(results)
-    return _shown(header, sections, CAPTION)
+    scores = range(2, len(header) - 2)  # of pass@k; the majority and the tokens follow
+    return _shown(header, sections, CAPTION, [*scores[:1], *scores[1:][-1:], len(header) - 2, len(header) - 1])
 
 
-def differences_table(found: Differences) -> Table:
+def differences_table(found: Differences) -> Fitting:
     """The differences for the terminal."""
     sections = [list(rows) for _, rows in itertools.groupby(found.rows, key=lambda row: row[0])]
-    return _shown(found.header, sections, _differences_caption(found))
+    few = [i for i, name in enumerate(found.header) if i > 1 and name != COUNTS]
+    return _shown(found.header, sections, _differences_caption(found), few)
 
 
 def _differences_caption(found: Differences) -> str:
@@ -294,17 +302,71 @@ def _differences_caption(found: Differences) -> str:
     )
 
 
-def _shown(header: Sequence[str], sections: Sequence[Sequence[Sequence[str]]], caption: str) -> Table:
-    # Intervals are below their means, so that all columns fit into a terminal; longer names are folded.
+class Fitting:
+    """The same table in several forms for a terminal: the first that is not too wide is shown, otherwise the last."""
+
+    def __init__(self, *forms: Table):
+        self.forms = forms
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        free = options.update(width=10_000)
+        fit = (t for t in self.forms if Measurement.get(console, free, t).maximum <= options.max_width)
+        yield next(fit, self.forms[-1])
+
+
+NAME = 20  # columns of a terminal for a method's name where they are scarce
+
+
+def _shown(
+    header: Sequence[str], sections: Sequence[Sequence[Sequence[str]]], caption: str, few: Sequence[int]
+) -> Fitting:
+    """A table whose first columns are the benchmark and the method, and whose other cells are figures.
+
+    It needs less and less width: intervals beside their means or below them, the benchmark in a column or above its
+    rows, and all figures or those in the columns `few`, for which the caption says where the others are.
+    """
+    keep = [0, 1, *few]
+    less = ([header[i] for i in keep], [[[row[i] for i in keep] for row in section] for section in sections])
+    more = "" if len(keep) == len(header) else "; more in a wider terminal and in results.md"
+    return Fitting(
+        _form(header, sections, caption, stacked=False),
+        _form(header, sections, caption),
+        _form(header, sections, caption, above=True),
+        _form(*less, caption + more, above=True),
+    )
+
+
+def _form(
+    header: Sequence[str],
+    sections: Sequence[Sequence[Sequence[str]]],
+    caption: str,
+    stacked: bool = True,
+    above: bool = False,
+) -> Table:
     shown = Table(caption=caption, box=box.SIMPLE, show_edge=False, padding=(0, 1, 0, 0))
-    for i, name in enumerate(header):
+    for i, name in enumerate(header[above:], above):
         shown.add_column(name, justify="left" if i < 2 else "right", overflow="fold")
     for section in sections:
-        for i, (benchmark, method, *scores) in enumerate(section):
+        if above:
+            shown.add_row(Text(visible(section[0][0]), "bold"))
+        for i, (benchmark, method, *figures) in enumerate(section):
+            if stacked:
+                figures = [figure.replace(" [", "\n[") for figure in figures]
+                method = "\n".join(_lines(method))
+            names = [f"  {method}".replace("\n", "\n  ")] if above else ["" if i else benchmark, method]
             # Text, not str: "[81.0, 85.0]" would be taken for markup.
-            cells = ("" if i else benchmark, method, *(score.replace(" [", "\n[") for score in scores))
-            shown.add_row(*(Text(visible(cell)) for cell in cells), end_section=i == len(section) - 1)
+            shown.add_row(*(Text(visible(cell)) for cell in (*names, *figures)), end_section=i == len(section) - 1)
     return shown
+
+
+def _lines(name: str) -> list[str]:
+    """A name in lines of at most NAME columns, broken after signs only: a longer part stays whole."""
+    lines = [""]
+    for part in re.findall(r"[^-,=_/ ]*[-,=_/ ]?", name):
+        if lines[-1] and len(lines[-1]) + len(part.rstrip()) > NAME:
+            lines.append("")
+        lines[-1] += part
+    return lines
 
 
 def markdown(results: Mapping[str, Results]) -> str:

@@ -1,5 +1,5 @@
 "use strict";
-// The page's data are JSON in the element #data: runs (names), charts, samples, traces. Texts only ever become text
+// The page's data are JSON in the element #data: runs (names), their colours, charts, samples, traces. Texts only ever become text
 // nodes or attributes, so that nothing in a sample can act as HTML.
 const data = JSON.parse(document.getElementById("data").textContent);
 const SHAPES = "http://www.w3.org/2000/svg";
@@ -138,7 +138,7 @@ if (samplesRoot) {
       finish: (s) => s.finish, problem: (s) => s.problem_id },
     (s) => `${s.problem_id}\n${s.answer ?? ""}\n${s.text}\n${s.forced_text ?? ""}`,
     (s) => [make("span", { class: sign(s) }, { true: "✓ ", false: "✗ " }[s.correct] ?? ""), `${s.problem_id} · ${s.sample}`,
-      make("small", {}, make("i", { class: `dot c${s.arm % 8}` }), `${data.runs[s.arm]}, ${s.benchmark}, ${whole(s.tokens)} tokens`)],
+      make("small", {}, make("i", { class: `dot c${data.colours[s.arm]}` }), `${data.runs[s.arm]}, ${s.benchmark}, ${whole(s.tokens)} tokens`)],
     (s, query) => [
       make("h3", {}, `${s.benchmark}: ${s.problem_id}, sample ${s.sample} `, make("span", { class: sign(s) }, verdict(s))),
       facts([["arm", data.runs[s.arm]], ["answer", s.answer ?? "none"], ["gold", s.gold], ["verdict's reason", s.reason], ["finish", s.finish],

@@ -76,10 +76,13 @@ def render(runs: Sequence[Run], traces: Sequence[TraceFile], title: str, left_ou
     css, js = (
         "\n".join(room.joinpath(f"{part}.{kind}").read_text("utf-8") for part in PARTS) for kind in ("css", "js")
     )
+    css += "".join(f".c{i} {{ --c: light-dark({a}, {b}); }}\n" for i, (a, b) in enumerate(charts.COLOURS))
     found = charts.build(runs, traces)
+    colours = [place % len(charts.COLOURS) for place in charts.colours(runs)]
     data = {
         "runs": [run.name for run in runs],
-        "charts": [{**asdict(chart), "series": [asdict(s) for s in chart.series]} for chart in found],
+        "colours": colours,
+        "charts": [{**asdict(chart), "named": charts.ends_together(chart)} for chart in found],
         "samples": [{"arm": i, **row} for i, run in enumerate(runs) for row in run.samples],
         "traces": [{"file": t.name, **row} for t in traces for row in t.rows],
     }
@@ -95,6 +98,7 @@ def render(runs: Sequence[Run], traces: Sequence[TraceFile], title: str, left_ou
             js_hash=_hash(js),
             data=_json(data),
             runs=runs,
+            colours=colours,
             traces=traces,
             settings=settings,
             summary=_summary(settings),
@@ -102,6 +106,7 @@ def render(runs: Sequence[Run], traces: Sequence[TraceFile], title: str, left_ou
             results=_results(runs),
             findings=diagnosis.find(runs, traces),
             left_out=left_out,
+            captions=charts.CAPTIONS,
             sections={key: name for key, name in SECTIONS.items() if key in present},
             samples=(len(data["samples"]), sum(run.total for run in runs)),
             shown=(len(data["traces"]), sum(t.total for t in traces)),
@@ -235,4 +240,5 @@ def _against(found: Any) -> dict[str, Any]:
         return {"text": "-"}
     sign = ("", "better", "worse")[found.sign]
     mean, low, high = (f"{100 * value:+.1f}".replace("-", "\u2212") for value in found[:3])
-    return {"text": mean, "note": f"{low} to {high}, p = {found.p:.2g}", "sign": sign}
+    note = f"{low} to {high}, {protocol.p_value(found.p, diagnosis.RESAMPLES)}"
+    return {"text": mean, "note": note, "sign": sign}

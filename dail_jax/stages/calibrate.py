@@ -23,8 +23,8 @@ from dail_jax.evaluate import answers
 from dail_jax.evaluate.grading import Grader
 from dail_jax.evaluate.passk import bootstrap
 from dail_jax.metrics import console, log
-from dail_jax.report import plots
-from dail_jax.report.charts import Chart, Series
+from dail_jax.report import charts, plots
+from dail_jax.report.charts import Series
 from dail_jax.rundir import write_atomic
 from dail_jax.stages import experiment, generate, golds, recipes
 from dail_jax.text import mention
@@ -96,6 +96,9 @@ def write(found: dict[float, dict], folder: Path) -> None:
         for i, name in enumerate(SHARES)
         if all(name in x for x in found.values())
     ]
-    chart = Chart("tau", "", "Traces by tau", "marked", "tau", "share of traces", series, percent=True)
-    made = plots.draw([chart], folder / "plots")
+    counts = dict.fromkeys(f"{x['traces']:,}" for x in found.values())
+    note = f"n = {' or '.join(counts)} traces"
+    made = plots.draw(
+        charts.chart("tau", "", "", "marked", "tau", "share of traces", series, note=note), folder / "plots"
+    )
     log(f"calibrate: wrote {folder / 'calibration.md'} and {made[0]}")
