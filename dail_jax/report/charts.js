@@ -29,7 +29,7 @@ function ticks(low, high, count) {
   const power = 10 ** Math.floor(Math.log10(rough));
   const step = power * [1, 2, 2.5, 5, 10].find((m) => m * power >= rough * 0.999);
   const found = [];
-  for (let i = Math.ceil(low / step - 1e-9); i <= high / step + 1e-9; i++) found.push(i * step);
+  for (let i = Math.ceil(low / step - 1e-9); i <= high / step + 1e-9; i++) found.push(i * step + 0); // not -0
   return found;
 }
 
@@ -93,7 +93,7 @@ function plot(chart) {
     if (x0 === x1) [x0, x1] = [x0 - (chart.log_x ? 1 : Math.abs(x0) * 0.1 || 1), x1 + (chart.log_x ? 1 : Math.abs(x1) * 0.1 || 1)];
     if (chart.kind === "marked") { const room = (x1 - x0) * 0.03; x0 -= room; x1 += room; } // markers are not cut in half
     const [low, high] = chart.span, y0 = heights(low), y1 = heights(high);
-    const yTicks = chart.log_y ? powers(low, high) : ticks(Math.max(low, chart.percent ? 0 : low), high, 4);
+    const yTicks = chart.log_y ? powers(low, high) : ticks(Math.max(low, chart.percent ? 0 : low), high, chart.percent ? 5 : 4);
     const decimals = digits(yTicks.map((v) => (chart.percent ? 100 * v : v)));
     const labels = yTicks.map((v) => (chart.log_y ? String(Number(v.toPrecision(3))) : chart.percent ? `${fixed(100 * v, decimals)}%` : fixed(v, decimals)));
     const named = chart.named && !chart.title.endsWith(`: ${shown[0].name}`);

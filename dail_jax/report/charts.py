@@ -37,7 +37,7 @@ CAPTIONS = {  # of a section's charts, in the page and in the plots
     "pass": "With 95% bootstrap intervals over problems.",
     "budget": "With 95% bootstrap intervals over problems.",
     "lengths": "Share of the samples that are at most so long.",
-    "training": "Means of neighbouring updates, with the raw values behind them. Losses of different objectives are not "
+    "training": "Noisy curves are smoothed over neighbouring updates, with the raw values behind them. Losses of different objectives are not "
     "on the same scale.",
     "traces": "Of all traces, kept or dropped. Bands: 95% Wilson intervals.",
     "tau": "With 95% bootstrap intervals over problems.",
@@ -137,6 +137,7 @@ def places(runs: Sequence[Run]) -> dict[str, list[str]]:
 # Curves and axes
 # ---------------------------------------------------------------------------------------------------
 
+WIDEST = 50  # values at most on either side of a smoothed one
 SMOOTHED = 20  # a shorter curve is shown as it is
 ROUGH = 4  # a curve is noisy if it is this many times as long as it is high, such as a loss but no learning rate
 FLAT = 0.1  # of the axis: a curve that varies less than this on it is flattened
@@ -146,17 +147,21 @@ DECADES = 2.0  # positive values over more of them have a logarithmic axis
 
 
 def smooth(values: Sequence[float]) -> list[float]:
-    """Centred means over a 25th of the values, five at least; nothing for few values, or for a curve without noise.
+    """Centred midmeans of a 25th of the values, five at least; nothing for few values, or for a curve without noise.
 
-    The window shrinks towards both ends, symmetrically: a steep beginning is neither delayed nor pulled up.
+    A midmean is the mean without the lowest and the highest quarter, so that an outlier leaves it alone. The first and
+    the last window hold straight lines: a steep beginning is neither delayed nor flattened.
     """
     y, n = np.asarray(values, np.float64), len(values)
     if n < SMOOTHED or n * np.median(np.abs(np.diff(y))) <= ROUGH * np.ptp(np.percentile(y, (2, 98))):
         return []
-    at = np.arange(n)
-    half = np.minimum(max(2, n // 50), np.minimum(at, n - 1 - at))
-    sums = np.concatenate([[0.0], y.cumsum()])
-    return ((sums[at + half + 1] - sums[at - half]) / (2 * half + 1)).tolist()
+    half = min(max(2, n // 50), WIDEST)
+    size, quarter = 2 * half + 1, (half + 1) // 2
+    middle = np.sort(np.lib.stride_tricks.sliding_window_view(y, size))[:, quarter:-quarter].mean(1)
+    at = np.arange(min(size, len(middle)))
+    first, last = (np.polyfit(at, part, 1) for part in (middle[: len(at)], middle[-len(at) :]))
+    ends = np.polyval(first, np.arange(-half, 0)), np.polyval(last, len(at) + np.arange(half))
+    return np.concatenate([ends[0], middle, ends[1]]).tolist()
 
 
 def thin(points: Sequence[tuple[float, float]], limit: int = POINTS) -> list[Point]:
@@ -190,19 +195,21 @@ def scale(curves: Sequence[ArrayLike]) -> Scale:
         height = max(high for _, high in ends) - min(low for low, _ in ends)
         return len(arrays) > 1 and any(np.ptp(np.percentile(f(a), (2, 98))) < FLAT * height for a in varied)
 
-    least, most = min(a.min() for a in arrays), max(a.max() for a in arrays)
+    ends = [np.percentile(a, (2, 98)) for a in arrays]
+    least, most = min(low for low, _ in ends), max(high for _, high in ends)
     flat = flattened(lambda a: a)
-    if least > 0 and (flat or most > 10**DECADES * least) and not flattened(np.log):
+    if min(a.min() for a in arrays) > 0 and (flat or most > 10**DECADES * least) and not flattened(np.log):
         return "log"
     return "apart" if flat else "linear"
 
 
 def span(series: Sequence[Series], log: bool = False) -> tuple[float, float]:
-    """The ends of the y axis for noisy curves, which an outlier does not flatten: one that would take more than a third
-    of the axis is cut off."""
+    """The ends of the y axis for these curves. An outlier behind a smooth curve does not flatten it: what would take more
+    than a third of the axis is cut off."""
     f, back = (np.log10, lambda v: 10.0**v) if log else (lambda v: v, lambda v: v)
     raw = f(np.array([end for s in series for _, _, low, high in s.points for end in (low, high)], np.float64))
-    firm = np.concatenate([*(f(np.array(s.smooth, np.float64)) for s in series), np.percentile(raw, (2, 98))])
+    shown = [f(np.array(s.smooth or [y for _, y, *_ in s.points], np.float64)) for s in series]
+    firm = np.concatenate([*shown, np.percentile(raw, (2, 98))])
     low, high = firm.min(), firm.max()
     reach = (high - low) / 2
     low, high = (raw.min() if raw.min() >= low - reach else low), (raw.max() if raw.max() <= high + reach else high)
@@ -366,7 +373,7 @@ def _traces(traces: Sequence[TraceFile], colour: Sequence[int]) -> Iterable[Char
             )
         accepted.append(Series(*name, points))
     note = f"n = {' or '.join(dict.fromkeys(f'{t.total:,}' for t in traces))} traces"
-    title, x, y = "Written by the student, by position", "position in the trace", "share of tokens"
+    title, x, y = "The student's tokens by position", "position in the trace", "share of tokens"
     yield from chart("traces", "", title, "line", x, y, accepted, note=note)
     for title, x, field in (
         ("Length of a trace", "tokens", "lengths"),

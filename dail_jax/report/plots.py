@@ -150,7 +150,9 @@ def _names(ax: Axes, chart: charts.Chart) -> None:
     """Writes the name of each curve beside its end."""
     if chart.title.endswith(f": {chart.series[0].name}"):
         return
-    ends = [(s.points[-1][0], s.smooth[-1] if s.smooth else s.points[-1][1]) for s in chart.series]
+    low, high = chart.span
+    heights = [s.smooth[-1] if s.smooth else s.points[-1][1] for s in chart.series]
+    ends = [(s.points[-1][0], min(max(y, low), high)) for s, y in zip(chart.series, heights, strict=True)]
     wanted = [float(ax.transLimits.transform(ax.transScale.transform(end))[1]) for end in ends]
     for series, end, height in zip(chart.series, ends, charts.labels(wanted, 0.08, 0.0, 1.0), strict=True):
         colour = COLOURS[max(series.colour, 0) % len(COLOURS)]
