@@ -240,6 +240,16 @@ def test_files_of_figures(drawn):
             assert text.count("<path") > 30 and text.rstrip().endswith("</svg>")
 
 
+def test_long_names_are_in_a_legend_that_fits(tmp_path):
+    names = [f"objective=dail,learning_rate=0.0003,gamma=0.{i}" for i in range(3)]
+    series = [charts.Series(name, i, [(1, 0.2, 0.1, 0.3), (2, 0.4, 0.3, 0.5)]) for i, name in enumerate(names)]
+    figure = plots._figure(charts.chart("pass", "", "hard", "marked", "k", "pass@k", series), "")
+    figure.canvas.draw()
+    (legend,) = figure.legends
+    assert [text.get_text() for text in legend.get_texts()] == names and not figure.axes[0].texts[1:]
+    assert figure.bbox.x0 <= legend.get_window_extent().x0 and legend.get_window_extent().x1 <= figure.bbox.x1
+
+
 def test_data_of_charts_are_json(drawn):
     data = json.loads(
         page.render([run_of("dail", cells={"hard": cells(0.5)})], [], "t").split('id="data">')[1].split("<")[0]

@@ -210,3 +210,17 @@ def test_traces_that_are_cut():
         ("amber", "Traces that mention the reference", 0.06),
     ]
     assert found[0].figures == ("dail: 20 of 50 traces (40.0%)",) and "generate.sampling.max_tokens" in found[0].advice
+
+
+def test_shortcuts():
+    """Better on what was trained on, and nowhere else."""
+    rows = [{"name": name, "rows": {"path": f"{name}.jsonl"}} for name in ("train", "hard")]
+    config = {"data": {"path": "train.jsonl"}, "evaluate": {"benchmarks": rows}}
+    before = run_of("base", "none", cells={"train": {"64": cell(0.2)}, "hard": {"64": cell(0.2)}})
+    after = run_of(cells={"train": {"64": cell(0.9)}, "hard": {"64": cell(0.2)}}, config=config)
+    (finding,) = (f for f in diagnosis.find([before, after], []) if f.seen)
+    assert (finding.severity, finding.title) == ("red", "Better on its training problems alone")
+    assert finding.size == pytest.approx(0.7, abs=0.01) and "data.path" in finding.advice
+    assert finding.figures[0].startswith("dail against base, pass@1: train +70.0 points [")
+    better = run_of(cells={"train": {"64": cell(0.9)}, "hard": {"64": cell(0.5)}}, config=config)
+    assert seen(before, better) == []

@@ -32,6 +32,7 @@ DASHES = ((), (5, 2), (6, 2, 1.5, 2), (1.5, 1.5))
 MARKERS = "os^oDvPX"
 HOLLOW = charts.PLACES[charts.UNTRAINED]  # the untrained model's markers are rings around what it coincides with
 COLUMNS = 3
+SHORT = 16  # characters at most of a name that stands beside its curve
 STYLE: Any = {
     "font.size": 9,
     "axes.spines.top": False,
@@ -71,9 +72,12 @@ def _figure(panels: Sequence[charts.Chart], caption: str) -> Figure:
     variants = [[p for p in panels if p.variant == name] for name in dict.fromkeys(p.variant for p in panels)]
     columns = min(COLUMNS, max(map(len, variants)))
     lines = [group[i : i + columns] for group in variants for i in range(0, len(group), columns)]
-    figure = Figure(figsize=(3.5 * columns, 2.6 * len(lines) + 0.5), layout="constrained")
+    longest = max(len(series.name) for chart in panels for series in chart.series)
+    entry = 0.7 + 0.085 * longest  # inches that a name takes in a legend
+    width = max(3.5 * columns, entry)
+    figure = Figure(figsize=(width, 2.6 * len(lines) + 0.5), layout="constrained")
     notes = dict.fromkeys(chart.note for chart in panels)
-    named = all(map(charts.ends_together, panels))
+    named = all(map(charts.ends_together, panels)) and longest <= SHORT
     for row, line in zip(figure.subplots(len(lines), columns, squeeze=False), lines, strict=True):
         for ax, chart in itertools.zip_longest(row, line):
             if chart is None:
@@ -86,7 +90,8 @@ def _figure(panels: Sequence[charts.Chart], caption: str) -> Figure:
         label: handle for ax in figure.axes for handle, label in zip(*ax.get_legend_handles_labels(), strict=True)
     }
     if len(handles) > 1 and not named:
-        figure.legend(handles.values(), handles.keys(), loc="outside upper left", ncols=min(len(handles), 2 * columns))
+        fitting = min(len(handles), int(width / entry))
+        figure.legend(handles.values(), handles.keys(), loc="outside upper left", ncols=fitting)
     common = "".join(f" {note}." for note in notes if note and len(notes) == 1)
     text = textwrap.fill(caption + common, 64 * columns)
     figure.supxlabel(text, x=0.01, ha="left", fontsize=7.5, color=SOFT)
