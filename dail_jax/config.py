@@ -80,6 +80,8 @@ class Model(Section):
     """Type of the weights and of the computation. bfloat16 halves memory; float32 is for small models and for tests."""
     tokenizer: LocalPath | None = None
     """A folder with another tokenizer; null = the model's own."""
+    title: str | None = None
+    """What the report calls the model; null = its folder's name."""
 
 
 class Mesh(Section):
@@ -424,6 +426,10 @@ class Benchmark(Section):
     choice's text or letter, or its index from 0."""
     ungradable: Literal["refuse", "skip"] = "refuse"
     """What to do with rows whose gold answer cannot be read: stop with an error, or skip and count them."""
+    title: str | None = None
+    """What the report calls it; null = its name."""
+    about: str = ""
+    """A sentence for the report: what its problems are."""
     pool: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]+$")] | None = None
     """Name of a further row of the tables, over the problems of all benchmarks with this pool; null = none."""
 
@@ -532,6 +538,10 @@ class Config(Section):
 
     run_dir: LocalPath
     """Directory that everything is written to; a second call with it resumes."""
+    title: str | None = None
+    """What the report calls the experiment or, among the changes of an arm, the arm; null = the name of its folder."""
+    about: str = ""
+    """A sentence for the report: what the experiment is or, among the changes of an arm, what sets the arm apart."""
     seed: Seed = 3407
     """Seed of everything that is random; 3407 is the paper's."""
     model: Model

@@ -41,3 +41,13 @@ def pipeline(tmp_path_factory):
         for stage in tiny.STAGES:
             assert tiny.run(stage, path) == 0
     return path.with_suffix("")
+
+
+@pytest.fixture(scope="session")
+def synthetic_runs(tmp_path_factory):
+    """The folders of three synthetic arms by name, and the traces that they share; nobody writes to them."""
+    import synthetic
+
+    root = tmp_path_factory.mktemp("synthetic")
+    runs = {arm: synthetic.make_run(root / arm, arm) for arm in synthetic.SKILL}
+    return runs, synthetic.make_traces(root / "shared" / "traces.jsonl")

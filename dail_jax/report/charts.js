@@ -185,7 +185,8 @@ function plot(chart) {
   });
   new ResizeObserver(draw).observe(svg);
   redraws.push(draw);
-  return make("figure", {}, make("figcaption", {}, chart.title, make("small", {}, chart.note)), svg);
+  const rows = () => [["series", chart.x, chart.y || "value", "low", "high"], ...chart.series.flatMap((series) => series.points.map((point) => [series.name, ...point]))];
+  return make("figure", {}, make("figcaption", {}, chart.title, make("small", {}, chart.note), csvButton([chart.section, chart.variant, chart.title].filter(Boolean).join(" "), rows)), svg);
 }
 
 for (const root of document.querySelectorAll(".charts")) {
@@ -196,6 +197,13 @@ for (const root of document.querySelectorAll(".charts")) {
   const choice = make("select", { "aria-label": "What to show", onchange: () => fill(choice.value) },
     ...variants.map((variant) => make("option", { value: variant }, variant)));
   const fill = (variant) => grid.replaceChildren(...charts.filter((c) => c.variant === variant).map(plot));
+  if (variants.length > 1) { // paper has all of them
+    addEventListener("beforeprint", () => {
+      grid.replaceChildren(...charts.map((chart) => plot({ ...chart, title: `${chart.title}: ${chart.variant}` })));
+      redraws.forEach((draw) => draw());
+    });
+    addEventListener("afterprint", () => fill(choice.value));
+  }
   const legend = names.length < 2 ? [] : names.map((name) => {
     const chart = charts.find((c) => c.series.some((s) => s.name === name)), series = chart.series.find((s) => s.name === name);
     const button = make("button", { type: "button", class: "arm", "data-arm": name, "aria-pressed": "true", title: "Show or hide" },

@@ -40,7 +40,9 @@ def arm(config: config_lib.Config, name: str) -> config_lib.Config:
     changes = config.arms[name] or {}
     source = f"arms.{name}"
     own = config_lib.with_overrides(
-        config, {"arms": {}, "run_dir": str(Path(config.run_dir) / name), **changes}, source
+        config,
+        {"arms": {}, "run_dir": str(Path(config.run_dir) / name), "title": None, "about": "", **changes},
+        source,
     )
     made = ("seed", "model", "data", "prompts", "generate", "filters")
     same = all(getattr(own, section) == getattr(config, section) for section in made)

@@ -89,7 +89,7 @@ def train(config: config_lib.Config, rows: list[Row] | None = None) -> Recipe:
 
 def evaluate(config: config_lib.Config, tables: Mapping[str, list[Row]] | None = None) -> Recipe:
     cfg, inputs = config.evaluate, {}
-    free = ("evaluate.slots", "evaluate.benchmarks.pool")
+    free = ("evaluate.slots", *(f"evaluate.benchmarks.{key}" for key in ("pool", "title", "about")))
     if cfg.adapter:
         adapter = Path(cfg.adapter)
         inputs["evaluate.adapter"] = Input(cfg.adapter, lambda checksum: peft.adapter_digest(adapter, checksum))
@@ -125,7 +125,7 @@ def export(config: config_lib.Config) -> Recipe:
 def pretrain(config: config_lib.Config) -> Recipe:
     cfg, target = config.pretrain, str(Path(config.model.path).absolute())
     assert cfg is not None
-    free = ("model.path", "pretrain.log_every", "pretrain.save_every")
+    free = ("model.path", "model.title", "pretrain.log_every", "pretrain.save_every")
     return Recipe(
         "pretrain",
         {**select(config, "seed", "model", "pretrain", without=(*PATHS, *free)), "writes": target},

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 
@@ -27,15 +28,22 @@ def run(config: config_lib.Config) -> None:
         raise UserError("nothing to report: run a stage first", file=root)
     traces = traces_path(config)
     folder = Path(config.model.tokenizer or config.model.path)
-    show(runs, root, root.name, traces if traces.exists() else None, folder)
+    title, tree = config.title or root.name, config.model_dump(mode="json")
+    show(runs, root, title, traces if traces.exists() else None, folder, tree)
 
 
 def show(
-    runs: Mapping[str, Path], out: Path, title: str, traces: Path | None = None, tokenizer: Path | None = None
+    runs: Mapping[str, Path],
+    out: Path,
+    title: str,
+    traces: Path | None = None,
+    tokenizer: Path | None = None,
+    config: Mapping[str, Any] | None = None,
 ) -> None:
     """Prints the tables of run directories by name, and writes the other files to `out`.
 
-    `tokenizer` is the folder, if it exists, from which the trace viewer gets the texts of tokens.
+    `tokenizer` is the folder, if it exists, from which the trace viewer gets the texts of tokens. `config` is the
+    configuration in force, from which the page takes its titles.
     """
     results = {
         name: files.read_results(folder / "results.json")
@@ -57,7 +65,7 @@ def show(
         write_atomic(out / "results.md", "\n\n".join(part.rstrip("\n") for part in parts) + "\n")
         write_atomic(out / "results.tex", protocol.latex(results))
     decode = functools.partial(pieces, load_tokenizer(tokenizer)) if tokenizer and tokenizer.is_dir() else None
-    written = page.write(runs, out / "report.html", title, traces, decode)
+    written = page.write(runs, out / "report.html", title, traces, decode, config)
     made = plots.write(runs, out / "plots", traces)
     log(f"report: wrote {written}, {out / 'results.tex'} and {len(made)} plots in {out / 'plots'}")
 
