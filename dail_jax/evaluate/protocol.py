@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from rich import box
 from rich.console import Console, ConsoleOptions, RenderResult
+from rich.jupyter import JupyterMixin
 from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
@@ -285,24 +286,25 @@ def table(results: Mapping[str, Results]) -> Fitting:
     """The comparison of methods for the terminal; `results` maps a method (arm) to its results."""
     header, sections = comparison(results)
     scores = range(2, len(header) - 2)  # of pass@k; the majority and the tokens follow
-    return _shown(header, sections, CAPTION, [*scores[:1], *scores[1:][-1:], len(header) - 2, len(header) - 1])
+    return _shown(header, sections, CAPTION, CAPTION, [*scores[:1], *scores[1:][-1:], len(header) - 2, len(header) - 1])
 
 
 def differences_table(found: Differences) -> Fitting:
     """The differences for the terminal."""
     sections = [list(rows) for _, rows in itertools.groupby(found.rows, key=lambda row: row[0])]
     few = [i for i, name in enumerate(found.header) if i > 1 and name != COUNTS]
-    return _shown(found.header, sections, _differences_caption(found), few)
+    short = f"against {found.first}: {DIFFERENCES}"
+    return _shown(found.header, sections, _differences_caption(found), short, few)
+
+
+DIFFERENCES = "points of pass@k with 95% bootstrap intervals over problems, p of random sign flips"
 
 
 def _differences_caption(found: Differences) -> str:
-    return (
-        f"against {found.first}: points of pass@k with 95% bootstrap intervals over problems, p of random sign flips, and on "
-        "how many problems better / worse / the same"
-    )
+    return f"against {found.first}: {DIFFERENCES}, and on how many problems better / worse / the same"
 
 
-class Fitting:
+class Fitting(JupyterMixin):
     """The same table in several forms for a terminal: the first that is not too wide is shown, otherwise the last."""
 
     def __init__(self, *forms: Table):
@@ -318,12 +320,12 @@ NAME = 20  # columns of a terminal for a method's name where they are scarce
 
 
 def _shown(
-    header: Sequence[str], sections: Sequence[Sequence[Sequence[str]]], caption: str, few: Sequence[int]
+    header: Sequence[str], sections: Sequence[Sequence[Sequence[str]]], caption: str, short: str, few: Sequence[int]
 ) -> Fitting:
     """A table whose first columns are the benchmark and the method, and whose other cells are figures.
 
     It needs less and less width: intervals beside their means or below them, the benchmark in a column or above its
-    rows, and all figures or those in the columns `few`, for which the caption says where the others are.
+    rows, and all figures or those in the columns `few`, for which the caption is `short` and says where the others are.
     """
     keep = [0, 1, *few]
     less = ([header[i] for i in keep], [[[row[i] for i in keep] for row in section] for section in sections])
@@ -332,7 +334,7 @@ def _shown(
         _form(header, sections, caption, stacked=False),
         _form(header, sections, caption),
         _form(header, sections, caption, above=True),
-        _form(*less, caption + more, above=True),
+        _form(*less, short + more, above=True),
     )
 
 

@@ -12,7 +12,9 @@ from pathlib import Path
 
 import jax
 import numpy as np
+from rich import box
 from rich.table import Table
+from rich.text import Text
 
 from dail_jax import config as config_lib
 from dail_jax.data import traces as traces_lib
@@ -84,9 +86,9 @@ def write(found: dict[float, dict], folder: Path) -> None:
         [str(tau), str(x["traces"]), *(percent(x.get(name)) for name in SHARES), f"{x['tokens']:.1f}"]
         for tau, x in found.items()
     ]
-    table = Table(*header)
+    table = Table(*header, box=box.SIMPLE, show_edge=False, padding=(0, 1, 0, 0))
     for row in cells:
-        table.add_row(*(cell.replace("[", r"\[") for cell in row))
+        table.add_row(*(Text(cell.replace(" [", "\n["), justify="right") for cell in row))
     console.print(table)
     text = "".join(f"| {' | '.join(row)} |\n" for row in (header, ["---:"] * len(header), *cells))
     write_atomic(folder / "calibration.md", text + "\nShares of traces, with 95% bootstrap intervals over problems\n")
