@@ -7,7 +7,7 @@ import difflib
 import os
 import re
 import unicodedata
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TypeVar
 
@@ -29,6 +29,23 @@ class UserError(Exception):
         where = ":".join(str(part) for part in (file, row, field) if part is not None)
         line = f"{where}: {message}" if where else message
         super().__init__(visible(" ".join(line.split())))
+
+    @property
+    def lines(self) -> list[str]:
+        """What to print."""
+        return [str(self)]
+
+
+class UserErrors(UserError):
+    """Several that were found at once: a line for each."""
+
+    def __init__(self, errors: Sequence[UserError]):
+        super().__init__("; ".join(map(str, errors)))
+        self.errors = list(errors)
+
+    @property
+    def lines(self) -> list[str]:
+        return [str(error) for error in self.errors]
 
 
 def want_folder(folder: Path, what: str) -> None:

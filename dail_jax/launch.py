@@ -27,6 +27,7 @@ DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EFBIG)
 
 STAGES = {
     "run": "generate, train, export, evaluate and report; with `arms`, once per arm, on shared traces",
+    "check": "looks for everything that would stop `run`, which does so first, and says what would be done",
     "convert": "a Hugging Face model -> checked, sharded weights in RUN_DIR/model",
     "generate": "mixed policy rollouts -> RUN_DIR/traces.jsonl",
     "train": "the LoRA -> RUN_DIR/checkpoints",
@@ -149,13 +150,14 @@ def main(argv: list[str] | None = None) -> int:
             raise UserError(f"{args.stage}: want a configuration: a YAML file, or one of {known}")
         config = config_lib.load(files[0], args.overrides, files[1:]) if files else None
         if config is not None:
-            from dail_jax.stages import names
-
             configure(config.log)
+        more = {key: vars(args)[key] for key in OWN_ARGUMENTS if key in args}
+        if config is not None and args.stage != "check":
+            from dail_jax.stages import check
+
+            check.first(args.stage, config, **{key: more[key] for key in ("over", "tau") if key in more})
             if args.stage != "compile":  # which only reports on programs, of other devices
                 _keep_programs(config.run_dir)
-            names.check(config)
-        more = {key: vars(args)[key] for key in OWN_ARGUMENTS if key in args}
         if args.stage == "compile":
             more = {"topology": args.topology, "out": args.json, "quick": args.quick, "only": args.only}
         _stage(args.stage)(config, **more)
@@ -163,7 +165,8 @@ def main(argv: list[str] | None = None) -> int:
     except UserError as error:
         if args.trace:
             traceback.print_exc()
-        print(f"error: {error}", file=sys.stderr)
+        for line in error.lines:
+            print(f"error: {line}", file=sys.stderr)
         return _leave(several, 2)
     except Interrupted as stopped:
         log(str(stopped))

@@ -55,16 +55,36 @@ RULES: dict[str, str | tuple[str, ...]] = {
 }
 
 
+def platforms() -> str | None:
+    """The platforms that JAX was told to use, by JAX_PLATFORMS or otherwise."""
+    return jax.config.jax_platforms  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def all_devices() -> list[Any]:
+    """The devices of all processes; raises UserError if there are none of the platform that JAX_PLATFORMS names."""
+    try:
+        return jax.devices()
+    except (RuntimeError, AssertionError) as error:  # the latter where JAX leaves out the only platform
+        reason = str(error).split(" (")[0] or "it was not found"
+        raise UserError(
+            f"no device: {reason}; JAX_PLATFORMS=cpu computes on the CPU",
+            field=f"JAX_PLATFORMS={platforms() or ''}",
+        ) from None
+
+
 def make_mesh(cfg: config_lib.Mesh, devices=None) -> jax.sharding.Mesh:
     """The mesh of all AXES over all devices (or `devices`); raises UserError if the sizes do not fit."""
-    devices = np.asarray(jax.devices() if devices is None else devices)
+    devices = np.asarray(all_devices() if devices is None else devices)
     sizes = [getattr(cfg, axis) for axis in AXES]
     if -1 in sizes:
         known = -int(np.prod(sizes))
         sizes[sizes.index(-1)] = max(devices.size // known, 1)
     if int(np.prod(sizes)) != devices.size:
         shape = " x ".join(f"{a}={s}" for a, s in zip(AXES, sizes, strict=True))
-        raise UserError(f"got {shape}, want axis sizes whose product is the {devices.size} devices", field="mesh")
+        kind = devices.flat[0].device_kind
+        raise UserError(
+            f"got {shape}, want axis sizes whose product is the {devices.size} devices ({kind})", field="mesh"
+        )
     return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=list(devices.flat))
 
 

@@ -58,7 +58,10 @@ class Metrics:
             self.wandb = wandb.init(project=log.wandb, name=run_dir.name, dir=str(run_dir), resume="allow")
 
     def rewind(self, step: int | None) -> None:
-        """Forgets this stage's rows after `step` (None: none of them), and a last line that a crash tore."""
+        """Forgets this stage's rows after `step`, and a last line that a crash tore.
+
+        With None, forgets only what earlier starts of this stage have left out: it counts anew, perhaps with other limits.
+        """
         if jax.process_index() != 0 or not self.path.exists():
             return
         data, kept = self.path.read_bytes(), []
@@ -67,7 +70,11 @@ class Metrics:
             row = strict_json.as_object(line.value, self.path, line.number)
             if not isinstance(row.get("step"), int):
                 raise UserError(f"want a row with a step: {advice}", file=self.path, row=line.number, field="step")
-            if step is None or row.get("stage") != self.stage or row["step"] <= step:
+            if step is None:
+                again = row.get("stage") == LEFT_OUT and row.get("by") == self.stage
+            else:
+                again = row.get("stage") == self.stage and row["step"] > step
+            if not again:
                 kept.append(data[line.offset : line.offset + line.size])
         if sum(map(len, kept)) != len(data):
             temporary = self.path.with_name(f".{self.path.name}.{os.getpid()}.tmp")

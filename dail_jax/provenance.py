@@ -16,7 +16,7 @@ import os
 import platform
 import subprocess
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -60,12 +60,17 @@ def instruction_set() -> str:
     return f"{platform.machine()}-{hashlib.sha256(features.encode()).hexdigest()[:12]}"
 
 
+def versions(names: Sequence[str]) -> dict[str, str | None]:
+    """The versions of packages; None for one that is not installed."""
+    found: dict[str, str | None] = dict.fromkeys(names)
+    for name in names:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    return found
+
+
 def environment() -> dict[str, Any]:
     """Versions, flags and devices: what a bug report or a reproduction needs."""
-    versions = {}
-    for name in PACKAGES:
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            versions[name] = importlib.metadata.version(name)
     try:
         here = Path(__file__).parent
         revision = subprocess.run(
@@ -78,7 +83,7 @@ def environment() -> dict[str, Any]:
         revision = ""
     return {
         "python": platform.python_version(),
-        "versions": versions,
+        "versions": {name: version for name, version in versions(PACKAGES).items() if version},
         "source": revision or "unknown",
         "xla_flags": os.environ.get("XLA_FLAGS", ""),
         "platform": jax.default_backend(),
@@ -176,6 +181,34 @@ class File(Output):
         )
 
 
+class Drawn(File):
+    """A file of rows that were drawn, with verdicts on them: what was drawn must not change, verdicts can be made again."""
+
+    def drawn(self, path: Path) -> Iterable[Any]:
+        """The rows as JSON values, without the verdicts."""
+        raise NotImplementedError
+
+    def identity(self, folder: Path, checksum: Checksums) -> str:
+        return f"{self._digest(folder / self.name)} {checksum(folder / self.name)}"
+
+    def state(self, folder: Path, recorded: str, checksum: Checksums) -> State:
+        path = folder / self.name
+        if not path.exists():
+            return "missing"
+        drawn, whole = recorded.split()
+        if checksum(path) == whole:
+            return "intact"
+        if self._digest(path) == drawn:
+            return "stale"
+        raise UserError("is not what was drawn here: put that back, or delete the file to draw it again", file=path)
+
+    def _digest(self, path: Path) -> str:
+        total = hashlib.sha256()
+        for row in self.drawn(path):
+            total.update(digest(row).encode())
+        return total.hexdigest()
+
+
 @dataclass(frozen=True)
 class Input:
     """Something that a stage reads: where it lies, and how the digest of its contents is computed.
@@ -212,10 +245,6 @@ class Recipe:
                 found = None
             inputs[name] = {"path": one.path, "sha256": found}
         return {"settings": self.settings, "inputs": inputs}
-
-    def without(self, *sections: str) -> Recipe:
-        """The same, with fewer sections to compare."""
-        return dataclasses.replace(self, settings={k: v for k, v in self.settings.items() if k not in sections})
 
 
 def identity(made_of: dict[str, Any]) -> str:

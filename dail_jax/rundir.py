@@ -7,6 +7,7 @@ and what it wrote: the settings and the contents of inputs that determine its ou
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import fcntl
 import functools
 import itertools
@@ -18,9 +19,8 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import Field
 
@@ -151,7 +151,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 # ---------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Stage:
     """A stage that has begun: the state of its outputs, and what they are made from."""
 
@@ -265,11 +265,7 @@ class RunDir:
         for one, record in earlier:
             made_of["inputs"][one.stage] = {"path": None, "sha256": provenance.identity(record)}
         self._save_checksums()
-        record = manifest["stages"].get(recipe.stage)
-        changed = _changes(record, made_of)
-        if record is None or changed:
-            self._refuse_work(recipe, record or {}, changed)
-            record = {}
+        record = self._continued(recipe, manifest["stages"].get(recipe.stage), made_of)
         states = self._states(recipe, record)
         fields = {"states": states, "made_of": made_of, "done": False}
         if "finished" in record and all(state == "intact" for state in states.values()):
@@ -284,9 +280,8 @@ class RunDir:
         now = provenance.environment()
         place = {key: now[key] for key in ("platform", "device_kind", "devices", "xla_flags")}
         place |= {name: now["versions"].get(name) for name in ("jax", "jaxlib")}
-        versions = {name: now["versions"].get(name) for name in provenance.DECISIVE}
         if self._work(recipe, {}) and record:
-            self._refuse_versions(recipe, record.get("versions", {}), versions)
+            self._refuse_versions(recipe, record)
             if record.get("place", {}) != place:
                 moved = "; ".join(provenance.differences(record.get("place", {}), place))
                 log(f"{recipe.stage}: resumed elsewhere ({moved}): results agree to rounding, not bit for bit")
@@ -294,7 +289,7 @@ class RunDir:
         manifest["stages"][recipe.stage] = {
             **made_of,
             "summary": recipe.summary,
-            "versions": versions,
+            "versions": provenance.versions(provenance.DECISIVE),
             "place": place,
             "started": _now(),
             "outputs": kept,
@@ -302,6 +297,37 @@ class RunDir:
         manifest.update(seed=self.config.seed, **now)
         self._save(manifest)
         return fields
+
+    def progress(self, recipe: Recipe) -> Literal["done", "begun", "to do"]:
+        """How far a stage has come, as far as can be told without its weights and without looking into its outputs.
+
+        Raises the UserError with which the stage would refuse to start, and changes nothing.
+        """
+        manifest = self._manifest()
+        cheap = {name: one for name, one in recipe.inputs.items() if name != "model.path"}
+        made_of = dataclasses.replace(recipe, inputs=cheap).made_of(provenance.Checksums(), lenient=True)
+        record = manifest["stages"].get(recipe.stage)
+        if record is not None and "inputs" in record:
+            record = {**record, "inputs": {name: one for name, one in record["inputs"].items() if name in cheap}}
+        record = self._continued(recipe, record, made_of)
+        current = record.get("summary", {}) == recipe.summary
+        if "finished" in record and current and all(output.exists(self.path) for output in recipe.outputs):
+            return "done"
+        if not self._work(recipe, {}):
+            return "to do"
+        self._refuse_versions(recipe, record)
+        return "begun"
+
+    def _continued(self, recipe: Recipe, record: dict[str, Any] | None, made_of: dict[str, Any]) -> dict[str, Any]:
+        """The record of an earlier start, if the stage continues that; {} if it starts anew.
+
+        Raises UserError if there is work that this configuration would be mixed with.
+        """
+        changed = _changes(record, made_of)
+        if record is None or changed:
+            self._refuse_work(recipe, record or {}, changed)
+            return {}
+        return record
 
     def _agreeing(self, manifest: dict[str, Any], recipe: Recipe) -> dict[str, Any]:
         """The record of a finished stage.
@@ -367,8 +393,8 @@ class RunDir:
             file=self.path,
         )
 
-    def _refuse_versions(self, recipe: Recipe, old: dict[str, Any], new: dict[str, Any]) -> None:
-        if changed := provenance.differences(old, new):
+    def _refuse_versions(self, recipe: Recipe, record: dict[str, Any]) -> None:
+        if changed := provenance.differences(record.get("versions", {}), provenance.versions(provenance.DECISIVE)):
             raise UserError(
                 f"stage `{recipe.stage}` was started with other packages, which decide its results: "
                 f"{'; '.join(changed)}. Install those, or use another run_dir",

@@ -18,7 +18,7 @@ from dail_jax import metrics, rundir
 from dail_jax.checkpoint import hf
 from dail_jax.checkpoint.store import Store, damaged
 from dail_jax.errors import UserError, reason
-from dail_jax.stages import train
+from dail_jax.stages import export
 from dail_jax.train import references
 
 FULL = "cannot be written: File too large; what was finished is kept"
@@ -109,8 +109,8 @@ def test_errors_without_a_name_blame_the_run_directory(tmp_path, monkeypatch, ca
         (OSError(errno.ENOSPC, "No space left on device"), tmp_path / "run"),
         (PermissionError(errno.EACCES, "Permission denied", "/x"), "/x"),
     ):
-        monkeypatch.setattr(train, "run", lambda _, error=error: (_ for _ in ()).throw(error))
-        assert tiny.run("train", path) == 2
+        monkeypatch.setattr(export, "run", lambda _, error=error: (_ for _ in ()).throw(error))
+        assert tiny.run("export", path) == 2
         assert capsys.readouterr().err == f"error: {place}: {error.strerror}; what was finished is kept\n"
 
 

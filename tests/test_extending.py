@@ -119,7 +119,7 @@ def test_an_answer_type_grades_training(tmp_path, monkeypatch, capsys):
     graded = ("data.answer=words", "filters.correct=true")
     assert [t["drop"] for t in generate("other", *graded)] == expected
     assert expected[0] is expected[2] is None and expected.count("wrong") >= 4
-    assert tiny.run("generate", path, *graded, "data.answer=none") == 2
+    assert tiny.run("generate", path, *graded, "data.answer=none", f"run_dir={tmp_path / 'none'}") == 2
     assert capsys.readouterr().err == "error: data.answer: got 'none', want an answer type that is graded\n"
 
 

@@ -106,7 +106,9 @@ def test_training_sees_how_its_traces_were_made(copy, capsys):
     assert message.startswith("RUN: stage `generate` was run with another configuration: generate.tau: 0.8 -> 0.5. Use")
     traces = copy.with_suffix("") / "traces.jsonl"
     traces.write_bytes(traces.read_bytes().replace(b'"drop":null', b'"drop":"me"', 1))
-    assert "RUN/traces.jsonl: is not what was written here" in refused(capsys, "train", copy)
+    assert "RUN/traces.jsonl: stale: run the stage `generate` again" in refused(capsys, "train", copy)
+    traces.write_bytes(traces.read_bytes().replace(b'"sample":1', b'"sample":7', 1))
+    assert "RUN/traces.jsonl: is not what was drawn here" in refused(capsys, "train", copy)
 
 
 def test_traces_of_another_run_are_looked_at(copy, capsys, tmp_path, other_tokenizer):
@@ -344,7 +346,7 @@ def test_convert_is_done_for_one_model_and_dtype(tmp_path, capsys, other_model):
 
 def test_a_failed_first_start_does_not_bind_the_run_directory(tmp_path, capsys, monkeypatch):
     path = tiny.write(tmp_path / "run")
-    assert "/nope/config.json: not found" in refused(capsys, "generate", path, "model.path=/nope")
+    assert "/nope: got no such folder, want one with a model" in refused(capsys, "generate", path, "model.path=/nope")
     monkeypatch.setattr("dail_jax.stages.generate.open_session", lambda _: (_ for _ in ()).throw(KeyboardInterrupt))
     assert tiny.run("generate", path, "seed=7") == 130  # a record, and no work
     monkeypatch.undo()

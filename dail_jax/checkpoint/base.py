@@ -39,16 +39,30 @@ def load(folder: Path, mesh: jax.sharding.Mesh, dtype: str) -> tuple[weights.Par
         return checkpointer.restore((folder / PARAMS).absolute(), target), cfg
 
 
+def check(folder: Path, cfg: ModelConfig) -> None:
+    """Raises UserError where the weights of a model's folder are missing or of another shape; reads none of them."""
+    if (folder / PARAMS).is_dir():
+        missing = next((name for name in _listed(folder) if not (folder / PARAMS / name).is_file()), None)
+        if missing is not None:
+            raise UserError(f"missing, but listed in {MANIFEST}", file=folder / PARAMS / missing)
+    else:
+        hf.check(folder, cfg)
+
+
+def _listed(folder: Path) -> dict[str, str]:
+    """The SHA-256 of the files of converted weights, by name."""
+    try:
+        return json.loads((folder / MANIFEST).read_text())
+    except (OSError, ValueError):
+        raise UserError("missing or damaged: convert the model again", file=folder / MANIFEST) from None
+
+
 def verify(folder: Path, checksum: Callable[[Path], str] = sha256) -> None:
     """Raises UserError if a file of a folder differs from its manifests."""
     hf.verify_manifest(folder, checksum)
     if not (folder / PARAMS).is_dir():
         return
-    try:
-        listed = json.loads((folder / MANIFEST).read_text())
-    except (OSError, ValueError):
-        raise UserError("missing or damaged: convert the model again", file=folder / MANIFEST) from None
-    for name, wanted in listed.items():
+    for name, wanted in _listed(folder).items():
         if not (folder / PARAMS / name).is_file() or checksum(folder / PARAMS / name) != wanted:
             raise UserError(f"damaged: it differs from the SHA-256 in {MANIFEST}", file=folder / PARAMS / name)
 

@@ -67,6 +67,15 @@ def load(folder: str | Path, mesh: jax.sharding.Mesh, dtype: str) -> tuple[weigh
         return weights.tree(cfg, leaf), cfg
 
 
+def check(folder: Path, cfg: ModelConfig) -> None:
+    """Raises UserError unless the files of a folder hold the model's weights, by their headers alone."""
+    with Tensors(folder) as source:
+        _check_names(source, cfg)
+        for weight in weights.declare(cfg).values():
+            for i in range(cfg.L) if weight.layered else (0,):
+                source.check(weight.hf.format(l=i), weight.torch_shape(cfg))
+
+
 def save(
     folder: str | Path,
     params: weights.Params,
@@ -268,14 +277,19 @@ class Tensors:
     def shape(self, name: str) -> tuple[int, ...]:
         return tuple(self.where[name][1].get_slice(name).get_shape())
 
-    def read(self, name: str, shape: tuple[int, ...]) -> np.ndarray:
-        """One tensor; raises UserError unless it is finite and of this shape and a known dtype."""
+    def check(self, name: str, shape: tuple[int, ...]) -> None:
+        """Raises UserError unless a tensor is there, of this shape and a known dtype, by its file's header."""
         file, handle = self.where[name]
         view = handle.get_slice(name)
         if tuple(view.get_shape()) != shape:
             raise UserError(f"got shape {tuple(view.get_shape())}, want {shape}", file=file, field=name)
         if view.get_dtype() not in DTYPES:
             raise UserError(f"got dtype {view.get_dtype()}, want one of {', '.join(DTYPES)}", file=file, field=name)
+
+    def read(self, name: str, shape: tuple[int, ...]) -> np.ndarray:
+        """One tensor; raises UserError unless it is finite and of this shape and a known dtype."""
+        self.check(name, shape)
+        file, handle = self.where[name]
         x = handle.get_tensor(name)
         if not np.isfinite(x).all():
             raise UserError("got NaN or infinity, want finite weights", file=file, field=name)

@@ -64,10 +64,9 @@ def save(
         write_manifest(temporary)
 
 
-def load(folder: str | Path, cfg: ModelConfig, mesh: jax.sharding.Mesh) -> tuple[Lora, config_lib.LoraConfig]:
-    """The adapter in a folder, sharded over the mesh; raises UserError that lists what does not fit the model."""
-    folder, table = Path(folder), declare(cfg)
-    verify_manifest(folder)
+def inspect(folder: Path, cfg: ModelConfig) -> config_lib.LoraConfig:
+    """What an adapter is; raises UserError that lists what does not fit the model. Its weights are not read."""
+    table = declare(cfg)
     description = read_description(folder)
     file = folder / "adapter_config.json"
     by_module = {w.module: name for name, w in table.items() if w.inputs}
@@ -82,7 +81,7 @@ def load(folder: str | Path, cfg: ModelConfig, mesh: jax.sharding.Mesh) -> tuple
         alpha *= math.sqrt(rank)
     lora_config = config_lib.LoraConfig(rank=rank, alpha=alpha, targets=tuple(targets))  # pyright: ignore
     with Tensors(folder, WEIGHTS) as source:
-        wanted = {weight_name(table[n], i, s): (n, i, s) for n in targets for i in range(cfg.L) for s in "ab"}
+        wanted = _shapes(cfg, lora_config)
         for problem, names in (
             ("missing", wanted.keys() - source.where.keys()),
             ("unexpected", source.where.keys() - wanted.keys()),
@@ -91,17 +90,45 @@ def load(folder: str | Path, cfg: ModelConfig, mesh: jax.sharding.Mesh) -> tuple
                 raise UserError(
                     f"{problem} tensors: {', '.join(sorted(names)[:3])} ({len(names)} in all)", file=folder / WEIGHTS
                 )
-        tree: dict[str, dict[str, Any]] = {n: {"a": [], "b": []} for n in targets}
-        for tensor, (name, _, side) in wanted.items():
-            weight = table[name]
-            letters = weight.axes[: weight.inputs] if side == "a" else weight.axes[weight.inputs :]
-            sizes = [cfg.size(letter) for letter in letters]
-            flat = math.prod(sizes)
-            x = source.read(tensor, (rank, flat) if side == "a" else (flat, rank)).astype(np.float32)
-            tree[name][side].append(x.T.reshape(*sizes, rank) if side == "a" else x.T.reshape(rank, *sizes))
+        for name, shape in wanted.items():
+            source.check(name, shape)
+    return lora_config
+
+
+def _shapes(cfg: ModelConfig, lora_config: config_lib.LoraConfig) -> dict[str, tuple[int, ...]]:
+    """The tensors of an adapter's file, by peft's names."""
+    table, found = declare(cfg), {}
+    for weight in (table[name] for name in lora_config.targets):
+        inputs, outputs = (
+            math.prod(cfg.size(letter) for letter in letters)
+            for letters in (weight.axes[: weight.inputs], weight.axes[weight.inputs :])
+        )
+        for i in range(cfg.L):
+            found[weight_name(weight, i, "a")] = (lora_config.rank, inputs)
+            found[weight_name(weight, i, "b")] = (outputs, lora_config.rank)
+    return found
+
+
+def load(folder: str | Path, cfg: ModelConfig, mesh: jax.sharding.Mesh) -> tuple[Lora, config_lib.LoraConfig]:
+    """The adapter in a folder, sharded over the mesh; raises UserError that lists what does not fit the model."""
+    folder, table = Path(folder), declare(cfg)
+    verify_manifest(folder)
+    lora_config = inspect(folder, cfg)
+    shapes = _shapes(cfg, lora_config)
+    tree: dict[str, dict[str, Any]] = {}
+    with Tensors(folder, WEIGHTS) as source:
+        for name in lora_config.targets:
+            weight, pair = table[name], {"a": [], "b": []}
+            for side, letters in (("a", weight.axes[: weight.inputs]), ("b", weight.axes[weight.inputs :])):
+                sizes = [cfg.size(letter) for letter in letters]
+                for i in range(cfg.L):
+                    tensor = weight_name(weight, i, side)
+                    x = source.read(tensor, shapes[tensor]).astype(np.float32).T
+                    pair[side].append(x.reshape(*sizes, -1) if side == "a" else x.reshape(-1, *sizes))
+            tree[name] = pair
     stacked = {n: {s: np.stack(x) for s, x in pair.items()} for n, pair in tree.items()}
     placed = jax.tree.map(put, stacked, shardings(cfg, lora_config, mesh).tree)
-    return Lora(placed, lora_config.alpha / rank), lora_config
+    return Lora(placed, lora_config.alpha / lora_config.rank), lora_config
 
 
 def adapter_digest(folder: Path, checksum: Checksums) -> str:

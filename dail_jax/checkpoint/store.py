@@ -207,6 +207,6 @@ def final_step(recorded: str) -> int:
 
 def load(folder: Path, step: int, abstract: Any) -> Any:
     """The state of a step; the folder is only read."""
-    options = ocp.CheckpointManagerOptions(read_only=True)
-    with ocp.CheckpointManager(folder.absolute(), options=options) as manager:
-        return _read(manager, step, abstract)[0]
+    # Not by a CheckpointManager: one that is read-only warns that it is.
+    with ocp.StandardCheckpointer() as checkpointer:
+        return checkpointer.restore(folder.absolute() / str(step) / "state", abstract)

@@ -42,6 +42,11 @@ def drop_reason(trace: Trace, context: Context) -> str | None:
     return None
 
 
+def reason_of(trace: Trace) -> str:
+    """The name of the filter that dropped a trace."""
+    return (trace.drop or "").split(":")[0]
+
+
 def chosen(cfg: config.Filters) -> dict[str, Filter]:
     """The filters that a configuration asks for, by name and in order: `wrong` comes last, since it costs most.
 
@@ -108,6 +113,16 @@ def wrong(trace: Trace, context: Context) -> str | None:
         )
     return None if context.is_correct(trace.text) else ""
 
+
+# The keys of the configuration that decide what our own filters drop.
+KEYS = {
+    "unfinished": "filters.finished, generate.sampling.max_tokens",
+    "short": "filters.min_tokens",
+    "artefact": "filters.artefacts",
+    "repetition": "filters.max_repetition",
+    "wrong": "filters.correct",
+    "surplus": "filters.keep",
+}
 
 FILTERS: dict[str, Filter] = {
     "unfinished": unfinished,

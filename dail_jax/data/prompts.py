@@ -190,10 +190,20 @@ class PromptBuilder:
         `choices` are those of a multiple-choice question, one per line; they use the template for choices.
         `special_tokens` is the benchmark's own policy.
         """
-        own = template is None and not choices
-        found = self.student if own else _template(template, "choice" if choices else "student")
-        values: Values = {"problem": problem, "choices": choices}
-        return self._render(found, [self._safe(values, special_tokens or self.special_tokens, problem[:40])])[0]
+        return self.questions([(problem, choices)], template, special_tokens)[0]
+
+    def questions(
+        self, found: Sequence[tuple[str, str]], template: str | None = None, special_tokens: Policy | None = None
+    ) -> list[list[int]]:
+        """`student_only` for many (problem, choices) of one benchmark, of which all have choices or none has."""
+        with_choices = any(choices for _, choices in found)
+        own = template is None and not with_choices
+        of = self.student if own else _template(template, "choice" if with_choices else "student")
+        policy = special_tokens or self.special_tokens
+        return self._render(
+            of,
+            [self._safe({"problem": problem, "choices": choices}, policy, problem[:40]) for problem, choices in found],
+        )
 
     def hinted(self, problem: str, hint: str | list[str]) -> list[int]:
         """The student's prompt with a hint: a text, or a list of waypoints."""

@@ -12,7 +12,7 @@ from typing import Annotated, Literal, get_args
 
 from pydantic import ConfigDict, Field, ValidationInfo, field_validator
 
-from dail_jax import strict_json
+from dail_jax import provenance, strict_json
 from dail_jax.data.prompts import RolePrompts
 from dail_jax.errors import UserError
 from dail_jax.rundir import json_line, write_atomic
@@ -109,6 +109,14 @@ def read_at(path: Path, offsets: Sequence[int]) -> Iterator[Trace]:
     """The traces at offsets that `stream` gave."""
     for value in strict_json.read_at(path, offsets):
         yield Trace.model_validate(value)
+
+
+class Traces(provenance.Drawn):
+    """traces.jsonl as an output of `generate`, which can be filtered again."""
+
+    def drawn(self, path: Path) -> Iterator[dict]:
+        for _, trace in stream(path):
+            yield {key: value for key, value in trace if key != "drop"}
 
 
 def write(path: Path, traces: Iterable[Trace]) -> None:

@@ -5,7 +5,7 @@ The readers return plain dicts that have every key of the shapes below, with its
 
 from __future__ import annotations
 
-import hashlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -13,7 +13,7 @@ from pydantic import Field, FiniteFloat, model_validator
 
 from dail_jax import strict_json
 from dail_jax.errors import UserError
-from dail_jax.provenance import Checksums, File, State, digest
+from dail_jax.provenance import Drawn
 from dail_jax.shapes import Count, Natural, Shape, Text, check
 
 SCHEMA = 1  # of results.json: raised when the name or the meaning of an existing key changes
@@ -86,31 +86,12 @@ class Results(Shape):
     benchmarks: dict[str, dict[Whole, Cell]]
 
 
-class Samples(File):
-    """samples.jsonl as an output of `evaluate`: what was drawn must not change, but it can be graded again."""
+class Samples(Drawn):
+    """samples.jsonl as an output of `evaluate`, which can be graded again."""
 
-    def identity(self, folder: Path, checksum: Checksums) -> str:
-        return f"{self._drawn(folder / self.name)} {checksum(folder / self.name)}"
-
-    def state(self, folder: Path, recorded: str, checksum: Checksums) -> State:
-        path = folder / self.name
-        if not path.exists():
-            return "missing"
-        drawn, whole = recorded.split()
-        if checksum(path) == whole:
-            return "intact"
-        if self._drawn(path) == drawn:
-            return "stale"
-        raise UserError(
-            "is not what was drawn here: put that back, or delete the file to draw the samples again", file=path
-        )
-
-    @staticmethod
-    def _drawn(path: Path) -> str:
-        total = hashlib.sha256()
+    def drawn(self, path: Path) -> Iterator[dict[str, Any]]:
         for row in read_samples(path):
-            total.update(digest({k: v for k, v in row.items() if k not in VERDICT}).encode())
-        return total.hexdigest()
+            yield {key: value for key, value in row.items() if key not in VERDICT}
 
 
 def read_samples(path: Path) -> list[dict[str, Any]]:

@@ -46,6 +46,8 @@ class Limits:
     comparisons: int = 500  # per worker, which is then replaced: sympy's caches grow
 
 
+_GOLDS: dict[tuple[AnswerType, str], str | None] = {}  # what is wrong with a gold answer
+
 Question = tuple[str, str, str | None]  # what to do, a formula, and for some a second one
 
 
@@ -145,8 +147,14 @@ class Grader:
         return [found[item] for item in items]
 
     def check_gold(self, gold: str, answer_type: str = "math") -> str | None:
-        """Why a gold answer is of no use for grading, worded for an error message; None if it can be used."""
-        problem = answers.named(answer_type).gold_problem(gold, _Algebra(self._ask))
+        """Why a gold answer is of no use for grading, worded for an error message; None if it can be used.
+
+        This process remembers what it has found, since golds are checked before a command starts and again by its stages.
+        """
+        kind = answers.named(answer_type)
+        if (kind, gold) not in _GOLDS:
+            _GOLDS[kind, gold] = kind.gold_problem(gold, _Algebra(self._ask))
+        problem = _GOLDS[kind, gold]
         return problem and f"got {gold if len(gold) <= 60 else gold[:57] + '...'!r}, {problem}"
 
     def votes(self, problems: Sequence[tuple[str, Sequence[str | None], Sequence[Verdict]]]) -> list[list[int | None]]:

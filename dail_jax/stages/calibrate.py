@@ -18,7 +18,7 @@ from rich.text import Text
 
 from dail_jax import config as config_lib
 from dail_jax.data import traces as traces_lib
-from dail_jax.data.records import Row, read_rows
+from dail_jax.data.records import Row
 from dail_jax.data.traces import Trace
 from dail_jax.errors import UserError
 from dail_jax.evaluate import answers
@@ -34,20 +34,24 @@ from dail_jax.text import mention
 SHARES = ("right", "student's tokens", "artefacts", "finished")
 
 
-def run(config: config_lib.Config, tau: str) -> None:
-    if config.data is None or config.traces:
-        raise UserError("calibration makes its own traces: want `data`, and no `traces`", field="data")
+def steps(config: config_lib.Config, tau: str) -> list[experiment.Step]:
+    """The stage `generate` for every value of tau."""
+    if config.traces:
+        raise UserError("calibration makes its own traces: want null", field="traces")
     arms = experiment.combinations([f"generate.tau={tau}"])
     parent = config_lib.with_overrides(config, {"arms": arms, "train.objective": "dail"}, "--tau")
-    rows = read_rows(config.data)
-    found = {}
-    for name, changes in arms.items():
+    own = {name: config_lib.with_overrides(experiment.arm(parent, name), {"traces": None}, name) for name in arms}
+    return [experiment.Step(name, "generate", one) for name, one in own.items()]
+
+
+def run(config: config_lib.Config, tau: str) -> None:
+    rows, found = recipes.rows_of(config), {}
+    for name, _, own in steps(config, tau):
         log(f"\n== {name} ==")
-        own = config_lib.with_overrides(experiment.arm(parent, name), {"traces": None}, name)
         generate.run(own)
         if jax.process_index() == 0:
             traces = traces_lib.read(recipes.traces_path(own))
-            found[changes["generate.tau"]] = measure(traces, rows, own)
+            found[own.generate.tau] = measure(traces, rows, own)
     if found:
         write(found, Path(config.run_dir))
 

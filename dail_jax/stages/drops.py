@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 from collections.abc import Sequence
 
 from dail_jax import config as config_lib
@@ -38,7 +39,21 @@ def filters_of(config: config_lib.Config) -> config_lib.Filters:
     return config.filters.model_copy(update={"correct": True}) if right else config.filters
 
 
+def grades(config: config_lib.Config) -> bool:
+    """Whether traces or samples of the training data are graded."""
+    return "wrong" in filters.chosen(filters_of(config)) or methods.of(config).graded
+
+
 def check_golds(config: config_lib.Config, rows: list[Row]) -> None:
-    """Raises UserError if traces or samples will be graded and a row has no answer to grade against."""
-    if config.data and ("wrong" in filters.chosen(filters_of(config)) or methods.of(config).graded):
-        golds.check(config, rows)
+    """Raises UserError for the first row without an answer to grade against, if anything is graded."""
+    if config.data and grades(config):
+        for problem in golds.problems(config, rows):
+            raise problem
+
+
+def nothing_left(traces: Sequence[Trace], too_long: int, config: config_lib.Config) -> str:
+    """Why no trace is trained on: how many are dropped for which reason, and the key that decides it."""
+    counts = collections.Counter(filters.reason_of(trace) for trace in traces if trace.drop)
+    found = [f"{count} {reason} ({filters.KEYS.get(reason, 'filters.also')})" for reason, count in counts.most_common()]
+    found += [f"{too_long} above train.max_tokens={config.train.max_tokens}"] if too_long else []
+    return f"nothing to train on: all {len(traces)} traces are dropped: {', '.join(found)}"

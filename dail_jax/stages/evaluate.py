@@ -21,7 +21,7 @@ import jax
 
 from dail_jax import config as config_lib
 from dail_jax import mesh as mesh_lib
-from dail_jax.checkpoint import peft
+from dail_jax.data.prompts import PromptBuilder
 from dail_jax.data.records import Row
 from dail_jax.errors import UserError
 from dail_jax.evaluate import answers, files, protocol, replies
@@ -30,7 +30,7 @@ from dail_jax.metrics import Metrics, console, log, progress
 from dail_jax.rundir import Interrupt, Interrupted, Journal, RunDir, json_line, write_atomic
 from dail_jax.sample.sampler import Request, Sampler, checked
 from dail_jax.shapes import Natural, Shape, check_all
-from dail_jax.stages import names, recipes, samplers
+from dail_jax.stages import recipes, samplers
 from dail_jax.stages.generate import report_usage
 from dail_jax.stages.session import Session, open_session
 from dail_jax.text import open_tag
@@ -71,12 +71,8 @@ def run(config: config_lib.Config, table: bool = True) -> None:
     if not cfg.benchmarks:
         log("evaluate: nothing to do (no evaluate.benchmarks)")
         return
-    samplers.find(cfg.sampler)
-    names.answer_types(cfg)
     tables = {b.name: recipes.read_benchmark(b) for b in cfg.benchmarks}
     skipped = ungradable(cfg, tables)
-    if cfg.adapter:
-        peft.refuse_other_base(cfg.adapter, config.model.path)
     with RunDir(config) as run_dir:
         with run_dir.stage(recipes.evaluate(config, tables)) as stage:
             if stage.done:
@@ -113,17 +109,20 @@ def ungradable(cfg: config_lib.Evaluate, tables: dict[str, list[Row]]) -> dict[s
 
 def ungradable_ids(benchmark: config_lib.Benchmark, rows: list[Row], grader: Grader) -> list[str]:
     """The problem_ids to skip; raises UserError at the first if none may be skipped, and if no row would be left."""
-    ids: list[str] = []
-    if not answers.named(benchmark.answer).is_graded:
-        return ids
-    for row in rows:
+    found = bad_golds(benchmark, rows, grader)
+    if found and (benchmark.ungradable == "refuse" or len(found) == len(rows)):
+        raise next(iter(found.values()))
+    return list(found)
+
+
+def bad_golds(benchmark: config_lib.Benchmark, rows: list[Row], grader: Grader) -> dict[str, UserError]:
+    """What is wrong with the gold answers that cannot be graded against, by problem_id."""
+    found = {}
+    for row in rows if answers.named(benchmark.answer).is_graded else ():
         if problem := grader.check_gold(question(row)[1], benchmark.answer):
-            ids.append(row.problem_id)
-            if benchmark.ungradable == "refuse" or len(ids) == len(rows):
-                raise UserError(
-                    problem, file=benchmark.rows.path, row=row.index + 1, field=benchmark.rows.columns.answer
-                )
-    return ids
+            place = {"file": benchmark.rows.path, "row": row.index + 1, "field": benchmark.rows.columns.answer}
+            found[row.problem_id] = UserError(problem, **place)
+    return found
 
 
 def question(row: Row) -> tuple[str, str]:
@@ -151,16 +150,14 @@ def problems(
     opening = re.compile(rf"<{thought_tag(session.config)}>\s*\Z")
     for benchmark in cfg.benchmarks:
         name, ids, too_long = benchmark.name, skipped[benchmark.name], 0
-        for row in (row for row in tables[name] if row.problem_id not in ids):
-            choices, gold = question(row)
-            prompt = tuple(
-                session.prompts.student_only(row.problem, benchmark.template, choices, benchmark.rows.special_tokens)
-            )
+        rows = [row for row in tables[name] if row.problem_id not in ids]
+        for row, prompt in zip(rows, prompts_of(session.prompts, benchmark, rows), strict=True):
             if len(prompt) > cfg.max_prompt_tokens:
                 too_long += 1
             else:
                 opened = opening.search(session.tokenizer.decode(prompt[-16:], keep_special=True))
-                out.append(BenchmarkProblem(benchmark, row, gold, prompt, opened[0] if opened else ""))
+                gold, text = question(row)[1], opened[0] if opened else ""
+                out.append(BenchmarkProblem(benchmark, row, gold, tuple(prompt), text))
         total = len(tables[name])
         what = f"problems of {name} skipped: their gold answers cannot be graded against"
         metrics.left_out(what, len(ids), total, f": {', '.join(ids)}")
@@ -170,6 +167,12 @@ def problems(
     if not out:
         raise UserError("every prompt is above max_prompt_tokens", field="evaluate.max_prompt_tokens")
     return out
+
+
+def prompts_of(builder: PromptBuilder, benchmark: config_lib.Benchmark, rows: list[Row]) -> list[list[int]]:
+    """The prompts of a benchmark's rows."""
+    questions = [(row.problem, question(row)[0]) for row in rows]
+    return builder.questions(questions, benchmark.template, benchmark.rows.special_tokens)
 
 
 def draw_samples(session: Session, todo: list[BenchmarkProblem], run_dir: RunDir, metrics: Metrics) -> list[dict]:

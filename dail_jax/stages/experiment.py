@@ -6,33 +6,67 @@ import itertools
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from dail_jax import config as config_lib
+from dail_jax.data import traces
 from dail_jax.errors import UserError
 from dail_jax.metrics import log
-from dail_jax.stages import evaluate, export, generate, names, recipes, report, samplers, train
+from dail_jax.stages import drops, evaluate, export, generate, recipes, report, train
 from dail_jax.train import methods
+
+
+class Step(NamedTuple):
+    """A stage with its configuration; `arm` is empty for the run itself."""
+
+    arm: str
+    stage: str
+    config: config_lib.Config
+
+
+STAGES = ("generate", "train", "export", "evaluate")  # evaluation's sampler may need the exported adapter
+
+
+def steps(config: config_lib.Config) -> list[Step]:
+    """What `run` goes through before its report: every stage of the run itself, or of each of its arms."""
+    arms = {name: arm(config, name) for name in config.arms} or {"": config}
+    shared = any(one.traces == _shared_traces(config) for one in arms.values())
+    found = [Step("", "generate", config)] if config.arms and shared else []
+    for name, one in arms.items():
+        own = reads_traces(one) and not one.traces
+        found += [Step(name, stage, one) for stage in STAGES if own or stage != "generate"]
+    return found
 
 
 def run(config: config_lib.Config) -> None:
     """generate, train, export, evaluate, report: for the run itself, or for each of its arms."""
-    arms = {name: arm(config, name) for name in config.arms} or {"": config}
-    for one in arms.values():
-        names.check(one)
-        samplers.find(one.evaluate.sampler)
-        recipes.check(one, has_traces=bool(one.traces) and one.traces != _shared_traces(config))
-    if any(a.traces for a in arms.values()) or (not config.arms and reads_traces(config)):
-        generate.run(config)
-    for name, one in arms.items():
-        if name:
+    before = ""
+    todo = steps(config)
+    for i, (name, stage, one) in enumerate(todo):
+        if name != before:
             log(f"\n== {name} ==")
-            if reads_traces(one) and not one.traces:
-                generate.run(one)
-        train.run(one)
-        export.run(one)  # before evaluation, whose sampler may need the adapter
-        evaluate.run(one, table=False)  # the report's has all arms
+            before = name
+        if stage == "generate":
+            generate.run(one)
+            _refuse_empty(one, [later.config for later in todo[i + 1 :] if later.stage == "train"])
+        elif stage == "train":
+            train.run(one)
+        elif stage == "export":
+            export.run(one)
+        else:
+            evaluate.run(one, table=False)  # the report's has all arms
     log("")
     report.run(config)
+
+
+def _refuse_empty(config: config_lib.Config, later: Sequence[config_lib.Config]) -> None:
+    """Raises UserError if an arm would find nothing to train on in the traces that `config` has just made."""
+    path = recipes.traces_path(config)
+    readers = [one for one in later if reads_traces(one) and recipes.traces_path(one) == path]
+    if path.is_file() and any(drops.filters_of(one) == drops.filters_of(config) for one in readers):
+        found = traces.read(path)
+        if all(trace.drop for trace in found):
+            raise UserError(drops.nothing_left(found, 0, config), file=path)
 
 
 def arm(config: config_lib.Config, name: str) -> config_lib.Config:
@@ -44,9 +78,10 @@ def arm(config: config_lib.Config, name: str) -> config_lib.Config:
         {"arms": {}, "run_dir": str(Path(config.run_dir) / name), "title": None, "about": "", **changes},
         source,
     )
-    made = ("seed", "model", "data", "prompts", "generate", "filters")
+    rationalises = methods.of(own).rationalises
+    made = ("seed", "model", "data", "prompts", "generate", *["filters"] * rationalises)
     same = all(getattr(own, section) == getattr(config, section) for section in made)
-    same &= methods.of(own).rationalises == methods.find(config.train).rationalises
+    same &= rationalises == methods.find(config.train).rationalises
     if same and reads_traces(own) and not own.traces:
         own = config_lib.with_overrides(own, {"traces": _shared_traces(config)}, source)
     return own
@@ -63,7 +98,12 @@ def reads_traces(config: config_lib.Config) -> bool:
 
 def sweep(config: config_lib.Config, over: Sequence[str]) -> None:
     """`run` with an arm for each combination of values, instead of the configuration's own arms."""
-    run(config_lib.with_overrides(config, {"arms": combinations(over)}, "--over"))
+    run(swept(config, over))
+
+
+def swept(config: config_lib.Config, over: Sequence[str]) -> config_lib.Config:
+    """The configuration with these arms."""
+    return config_lib.with_overrides(config, {"arms": combinations(over)}, "--over")
 
 
 def combinations(over: Sequence[str]) -> dict[str, dict]:

@@ -15,16 +15,16 @@ import numpy as np
 
 from dail_jax import config as config_lib
 from dail_jax import shapes
+from dail_jax.data import filters
 from dail_jax.data import traces as traces_lib
 from dail_jax.data.prompts import RolePrompts
-from dail_jax.data.records import Row, read_rows
+from dail_jax.data.records import Row
 from dail_jax.data.traces import ProblemTraces, Role, Trace, prompt_hash
-from dail_jax.errors import UserError
 from dail_jax.metrics import Metrics, log, progress
 from dail_jax.rundir import Interrupt, Interrupted, Journal, RunDir
 from dail_jax.sample.sampler import Request, Sampler, ScoredSample
 from dail_jax.stages import drops, recipes
-from dail_jax.stages.recipes import traces_path
+from dail_jax.stages.recipes import rows_of, traces_path
 from dail_jax.stages.session import Session, open_session
 from dail_jax.train import methods
 
@@ -33,30 +33,31 @@ ROLES_BY_TAU: dict[float, tuple[Role, ...]] = {0.0: ("student",), 1.0: ("privile
 
 
 def run(config: config_lib.Config) -> None:
-    if config.data is None:
-        raise UserError("missing: generation wants rows", field="data")
     if config.traces is not None:
         log(f"generate: using {traces_path(config)}")
         return
-    rows = read_rows(config.data)
-    drops.check_golds(config, rows)
+    rows = rows_of(config)
     with RunDir(config) as run_dir, run_dir.stage(recipes.generate(config, rows)) as stage:
         if stage.done:
             log(f"generate: already done, see {traces_path(config)}")
             return
-        session = open_session(config)
-        with jax.set_mesh(session.mesh):
-            metrics = Metrics(run_dir.path, config.log, "generate")
-            work = rationalise if methods.of(config).rationalises else roll_out
-            finished = work(session, rows, run_dir.path / JOURNAL, metrics)
-            metrics.close()
-        traces = drops.mark([t for row in rows for t in finished.get(row.problem_id, [])], rows, config)
+        if stage.states[recipes.TRACES] == "stale":  # drawn before, and to be filtered anew
+            drawn = traces_lib.read(traces_path(config))
+        else:
+            session = open_session(config)
+            with jax.set_mesh(session.mesh):
+                metrics = Metrics(run_dir.path, config.log, "generate")
+                work = rationalise if methods.of(config).rationalises else roll_out
+                finished = work(session, rows, run_dir.path / JOURNAL, metrics)
+                metrics.close()
+            drawn = [trace for row in rows for trace in finished.get(row.problem_id, [])]
+        traces = drops.mark(drawn, rows, config)
         if jax.process_index() == 0:
             traces_lib.write(traces_path(config), traces)
         share = np.mean([t.acceptance or 0.0 for t in traces]) if traces else 0.0
-        counts = collections.Counter(t.drop.split(":")[0] for t in traces if t.drop)
+        counts = collections.Counter(filters.reason_of(t) for t in traces if t.drop)
         log(
-            f"generate: {len(traces)} traces of {len(finished)} problems, {share:.1%} of tokens the student's; "
+            f"generate: {len(traces)} traces of {len({t.problem_id for t in traces})} problems, {share:.1%} of tokens the student's; "
             + (", ".join(f"{n} {reason}" for reason, n in counts.items()) or "none dropped")
         )
         log(f"          wrote {traces_path(config)}")

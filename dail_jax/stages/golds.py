@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from dail_jax import config as config_lib
 from dail_jax.data.records import Row
 from dail_jax.errors import UserError
@@ -28,8 +30,8 @@ def is_correct(grader: Grader, text: str, gold: str, kind: str) -> bool:
     return grader.grade(answers.extract(text, kind), gold, kind).correct
 
 
-def check(config: config_lib.Config, rows: list[Row]) -> None:
-    """Raises UserError at the first row without an answer that can be graded against; called before any work."""
+def problems(config: config_lib.Config, rows: list[Row]) -> Iterator[UserError]:
+    """An error for every row without an answer that can be graded against."""
     kind, data = answer_type(config, graded=True), config.data
     assert data is not None
     with Grader() as grader:
@@ -37,4 +39,4 @@ def check(config: config_lib.Config, rows: list[Row]) -> None:
             gold = gold_of(row, kind)
             problem = "want an answer: traces are graded" if gold is None else grader.check_gold(gold, kind)
             if problem:
-                raise UserError(problem, file=data.path, row=row.index + 1, field=data.columns.answer)
+                yield UserError(problem, file=data.path, row=row.index + 1, field=data.columns.answer)

@@ -6,6 +6,7 @@ Settings that change no result are left out: where files are, how often to save,
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from dail_jax import config as config_lib
 from dail_jax.checkpoint import base, hf, peft, store
 from dail_jax.data.prompts import load_template
 from dail_jax.data.records import Row, dataset_hash, read_rows
+from dail_jax.data.traces import Traces
 from dail_jax.errors import UserError
 from dail_jax.evaluate import answers, protocol
 from dail_jax.evaluate.files import Samples
@@ -41,6 +43,13 @@ PROMPT = ("generate.max_prompt_tokens",)  # decides which solutions are cut to f
 SUMMARY = ("evaluate.ks", "evaluate.bootstrap")  # decide results.json alone
 
 
+def rows_of(config: config_lib.Config) -> list[Row]:
+    """The rows that are trained on; raises UserError."""
+    if config.data is None:
+        raise UserError("missing: want the problems with their expert solutions", field="data")
+    return read_rows(config.data)
+
+
 def traces_path(config: config_lib.Config) -> Path:
     return Path(config.traces or Path(config.run_dir) / TRACES)
 
@@ -50,15 +59,19 @@ def convert(config: config_lib.Config) -> Recipe:
 
 
 def generate(config: config_lib.Config, rows: list[Row] | None = None) -> Recipe:
-    settings = select(config, *COMMON, "data", "generate", "filters", without=(*PATHS, "generate.slots"))
+    settings = select(config, *COMMON, "data", "generate", without=(*PATHS, "generate.slots"))
     settings["passes"] = "rationalised" if methods.find(config.train).rationalises else "one"
+    filters = select(config, "filters")
+    if methods.find(config.train).rationalises:  # the filters decide what the second pass draws
+        settings |= filters
     return Recipe(
         "generate",
         settings,
         {**_model(config), **_data(config, rows), **_templates(config, "student", "privileged")},
-        outputs=(File(TRACES),),
+        outputs=(Traces(TRACES, derived=True),),
         partial=JOURNALS,
         scratch=JOURNALS,
+        summary=filters,
     )
 
 
@@ -82,9 +95,14 @@ def train(config: config_lib.Config, rows: list[Row] | None = None) -> Recipe:
             **({"traces": Input(config.traces or TRACES, lambda checksum: checksum(traces))} if reads_traces else {}),
         },
         outputs=(store.Final("checkpoints"),),
-        # Training filters the traces itself.
-        after=(generate(config, rows).without("filters"),) if own else (),
+        after=(_unfiltered(generate(config, rows)),) if own else (),
     )
+
+
+def _unfiltered(recipe: Recipe) -> Recipe:
+    """`generate` as training looks at it, which filters the traces itself."""
+    settings = {key: value for key, value in recipe.settings.items() if key != "filters"}
+    return dataclasses.replace(recipe, settings=settings, outputs=(Traces(TRACES),))
 
 
 def evaluate(config: config_lib.Config, tables: Mapping[str, list[Row]] | None = None) -> Recipe:
@@ -149,7 +167,7 @@ def check_traces(config: config_lib.Config) -> None:
     recorded = record.get("outputs", {}).get(path.name) if config.traces else None
     if recorded is None:
         return
-    if Checksums()(path) != recorded:
+    if Checksums()(path) != recorded.split()[-1]:
         raise UserError(
             "is not what `generate` wrote there: restore it, or keep a file that was changed on purpose in another folder",
             file=path,
@@ -157,21 +175,6 @@ def check_traces(config: config_lib.Config) -> None:
     theirs, ours = record["inputs"].get("model.tokenizer", {}), _tokenizer(config)
     if theirs.get("sha256") != ours.read(Checksums()):
         raise UserError(f"was generated with another tokenizer: {theirs.get('path')!r}, not {ours.path!r}", file=path)
-
-
-def check(config: config_lib.Config, has_traces: bool) -> None:
-    """Reads the inputs of the stages of `run`, except for their own outputs and the weights; raises UserError.
-
-    `has_traces`: `config.traces` were made elsewhere, and are not what `run` itself is about to write.
-    """
-    method = methods.of(config)
-    found = [train(config), evaluate(config)] if method.trains else [evaluate(config)]
-    if method.reads_traces(config.train) and not has_traces:
-        found.insert(0, generate(config))
-    for recipe in found:
-        for name, one in recipe.inputs.items():
-            if name != "model.path" and (name != "traces" or has_traces):
-                one.read(Checksums())
 
 
 # ---------------------------------------------------------------------------------------------------

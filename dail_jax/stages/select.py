@@ -21,25 +21,31 @@ from dail_jax.stages import evaluate, golds
 NAME = "selection"
 
 
-def run(config: config_lib.Config) -> None:
+def evaluation(config: config_lib.Config) -> config_lib.Config:
+    """The configuration of the evaluation that selects: of the untrained model, on the training data."""
     if config.data is None:
         raise UserError("missing: there are no rows to select from", field="data")
-    folder, kind = Path(config.run_dir), golds.answer_type(config, graded=True)
-    inner = config_lib.with_overrides(
+    rows, kind = config.data.model_dump(exclude={"answer"}), golds.answer_type(config, graded=True)
+    return config_lib.with_overrides(
         config,
         {
             "arms": {},
-            "run_dir": str(folder / "select"),
+            "run_dir": str(Path(config.run_dir) / "select"),
             "train.objective": "none",
-            "evaluate.benchmarks": [{"name": NAME, "rows": config.data.model_dump(exclude={"answer"}), "answer": kind}],
+            "evaluate.benchmarks": [{"name": NAME, "rows": rows, "answer": kind}],
         },
         "select",
     )
-    evaluate.run(inner)
+
+
+def run(config: config_lib.Config) -> None:
+    evaluate.run(evaluation(config))
     if jax.process_index() != 0:
         return
+    folder = Path(config.run_dir)
     budgets = files.read_results(folder / "select" / "results.json")["benchmarks"][NAME]
     right = {name: count for name, (count, _) in budgets[max(budgets, key=int)]["per_problem"].items()}
+    assert config.data is not None
     kept = [row for row in read_rows(config.data, need=("problem", "answer")) if right.get(row.problem_id) == 0]
     fields = ("problem_id", "problem", "solution", "answer", "waypoints")
     write_atomic(

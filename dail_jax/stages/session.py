@@ -47,14 +47,6 @@ class Session:
         lora=None,
     ) -> engine.Engine:
         """A sampler of this model; `sampling.suppress` names tokens that are never drawn."""
-        never = []
-        for text in sampling.suppress:
-            ids = self.tokenizer.encode(text)
-            if len(ids) != 1:
-                raise UserError(
-                    f"got {text!r}, which is {len(ids)} tokens, want a single token", field="sampling.suppress"
-                )
-            never.append(ids[0])
         return engine.Engine(
             decoding_weights(self.config.model.path, self.config.model.dtype, self.mesh),
             self.model,
@@ -66,7 +58,7 @@ class Session:
             mixture.sampling_params(sampling, tau, proposals),
             roles,
             lora,
-            tuple(never),
+            suppressed(self.tokenizer, sampling),
             min(self.tokenizer.size, self.model.V),
         )
 
@@ -76,17 +68,47 @@ def open_session(config: config_lib.Config) -> Session:
     if config.model.dtype == "float32":  # otherwise GPUs and TPUs multiply in fewer bits
         jax.config.update("jax_default_matmul_precision", "highest")
     mesh = mesh_lib.make_mesh(config.mesh)
-    folder = config.model.path
-    model = read_config(folder)
-    tokenizer = load_tokenizer(config.model.tokenizer or folder)
+    model, tokenizer = read_config(config.model.path), load_tokenizer(tokenizer_folder(config))
+    stops = stops_of(config, model, tokenizer)
+    return Session(config, mesh, model, tokenizer, prompt_builder(config, tokenizer), stops)
+
+
+def tokenizer_folder(config: config_lib.Config) -> str:
+    return config.model.tokenizer or config.model.path
+
+
+def stops_of(config: config_lib.Config, model: ModelConfig, tokenizer: Tokenizer) -> tuple[int, ...]:
+    """The token ids that end a reply; raises UserError if these, or any others, have no row in the embedding."""
     if tokenizer.size > model.V:
         raise UserError(
             f"got token ids up to {tokenizer.size - 1}, want below the model's {model.V} embedding rows",
-            file=config.model.tokenizer or folder,
+            file=tokenizer_folder(config),
         )
+    stops = stop_ids(config.model.path, tokenizer)
+    if stops[-1] >= model.V:
+        raise UserError(
+            f"got the end token {stops[-1]}, want one below the model's {model.V} embedding rows",
+            file=config.model.path,
+            field="eos_token_id",
+        )
+    return stops
+
+
+def suppressed(tokenizer: Tokenizer, sampling: config_lib.Sampling) -> tuple[int, ...]:
+    """The ids of the tokens that are never drawn; raises UserError for a text that is not a single token."""
+    never = []
+    for text in sampling.suppress:
+        ids = tokenizer.encode(text)
+        if len(ids) != 1:
+            raise UserError(f"got {text!r}, which is {len(ids)} tokens, want a single token", field="sampling.suppress")
+        never.append(ids[0])
+    return tuple(never)
+
+
+def prompt_builder(config: config_lib.Config, tokenizer: Tokenizer) -> PromptBuilder:
+    """The prompts of a configuration's roles."""
     policy = config.data.special_tokens if config.data else "text"
-    prompts = PromptBuilder(tokenizer, config.prompts, config.waypoints, policy, config.generate.max_prompt_tokens)
-    return Session(config, mesh, model, tokenizer, prompts, stop_ids(folder, tokenizer))
+    return PromptBuilder(tokenizer, config.prompts, config.waypoints, policy, config.generate.max_prompt_tokens)
 
 
 @functools.lru_cache(maxsize=1)

@@ -10,10 +10,10 @@ from rich.text import Text
 
 from dail_jax import config as config_lib
 from dail_jax.data import waypoints as waypoints_lib
-from dail_jax.data.prompts import PromptBuilder
 from dail_jax.data.records import Row, read_rows
 from dail_jax.errors import UserError, visible
 from dail_jax.metrics import console, log
+from dail_jax.stages.session import prompt_builder, tokenizer_folder
 from dail_jax.text import load_tokenizer
 
 FIRST = 3  # rows that are shown if none are named
@@ -41,9 +41,8 @@ def waypoints(config: config_lib.Config, row: Sequence[str] = ()) -> None:
 
 def prompts(config: config_lib.Config, row: Sequence[str] = ()) -> None:
     """Prints each role's prompt as the model sees it, with its control tokens, and the reply that SFT would imitate."""
-    tokenizer = load_tokenizer(config.model.tokenizer or config.model.path)
-    policy = config.data.special_tokens if config.data else "text"
-    builder = PromptBuilder(tokenizer, config.prompts, config.waypoints, policy, config.generate.max_prompt_tokens)
+    tokenizer = load_tokenizer(tokenizer_folder(config))
+    builder = prompt_builder(config, tokenizer)
     for one in _chosen(config, _rows(config), row):
         built = builder.build(one)
         cut = ", solution cut to fit" if built.cut else ""

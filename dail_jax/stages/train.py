@@ -14,14 +14,14 @@ from dail_jax.checkpoint import store
 from dail_jax.checkpoint.store import Store
 from dail_jax.data import batches, traces
 from dail_jax.data.batches import Example
-from dail_jax.data.records import Row, read_rows
+from dail_jax.data.records import Row
 from dail_jax.errors import UserError
 from dail_jax.metrics import Metrics, log
 from dail_jax.model.lora import Lora
 from dail_jax.rundir import Interrupt, RunDir, Stage, json_line, write_atomic
 from dail_jax.stages import drops, recipes
 from dail_jax.stages.online import Rounds
-from dail_jax.stages.recipes import traces_path
+from dail_jax.stages.recipes import rows_of, traces_path
 from dail_jax.stages.session import Session, open_session, release_decoding
 from dail_jax.train import loop, methods, optimizer, references
 from dail_jax.train import step as step_lib
@@ -32,14 +32,7 @@ def run(config: config_lib.Config) -> None:
     if not method.trains:
         log(f"train: nothing to train (train.objective: {method.name})")
         return
-    if config.data is None:
-        raise UserError("missing: training wants rows", field="data")
-    rows = read_rows(config.data)
-    if method.source == "samples":
-        drops.check_golds(config, rows)
-    if method.reads_traces(config.train):
-        traces.read(traces_path(config))
-        mesh_lib.from_first(lambda: recipes.check_traces(config))
+    rows = rows_of(config)
     with RunDir(config) as run_dir, run_dir.stage(recipes.train(config, rows)) as stage:
         if stage.done:
             log(f"train: already done, see {run_dir.path / 'checkpoints'}")
@@ -99,7 +92,7 @@ def trained_lora(session: Session, run_dir: RunDir) -> Lora | None:
 
 def examples_of(session: Session, method: methods.Method, rows: list[Row], metrics: Metrics) -> list[Example]:
     """What is trained on: kept traces or expert solutions. Those that are too long are dropped and counted."""
-    config, limit = session.config, session.config.train.max_tokens
+    config, limit, marked = session.config, session.config.train.max_tokens, []
     built = dict(zip((row.problem_id for row in rows), session.prompts.build_all(rows), strict=True))
     session.prompts.report("train")
 
@@ -114,13 +107,18 @@ def examples_of(session: Session, method: methods.Method, rows: list[Row], metri
         path = traces_path(config)
         found = traces.read(path)
         traces.verify(found, built, session.tokenizer, session.model.V, path)
-        kept = [trace for trace in drops.mark(found, rows, config) if trace.drop is None]
+        marked = drops.mark(found, rows, config)
+        kept = [trace for trace in marked if trace.drop is None]
         examples = [example(trace.name, trace.problem_id, trace.response_ids) for trace in kept]
     fitting = [e for e in examples if max(map(len, e.prompts.values())) + len(e.response) <= limit]
     dropped = f"examples dropped: prompt and response are above train.max_tokens={limit}"
     metrics.left_out(dropped, len(examples) - len(fitting), len(examples))
+    if not fitting and method.source == "solutions":
+        raise UserError(
+            f"nothing to train on: every example is above train.max_tokens={limit}", field="train.max_tokens"
+        )
     if not fitting:
-        raise UserError("nothing to train on: every example was dropped", file=traces_path(config))
+        raise UserError(drops.nothing_left(marked, len(examples), config), file=traces_path(config))
     return fitting
 
 
@@ -181,7 +179,8 @@ def cache(
 ) -> references.References | None:
     """The frozen roles' states on disk; None if they would exceed `train.references_gib`."""
     cfg = session.config.train
-    need = references.bytes_needed(examples, len(method.roles), session.model.D, session.params["norm"].dtype)
+    tokens = sum(len(e.response) for e in examples)
+    need = references.bytes_needed(tokens, len(method.roles), session.model.D, session.params["norm"].dtype)
     if need > cfg.references_gib * 2**30:
         size = f"{need / 2**30:.1f} GiB"
         log(f"train: references would take {size}, above train.references_gib; computing them in every step")

@@ -33,9 +33,9 @@ from dail_jax.train import step as step_lib
 from dail_jax.train.methods import CONTRAST, prompt_of
 
 
-def bytes_needed(examples: Sequence[batches.Example], roles: int, d: int, dtype) -> int:
-    """The size of the cache on disk, for states of `d` numbers."""
-    return roles * sum(len(e.response) for e in examples) * d * np.dtype(dtype).itemsize
+def bytes_needed(tokens: int, roles: int, d: int, dtype) -> int:
+    """The size of the cache on disk, for states of `d` numbers at all tokens of the responses."""
+    return roles * tokens * d * np.dtype(dtype).itemsize
 
 
 class References:
