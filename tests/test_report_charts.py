@@ -25,10 +25,15 @@ def test_smoothing_follows_the_mean_and_not_the_noise():
     assert (found - line)[20:-20].std() < 0.1 < 0.28 < (noisy - line).std()
     assert charts.smooth((line + np.resize([0.3, -0.3], 400)).tolist())[:3] == pytest.approx(line[:3], abs=0.06)
     assert np.abs(found - line)[[0, -1]].max() < 0.2  # no end is pulled towards the middle, or follows one value
-    assert found[200] == pytest.approx(np.sort(noisy[192:209])[4:-4].mean())
+    assert found[200] == pytest.approx(noisy[184:217].mean())
     spiked = noisy.copy()
     spiked[200] = 900.0  # which the curve behind shows
     assert np.abs(np.array(charts.smooth(spiked.tolist())) - found).max() < 0.1
+    turns = np.where(np.arange(400) % 5 < 4, 0.001, 0.05)  # batches of two lengths
+    assert np.mean(charts.smooth(turns.tolist())) == pytest.approx(turns.mean(), rel=0.02)
+    knee = np.concatenate([np.linspace(2, 0.02, 390), np.linspace(0.02, 0.01, 10)])
+    bent = charts.smooth((knee * (1 + 0.5 * np.random.default_rng(1).random(400))).tolist())
+    assert bent[-1] >= 0.01  # an end is no lower than the values that it stands for
     rate = np.concatenate([np.linspace(0, 1, 50), np.linspace(1, 0, 350)])
     assert charts.smooth(rate.tolist()) == [] and charts.smooth([1.0, 5.0] * 9) == []
 
@@ -141,8 +146,7 @@ def luminance(colour):
 def test_colours_are_seen_against_their_pages_and_have_marks_of_their_own():
     for light, dark in charts.COLOURS:
         assert 1.05 / (luminance(light) + 0.05) > 3 and (luminance(dark) + 0.05) / (luminance("#14161a") + 0.05) > 3
-    marks = {(plots.MARKERS[i], plots.DASHES[i % len(plots.DASHES)]) for i in range(len(charts.COLOURS))}
-    assert len(marks) == len(charts.COLOURS)
+    assert len(plots.MARKERS) == len(set(plots.DASHES)) == len(charts.COLOURS)
     html = page.render([run_of("dail")], [], "t")
     assert re.findall(r"\.c\d \{ --c: light-dark\((#\w+), (#\w+)\)", html) == list(charts.COLOURS)
     script = (Path(page.__file__).parent / "charts.js").read_text()

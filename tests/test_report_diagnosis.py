@@ -51,6 +51,10 @@ HEALTHY = {
     "sorted batches": {"tokens": by_length()[0], "loss": by_length()[1], "excess": by_length()[1]},
     "sorted downwards": {"tokens": by_length(up=False)[0], "loss": by_length(up=False)[1]},
     "one sorted epoch": {"tokens": by_length(200, 200)[0], "loss": by_length(200, 200)[1]},
+    "two lengths in turns": {
+        "tokens": np.where(np.arange(300) % 5 < 4, 500, 2000),
+        "loss": np.where(np.arange(300) % 5 < 4, 0.001, 0.2) + falling(300, 0.3, 0.0) + noise(300, 1e-3),
+    },
     "constant": {"loss": np.full(100, 0.6931) + noise(100, 1e-7)},
     "at the optimum": {"loss": noise(100, 1e-3), "excess": np.full(100, 0.003) + noise(100, 1e-4)},
     "heavy tails": {"loss": falling() * np.exp(0.4 * np.random.default_rng(1).standard_t(4, 200).clip(-3, 3))},

@@ -5,7 +5,7 @@ const hidden = new Set(); // arms that the reader switched off, by name
 const redraws = []; // one function a chart
 const PALETTE = 8;
 const UNTRAINED = 3; // the place of the untrained model, whose markers are rings around what it coincides with
-const DASHES = ["none", "6 3", "8 3 2 3", "2 3"];
+const DASHES = ["none", "6 3", "8 3 2 3", "2 3", "11 3", "4 4", "5 2 1 2 1 2", "10 2 4 2"];
 const colourOf = (series) => (series.colour < 0 ? "x" : series.colour % PALETTE);
 const dashOf = (series) => { const place = Math.max(series.colour, 0); return DASHES[(place + Math.floor(place / PALETTE)) % DASHES.length]; };
 const polygon = (...corners) => (x, y, r) => `M${corners.map(([dx, dy]) => `${(x + r * dx).toFixed(1)},${(y + r * dy).toFixed(1)}`).join("L")}Z`;

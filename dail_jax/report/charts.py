@@ -147,21 +147,31 @@ DECADES = 2.0  # positive values over more of them have a logarithmic axis
 
 
 def smooth(values: Sequence[float]) -> list[float]:
-    """Centred midmeans of a 25th of the values, five at least; nothing for few values, or for a curve without noise.
+    """Centred means over a twelfth of the values, five at least; nothing for few values, or for a curve without noise.
 
-    A midmean is the mean without the lowest and the highest quarter, so that an outlier leaves it alone. The first and
-    the last window hold straight lines: a steep beginning is neither delayed nor flattened.
+    An outlier is moved as near to the median of its window as nearly all values are: they may well have two levels, where
+    batches of short and of long responses take turns. The first and the last half of a window are straight lines: a steep
+    beginning is neither delayed nor flattened.
     """
     y, n = np.asarray(values, np.float64), len(values)
-    if n < SMOOTHED or n * np.median(np.abs(np.diff(y))) <= ROUGH * np.ptp(np.percentile(y, (2, 98))):
+    if n < SMOOTHED:
         return []
-    half = min(max(2, n // 50), WIDEST)
-    size, quarter = 2 * half + 1, (half + 1) // 2
-    middle = np.sort(np.lib.stride_tricks.sliding_window_view(y, size))[:, quarter:-quarter].mean(1)
+    steps = np.abs(np.diff(y))
+    if steps.clip(max=np.percentile(steps, 98)).sum() <= ROUGH * np.ptp(np.percentile(y, (2, 98))):
+        return []
+    half = min(max(2, n // 24), WIDEST)
+    size = 2 * half + 1
+    windows = np.lib.stride_tricks.sliding_window_view(np.pad(y, half, mode="reflect"), size)
+    medians = np.median(windows, axis=1)
+    far = 3 * np.percentile(np.abs(y - medians), 98)
+    y = y.clip(medians - far, medians + far)
+    middle = np.convolve(y, np.ones(size) / size, "valid")
     at = np.arange(min(size, len(middle)))
     first, last = (np.polyfit(at, part, 1) for part in (middle[: len(at)], middle[-len(at) :]))
-    ends = np.polyval(first, np.arange(-half, 0)), np.polyval(last, len(at) + np.arange(half))
-    return np.concatenate([ends[0], middle, ends[1]]).tolist()
+    # A line may leave the values that it stands for: a loss would fall below 0.
+    start = np.polyval(first, np.arange(-half, 0)).clip(y[:size].min(), y[:size].max())
+    end = np.polyval(last, len(at) + np.arange(half)).clip(y[-size:].min(), y[-size:].max())
+    return np.concatenate([start, middle, end]).tolist()
 
 
 def thin(points: Sequence[tuple[float, float]], limit: int = POINTS) -> list[Point]:
@@ -212,7 +222,7 @@ def span(series: Sequence[Series], log: bool = False) -> tuple[float, float]:
     firm = np.concatenate([*shown, np.percentile(raw, (2, 98))])
     low, high = firm.min(), firm.max()
     reach = (high - low) / 2
-    low, high = (raw.min() if raw.min() >= low - reach else low), (raw.max() if raw.max() <= high + reach else high)
+    low, high = raw[raw >= low - reach].min(), raw[raw <= high + reach].max()
     room = 0.04 * (high - low) or 0.1 * abs(high) or 1.0
     return float(back(low - room)), float(back(high + room))
 

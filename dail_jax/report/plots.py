@@ -28,7 +28,7 @@ FILES = {
 COLOURS = tuple(light for light, _ in charts.COLOURS)
 INK, SOFT = "#1d2127", "#5b6472"
 # Dashes and markers go with colours, so that curves can be told apart in grey and by readers who see fewer colours.
-DASHES = ((), (5, 2), (6, 2, 1.5, 2), (1.5, 1.5))
+DASHES = ((), (5, 2), (6, 2, 1.5, 2), (1.5, 1.5), (9, 2), (3, 3), (4, 1.5, 1, 1.5, 1, 1.5), (8, 2, 3, 2))
 MARKERS = "os^oDvPX"
 HOLLOW = charts.PLACES[charts.UNTRAINED]  # the untrained model's markers are rings around what it coincides with
 COLUMNS = 3
@@ -123,7 +123,7 @@ def _panel(ax: Axes, chart: charts.Chart, note: str) -> None:
 def _curve(ax: Axes, chart: charts.Chart, series: charts.Series) -> None:
     place = max(series.colour, 0)
     colour = INK if series.colour == charts.SHARED else COLOURS[place % len(COLOURS)]
-    dashes = DASHES[(place + place // len(COLOURS)) % len(DASHES)]
+    dashes = DASHES[(place + place // len(DASHES)) % len(DASHES)]
     # Of curves that coincide the more broken one is above, and a ring is above what it is around.
     order = 2.0 + DASHES.index(dashes) / 10 + (place == HOLLOW)
     style: dict[str, Any] = {"color": colour, "linestyle": (0, dashes) if dashes else "-", "zorder": order}
