@@ -368,6 +368,8 @@ def printed(browser: Browser, page: Path, out: Path, expect: Expect) -> None:
         (run("document.querySelectorAll('.charts figure').length"), wanted),
         lambda p: p[0] == p[1],
     )
+    maps = run("[document.querySelectorAll('svg.map').length, data.solved.length]")
+    expect("all maps are printed", maps, lambda pair: pair[0] == pair[1])
     keys = """[...document.querySelectorAll('.charts')].filter(c => c.querySelectorAll('.arm').length)
         .every(c => [...c.querySelectorAll('.arm')].every(b => b.offsetWidth))"""
     expect("the keys are printed", run(keys))

@@ -31,9 +31,9 @@ def rival(title: str, k: int, ours: float, theirs: float, half: float = 0.02) ->
 
 
 def composed(*benchmarks: Benchmark, arm: str | None = "DAIL", solutions: int | None = 800) -> list[tuple[int, str]]:
-    """The signs and texts of the sentences, with a hyphen for a minus sign."""
+    """The signs and texts of the sentences, in plain characters."""
     sentences = headline.compose(Outcome(arm, "Qwen3-8B", solutions, benchmarks))
-    return [(sentence.sign, sentence.text.replace("\u2212", "-")) for sentence in sentences]
+    return [(sentence.sign, sentence.text.replace("\u2212", "-").replace("\u00a0", " ")) for sentence in sentences]
 
 
 def test_the_demo_in_four_sentences():
@@ -131,6 +131,8 @@ def test_which_arm_the_sentences_are_about(runs):
     assert arm(base, nll, dail) == "dail" and arm(base, nll) == "nll" and arm(base) is None
     assert arm(nll, dail, nll={"objective": "dail"}, dail={"objective": "grpo"}) == "nll"
     assert arm(nll, dail, nll={"objective": "dail"}) == "dail"
+    twins = [dataclasses.replace(run, config={**run.config, "title": "same"}) for run in (nll, dail)]
+    assert arm(*twins) == "dail" and arm(dataclasses.replace(dail, name="my_run")) == "dail"  # not its folder's name
     alone = headline.outcome([dail], lambda _: None).benchmarks[0]
     assert alone.before is None and alone.difference is None and alone.rivals == []
     other = dataclasses.replace(base, config={**base.config, "model": {"path": "models/other"}})

@@ -66,7 +66,8 @@ def outcome(runs: Sequence[Run], solutions: Callable[[int], int | None]) -> Outc
 
     `solutions` gives the number of expert solutions that a run, by its index, was given.
     """
-    found = {name: budgets[-1] for name, budgets in places(runs).items() if name not in _pooled(runs)}
+    pooled = _pooled(runs)
+    found = {name: budgets[-1] for name, budgets in places(runs).items() if name not in pooled}
     trained = [i for i, run in enumerate(runs) if run.objective not in ("", UNTRAINED)]
     scored = [i for i in trained if any(_score(runs[i], place, 1) for place in found.items())]
     ours = next((i for i in scored if runs[i].objective == "dail"), None)
@@ -82,7 +83,14 @@ def outcome(runs: Sequence[Run], solutions: Callable[[int], int | None]) -> Outc
     base = next(same, None)
     rivals = [runs[i] for i in scored if i != ours]
     listed = [_benchmark(runs, run, base, rivals, place) for place in found.items() if _score(run, place, 1)]
-    return Outcome(run.title, _model(run), solutions(ours), listed)
+    return Outcome(_title(runs, run), _model(run), solutions(ours), listed)
+
+
+def _title(runs: Sequence[Run], run: Run) -> str:
+    """What an arm is called; a run by itself, whose title is the experiment's, is called by its method."""
+    if len(runs) == 1:
+        return run.objective
+    return run.title if sum(one.title == run.title for one in runs) == 1 else run.name
 
 
 def benchmark_title(runs: Sequence[Run], name: str) -> str:
@@ -120,7 +128,7 @@ def _benchmark(runs: Sequence[Run], run: Run, base: Run | None, rivals: Sequence
     for k in dict.fromkeys([1, ks[-1]]):
         against = [*rivals, base] if base and k > 1 else rivals  # at k = 1, the untrained model is what `before` is
         known = [
-            Rival(one.title, k, score, d)
+            Rival(_title(runs, one), k, score, d)
             for one in against
             if (score := _score(one, place, k)) and (d := _difference(one, run, place, k))
         ]
@@ -216,7 +224,8 @@ def _listed(found: Sequence[Benchmark]) -> str:
 
 def _change(one: Benchmark) -> str:
     assert one.before is not None and one.difference is not None
-    return f"{percent(one.before['mean'])} \u2192 {percent(one.after['mean'])} ({_points(one.difference)})"
+    # no-break spaces, so that the two stay on one line
+    return f"{percent(one.before['mean'])}\u00a0\u2192\u00a0{percent(one.after['mean'])} ({_points(one.difference)})"
 
 
 def _points(d: Difference) -> str:

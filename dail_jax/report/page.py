@@ -266,8 +266,9 @@ def _benchmarks(runs: Sequence[Run]) -> list[tuple[str, str, str, str]]:
 def _solved(runs: Sequence[Run]) -> list[dict[str, Any]]:
     """For each benchmark and budget, [right samples, samples] of each problem in each run; null where a run has none."""
     found = []
+    pools = {one.get("pool") for run in runs for one in setting(run.config, "evaluate.benchmarks") or ()}
     for name, budgets in charts.places(runs).items():
-        for budget in reversed(budgets):
+        for budget in reversed(budgets if name not in pools else ()):  # a pool's problems are in its benchmarks
             cells = [run.benchmarks.get(name, {}).get(budget, {}).get("per_problem", {}) for run in runs]
             problems = sorted({problem for cell in cells for problem in cell})
             rows = [[cell.get(problem) for cell in cells] for problem in problems]

@@ -72,7 +72,7 @@ function sampleColumn(row, arm, reference, query) {
   const name = make("h4", {}, make("i", { class: `dot c${data.colours[arm]}` }), data.runs[arm]);
   if (!row) return make("article", {}, name, make("p", { class: "note" }, "This arm has no such sample."));
   return make("article", {}, name,
-    make("p", { class: `verdict ${sign(row)}` }, `${glyph(row)} ${verdict(row)}`, make("small", {}, ` ${row.reason}`)),
+    make("p", { class: `verdict ${sign(row)}` }, `${glyph(row)} ${verdict(row)}`, make("small", {}, `: ${row.reason}`)),
     facts([["answer", row.answer ?? "none"], ["tokens", whole(row.tokens)], ["finish", row.finish],
       ["answer's tokens", row.answer_tokens || null], ["forced tokens", row.forced_tokens || null]]),
     ...sampleText(row, reference, query),
@@ -127,69 +127,81 @@ const ORDERS = {
   "by name": () => 0,
 };
 
-function heatMap(root) {
-  const name = (place) => `${place.benchmark}${data.solved.some((p) => p !== place && p.benchmark === place.benchmark) ? `, budget ${whole(place.budget)}` : ""}`;
+// The map of one benchmark: a column per problem, in order, and a row per arm. `missing` is told what cannot be opened.
+function solveMap(place, order, room, missing) {
+  const columns = place.problems.map((problem, i) => ({ problem, cells: place.right[i], key: order(place.right[i]) })).sort((a, b) => a.key - b.key);
+  const width = clamp(Math.floor(room / columns.length), 7, 30), height = ROW * data.runs.length;
+  const svg = make("svg", { class: "map", width: width * columns.length, height, viewBox: `0 0 ${width * columns.length} ${height}`, preserveAspectRatio: "none", tabindex: 0, role: "img",
+    "aria-label": `Solve rates of ${columns.length} problems. Arrow keys read them, Enter opens the problem.` });
+  columns.forEach((column, x) => column.cells.forEach((cell, arm) => {
+    const box = { x: x * width + 0.5, y: arm * ROW + 0.5, width: width - 1, height: ROW - 3, rx: 2 };
+    svg.append(make("rect", { ...box, class: cell ? "under" : "none" }));
+    if (cell && cell[0]) svg.append(make("rect", { ...box, class: "over", "fill-opacity": (0.12 + 0.88 * rate(cell)).toFixed(3) }));
+  }));
+  const cursor = make("rect", { class: "at", y: 0, width, height: height - 2, rx: 2, visibility: "hidden" });
+  svg.append(cursor);
+  let at = -1; // the column that is pointed at
+
+  function point(x, clientX, clientY) {
+    at = clamp(x, 0, columns.length - 1);
+    cursor.setAttribute("x", at * width);
+    cursor.setAttribute("visibility", "visible");
+    const box = svg.getBoundingClientRect(), { problem, cells } = columns[at];
+    showTip(clientX ?? box.left + at * width, clientY ?? box.bottom - 10, make("div", { class: "meta" }, problem),
+      rowsOf(cells.map((cell, arm) => [data.runs[arm], cell ? `${(100 * rate(cell)).toFixed(1)}% (${cell[0]} of ${cell[1]})` : "–", data.colours[arm]])));
+  }
+
+  function open() {
+    const { problem } = columns[at], parts = { problem, benchmark: place.benchmark, budget: String(place.budget) };
+    hideTip();
+    if (!openers.get("problem")?.[1](parts)) return missing(problem);
+    setLink(parts);
+    document.getElementById("samples").scrollIntoView();
+  }
+
+  const leave = () => { hideTip(); cursor.setAttribute("visibility", "hidden"); };
+  const column = (event) => Math.floor((event.clientX - svg.getBoundingClientRect().left) / width);
+  svg.addEventListener("pointermove", (event) => point(column(event), event.clientX, event.clientY));
+  svg.addEventListener("pointerleave", leave);
+  svg.addEventListener("blur", leave);
+  svg.addEventListener("click", (event) => { point(column(event), event.clientX, event.clientY); open(); });
+  svg.addEventListener("keydown", (event) => {
+    const step = { ArrowLeft: -1, ArrowRight: 1 }[event.key];
+    if (event.key === "Enter" && at >= 0) open();
+    if (!step) return;
+    event.preventDefault();
+    point(at + step);
+  });
+  const side = (of) => make("div", { class: "side" }, ...data.runs.map(of));
+  const passed = (arm) => ratesOf(place.right.map((cells) => cells[arm]));
+  return make("div", { class: "heat" },
+    side((run, arm) => make("div", { title: run }, make("i", { class: `dot c${data.colours[arm]}` }), run)),
+    make("div", { class: "across" }, svg),
+    side((_, arm) => make("div", {}, passed(arm).length ? (100 * mean(passed(arm))).toFixed(1) : "–")));
+}
+
+function solveMaps(root) {
+  const several = (place) => data.solved.some((other) => other !== place && other.benchmark === place.benchmark);
+  const name = (place) => place.benchmark + (several(place) ? `, budget ${whole(place.budget)}` : "");
   const where = make("select", { "aria-label": "Benchmark", onchange: () => draw() }, ...data.solved.map((place, i) => make("option", { value: i }, name(place))));
   const order = make("select", { "aria-label": "Order of problems", onchange: () => draw() }, ...Object.keys(ORDERS).map((key) => make("option", { value: key }, key)));
-  const frame = make("div", { class: "heat" }), said = make("p", { class: "note", role: "status" });
+  const frame = make("div"), said = make("p", { class: "note", role: "status" });
+  const missing = (problem) => { said.textContent = `No sample of ${problem} is on the page: samples.jsonl of each arm has them.`; };
   const csv = csvButton("solve_rates", () => [["benchmark", "budget", "problem", "arm", "right", "samples"],
     ...data.solved.flatMap((place) => place.problems.flatMap((problem, i) => place.right[i].map((cell, arm) => [place.benchmark, place.budget, problem, data.runs[arm], ...(cell ?? ["", ""])])))]);
-
   let drawn = 0; // the width that it was drawn for
+  let printing = false;
 
+  const map = (place) => solveMap(place, ORDERS[order.value], drawn - 210, missing);
   function draw() {
     drawn = root.clientWidth;
-    const place = data.solved[where.value], key = ORDERS[order.value];
-    const columns = place.problems.map((problem, i) => ({ problem, cells: place.right[i], key: key(place.right[i]) })).sort((a, b) => a.key - b.key);
-    const room = drawn - 210, width = clamp(Math.floor(room / columns.length), 7, 30), height = ROW * data.runs.length;
-    const svg = make("svg", { class: "map", width: width * columns.length, height, viewBox: `0 0 ${width * columns.length} ${height}`, preserveAspectRatio: "none", tabindex: 0, role: "img",
-      "aria-label": `Solve rates of ${columns.length} problems. Arrow keys read them, Enter opens the problem.` });
-    columns.forEach((column, x) => column.cells.forEach((cell, arm) => {
-      const box = { x: x * width + 0.5, y: arm * ROW + 0.5, width: width - 1, height: ROW - 3, rx: 2 };
-      svg.append(make("rect", { ...box, class: cell ? "under" : "none" }));
-      if (cell && cell[0]) svg.append(make("rect", { ...box, class: "over", "fill-opacity": (0.12 + 0.88 * rate(cell)).toFixed(3) }));
-    }));
-    const cursor = make("rect", { class: "at", y: 0, width, height: height - 2, rx: 2, visibility: "hidden" });
-    svg.append(cursor);
-    let at = -1;
-    function point(x, clientX, clientY) {
-      at = clamp(x, 0, columns.length - 1);
-      cursor.setAttribute("x", at * width);
-      cursor.setAttribute("visibility", "visible");
-      const box = svg.getBoundingClientRect(), { problem, cells } = columns[at];
-      showTip(clientX ?? box.left + at * width, clientY ?? box.bottom - 10, make("div", { class: "meta" }, problem),
-        rowsOf(cells.map((cell, arm) => [data.runs[arm], cell ? `${(100 * rate(cell)).toFixed(1)}% (${cell[0]} of ${cell[1]})` : "–", data.colours[arm]])));
-    }
-    const leave = () => { hideTip(); cursor.setAttribute("visibility", "hidden"); };
-    const column = (event) => Math.floor((event.clientX - svg.getBoundingClientRect().left) / width);
-    const open = () => {
-      const { problem } = columns[at];
-      hideTip();
-      if (openers.get("problem")?.[1]({ problem, benchmark: place.benchmark, budget: String(place.budget) })) {
-        setLink({ problem, benchmark: place.benchmark, budget: place.budget });
-        document.getElementById("samples").scrollIntoView();
-      } else said.textContent = `No sample of ${problem} is on the page: samples.jsonl of each arm has them.`;
-    };
-    svg.addEventListener("pointermove", (event) => point(column(event), event.clientX, event.clientY));
-    svg.addEventListener("pointerleave", leave);
-    svg.addEventListener("blur", leave);
-    svg.addEventListener("click", (event) => { point(column(event), event.clientX, event.clientY); open(); });
-    svg.addEventListener("keydown", (event) => {
-      const step = { ArrowLeft: -1, ArrowRight: 1 }[event.key];
-      if (event.key === "Enter" && at >= 0) open();
-      if (!step) return;
-      event.preventDefault();
-      point(at + step);
-    });
-    const side = (of) => make("div", { class: "side" }, ...data.runs.map(of));
-    frame.replaceChildren(
-      side((run, arm) => make("div", { title: run }, make("i", { class: `dot c${data.colours[arm]}` }), run)),
-      make("div", { class: "across" }, svg),
-      side((_, arm) => { const own = ratesOf(place.right.map((cells) => cells[arm])); return make("div", {}, own.length ? `${(100 * mean(own)).toFixed(1)}` : "–"); }));
+    const titled = (place) => make("div", { class: "unbroken" }, make("h4", {}, name(place)), map(place));
+    frame.replaceChildren(...(printing ? data.solved.map(titled) : [map(data.solved[where.value])]));
   }
   root.append(make("div", { class: "bar-row" }, data.solved.length > 1 ? where : null, order,
     make("span", { class: "key" }, "solved", make("i", { class: "ramp cool" }), "0% to 100% of the samples"), make("span", { class: "grow" }), csv), frame, said);
   new ResizeObserver(() => { if (root.clientWidth !== drawn) draw(); }).observe(root);
+  for (const event of ["beforeprint", "afterprint"]) addEventListener(event, () => { printing = event === "beforeprint"; draw(); });
 }
 
-if (data.solved.length) heatMap(document.querySelector("#problems .map-root"));
+if (data.solved.length) solveMaps(document.querySelector("#problems .map-root"));
