@@ -22,24 +22,30 @@ import sys
 from pathlib import Path
 
 import matplotlib
+import numpy as np
 from matplotlib.figure import Figure
+from safetensors.numpy import load_file
 from scipy import stats
+from scipy.special import entr, expit, log_softmax
 
 from dail_jax.microworld import verify
 from dail_jax.report.plots import COLOURS, STYLE
 from dail_jax.rundir import json_line, write_atomic
+from dail_jax.text import load_tokenizer
+from dail_jax.train.methods import CONTRAST
 
 ROOT = Path(__file__).resolve().parent.parent
 ASSETS = ROOT / "dail_jax/microworld/assets"
 TRAINED = 64  # hard training problems that the arms are evaluated on
 CONFIGS = {"methods": "microworld_methods", "ablations": "microworld_study", "sharp": "microworld_sharp"}
 # Arms also evaluated at lower temperatures, and arms also evaluated with MANY samples per problem.
-COLD = {"nll": "methods", "dail": "methods", "sharp": "methods", "nll_100": "ablations"}
+COLD = {"nll": "methods", "dail": "methods", "sharp": "sharp", "nll_100": "ablations"}
 TEMPERATURES = ("0.5", "0.2", "0")
 DIVERSE = ("nll", "dail", "sharp")
 MANY = 128
 # The grid of `sharp`, for the first seed alone.
 GRID = {"loss.temperature": (0.2, 0.3, 0.1, 0.5, 0.7, 1.0), "gamma": (0.1, 0.3, 0.0, 0.5)}
+CELLS = sorted(itertools.product(*GRID.values()))
 PARTS = (*CONFIGS, "grid", "temperature", "diversity")
 METHODS = {
     "base": "untrained",
@@ -90,9 +96,7 @@ ABLATIONS = {
         "DAIL with a gate": "gated",
         "from forward to reverse": "scheduled",
     },
-    "sharp, T and gamma": {
-        f"T {t}, gamma {g}": f"temperature={t},gamma={g}" for t, g in itertools.product(*map(sorted, GRID.values()))
-    },
+    "sharp, T and gamma": {f"T {t}, gamma {g}": f"temperature={t},gamma={g}" for t, g in CELLS},
 }
 COLUMNS = {
     "hard@1": "hard pass@1",
@@ -111,6 +115,12 @@ DIVERSITY = {
     "traces": f"different traces among {MANY}",
     "answers": "different answers",
     "entropy": "entropy on traces, nats per 100 tokens",
+}
+TARGETS = {
+    "shortcuts": "shortcut steps",
+    "mode": "steps where the shortcut is the likeliest",
+    "entropy": "entropy, nats per 100 tokens",
+    "moved": "tokens whose likeliest is not the privileged student's",
 }
 PLAIN = ("unlearned", "tokens", "traces", "answers")  # the other columns are shares
 
@@ -156,7 +166,8 @@ def run(part: str, seed: int, out: Path, trained: Path) -> None:
         over = [
             word for key, values in GRID.items() for word in ("--over", f"train.{key}={','.join(map(str, values))}")
         ]
-        launch(["sweep", *demo, sets, "train.objective=sharp", *over, f"run_dir={home}"])
+        traces = f"traces={out}/methods/seed{seed}/traces.jsonl"
+        launch(["sweep", *demo, sets, traces, "train.objective=sharp", *over, f"run_dir={home}"])
     else:  # the adapters of other parts, evaluated again
         changes = {arm: {f"{arm}_t{t}": f"evaluate.sampling.temperature={t}" for t in TEMPERATURES} for arm in COLD}
         if part == "diversity":
@@ -211,6 +222,50 @@ def measure(folder: Path, problems: dict[str, dict]) -> dict[str, float]:
     return out
 
 
+def targets(run: Path, traces: Path) -> dict[str, dict[str, float]]:
+    """What the targets of `sharp` in the grid hold at the tokens of the traces: what a student would do that fits them.
+
+    From the references that a run of the grid has cached. A step that owes column work goes on with " : ", or with " > "
+    where it is a shortcut.
+    """
+    tokenizer = load_tokenizer(str(ASSETS / "model"))
+    (work,), (skip,) = tokenizer.encode(" : "), tokenizer.encode(" > ")
+    owing = {tokenizer.encode(word)[0] for word in ("add ", "sub ", "mul ")}
+    rows = [json.loads(line) for line in traces.read_text().splitlines()]
+    responses = [row["response_ids"] for row in rows if row["drop"] is None]
+    embedding = load_file(ASSETS / "model/model.safetensors")["model.embed_tokens.weight"].astype(np.float32)
+    log = {}
+    for role in CONTRAST:
+        states = np.fromfile(run / "references" / f"{role}.bin", np.float32).reshape(-1, embedding.shape[1])
+        log[role] = log_softmax(states @ embedding.T, axis=-1)
+    assert sum(map(len, responses)) == len(log["negative"]), f"{run} was trained on other traces"
+    due, at = [], 0
+    for ids in responses:
+        owes = False
+        for i, token in enumerate(ids):
+            if owes and token in (work, skip):
+                due.append(at + i)
+            owes = token in owing or (owes and token not in (work, skip))
+        at += len(ids)
+    out = {}
+    for t, gamma in CELLS:
+        target = log_softmax((log["privileged"] - gamma * log["negative"]) / ((1 - gamma) * t), axis=-1)
+        odds = target[due, skip] - target[due, work]
+        moved = target.argmax(-1) != log["privileged"].argmax(-1)
+        out[f"target of temperature={t},gamma={gamma}"] = {
+            "shortcuts": float(expit(odds).mean()),
+            "entropy": float(entr(np.exp(target)).sum(-1).mean()),
+            "moved": float(moved.mean()),
+        }
+    for role in CONTRAST:
+        odds = log[role][due, skip] - log[role][due, work]
+        out[f"shortcuts of the {role} role"] = {
+            "shortcuts": float(expit(odds).mean()),
+            "mode": float((odds > 0).mean()),
+        }
+    return out
+
+
 def only(budgets: dict) -> dict:
     (result,) = budgets.values()
     return result
@@ -236,38 +291,50 @@ def tables(out: Path, seeds: list[int], docs: Path) -> None:
                 arm = measured.setdefault(folder.parent.name, {})
                 for column, value in measure(folder.parent, problems).items():
                     arm.setdefault(column, []).append(value)
-    for arm, values in kept.items():
-        if len(values["tokens"]) > len(measured.get(arm, {"tokens": ()})["tokens"]):
-            measured[arm] = values
+    for seed in seeds:
+        for manifest in sorted((out / f"grid/seed{seed}").glob("*/references/manifest.json"))[:1]:
+            for name, columns in targets(manifest.parent.parent, out / f"methods/seed{seed}/traces.jsonl").items():
+                for column, value in columns.items():
+                    measured.setdefault(name, {}).setdefault(column, []).append(value)
+    newer = {arm: row for arm, row in measured.items() if seeds_of(row) >= seeds_of(kept.get(arm, {}))}
+    measured = {**kept, **newer}
     docs.mkdir(parents=True, exist_ok=True)
-    write_atomic(stored, json.dumps(measured, indent=1, sort_keys=True) + "\n")
+    write_atomic(stored, json.dumps(measured, indent=1) + "\n")
     text = ["# Methods\n", *table({label: measured[arm] for arm, label in METHODS.items() if arm in measured})]
     for title, arms in ABLATIONS.items():
         found = {label: measured[arm] for label, arm in arms.items() if arm in measured}
         text += [f"\n# Ablation: {title}\n", *table(found)] if found else []
     found = {METHODS[a]: {**measured[a], **measured[f"{a}_n{MANY}"]} for a in DIVERSE if f"{a}_n{MANY}" in measured}
     text += ["\n# Diversity\n", *table(found, DIVERSITY)] if found else []
+    cells = {f"T {t}, gamma {g}": f"target of temperature={t},gamma={g}" for t, g in CELLS}
+    cells |= {f"{role} role": f"shortcuts of the {role} role" for role in CONTRAST}
+    found = {label: measured[name] for label, name in cells.items() if name in measured}
+    text += ["\n# What the target of `sharp` holds\n", *table(found, TARGETS, 2)] if found else []
     write_atomic(docs / "tables.md", "\n".join(text) + "\n")
     plot(measured, docs)
     plot_sharp(measured, docs)
     print("\n".join(text), f"\nwrote {docs}/tables.md, study.json and plots")
 
 
-def table(rows: dict[str, dict[str, list[float]]], titles: dict[str, str] = COLUMNS) -> list[str]:
+def table(rows: dict[str, dict[str, list[float]]], titles: dict[str, str] = COLUMNS, digits: int = 1) -> list[str]:
     columns = [c for c in titles if any(c in row for row in rows.values())]
     lines = [
         "| | seeds | " + " | ".join(titles[c] for c in columns) + " |",
         "|---|---:|" + "---:|" * len(columns),
     ]
     for label, row in rows.items():
-        cells = [cell(c, row[c]) if c in row else "" for c in columns]
-        lines.append(f"| {label} | {len(row['tokens'])} | " + " | ".join(cells) + " |")
+        cells = [cell(c, row[c], digits) if c in row else "" for c in columns]
+        lines.append(f"| {label} | {seeds_of(row)} | " + " | ".join(cells) + " |")
     return lines
 
 
-def cell(column: str, values: list[float]) -> str:
-    mean, half = interval([v if column in PLAIN else 100 * v for v in values])
-    return "-" if math.isnan(mean) else f"{mean:.1f}" if math.isnan(half) else f"{mean:.1f} ± {half:.1f}"
+def seeds_of(row: dict[str, list[float]]) -> int:
+    return max(map(len, row.values()), default=0)
+
+
+def cell(column: str, values: list[float], digits: int) -> str:
+    mean, half = (f"{x:.{digits}f}" for x in interval([v if column in PLAIN else 100 * v for v in values]))
+    return "-" if mean == "nan" else mean if half == "nan" else f"{mean} ± {half}"
 
 
 def plot(measured: dict[str, dict[str, list[float]]], docs: Path) -> None:
@@ -311,22 +378,26 @@ def plot(measured: dict[str, dict[str, list[float]]], docs: Path) -> None:
 
 
 def plot_sharp(measured: dict[str, dict[str, list[float]]], docs: Path) -> None:
-    """Plots the grid of `sharp` against its target's exponent, with a curve for each gamma."""
-    shown = {"hard@1": "hard pass@1", "shortcuts": "shortcut steps", "known@1": "known pass@1"}
+    """Plots what the targets of `sharp` hold against their exponent, and what training on them reached."""
+    panels = {
+        "shortcuts": "shortcut steps: in the target (lines), after training (points)",
+        "entropy": "entropy of the target, nats per token",
+    }
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(10.8, 3.6), layout="constrained")
-        axes = figure.subplots(1, len(shown))
-        for ax, (column, title) in zip(axes, shown.items(), strict=True):
+        axes = figure.subplots(1, len(panels))
+        for ax, (column, title) in zip(axes, panels.items(), strict=True):
             for colour, gamma in zip(COLOURS, sorted(GRID["gamma"]), strict=False):
-                arms = {1 / ((1 - gamma) * t): f"temperature={t},gamma={gamma}" for t in GRID["loss.temperature"]}
-                points = [(x, measured[arm][column][0]) for x, arm in sorted(arms.items()) if arm in measured]
-                if points:
-                    x, y = zip(*points, strict=True)
-                    ax.plot(x, y, label=f"gamma {gamma}", color=colour, marker="o", markersize=3.5, linewidth=1.3)
+                arms = {1 / ((1 - g) * t): f"temperature={t},gamma={g}" for t, g in CELLS if g == gamma}
+                for prefix, line in (("target of ", "-"), ("", "o")):
+                    rows = {x: measured.get(prefix + arm, {}) for x, arm in sorted(arms.items())}
+                    points = [(x, interval(row[column])[0]) for x, row in rows.items() if column in row]
+                    if points and (line == "-" or column == "shortcuts"):
+                        ax.plot(*zip(*points, strict=True), line, color=colour, label=f"gamma {gamma}", markersize=4)
             ax.set(title=title, xlabel="exponent 1 / ((1 - gamma) T)", xscale="log")
             ax.set_xticks((1, 2, 5, 10, 20), ("1", "2", "5", "10", "20"))
             ax.minorticks_off()
-        figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=len(GRID["gamma"]))
+        figure.legend(*axes[1].get_legend_handles_labels(), loc="outside upper center", ncols=len(GRID["gamma"]))
         save(figure, docs / "sharp")
 
 
