@@ -137,6 +137,7 @@ def check(browser: Browser, page: Path, out: Path) -> list[tuple[str, bool, Any]
     browser.shot(out / "light.png")
     for name in sections:
         browser.shot(out / f"light_{name}.png", f"#{name}")
+    drawings(browser, expect, "at 1280")
     schemes(browser, page, out, expect)
     charts_by_keyboard(browser, expect)
     tables(browser, expect)
@@ -191,6 +192,29 @@ CONTRAST = """(() => {
         return (Math.max(edge, ground) + 0.05) / (Math.min(edge, ground) + 0.05);
     })));
 })()"""
+
+
+def drawings(browser: Browser, expect: Expect, where: str) -> None:
+    """The texts of charts are inside of them and apart, and an arm has the colour that it has in the tables."""
+    run, texts = browser.run, "[...document.querySelectorAll('.charts svg.plot text')]"
+    outside = f"""{texts}.filter(text => {{
+        const own = text.getBoundingClientRect(), whole = text.ownerSVGElement.getBoundingClientRect();
+        return own.left < whole.left - 1 || own.right > whole.right + 1 || own.bottom > whole.bottom + 1;
+    }}).map(text => text.textContent)"""
+    expect(f"texts of charts inside of them {where}", run(outside), lambda found: not found)
+    touching = """[...document.querySelectorAll('.charts svg.plot')].filter(svg => {
+        const heights = [...svg.querySelectorAll('.name')].map(name => Number(name.getAttribute('y'))).sort((a, b) => a - b);
+        return heights.some((y, i) => i && y - heights[i - 1] < 12.9);
+    }).length"""
+    expect(f"names of curves apart {where}", run(touching), lambda count: count == 0)
+    zeros = run(f"{texts}.map(text => text.textContent).filter(text => /^-0(\\.0+)?%?$/.test(text))")
+    expect(f"no tick below 0 by its sign alone {where}", zeros, lambda found: not found)
+    behind = """['raw', 'curve'].map(kind => document.querySelectorAll(`.charts[data-section=training] svg.plot .${kind}`).length)
+        .concat(data.charts.filter(chart => chart.section === 'training').flatMap(chart => chart.series).filter(series => series.smooth.length).length)"""
+    expect(f"raw curves behind the smooth ones {where}", run(behind), lambda n: n[0] == n[2] <= n[1])
+    colours = """[...document.querySelectorAll('.arm')].filter(button => data.runs.includes(button.dataset.arm)).every(button =>
+        button.querySelector('.swatch').classList.contains(`c${data.colours[data.runs.indexOf(button.dataset.arm)]}`))"""
+    expect(f"one colour for each arm {where}", run(colours))
 
 
 def charts_by_keyboard(browser: Browser, expect: Expect) -> None:
@@ -336,6 +360,7 @@ def permalink_of_a_trace(browser: Browser, page: Path, expect: Expect) -> None:
 def phone(browser: Browser, page: Path, out: Path, expect: Expect, sections: list[str]) -> None:
     browser.open(page, 390, 844, "light")
     expect("no sideways scrolling on a phone", browser.run("document.documentElement.scrollWidth <= innerWidth"))
+    drawings(browser, expect, "on a phone")
     browser.shot(out / "phone.png")
     for name in sections:
         browser.shot(out / f"phone_{name}.png", f"#{name}")
