@@ -9,9 +9,13 @@ import pytest
 import tiny
 from test_commands import squeeze
 
+from dail_jax import config as config_lib
 from dail_jax import mesh as mesh_lib
-from dail_jax import provenance
-from dail_jax.stages import check
+from dail_jax import metrics, provenance
+from dail_jax.data import traces
+from dail_jax.errors import UserError
+from dail_jax.report import collect
+from dail_jax.stages import check, drops, experiment
 
 USAGE = collections.namedtuple("USAGE", "total used free")
 
@@ -207,6 +211,22 @@ def test_space_on_the_disk(tmp_path, capsys, monkeypatch):
     assert "1 MB are free: free some, use another run_dir, or lower train.references_gib" in err
 
 
+def test_a_platform_without_devices(tmp_path, capsys, monkeypatch):
+    """JAX raises an AssertionError where it leaves out the only platform, a RuntimeError where another one fails."""
+    path = tiny.write(tmp_path / "run")
+    for error, words in (
+        (AssertionError(), "it was not found"),
+        (
+            RuntimeError("Unable to initialize backend 'cuda': none (set JAX_PLATFORMS='')"),
+            "Unable to initialize backend",
+        ),
+    ):
+        monkeypatch.setattr(jax, "devices", lambda error=error: (_ for _ in ()).throw(error))
+        assert tiny.run("check", path) == 2
+        err = capsys.readouterr().err
+        assert err.startswith("error: JAX_PLATFORMS=cpu: no device: ") and words in err and err.count("\n") == 1
+
+
 def test_accelerators_that_are_missing(monkeypatch):
     """Only where nobody has asked for the CPU."""
     assert check._missing_accelerator(jax.devices()) is None
@@ -216,3 +236,63 @@ def test_accelerators_that_are_missing(monkeypatch):
     )
     want = "no TPU was found, although libtpu is installed: mend its driver, or set JAX_PLATFORMS=cpu"
     assert (check._missing_accelerator(jax.devices()) or "").startswith(want)
+
+
+def test_all_traces_dropped_is_one_line_with_the_keys(tmp_path, pipeline, capsys):
+    """Training names the reason and the key; `run` stops before an evaluation that comes first."""
+    path = tiny.write(tmp_path / "run", traces=str(pipeline / "traces.jsonl"))
+    assert tiny.run("train", path, "filters.min_tokens=1000") == 2
+    assert capsys.readouterr().err == (
+        f"error: {pipeline / 'traces.jsonl'}: nothing to train on: all 24 traces are dropped: 24 short (filters.min_tokens)\n"
+    )
+    config = config_lib.load(path, ["train.max_tokens=40"])
+    found = [trace.marked(None) for trace in traces.read(pipeline / "traces.jsonl")]
+    assert drops.nothing_left([found[0].marked("wrong"), *found[1:]], 23, config) == (
+        "nothing to train on: all 24 traces are dropped: 1 wrong (filters.correct), 23 above train.max_tokens=40"
+    )
+    base = config_lib.with_overrides(config, {"traces": None}, "test")
+    traces.write(tmp_path / "run" / "traces.jsonl", [trace.marked("unfinished") for trace in found])
+    experiment._refuse_empty(base, [config_lib.with_overrides(base, {"filters.correct": False}, "test")])
+    with pytest.raises(UserError, match=r"24 unfinished \(filters\.finished, generate\.sampling\.max_tokens\)"):
+        experiment._refuse_empty(base, [config_lib.with_overrides(base, {"train.objective": "none"}, "test"), base])
+
+
+def test_other_filters_filter_the_traces_again(tmp_path, pipeline, capsys):
+    """Without drawing; what was trained on others is refused, and so are traces that were drawn otherwise."""
+    shutil.copytree(pipeline, tmp_path / "run")
+    path, file = tiny.write(tmp_path / "run"), tmp_path / "run" / "traces.jsonl"
+    before = tiny.lines(file)
+    with tiny.nothing_is_drawn(), pytest.MonkeyPatch.context() as patch:
+        patch.setattr("dail_jax.stages.generate.open_session", None)
+        assert tiny.run("generate", path, "filters.correct=false", "filters.keep=1") == 0
+        assert "24 traces of 12 problems" in capsys.readouterr().out
+        assert tiny.run("generate", path, "filters.correct=false", "filters.keep=1") == 0
+        assert "generate: already done" in capsys.readouterr().out
+    after = tiny.lines(file)
+    assert [t["drop"] for t in after] == [None, "surplus"] * 12
+    assert [{**t, "drop": None} for t in after] == [{**t, "drop": None} for t in before]
+    assert tiny.run("run", path, "filters.correct=false", "filters.keep=1") == 2
+    err = capsys.readouterr().err
+    assert (
+        "`train` was started with another configuration: filters.correct: True -> False; filters.keep: 'all' -> 1"
+        in err
+    )
+    assert tiny.run("generate", path, "generate.tau=0.5") == 2
+    assert "generate.tau: 0.8 -> 0.5" in capsys.readouterr().err and tiny.lines(file) == after
+    assert tiny.run("generate", path) == 0 and file.read_bytes() == (pipeline / "traces.jsonl").read_bytes()
+
+
+def test_a_typo_in_the_first_call_poisons_nothing(tmp_path, pipeline, capsys):
+    """Not in what is recorded, nor in what the report lists as left out."""
+    folder, path = tmp_path / "run", tiny.write(tmp_path / "run", traces=str(pipeline / "traces.jsonl"))
+    for typo in ("evaluate.max_prompt_tokens=3", "evaluate.benchmarks.0.rows.path=hrad.jsonl", "arms.a={seed: -1}"):
+        assert tiny.run("run", path, typo) == 2
+    assert not folder.exists()
+    for limit in (10, 20):  # the first start of a stage skips more
+        log = metrics.Metrics((folder.mkdir(exist_ok=True), folder)[1], config_lib.Log(), "evaluate")
+        log.left_out(f"problems skipped: their prompts are above max_prompt_tokens={limit}", 30 // limit, 3)
+        metrics.Metrics(folder, config_lib.Log(), "train").left_out("examples dropped", 1, 3)
+    assert collect.left_out({"run": folder}) == [
+        "run, evaluate: 1 of 3 problems skipped: their prompts are above max_prompt_tokens=20",
+        "run, train: 1 of 3 examples dropped",
+    ]

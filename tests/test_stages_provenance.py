@@ -3,6 +3,8 @@
 import json
 import shutil
 
+import jax
+import jax.numpy as jnp
 import pytest
 import tiny
 from safetensors.numpy import load_file, save_file
@@ -148,6 +150,16 @@ def test_checkpoints_know_what_they_are_made_of(tmp_path):
         other.restore({"b": 2.0})
     other.close()
     assert store.steps(tmp_path) == [1]
+
+
+def test_a_checkpoint_is_read_without_a_word(tmp_path, caplog):
+    kept = Store(tmp_path, 2)
+    kept.save(1, {"a": jnp.arange(3.0)}, {})
+    kept.close()
+    caplog.clear()
+    got = store.load(tmp_path, 1, {"a": jax.ShapeDtypeStruct((3,), jnp.float32)})
+    assert got["a"].tolist() == [0, 1, 2]
+    assert not [record for record in caplog.records if record.levelname in ("WARNING", "ERROR")]
 
 
 @pytest.mark.parametrize("what", ["weights", "template", "tokenizer", "benchmark", "data"])

@@ -395,7 +395,7 @@ def steps_of(command: str, config: config_lib.Config, over: Sequence[str] = (), 
 # Space on the disk
 # ---------------------------------------------------------------------------------------------------
 
-TRACE_BYTES = 100  # per token of a trace, in the journal and in the file made of it
+TRACE_BYTES = 64  # per token of a trace, in the journal and in the file made of it
 SAMPLE_BYTES = 8  # per token of a sample in the journal: its id
 TEXT_BYTES = 6  # per token of a sample's text, which samples.jsonl holds for every budget
 STATE_COPIES = 3  # of the adapter in a checkpoint: its weights and Adam's two averages
@@ -491,7 +491,10 @@ def look(command: str, config: config_lib.Config, **more: Any) -> Found:
     made: set[Path] = set()
     if not found.take(registered(Subject(Step("", command, config), known, made))):
         return found
-    for step in steps_of(command, config, **more):
+    steps = steps_of(command, config, **more)
+    if steps:
+        mesh_lib.all_devices()  # without any, nothing else can be asked
+    for step in steps:
         s = Subject(step, known, made)
         if not found.take(registered(s)) or not s.works:
             continue
@@ -515,7 +518,8 @@ def look(command: str, config: config_lib.Config, **more: Any) -> Found:
 def first(command: str, config: config_lib.Config, **more: Any) -> Found:
     """What every command does first; raises UserErrors for all problems. The first process speaks for all of them."""
     found = look(command, config, **more)
-    theirs = mesh_lib.from_first(lambda: list(found.problems))
+    works = any(found.states.values())  # a command that only shows something needs no device
+    theirs = mesh_lib.from_first(lambda: list(found.problems)) if works else []
     problems = [*found.problems.values(), *(UserError(text) for text in theirs if text not in found.problems)]
     if problems:
         raise UserErrors(problems)
