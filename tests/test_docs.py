@@ -138,6 +138,18 @@ def test_the_commands_are_found():
     assert sum(len(list(commands(path))) for path in STARTERS) > 25
 
 
+def test_the_readme_is_an_index():
+    text = (ROOT / "README.md").read_text()
+    assert not [page.name for page in ROOT.glob("docs/*.*") if f"(docs/{page.name}" not in text]
+
+
+def test_the_tree_names_files_that_exist():
+    tree = (ROOT / "docs" / "architecture.md").read_text().split("## The tree\n")[1]
+    names = set(re.findall(r"\b\w+\.py\b", tree))
+    assert len(names) > 60
+    assert not names - {path.name for path in (ROOT / "dail_jax").rglob("*.py")}
+
+
 def test_every_method_is_explained():
     table = (ROOT / "docs" / "method.md").read_text().split("## Other methods\n")[1].split("\n## ")[0]
     assert set(re.findall(r"^\| `(\w+)` \|", table, re.MULTILINE)) == METHODS.keys()
