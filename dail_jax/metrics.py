@@ -33,13 +33,17 @@ def log(text: str) -> None:
 
 
 class Metrics:
-    """Appends rows {stage, step, time, **values} to metrics.jsonl and to the writers that are switched on."""
+    """Appends rows {stage, step, time, **values} to metrics.jsonl and to the writers that are switched on.
 
-    def __init__(self, run_dir: Path, log: config_lib.Log, stage: str):
-        self.path, self.stage = run_dir / "metrics.jsonl", stage
+    Without a run directory, they are kept in `rows`.
+    """
+
+    def __init__(self, run_dir: Path | None, log: config_lib.Log, stage: str):
+        self.path, self.stage = run_dir and run_dir / "metrics.jsonl", stage
+        self.rows: list[dict[str, Any]] = []
         self.board: Any = None
         self.wandb: Any = None
-        if jax.process_index() != 0:
+        if run_dir is None or jax.process_index() != 0:
             return
         self.rewind(None)
         if log.tensorboard:
@@ -62,7 +66,7 @@ class Metrics:
 
         With None, forgets only what earlier starts of this stage have left out: it counts anew, perhaps with other limits.
         """
-        if jax.process_index() != 0 or not self.path.exists():
+        if jax.process_index() != 0 or self.path is None or not self.path.exists():
             return
         data, kept = self.path.read_bytes(), []
         advice = "delete the line, or the file"
@@ -83,8 +87,6 @@ class Metrics:
                 temporary.replace(self.path)
 
     def write(self, step: int, **values: float | int | str | list) -> None:
-        if jax.process_index() != 0:
-            return
         self._append(self.stage, step, values)
         numbers = {f"{self.stage}/{k}": v for k, v in values.items() if isinstance(v, (int, float))}
         if self.board is not None:
@@ -94,8 +96,10 @@ class Metrics:
             self.wandb.log({**numbers, f"{self.stage}/step": step})
 
     def _append(self, stage: str, step: int, values: dict[str, Any]) -> None:
-        if jax.process_index() == 0:
-            row = {"stage": stage, "step": step, "time": round(time.time(), 3), **values}
+        row = {"stage": stage, "step": step, "time": round(time.time(), 3), **values}
+        if self.path is None:
+            self.rows.append(row)
+        elif jax.process_index() == 0:
             with writing(self.path), open(self.path, "a", encoding="utf-8") as file:
                 file.write(json.dumps(row) + "\n")
 

@@ -69,13 +69,16 @@ def json_line(row: Any) -> str:
 class Journal:
     """An append-only JSON-lines file in which each row is durable. The first process writes; all of them have `rows`.
 
-    Opening it drops an incomplete last line, which only a crash can leave. A bad line anywhere else is an error.
+    Opening it drops an incomplete last line, which only a crash can leave. A bad line anywhere else is an error. Without
+    a path nothing is kept: for work in memory.
     """
 
-    def __init__(self, path: str | Path):
-        self.path = Path(path)
+    def __init__(self, path: str | Path | None):
+        self.path, self.keeps = Path(path or ""), path is not None
         self.rows: list[dict] = []
         self.file: Any = None
+        if not self.keeps:
+            return
         count = mesh_lib.from_first(self._open)
         if not mesh_lib.is_first() and count:
             self.rows = [line.value for line in itertools.islice(self._lines(), count)]
@@ -456,13 +459,17 @@ def _now() -> str:
 class Interrupt:
     """Turns SIGTERM and SIGINT into a request to stop soon: check `wanted` wherever it is safe to stop.
 
-    All processes must read `wanted` equally often, since they agree on its value.
+    All processes must read `wanted` equally often, since they agree on its value. Work that is not kept has nothing to
+    save (`keeps` is false), and signals then do what they always do.
     """
+
+    def __init__(self, keeps: bool = True):
+        self.keeps = keeps
 
     def __enter__(self) -> Interrupt:
         self._wanted = False
         self._old = {}
-        if threading.current_thread() is threading.main_thread():
+        if self.keeps and threading.current_thread() is threading.main_thread():
             for number in (signal.SIGTERM, signal.SIGINT):
                 self._old[number] = signal.signal(number, self._note)
         return self

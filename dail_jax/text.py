@@ -61,6 +61,10 @@ class Tokenizer:
         """The text of token ids, without control tokens unless `keep_special`."""
         return self._ask("decode", [{"ids": [int(i) for i in ids], "special": keep_special}], [len(ids)])[0]
 
+    def pieces(self, ids: Sequence[int]) -> list[str]:
+        """The text of each token by itself, control tokens included."""
+        return self._ask("decode", [{"ids": [int(i)], "special": True} for i in ids], [1] * len(ids))
+
     def mark(self, text: str, keep: bool = False) -> tuple[str, list[str]]:
         """Marks the control tokens in foreign text, such as a problem, unless `keep`: (marked text, tokens marked).
 

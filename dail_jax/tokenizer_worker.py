@@ -279,6 +279,7 @@ def main() -> None:
     os.dup2(2, 1)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     os.environ |= {"TOKENIZERS_PARALLELISM": "false", "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
+    os.environ["HF_HUB_OFFLINE"] = "1"  # tokenizers are folders
     sys.modules["torch"] = None  # pyright: ignore[reportArgumentType]  # transformers would import it for nothing
     import transformers.utils.chat_template_utils as templates
     from transformers import AutoTokenizer  # noqa: F401  (a lazy import, forced before the limits apply)

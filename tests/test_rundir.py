@@ -368,3 +368,5 @@ def test_interrupts_are_noted_and_handlers_restored():
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
     assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == before
+    with rundir.Interrupt(keeps=False):  # there is nothing to save
+        assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == before

@@ -38,9 +38,15 @@ def read_rows(cfg: config.Dataset, need: Sequence[str] = ("problem", "solution")
     `need` names the fields of Row that must hold text; the others may be missing. A row without a problem_id gets the
     hash of its content for one. Raises UserError at the first fault.
     """
+    rows = checked_rows(_raw_rows(cfg), cfg, need)
+    return rows if cfg.hold_out is None else _part(rows, cfg.hold_out, cfg.path)
+
+
+def checked_rows(raw_rows: Iterable[tuple[int, Any]], cfg: config.Dataset, need: Sequence[str]) -> list[Row]:
+    """The first `cfg.limit` rows of (number from 1, decoded row), whatever they come from, as in `read_rows`."""
     rows: list[Row] = []
     seen: dict[str, int] = {}
-    for number, raw in _raw_rows(cfg):
+    for number, raw in raw_rows:
         row = _row(raw, cfg, need, number, len(rows))
         if row.problem_id in seen:
             raise UserError(
@@ -55,7 +61,7 @@ def read_rows(cfg: config.Dataset, need: Sequence[str] = ("problem", "solution")
             break
     if not rows:
         raise UserError("got an empty dataset, want at least one row", file=cfg.path)
-    return rows if cfg.hold_out is None else _part(rows, cfg.hold_out, cfg.path)
+    return rows
 
 
 def _part(rows: list[Row], cfg: config.HoldOut, path: str) -> list[Row]:

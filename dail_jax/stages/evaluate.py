@@ -14,6 +14,7 @@ import hashlib
 import json
 import random
 import re
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -83,7 +84,11 @@ def run(config: config_lib.Config, table: bool = True) -> None:
                 session = open_session(config)
                 with jax.set_mesh(session.mesh):
                     metrics = Metrics(run_dir.path, config.log, "evaluate")
-                    samples = draw_samples(session, problems(session, tables, skipped, metrics), run_dir, metrics)
+                    open_sampler = samplers.find(cfg.sampler)(session, run_dir)
+                    todo = problems(session, tables, skipped, metrics)
+                    samples = draw_samples(
+                        session, todo, open_sampler, lambda name: Journal(run_dir.path / name), metrics
+                    )
                     metrics.close()
                 finish(config, samples, run_dir.path)
         results = files.read_results(run_dir.path / "results.json")
@@ -93,7 +98,7 @@ def run(config: config_lib.Config, table: bool = True) -> None:
         log(protocol.headline(results))
 
 
-def ungradable(cfg: config_lib.Evaluate, tables: dict[str, list[Row]]) -> dict[str, list[str]]:
+def ungradable(cfg: config_lib.Evaluate, tables: Mapping[str, Sequence[Row]]) -> dict[str, list[str]]:
     """By benchmark, the problem_ids whose gold answer cannot be graded against; raises UserError unless they may be
     skipped.
 
@@ -107,7 +112,7 @@ def ungradable(cfg: config_lib.Evaluate, tables: dict[str, list[Row]]) -> dict[s
     return mesh_lib.from_first(check)
 
 
-def ungradable_ids(benchmark: config_lib.Benchmark, rows: list[Row], grader: Grader) -> list[str]:
+def ungradable_ids(benchmark: config_lib.Benchmark, rows: Sequence[Row], grader: Grader) -> list[str]:
     """The problem_ids to skip; raises UserError at the first if none may be skipped, and if no row would be left."""
     found = bad_golds(benchmark, rows, grader)
     if found and (benchmark.ungradable == "refuse" or len(found) == len(rows)):
@@ -115,7 +120,7 @@ def ungradable_ids(benchmark: config_lib.Benchmark, rows: list[Row], grader: Gra
     return list(found)
 
 
-def bad_golds(benchmark: config_lib.Benchmark, rows: list[Row], grader: Grader) -> dict[str, UserError]:
+def bad_golds(benchmark: config_lib.Benchmark, rows: Sequence[Row], grader: Grader) -> dict[str, UserError]:
     """What is wrong with the gold answers that cannot be graded against, by problem_id."""
     found = {}
     for row in rows if answers.named(benchmark.answer).is_graded else ():
@@ -143,7 +148,7 @@ def thought_tag(config: config_lib.Config) -> str:
 
 
 def problems(
-    session: Session, tables: dict[str, list[Row]], skipped: dict[str, list[str]], metrics: Metrics
+    session: Session, tables: Mapping[str, Sequence[Row]], skipped: dict[str, list[str]], metrics: Metrics
 ) -> list[BenchmarkProblem]:
     """All problems that can be graded and whose prompt fits; the others are skipped and counted."""
     cfg, out = session.config.evaluate, []
@@ -175,13 +180,21 @@ def prompts_of(builder: PromptBuilder, benchmark: config_lib.Benchmark, rows: li
     return builder.questions(questions, benchmark.template, benchmark.rows.special_tokens)
 
 
-def draw_samples(session: Session, todo: list[BenchmarkProblem], run_dir: RunDir, metrics: Metrics) -> list[dict]:
-    """Ungraded rows of samples.jsonl, drawing what the journals do not have."""
+def draw_samples(
+    session: Session,
+    todo: list[BenchmarkProblem],
+    open_sampler: Callable[[int], Sampler],
+    journal: Callable[[str], Journal],
+    metrics: Metrics,
+) -> list[dict]:
+    """Ungraded rows of samples.jsonl, drawing what the journals, which are opened by name, do not have.
+
+    `open_sampler` is given the most tokens that a sample of the coming requests may have.
+    """
     cfg = session.config.evaluate
-    open_sampler = samplers.find(cfg.sampler)(session, run_dir)
     sampler = open_sampler(cfg.longest)
     requests = [Request(p.key, (p.prompt,), tuple(range(cfg.samples)), cfg.longest) for p in todo]
-    drawn = collect(sampler, requests, run_dir.path / JOURNAL, "evaluating", cfg.samples)
+    drawn = collect(sampler, requests, journal(JOURNAL), "evaluating", cfg.samples)
     report_usage(sampler, metrics)
 
     cuts = [c for p in todo for s in drawn[p.key] for c in cuts_of(session, p, s)]
@@ -194,17 +207,18 @@ def draw_samples(session: Session, todo: list[BenchmarkProblem], run_dir: RunDir
             if c.ask
         }
         sampler = open_sampler(limit)
-        forced = collect(sampler, list(asked.values()), run_dir.path / FORCED, "forcing answers", 1)
+        forced = collect(sampler, list(asked.values()), journal(FORCED), "forcing answers", 1)
     return [row_of(session, c, forced[c.name][0]["ids"] if c.ask else None) for c in cuts]
 
 
-def collect(sampler: Sampler, requests: list[Request], path: Path, label: str, count: int) -> dict[str, list[dict]]:
+def collect(
+    sampler: Sampler, requests: list[Request], journal: Journal, label: str, count: int
+) -> dict[str, list[dict]]:
     """The samples {sample, ids, finish} of each request by name; each request is durable in the journal once finished."""
-    journal = Journal(path)
-    rows = check_all(journal.rows, DrawnSamples, path)
+    rows = check_all(journal.rows, DrawnSamples, journal.path)
     finished: dict[str, list[dict]] = {row["name"]: row["samples"] for row in rows}
     parts: dict[str, list] = collections.defaultdict(list)
-    with progress(label, len(requests), "problems", len(finished)) as bar, Interrupt() as interrupt:
+    with progress(label, len(requests), "problems", len(finished)) as bar, Interrupt(journal.keeps) as interrupt:
         for s in checked(sampler, [r for r in requests if r.name not in finished]):
             parts[s.name].append({"sample": s.sample, "ids": s.tokens.tolist(), "finish": s.finish})
             if len(parts[s.name]) < count:
@@ -303,16 +317,21 @@ def finish(config: config_lib.Config, samples: list[dict], folder: Path) -> None
     """Grades, summarises and writes samples.jsonl and results.json."""
     if jax.process_index() != 0:
         return
-    graded = protocol.grade(samples, config.evaluate.benchmarks, thought_tag(config))
     objective = "adapter" if config.evaluate.adapter else config.train.objective
-    results = {
+    graded, results = graded_results(config, samples, folder.name, objective)
+    write_atomic(folder / "samples.jsonl", "".join(map(json_line, graded)))
+    write_atomic(folder / "results.json", json.dumps(results, indent=1) + "\n")
+    log(f"wrote {folder / 'samples.jsonl'} and {folder / 'results.json'}")
+
+
+def graded_results(config: config_lib.Config, samples: list[dict], arm: str, objective: str) -> tuple[list[dict], dict]:
+    """(the rows of samples.jsonl with their verdicts, the content of results.json)."""
+    graded = protocol.grade(samples, config.evaluate.benchmarks, thought_tag(config))
+    return graded, {
         "schema": files.SCHEMA,
-        "arm": folder.name,
+        "arm": arm,
         "objective": objective,
         "seed": config.seed,
         "budget": config.evaluate.budget,
         **protocol.summarise(graded, config.evaluate, config.seed),
     }
-    write_atomic(folder / "samples.jsonl", "".join(map(json_line, graded)))
-    write_atomic(folder / "results.json", json.dumps(results, indent=1) + "\n")
-    log(f"wrote {folder / 'samples.jsonl'} and {folder / 'results.json'}")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-from pathlib import Path
+from collections.abc import Sequence
 
 import jax
 import numpy as np
@@ -48,7 +48,7 @@ def run(config: config_lib.Config) -> None:
             with jax.set_mesh(session.mesh):
                 metrics = Metrics(run_dir.path, config.log, "generate")
                 work = rationalise if methods.of(config).rationalises else roll_out
-                finished = work(session, rows, run_dir.path / JOURNAL, metrics)
+                finished = work(session, rows, Journal(run_dir.path / JOURNAL), metrics)
                 metrics.close()
             drawn = [trace for row in rows for trace in finished.get(row.problem_id, [])]
         traces = drops.mark(drawn, rows, config)
@@ -64,11 +64,10 @@ def run(config: config_lib.Config) -> None:
 
 
 def roll_out(
-    session: Session, rows: list[Row], journal_path: Path, metrics: Metrics, name: str = "generate"
+    session: Session, rows: Sequence[Row], journal: Journal, metrics: Metrics, name: str = "generate"
 ) -> dict[str, list[Trace]]:
     """Every problem's traces by problem id, drawn unless the journal has them; `name` determines the randomness."""
     cfg = session.config.generate
-    journal = Journal(journal_path)
     done = shapes.parse_all(journal.rows, ProblemTraces, journal.path)
     finished = {problem.problem_id: problem.traces for problem in done}
     names = {f"{name}/{row.problem_id}": row for row in rows}
@@ -96,7 +95,7 @@ def roll_out(
     )
     parts: dict[str, list[ScoredSample]] = collections.defaultdict(list)
     total = len(requests) + len(finished)
-    with progress("generating", total, "problems", len(finished)) as bar, Interrupt() as interrupt:
+    with progress("generating", total, "problems", len(finished)) as bar, Interrupt(journal.keeps) as interrupt:
         for sample in sampler.run(requests):
             parts[sample.name].append(sample)
             if len(parts[sample.name]) < cfg.samples:
@@ -117,7 +116,7 @@ def roll_out(
     return finished
 
 
-def rationalise(session: Session, rows: list[Row], journal: Path, metrics: Metrics) -> dict[str, list[Trace]]:
+def rationalise(session: Session, rows: list[Row], journal: Journal, metrics: Metrics) -> dict[str, list[Trace]]:
     """STaR (arXiv 2203.14465): the student's traces, or traces with the solution in context if none of them is kept."""
 
     def at(tau: float) -> Session:
@@ -130,7 +129,7 @@ def rationalise(session: Session, rows: list[Row], journal: Path, metrics: Metri
     failed = [row for row in rows if row.problem_id not in solved]
     solved_share = f"{len(rows) - len(failed)} of {len(rows)} problems"
     log(f"generate: the student solves {solved_share}; the others are drawn with the solution in context")
-    return {**own, **roll_out(at(1.0), failed, journal.with_name(TOLD), metrics, "rationalise")}
+    return {**own, **roll_out(at(1.0), failed, Journal(journal.path.with_name(TOLD)), metrics, "rationalise")}
 
 
 def report_usage(sampler: Sampler, metrics: Metrics) -> None:

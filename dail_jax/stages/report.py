@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ from dail_jax.metrics import console, log
 from dail_jax.report import collect, diagnosis, page, plots
 from dail_jax.rundir import write_atomic
 from dail_jax.stages.recipes import traces_path
-from dail_jax.text import Tokenizer, load_tokenizer
+from dail_jax.text import load_tokenizer
 
 
 def run(config: config_lib.Config) -> None:
@@ -64,12 +63,7 @@ def show(
             parts.append("Left out:\n" + "".join(f"\n- {protocol.markdown_text(line)}" for line in left_out))
         write_atomic(out / "results.md", "\n\n".join(part.rstrip("\n") for part in parts) + "\n")
         write_atomic(out / "results.tex", protocol.latex(results))
-    decode = functools.partial(pieces, load_tokenizer(tokenizer)) if tokenizer and tokenizer.is_dir() else None
+    decode = load_tokenizer(tokenizer).pieces if tokenizer and tokenizer.is_dir() else None
     written = page.write(runs, out / "report.html", title, traces, decode, config)
     made = plots.write(runs, out / "plots", traces)
     log(f"report: wrote {written}, {out / 'results.tex'} and {len(made)} plots in {out / 'plots'}")
-
-
-def pieces(tokenizer: Tokenizer, ids: Sequence[int]) -> list[str]:
-    """The text of each token, by itself."""
-    return [tokenizer.decode([i], keep_special=True) for i in ids]

@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 from dail_jax.checkpoint import peft
 from dail_jax.errors import registered
+from dail_jax.model.lora import Lora
 from dail_jax.rundir import RunDir
 from dail_jax.sample.sampler import Sampler
 from dail_jax.stages.session import Session
@@ -18,6 +19,12 @@ def ours(session: Session, run_dir: RunDir) -> Callable[[int], Sampler]:
     """`sample.engine` with the adapter that `evaluate.adapter` names or that this run has trained."""
     cfg = session.config.evaluate
     lora = peft.load(cfg.adapter, session.model, session.mesh)[0] if cfg.adapter else trained_lora(session, run_dir)
+    return engine_of(session, lora)
+
+
+def engine_of(session: Session, lora: Lora | None) -> Callable[[int], Sampler]:
+    """Opens `sample.engine` with an adapter, or without one, under the settings of the section `evaluate`."""
+    cfg = session.config.evaluate
     return lambda max_tokens: session.sampler(cfg.sampling, slots=cfg.slots, max_tokens=max_tokens, lora=lora)
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -14,17 +15,20 @@ from dail_jax.checkpoint import store
 from dail_jax.checkpoint.store import Store
 from dail_jax.data import batches, traces
 from dail_jax.data.batches import Example
+from dail_jax.data.prompts import RolePrompts
 from dail_jax.data.records import Row
 from dail_jax.errors import UserError
 from dail_jax.metrics import Metrics, log
 from dail_jax.model.lora import Lora
-from dail_jax.rundir import Interrupt, RunDir, Stage, json_line, write_atomic
+from dail_jax.rundir import Interrupt, RunDir, json_line, write_atomic
 from dail_jax.stages import drops, recipes
 from dail_jax.stages.online import Rounds
 from dail_jax.stages.recipes import rows_of, traces_path
 from dail_jax.stages.session import Session, open_session, release_decoding
 from dail_jax.train import loop, methods, optimizer, references
 from dail_jax.train import step as step_lib
+
+SCORES = "token_scores.jsonl"
 
 
 def run(config: config_lib.Config) -> None:
@@ -43,14 +47,19 @@ def run(config: config_lib.Config) -> None:
             if method.source == "samples":
                 feed = Rounds(session, method, rows, metrics)
             else:
-                release_decoding()
-                feed = Epochs(session, method, examples_of(session, method, rows, metrics), run_dir, stage)
-            fit(session, feed, run_dir, metrics, stage)
+                prompts = prompts_of(session, rows)
+                found = marked_traces(session, rows, prompts) if method.source == "traces" else []
+                examples = examples_of(session, method, prompts, found, metrics, traces_path(config))
+                feed = Epochs(session, method, examples, run_dir.path, stage.sha256("model.path"))
+                write_scores(session, feed, run_dir.path)
+            folder = run_dir.path / "checkpoints"
+            fit(session, feed, Store(folder, config.train.keep_checkpoints, stage.identity), metrics)
+            log(f"train: {feed.steps} updates done; wrote {folder}")
             metrics.close()
 
 
-def fit(session: Session, feed: loop.Feed, run_dir: RunDir, metrics: Metrics, stage: Stage) -> None:
-    """Trains from the newest checkpoint to the end; the last update is always saved."""
+def fit(session: Session, feed: loop.Feed, store: Store | None, metrics: Metrics) -> step_lib.TrainState:
+    """Trains from the newest checkpoint to the end; the last update is always saved. Without a store, nothing is."""
     cfg, mesh = session.config.train, session.mesh
     tx = optimizer.adamw(cfg.optimizer, feed.steps)
     step = step_lib.make_update(
@@ -69,9 +78,7 @@ def fit(session: Session, feed: loop.Feed, run_dir: RunDir, metrics: Metrics, st
         save_every=cfg.save_every,
         max_skipped=cfg.max_skipped,
     )
-    folder = run_dir.path / "checkpoints"
-    loop.run(trainer, feed, Store(folder, cfg.keep_checkpoints, stage.identity), metrics)
-    log(f"train: {feed.steps} updates done; wrote {folder}")
+    return loop.run(trainer, feed, store, metrics)
 
 
 def trained_lora(session: Session, run_dir: RunDir) -> Lora | None:
@@ -90,26 +97,45 @@ def trained_lora(session: Session, run_dir: RunDir) -> Lora | None:
 # ---------------------------------------------------------------------------------------------------
 
 
-def examples_of(session: Session, method: methods.Method, rows: list[Row], metrics: Metrics) -> list[Example]:
-    """What is trained on: kept traces or expert solutions. Those that are too long are dropped and counted."""
-    config, limit, marked = session.config, session.config.train.max_tokens, []
-    built = dict(zip((row.problem_id for row in rows), session.prompts.build_all(rows), strict=True))
+def prompts_of(session: Session, rows: Sequence[Row]) -> dict[str, RolePrompts]:
+    """The roles' prompts of rows, by problem id."""
+    built = session.prompts.build_all(rows)
     session.prompts.report("train")
+    return {row.problem_id: prompts for row, prompts in zip(rows, built, strict=True)}
+
+
+def marked_traces(session: Session, rows: list[Row], built: Mapping[str, RolePrompts]) -> list[traces.Trace]:
+    """The run's traces, with `drop` set; raises UserError if they may not be trained on."""
+    path = traces_path(session.config)
+    found = traces.read(path)
+    traces.verify(found, built, session.tokenizer, session.model.V, path)
+    return drops.mark(found, rows, session.config)
+
+
+def examples_of(
+    session: Session,
+    method: methods.Method,
+    built: Mapping[str, RolePrompts],
+    found: Sequence[traces.Trace],
+    metrics: Metrics,
+    source: Path | None = None,
+) -> list[Example]:
+    """What is trained on: those of the traces `found` that have no `drop`, or the expert solutions in the prompts `built`.
+
+    Prompts are by problem id. Examples that are too long are dropped and counted; raises UserError, which names the
+    traces' `source`, if none is left.
+    """
+    config, limit = session.config, session.config.train.max_tokens
 
     def example(name: str, problem_id: str, response) -> Example:
         prompts = built[problem_id]
         return Example(name, {role: tuple(getattr(prompts, role)) for role in method.prompted}, tuple(response))
 
     if method.source == "solutions":
-        metrics.left_out("solutions cut to fit", sum(prompts.cut for prompts in built.values()), len(rows))
-        examples = [example(row.problem_id, row.problem_id, built[row.problem_id].expert) for row in rows]
+        metrics.left_out("solutions cut to fit", sum(prompts.cut for prompts in built.values()), len(built))
+        examples = [example(problem_id, problem_id, prompts.expert) for problem_id, prompts in built.items()]
     else:
-        path = traces_path(config)
-        found = traces.read(path)
-        traces.verify(found, built, session.tokenizer, session.model.V, path)
-        marked = drops.mark(found, rows, config)
-        kept = [trace for trace in marked if trace.drop is None]
-        examples = [example(trace.name, trace.problem_id, trace.response_ids) for trace in kept]
+        examples = [example(trace.name, trace.problem_id, trace.response_ids) for trace in found if trace.drop is None]
     fitting = [e for e in examples if max(map(len, e.prompts.values())) + len(e.response) <= limit]
     dropped = f"examples dropped: prompt and response are above train.max_tokens={limit}"
     metrics.left_out(dropped, len(examples) - len(fitting), len(examples))
@@ -118,18 +144,20 @@ def examples_of(session: Session, method: methods.Method, rows: list[Row], metri
             f"nothing to train on: every example is above train.max_tokens={limit}", field="train.max_tokens"
         )
     if not fitting:
-        raise UserError(drops.nothing_left(marked, len(examples), config), file=traces_path(config))
+        raise UserError(drops.nothing_left(found, len(examples), config), file=source)
     return fitting
 
 
 class Epochs:
-    """Feeds batches of fixed examples, epoch after epoch. The seed alone determines their order."""
+    """Feeds batches of fixed examples, epoch after epoch. The seed alone determines their order.
 
-    def __init__(
-        self, session: Session, method: methods.Method, examples: list[Example], run_dir: RunDir, stage: Stage
-    ):
+    `folder` is where the frozen roles' states are kept; `weights` identifies the model that they are computed with.
+    """
+
+    def __init__(self, session: Session, method: methods.Method, examples: list[Example], folder: Path, weights: str):
+        release_decoding()
         config, cfg = session.config, session.config.train
-        self.workers, self.examples, self.accumulate, self.folder = cfg.workers, examples, cfg.accumulate, run_dir.path
+        self.workers, self.examples, self.accumulate, self.folder = cfg.workers, examples, cfg.accumulate, folder
         self.plan = batches.Plan(examples, cfg.batch_size, cfg.epochs, config.seed)
         self.steps = len(self.plan)
         self.identity = {
@@ -140,11 +168,11 @@ class Epochs:
         }
         local = mesh_lib.local_rows(session.mesh, cfg.batch_size // cfg.accumulate)
         self.assemble = batches.Assemble(examples, cfg.bucket, cfg.accumulate, local, method.prompted)
-        made_of = f"{stage.sha256('model.path')} {self.identity['examples']}"
-        cached = cache(session, method, examples, run_dir, made_of) if method.caches(cfg) else None
-        if cached is not None:
+        made_of = f"{weights} {self.identity['examples']}"
+        self.cached = cache(session, method, examples, folder, made_of) if method.caches(cfg) else None
+        if self.cached is not None:
             self.assemble = batches.Assemble(
-                examples, cfg.bucket, cfg.accumulate, local, ("student",), method.roles, cached
+                examples, cfg.bucket, cfg.accumulate, local, ("student",), method.roles, self.cached
             )
         self.batches: Any = None
         self.names = np.array([e.name for e in examples] + [""])  # index -1 marks an empty row, which has no name
@@ -175,7 +203,7 @@ class Epochs:
 
 
 def cache(
-    session: Session, method: methods.Method, examples: list[Example], run_dir: RunDir, made_of: str
+    session: Session, method: methods.Method, examples: list[Example], folder: Path, made_of: str
 ) -> references.References | None:
     """The frozen roles' states on disk; None if they would exceed `train.references_gib`."""
     cfg = session.config.train
@@ -186,11 +214,10 @@ def cache(
         log(f"train: references would take {size}, above train.references_gib; computing them in every step")
         return None
     key = f"{session.config.model.dtype} {made_of}"
-    scores = run_dir.path / "token_scores.jsonl"  # for the report's trace viewer
-    if not mesh_lib.from_first(lambda: references.is_valid(run_dir.path / "references", key)):
-        scores.unlink(missing_ok=True)  # they belong to other references
-    found = references.compute(
-        run_dir.path / "references",
+    if not mesh_lib.from_first(lambda: references.is_valid(folder / "references", key)):
+        (folder / SCORES).unlink(missing_ok=True)  # they belong to other references
+    return references.compute(
+        folder / "references",
         key,
         step_lib.spec_of(session.model, cfg),
         session.params,
@@ -199,14 +226,19 @@ def cache(
         cfg.batch_size // cfg.accumulate,
         cfg.bucket,
     )
-    if jax.process_count() == 1 and not scores.exists() and set(method.roles) >= set(methods.CONTRAST):
-        ratios = references.log_ratios(found, session.params, examples, cfg.chunk)
-        names = [e.name.rpartition("/") for e in examples]
-        write_atomic(
-            scores,
-            "".join(
-                json_line({"problem_id": problem, "sample": int(sample), "log_ratio": ratio})
-                for (problem, _, sample), ratio in zip(names, ratios, strict=True)
-            ),
-        )
-    return found
+
+
+def write_scores(session: Session, feed: Epochs, folder: Path) -> None:
+    """Writes what the contrast thinks of every token, for the report's trace viewer, if the roles' states are cached."""
+    cached, scores = feed.cached, folder / SCORES
+    if cached is None or jax.process_count() > 1 or scores.exists() or not set(cached.roles) >= set(methods.CONTRAST):
+        return
+    ratios = references.log_ratios(cached, session.params, feed.examples, session.config.train.chunk)
+    names = [e.name.rpartition("/") for e in feed.examples]
+    write_atomic(
+        scores,
+        "".join(
+            json_line({"problem_id": problem, "sample": int(sample), "log_ratio": ratio})
+            for (problem, _, sample), ratio in zip(names, ratios, strict=True)
+        ),
+    )

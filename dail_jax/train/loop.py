@@ -67,14 +67,14 @@ class Trainer:
     max_skipped: int
 
 
-def run(trainer: Trainer, feed: Feed, store: Store, metrics: Metrics, stage: str = "train") -> Any:
+def run(trainer: Trainer, feed: Feed, store: Store | None, metrics: Metrics, stage: str = "train") -> Any:
     """Trains from the newest checkpoint and returns the state after `feed.steps` updates, the last of which is saved.
 
-    Raises Interrupted if asked to stop, with everything saved.
+    Raises Interrupted if asked to stop, with everything saved. Without a store, nothing is saved.
     """
     step, state, steps = 0, None, feed.steps
     with contextlib.closing(feed):
-        restored = store.restore(trainer.abstract)
+        restored = store.restore(trainer.abstract) if store else None
         if restored is not None:
             step, state, saved_progress = restored
             feed.restore(step, saved_progress)
@@ -83,7 +83,7 @@ def run(trainer: Trainer, feed: Feed, store: Store, metrics: Metrics, stage: str
             state = trainer.init()
         metrics.rewind(step)  # later rows, which will be written again
         saved = step
-        with progress("training", steps, "updates", step) as bar, Interrupt() as interrupt:
+        with progress("training", steps, "updates", step) as bar, Interrupt(store is not None) as interrupt:
             while step < steps:
                 batch = feed.next(step, state, interrupt)
                 finite = False
@@ -103,12 +103,13 @@ def run(trainer: Trainer, feed: Feed, store: Store, metrics: Metrics, stage: str
                         continue
                 stop = batch is None or interrupt.wanted
                 due = finite and step // trainer.save_every > saved // trainer.save_every
-                if step > saved and (due or stop or step == steps):
+                if store and step > saved and (due or stop or step == steps):
                     store.save(step, state, feed.progress())
                     saved = step
                 if stop and step < steps:
                     raise Interrupted(f"{stage}: stopped and saved at update {step} of {steps}; call again to resume")
-    store.close()
+    if store:
+        store.close()
     return state
 
 

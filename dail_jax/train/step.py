@@ -120,54 +120,93 @@ def total_weight(mask: jax.Array, reduce: str) -> jax.Array:
     return jnp.maximum(counted.sum(), 1).astype(jnp.float32)
 
 
-def make_update(spec: StepSpec, tx: optax.GradientTransformation, layout: TrainState):
-    """A jitted (params, state, batch) -> (state, metrics) with the state donated.
+def micro_loss(
+    lora: lora_lib.Lora | None, spec: StepSpec, params: Params, batch: dict[str, jax.Array]
+) -> tuple[jax.Array, tuple[objectives.Arrays, jax.Array]]:
+    """(the weighted sum of the loss over a micro-batch, (the same sums of its parts, which rows [B] are not finite)).
 
-    `batch` has the arrays of `data.batches.Assemble`, [A,B,...]. The gradient is that of the mean over the whole batch,
-    as `spec.reduce` defines it, whatever A and the devices. An update that is not finite changes the counters alone.
+    `batch` has the arrays [B,...] of `data.batches.Assemble` for one micro-batch; differentiable in `lora`.
     """
 
-    def states_of(params, lora, batch, role: str) -> jax.Array:
+    def states_of(lora, role: str) -> jax.Array:
         tokens, positions = batch[f"{role}_tokens"], batch[f"{role}_positions"]
         length = batch["mask"].shape[-1]
         return response_states(spec.model, spec.remat, params, lora, tokens, positions, length)
 
-    def micro(lora, params, batch):
-        with jax.named_scope("student"):
-            hidden = states_of(params, lora, batch, "student")
-        frozen: objectives.Arrays = {}
-        for role in spec.roles:
-            states = batch.get(f"ref_{role}")
-            if states is None:
-                with jax.named_scope(role):
-                    states = states_of(params, None, batch, methods.prompt_of(role))
-            frozen[role] = jax.lax.stop_gradient(states).astype(hidden.dtype)
-        tokens = {name: batch[name] for name in spec.tokens}
-        weights = token_weights(batch["mask"], spec.reduce)
-        summed: Any = objectives.summed(
-            spec.loss, spec.chunk, hidden, frozen, tokens, weights, transformer.unembedding(params)
-        )
-        loss, parts = summed
-        live = batch["mask"][..., None]
-        finite = [jnp.isfinite(jnp.where(live, x, 0)).all((1, 2)) for x in (hidden, *frozen.values())]
-        return loss, (parts, ~jnp.stack(finite).all(0))
+    with jax.named_scope("student"):
+        hidden = states_of(lora, "student")
+    frozen: objectives.Arrays = {}
+    for role in spec.roles:
+        states = batch.get(f"ref_{role}")
+        if states is None:
+            with jax.named_scope(role):
+                states = states_of(None, methods.prompt_of(role))
+        frozen[role] = jax.lax.stop_gradient(states).astype(hidden.dtype)
+    tokens = {name: batch[name] for name in spec.tokens}
+    weights = token_weights(batch["mask"], spec.reduce)
+    summed: Any = objectives.summed(
+        spec.loss, spec.chunk, hidden, frozen, tokens, weights, transformer.unembedding(params)
+    )
+    loss, parts = summed
+    live = batch["mask"][..., None]
+    finite = [jnp.isfinite(jnp.where(live, x, 0)).all((1, 2)) for x in (hidden, *frozen.values())]
+    return loss, (parts, ~jnp.stack(finite).all(0))
+
+
+def gradients(
+    spec: StepSpec, params: Params, lora: lora_lib.Lora, batch: dict[str, jax.Array]
+) -> tuple[lora_lib.Lora, objectives.Arrays, jax.Array]:
+    """(the gradient in the LoRA of a batch's mean loss, the mean loss and parts, which rows [A,B] are not finite).
+
+    `batch` has the arrays of `data.batches.Assemble`, [A,B,...]. The mean is over the whole batch, as `spec.reduce`
+    defines it, whatever A and the devices.
+    """
+    count = total_weight(batch["mask"], spec.reduce)
+
+    def accumulate(grads, one):
+        (loss, (parts, bad)), more = jax.value_and_grad(micro_loss, has_aux=True)(lora, spec, params, one)
+        return jax.tree.map(jnp.add, grads, more), ({"loss": loss, **parts}, bad)
+
+    zeros = jax.tree.map(jnp.zeros_like, lora)
+    if batch["mask"].shape[0] == 1:  # no loop: XLA then counts and overlaps everything
+        grads, (sums, bad) = accumulate(zeros, {k: v[0] for k, v in batch.items()})
+        bad = bad[None]
+    else:
+        grads, (sums, bad) = jax.lax.scan(accumulate, zeros, batch)
+    grads = jax.tree.map(lambda g: g / count, grads)
+    return grads, {name: x.sum() / count for name, x in sums.items()}, bad
+
+
+def make_loss(spec: StepSpec, mesh: jax.sharding.Mesh):
+    """Two jitted functions of (params, lora, batch), for batches of one micro-batch, [1,B,...].
+
+    The first returns (mean loss, means of its parts) and is differentiable in `lora`; the second returns `gradients`.
+    Both may be called while JAX traces, where no mesh can be set, so they bring theirs.
+    """
+
+    def loss(params: Params, lora: lora_lib.Lora, batch: dict[str, jax.Array]):
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            count = total_weight(batch["mask"], spec.reduce)
+            total, (parts, _) = micro_loss(lora, spec, params, {k: v[0] for k, v in batch.items()})
+            return total / count, {name: x / count for name, x in parts.items()}
+
+    def gradient(params: Params, lora: lora_lib.Lora, batch: dict[str, jax.Array]):
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            return gradients(spec, params, lora, batch)
+
+    options = mesh_lib.compiler_options(mesh)
+    return jax.jit(loss, compiler_options=options), jax.jit(gradient, compiler_options=options)
+
+
+def make_update(spec: StepSpec, tx: optax.GradientTransformation, layout: TrainState):
+    """A jitted (params, state, batch) -> (state, metrics) with the state donated: one step down `gradients`.
+
+    An update that is not finite changes the counters alone.
+    """
 
     @jax.named_scope("train_step")
     def update(params: Params, state: TrainState, batch: dict[str, jax.Array]):
-        count = total_weight(batch["mask"], spec.reduce)
-
-        def accumulate(grads, one):
-            (loss, (parts, bad)), more = jax.value_and_grad(micro, has_aux=True)(state.lora, params, one)
-            return jax.tree.map(jnp.add, grads, more), ({"loss": loss, **parts}, bad)
-
-        zeros = jax.tree.map(jnp.zeros_like, state.lora)
-        if batch["mask"].shape[0] == 1:  # no loop: XLA then counts and overlaps everything
-            grads, (sums, bad) = accumulate(zeros, {k: v[0] for k, v in batch.items()})
-            bad = bad[None]
-        else:
-            grads, (sums, bad) = jax.lax.scan(accumulate, zeros, batch)
-        grads = jax.tree.map(lambda g: g / count, grads)
-        metrics = {name: x.sum() / count for name, x in sums.items()}
+        grads, metrics, bad = gradients(spec, params, state.lora, batch)
         norm = optax.tree.norm(grads)
         ok = jnp.isfinite(norm) & jnp.isfinite(metrics["loss"])
         with jax.named_scope("optimizer"):
