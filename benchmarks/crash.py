@@ -10,7 +10,7 @@ Four things happen to a stage in a process of its own:
     disk     no file may grow beyond a random size, so that the system itself refuses to write. It must end with 0, or
              in one line.
 
-generate, evaluate: every problem in the journal before must be there after it, none twice, and the finished file must
+generate, evaluate: every sample in the journal before must be there after it, none twice, and the finished file must
 equal an uninterrupted run's byte for byte.
 train, pretrain: with a save after every few updates and two checkpoints kept, so that many kills hit a save or a
 deletion. Every listed step must load, at most one save interval may be lost, and losses and final parameters must be
@@ -47,7 +47,7 @@ from dail_jax.rundir import RunDir
 
 EVENTS = ("kill", "term", "worker", "disk")
 SAVE_EVERY = 2
-JOURNALS = {  # stage: its journal, what names a row there, the finished file
+JOURNALS = {  # stage: its journal, what with `sample` names a row there, the finished file
     "generate": ("traces.partial.jsonl", "problem_id", "traces.jsonl"),
     "evaluate": ("samples.partial.jsonl", "name", "samples.jsonl"),
 }
@@ -230,7 +230,7 @@ class Campaign:
         return self.run_dir / (JOURNALS[self.stage][0] if self.stage in JOURNALS else "metrics.jsonl")
 
     def progress(self) -> int:
-        """Problems in the journal, or the newest listed checkpoint."""
+        """Samples in the journal, or the newest listed checkpoint."""
         if self.stage in JOURNALS:
             path = self.watched()
             return path.read_bytes().count(b"\n") if path.exists() else 0
@@ -245,8 +245,8 @@ class Campaign:
         if self.progress() < before:
             return [f"{self.stage}: {before} before, {self.progress()} after"]
         if self.stage in JOURNALS:
-            names = Counter(row[JOURNALS[self.stage][1]] for row in whole_lines(self.watched()))
-            return [f"{name} occurs twice" for name, n in names.items() if n > 1]
+            names = Counter((row[JOURNALS[self.stage][1]], row["sample"]) for row in whole_lines(self.watched()))
+            return [f"sample {sample} of {name} occurs twice" for (name, sample), n in names.items() if n > 1]
         rows = [row for row in whole_lines(self.run_dir / "metrics.jsonl") if row["stage"] == self.stage]
         reached = max((row["step"] for row in rows), default=0)
         name, every = CHECKPOINTS[self.stage]

@@ -12,6 +12,7 @@ import fcntl
 import functools
 import itertools
 import json
+import math
 import os
 import re
 import shutil
@@ -32,6 +33,9 @@ from dail_jax.metrics import log
 from dail_jax.provenance import Recipe
 
 CHECKSUMS = ".checksums.json"
+SYNC_SECONDS = (
+    1.0  # between two calls of fsync for a journal, which on a network's file system take as long as many samples
+)
 
 
 def write_atomic(path: str | Path, text: str | bytes) -> None:
@@ -67,7 +71,9 @@ def json_line(row: Any) -> str:
 
 
 class Journal:
-    """An append-only JSON-lines file in which each row is durable. The first process writes; all of them have `rows`.
+    """An append-only JSON-lines file. The first process writes; all of them have `rows`.
+
+    No kill of the process loses a row; a failure of the machine may lose those of the last second (SYNC_SECONDS).
 
     Opening it drops an incomplete last line, which only a crash can leave. A bad line anywhere else is an error. Without
     a path nothing is kept: for work in memory.
@@ -77,6 +83,7 @@ class Journal:
         self.path, self.keeps = Path(path or ""), path is not None
         self.rows: list[dict] = []
         self.file: Any = None
+        self.synced = -math.inf
         if not self.keeps:
             return
         count = mesh_lib.from_first(self._open)
@@ -110,10 +117,14 @@ class Journal:
             with writing(self.path):
                 while data:
                     data = data[self.file.write(data) :]
-                os.fsync(self.file.fileno())
+                if time.monotonic() >= self.synced + SYNC_SECONDS:
+                    os.fsync(self.file.fileno())
+                    self.synced = time.monotonic()
 
     def close(self) -> None:
         if self.file is not None:
+            with writing(self.path):
+                os.fsync(self.file.fileno())
             self.file.close()
 
 

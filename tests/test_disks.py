@@ -27,6 +27,7 @@ FULL = "cannot be written: File too large; what was finished is kept"
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS])
 def test_every_failure_of_a_disk_names_the_file(tmp_path, monkeypatch, code):
     path = tmp_path / "results.json"
+    monkeypatch.setattr(rundir, "SYNC_SECONDS", 0)
     rundir.write_atomic(path, "old")
     journal = rundir.Journal(tmp_path / "journal.jsonl")
     journal.append({"n": 1})

@@ -14,6 +14,7 @@ import tiny
 
 from dail_jax import config as config_lib
 from dail_jax import mesh as mesh_lib
+from dail_jax import rundir
 from dail_jax.checkpoint import base
 from dail_jax.report import plots
 
@@ -34,7 +35,8 @@ class Killed(BaseException):
 
 
 @pytest.fixture(autouse=True)
-def one():
+def one(monkeypatch):
+    monkeypatch.setattr(rundir, "SYNC_SECONDS", 0)  # so that the calls of fsync are always as many
     with tiny.alone():
         yield
 
@@ -44,7 +46,7 @@ ARGUMENTS = {"calibrate": ("--tau", "0.6,0.99"), "sweep": ("--over", "train.gamm
 
 def run_until(stage: str, path: Path, count: int) -> int:
     """Runs a stage that is killed at its `count`th call of fsync; how many there were."""
-    seen, fsync = [], os.fsync
+    seen, fsync, rmtree = [], os.fsync, shutil.rmtree
 
     def note(handle):
         seen.append(handle)
@@ -52,9 +54,13 @@ def run_until(stage: str, path: Path, count: int) -> int:
             raise Killed
         fsync(handle)
 
+    def tidy(*args, **more):
+        if len(seen) != count:  # the dead do not tidy up
+            rmtree(*args, **more)
+
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "fsync", note)
-        patch.setattr(shutil, "rmtree", lambda *_, **__: None)  # the dead do not tidy up
+        patch.setattr(shutil, "rmtree", tidy)
         with contextlib.suppress(Killed):
             assert tiny.run(stage, path, *ARGUMENTS.get(stage, ())) == 0
     return len(seen)

@@ -189,15 +189,10 @@ def test_ill_typed_and_double_traces_name_their_row(tmp_path, rows, words):
 @pytest.mark.parametrize(
     ("shape", "row", "words"),
     [
-        (traces.ProblemTraces, {"traces": []}, ":1:problem_id: missing"),
-        (traces.ProblemTraces, {"problem_id": "p", "traces": 3}, ":1:traces: "),
-        (traces.ProblemTraces, {"problem_id": "p", "traces": [{**TRACE, "text": 3}]}, ":1:traces.0.text: "),
-        (
-            evaluate.DrawnSamples,
-            {"name": "n", "samples": [{"sample": 0, "ids": ["x"], "finish": "stop"}]},
-            ":1:samples.0.ids.0: ",
-        ),
-        (evaluate.DrawnSamples, {"name": ["n"], "samples": []}, ":1:name: "),
+        (traces.Trace, {}, ":1:problem_id: missing"),
+        (traces.Trace, {**TRACE, "text": 3}, ":1:text: "),
+        (evaluate.DrawnSample, {"name": "n", "sample": 0, "ids": ["x"], "finish": "stop"}, ":1:ids.0: "),
+        (evaluate.DrawnSample, {"name": ["n"], "sample": 0, "ids": [], "finish": "stop"}, ":1:name: "),
     ],
 )
 def test_ill_typed_rows_of_journals_name_their_field(tmp_path, shape, row, words):

@@ -364,7 +364,7 @@ def test_a_failed_first_start_does_not_bind_the_run_directory(tmp_path, capsys, 
     monkeypatch.undo()
     stop_after(monkeypatch, 1)
     assert tiny.run("generate", path) == launch.STOPPED
-    assert "stopped with 1 of 12 problems finished" in capsys.readouterr().out
+    assert "stopped with 1 of 24 traces drawn" in capsys.readouterr().out
     assert "seed: 5 -> 7" in refused(capsys, "generate", path, "seed=7")
 
 

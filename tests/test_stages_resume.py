@@ -42,7 +42,7 @@ def test_generate_resumes_after_an_interrupt_and_a_torn_line(tmp_path, pipeline,
     folder, path = tmp_path / "run", tiny.write(tmp_path / "run")
     stop_after(monkeypatch, 5)
     assert tiny.run("generate", path) == launch.STOPPED
-    assert "generate: stopped with 5 of 12 problems finished; call again to resume" in capsys.readouterr().out
+    assert "generate: stopped with 5 of 24 traces drawn; call again to resume" in capsys.readouterr().out
     journal = folder / "traces.partial.jsonl"
     kept = tiny.lines(journal)
     assert len(kept) == 5 and not (folder / "traces.jsonl").exists()
@@ -59,7 +59,7 @@ def test_a_kill_between_traces_and_the_mark_costs_nothing(tmp_path, pipeline, mo
     monkeypatch.setattr(rundir, "_now", iter(["start"]).__next__)  # the second call, for the mark, fails
     with pytest.raises((StopIteration, RuntimeError)):
         tiny.run("generate", path)
-    assert (folder / "traces.jsonl").exists() and len(tiny.lines(folder / "traces.partial.jsonl")) == 12
+    assert (folder / "traces.jsonl").exists() and len(tiny.lines(folder / "traces.partial.jsonl")) == 24
     monkeypatch.undo()
     with tiny.nothing_is_drawn():
         assert tiny.run("generate", path) == 0
@@ -151,7 +151,7 @@ def whole(tmp_path_factory, pipeline):
     return folder
 
 
-def test_sigkill_in_generate_loses_no_finished_problem(tmp_path, pipeline, whole):
+def test_sigkill_in_generate_loses_no_finished_trace(tmp_path, pipeline, whole):
     """Kills at random moments: what was durable stays, nothing is drawn twice, and the final bytes are the same."""
     folder, path = tmp_path / "run", tiny.write(tmp_path / "run", generate__slots=2)
     journal, rng, acknowledged = folder / "traces.partial.jsonl", random.Random(3), []

@@ -68,13 +68,6 @@ class Trace(Shape):
         return self.model_copy(update={"drop": drop})
 
 
-class ProblemTraces(Shape):
-    """A row of the journal of `generate`: all traces of one problem, not yet filtered."""
-
-    problem_id: str
-    traces: list[Trace]
-
-
 # ---------------------------------------------------------------------------------------------------
 # The file
 # ---------------------------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import bisect
 import collections
+import dataclasses
 import hashlib
 import json
 import random
@@ -40,16 +41,12 @@ JOURNAL, FORCED = recipes.DRAWN
 
 
 class DrawnSample(Shape):
+    """A row of the journal: one sample of a request."""
+
+    name: str
     sample: Natural
     ids: list[Natural]
     finish: str
-
-
-class DrawnSamples(Shape):
-    """A row of the journal: all samples of a request."""
-
-    name: str
-    samples: list[DrawnSample]
 
 
 @dataclass(frozen=True)
@@ -194,7 +191,7 @@ def draw_samples(
     cfg = session.config.evaluate
     sampler = open_sampler(cfg.longest)
     requests = [Request(p.key, (p.prompt,), tuple(range(cfg.samples)), cfg.longest) for p in todo]
-    drawn = collect(sampler, requests, journal(JOURNAL), "evaluating", cfg.samples)
+    drawn = collect(sampler, requests, journal(JOURNAL), "evaluating")
     report_usage(sampler, metrics)
 
     cuts = [c for p in todo for s in drawn[p.key] for c in cuts_of(session, p, s)]
@@ -207,30 +204,27 @@ def draw_samples(
             if c.ask
         }
         sampler = open_sampler(limit)
-        forced = collect(sampler, list(asked.values()), journal(FORCED), "forcing answers", 1)
+        forced = collect(sampler, list(asked.values()), journal(FORCED), "forcing answers")
     return [row_of(session, c, forced[c.name][0]["ids"] if c.ask else None) for c in cuts]
 
 
-def collect(
-    sampler: Sampler, requests: list[Request], journal: Journal, label: str, count: int
-) -> dict[str, list[dict]]:
-    """The samples {sample, ids, finish} of each request by name; each request is durable in the journal once finished."""
-    rows = check_all(journal.rows, DrawnSamples, journal.path)
-    finished: dict[str, list[dict]] = {row["name"]: row["samples"] for row in rows}
-    parts: dict[str, list] = collections.defaultdict(list)
-    with progress(label, len(requests), "problems", len(finished)) as bar, Interrupt(journal.keeps) as interrupt:
-        for s in checked(sampler, [r for r in requests if r.name not in finished]):
-            parts[s.name].append({"sample": s.sample, "ids": s.tokens.tolist(), "finish": s.finish})
-            if len(parts[s.name]) < count:
-                continue
-            finished[s.name] = sorted(parts.pop(s.name), key=lambda x: x["sample"])
-            journal.append({"name": s.name, "samples": finished[s.name]})
+def collect(sampler: Sampler, requests: list[Request], journal: Journal, label: str) -> dict[str, list[dict]]:
+    """The samples {name, sample, ids, finish} of each request by name; each is durable in the journal once it is drawn."""
+    drawn: dict[str, dict[int, dict]] = collections.defaultdict(dict)  # by request and sample
+    for row in check_all(journal.rows, DrawnSample, journal.path):
+        drawn[row["name"]][row["sample"]] = row
+    missing = [tuple(i for i in r.samples if i not in drawn[r.name]) for r in requests]
+    todo = [dataclasses.replace(r, samples=some) for r, some in zip(requests, missing, strict=True) if some]
+    total, done = sum(len(r.samples) for r in requests), sum(map(len, drawn.values()))
+    with progress(label, total, "samples", done) as bar, Interrupt(journal.keeps) as interrupt:
+        for done, s in enumerate(checked(sampler, todo), done + 1):  # noqa: B020
+            row = {"name": s.name, "sample": s.sample, "ids": s.tokens.tolist(), "finish": s.finish}
+            drawn[s.name][s.sample] = row
+            journal.append(row)
             bar.advance()
             if interrupt.wanted:
-                raise Interrupted(
-                    f"{label}: stopped with {len(finished)} of {len(requests)} finished; call again to resume"
-                )
-    return finished
+                raise Interrupted(f"{label}: stopped with {done} of {total} samples drawn; call again to resume")
+    return {name: [samples[i] for i in sorted(samples)] for name, samples in drawn.items()}
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """generate: mixed policy rollouts for every row of the data -> traces.jsonl (docs/traces.md).
 
-A problem is durable as soon as its last sample is finished. Once all are, the journal is put in the order of the data,
-filtered, and becomes traces.jsonl: the same bytes whether or not the run was interrupted.
+Each trace is durable once it is drawn. Once all are, the journal is put in the order of the data, filtered, and becomes
+traces.jsonl: the same bytes whether or not the run was interrupted.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from dail_jax.data import filters
 from dail_jax.data import traces as traces_lib
 from dail_jax.data.prompts import RolePrompts
 from dail_jax.data.records import Row
-from dail_jax.data.traces import ProblemTraces, Role, Trace, prompt_hash
+from dail_jax.data.traces import Role, Trace, prompt_hash
 from dail_jax.metrics import Metrics, log, progress
 from dail_jax.rundir import Interrupt, Interrupted, Journal, RunDir
 from dail_jax.sample.sampler import Request, Sampler, ScoredSample
@@ -68,8 +68,9 @@ def roll_out(
 ) -> dict[str, list[Trace]]:
     """Every problem's traces by problem id, drawn unless the journal has them; `name` determines the randomness."""
     cfg = session.config.generate
-    done = shapes.parse_all(journal.rows, ProblemTraces, journal.path)
-    finished = {problem.problem_id: problem.traces for problem in done}
+    drawn: dict[str, dict[int, Trace]] = collections.defaultdict(dict)  # by problem and sample
+    for trace in shapes.parse_all(journal.rows, Trace, journal.path):
+        drawn[trace.problem_id][trace.sample] = trace
     names = {f"{name}/{row.problem_id}": row for row in rows}
     prompts = dict(zip((row.problem_id for row in rows), session.prompts.build_all(rows), strict=True))
     session.prompts.report("generate")
@@ -81,8 +82,8 @@ def roll_out(
         contexts = tuple(tuple(getattr(prompts[row.problem_id], role)) for role in roles)
         if max(map(len, contexts)) > cfg.max_prompt_tokens:
             too_long += 1
-        elif row.problem_id not in finished:
-            requests.append(Request(key, contexts, tuple(range(cfg.samples)), cfg.sampling.max_tokens))
+        elif missing := tuple(i for i in range(cfg.samples) if i not in drawn.get(row.problem_id, {})):
+            requests.append(Request(key, contexts, missing, cfg.sampling.max_tokens))
     skipped = f"problems skipped: their prompts are above max_prompt_tokens={cfg.max_prompt_tokens}{of}"
     metrics.left_out(skipped, too_long, len(rows))
     sampler = session.sampler(
@@ -93,27 +94,19 @@ def roll_out(
         proposals=cfg.proposals,
         roles=len(roles),
     )
-    parts: dict[str, list[ScoredSample]] = collections.defaultdict(list)
-    total = len(requests) + len(finished)
-    with progress("generating", total, "problems", len(finished)) as bar, Interrupt(journal.keeps) as interrupt:
-        for sample in sampler.run(requests):
-            parts[sample.name].append(sample)
-            if len(parts[sample.name]) < cfg.samples:
-                continue
+    done = sum(map(len, drawn.values()))
+    total = done + sum(len(request.samples) for request in requests)
+    with progress("generating", total, "traces", done) as bar, Interrupt(journal.keeps) as interrupt:
+        for done, sample in enumerate(sampler.run(requests), done + 1):  # noqa: B020
             row = names[sample.name]
-            traces = [
-                trace_of(session, row, prompts[row.problem_id], roles, s)
-                for s in sorted(parts.pop(sample.name), key=lambda s: s.sample)
-            ]
-            finished[row.problem_id] = traces
-            journal.append({"problem_id": row.problem_id, "traces": [dict(trace) for trace in traces]})
+            trace = trace_of(session, row, prompts[row.problem_id], roles, sample)
+            drawn[row.problem_id][sample.sample] = trace
+            journal.append(dict(trace))
             bar.advance()
             if interrupt.wanted:
-                raise Interrupted(
-                    f"generate: stopped with {len(finished)} of {total} problems finished; call again to resume"
-                )
+                raise Interrupted(f"generate: stopped with {done} of {total} traces drawn; call again to resume")
     report_usage(sampler, metrics)
-    return finished
+    return {name: [traces[i] for i in sorted(traces)] for name, traces in drawn.items()}
 
 
 def rationalise(session: Session, rows: list[Row], journal: Journal, metrics: Metrics) -> dict[str, list[Trace]]:
