@@ -460,7 +460,7 @@ class Model:
         request = Request(f"sample/{text}", (prompt,), tuple(range(n)), cfg.sampling.max_tokens)
         with jax.set_mesh(session.mesh):
             sampler = samplers.engine_of(session, self.adapter)(request.limit)
-            drawn = evaluate_stage.collect(sampler, [request], Journal(None), "sampling", n)
+            drawn = evaluate_stage.collect(sampler, [request], Journal(None), "sampling")
         return [
             Response(session.tokenizer.decode(one["ids"]), tuple(one["ids"]), one["finish"])
             for one in drawn[request.name]
