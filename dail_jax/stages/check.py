@@ -424,8 +424,9 @@ def space(s: Subject) -> dict[str, int]:
         need = references.bytes_needed(
             s.trained_tokens(), len(s.method.roles), s.model.D, jnp.dtype(config.model.dtype)
         )
-        if need <= cfg.references_gib * 2**30:
-            found["references"] = need
+        limit, exact = cfg.references_gib * 2**30, s.method.source == "solutions" or s.traces is not None
+        if need <= limit or not exact:  # states that need more are not kept
+            found["references"] = int(min(need, limit))
     return found
 
 
