@@ -96,7 +96,7 @@ function plot(chart) {
     const yTicks = chart.log_y ? powers(low, high) : ticks(Math.max(low, chart.percent ? 0 : low), high, chart.percent ? 5 : 4);
     const decimals = digits(yTicks.map((v) => (chart.percent ? 100 * v : v)));
     const labels = yTicks.map((v) => (chart.log_y ? String(Number(v.toPrecision(3))) : chart.percent ? `${fixed(100 * v, decimals)}%` : fixed(v, decimals)));
-    const named = chart.named && !chart.title.endsWith(`: ${shown[0].name}`);
+    const named = chart.named && shown[0].colour >= 0 && !chart.title.endsWith(`: ${shown[0].name}`);
     const names = named ? Math.min(12 + LETTER * Math.max(...shown.map((s) => s.name.length)), 0.3 * width) : 0;
     const left = 16 + 6.6 * Math.max(...labels.map((l) => l.length)), right = width - 12 - names, top = 22, bottom = height - 36;
     const X = (v) => left + (scale(v) - x0) / (x1 - x0) * (right - left);

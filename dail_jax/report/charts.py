@@ -382,12 +382,12 @@ def _traces(traces: Sequence[TraceFile], colour: Sequence[int]) -> Iterable[Char
                 (start + size / 2, float(p), *(float((middle + s * half) / (1 + z * z / n)) for s in (-1, 1)))
             )
         accepted.append(Series(*name, points))
-    note = f"n = {' or '.join(dict.fromkeys(f'{t.total:,}' for t in traces))} traces"
-    title, x, y = "The student's tokens by position", "position in the trace", "share of tokens"
+    note = f"n = {' or '.join(dict.fromkeys(f'{t.total:,}' for t in traces))}"
+    title, x, y = "Student's tokens by position", "position in the trace", "share of tokens"
     yield from chart("traces", "", title, "line", x, y, accepted, note=note)
     for title, x, field in (
         ("Length of a trace", "tokens", "lengths"),
-        ("The student's share of a trace", "acceptance", "acceptance"),
+        ("Student's share of a trace", "acceptance", "acceptance"),
     ):
         series = [Series(*name, cumulative(getattr(t, field))) for name, t in zip(names, traces, strict=True)]
         yield from chart("traces", "", title, "step", x, "share of traces", series, note=note)
