@@ -212,3 +212,21 @@ def test_contrast(scheme):
         assert min(contrast(found[name][scheme], ground) for ground in grounds) >= 4.5, name
     controls = next(rule for rule in css.split("}") if rule.strip().startswith("button, select, input {"))
     assert "border: 1px solid var(--edge)" in controls
+
+
+def test_hostile_problems_and_titles_stay_texts(run, tmp_path):
+    hostile = "</script><script>alert(1)</script><img src=x onerror=alert(2)> <!-- \" ' & \u2028 x"
+    rows = [{"problem_id": f"hard-{i:03}", "problem": hostile, "answer": hostile} for i in range(PROBLEMS)]
+    dump(tmp_path / "hard.jsonl", [{**row, "solution": hostile} for row in rows])
+    tree = config_lib.read_yaml(run / "config.yaml")
+    tree |= {"title": hostile, "about": hostile}
+    tree["model"]["title"] = hostile
+    for one in tree["evaluate"]["benchmarks"]:
+        one |= {"title": hostile, "about": hostile}
+    cfg = config_lib.build(tree, "test").model_dump(mode="json")
+    (run / "config.yaml").write_text(config_lib.dump(config_lib.build(tree, "test")))
+    found = Page(page.write({"dail": run}, run / "report.html", "t", None, decode, cfg).read_text("utf-8"))
+    assert len(found.find("script")) == 2 and not found.find("img") and hostile in "".join(found.text)
+    sample = next(s for s in found.data()["samples"] if s["benchmark"] == "hard")
+    shown = found.data()["problems"][sample["set"]]["rows"][sample["problem_id"]]
+    assert shown["problem"] == shown["solution"] == shown["answer"] == hostile
