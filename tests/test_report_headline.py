@@ -66,6 +66,9 @@ def test_no_certain_change():
         0,
         "Not certainly different from NLL at pass@1 on a: 13.1 against 14.0 (-0.9 [-3.9, +2.1]).",
     )
+    exact = Rival("NLL", 8, interval(1.0), Difference(0.0, 0.0, 0.0, 1.0, 0, 0, 5))
+    found = composed(benchmark("a", 0.1, 0.2, 0.02, exact))
+    assert found[1] == (0, "Level with NLL at pass@8 on a: 100 against 100 (+0.0 [+0.0, +0.0]).")
     narrow = Difference(0.1, 0.02, 0.18, 0.06, 3, 1, 0)  # few problems: the interval and the test disagree
     found = composed(Benchmark("a", interval(0.3), interval(0.2), narrow))
     assert found[0][1].endswith("did not change with certainty, 20.0 → 30.0 (+10.0 [+2.0, +18.0], p = 0.06).")
@@ -128,6 +131,11 @@ def test_which_arm_the_sentences_are_about(runs):
         return headline.outcome(some, lambda _: None).arm
 
     base, nll, dail = runs
+    assert headline.outcome(runs, lambda _: None).best_of == 1  # it was not chosen for its figures
+    two = headline.outcome(
+        [nll, dataclasses.replace(dail, results={**dail.results, "objective": "grpo"})], lambda _: None
+    )
+    assert two.best_of == 2 and ", the best of 2 trained arms, has taught tiny: " in headline.compose(two)[0].text
     assert arm(base, nll, dail) == "dail" and arm(base, nll) == "nll" and arm(base) is None
     assert arm(nll, dail, nll={"objective": "dail"}, dail={"objective": "grpo"}) == "nll"
     assert arm(nll, dail, nll={"objective": "dail"}) == "dail"

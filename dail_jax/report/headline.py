@@ -48,6 +48,7 @@ class Outcome:
     model: str
     solutions: int | None
     benchmarks: Sequence[Benchmark]
+    best_of: int = 1  # the number of trained arms that it was chosen from for its figures
 
 
 @dataclass(frozen=True)
@@ -70,9 +71,9 @@ def outcome(runs: Sequence[Run], solutions: Callable[[int], int | None]) -> Outc
     found = {name: budgets[-1] for name, budgets in places(runs).items() if name not in pooled}
     trained = [i for i, run in enumerate(runs) if run.objective not in ("", UNTRAINED)]
     scored = [i for i in trained if any(_score(runs[i], place, 1) for place in found.items())]
-    ours = next((i for i in scored if runs[i].objective == "dail"), None)
-    if ours is None or sum(runs[i].objective == "dail" for i in scored) > 1:
-        ours = max(scored or trained, key=lambda i: _best(runs[i], found), default=None)
+    known = [i for i in scored if runs[i].objective == "dail"]
+    candidates = known if len(known) == 1 else scored or trained
+    ours = max(candidates, key=lambda i: _best(runs[i], found), default=None)
     if ours is None:
         run = runs[diagnosis.baseline(runs)]
         alone = {name: _score(run, (name, budget), 1) for name, budget in found.items()}
@@ -83,7 +84,7 @@ def outcome(runs: Sequence[Run], solutions: Callable[[int], int | None]) -> Outc
     base = next(same, None)
     rivals = [runs[i] for i in scored if i != ours]
     listed = [_benchmark(runs, run, base, rivals, place) for place in found.items() if _score(run, place, 1)]
-    return Outcome(_title(runs, run), _model(run), solutions(ours), listed)
+    return Outcome(_title(runs, run), _model(run), solutions(ours), listed, len(candidates) if listed else 1)
 
 
 def _title(runs: Sequence[Run], run: Run) -> str:
@@ -169,7 +170,8 @@ def _taught(outcome: Outcome) -> str:
     if outcome.arm is None:
         return f"{outcome.model[:1].upper()}{outcome.model[1:]}, untrained"
     source = f" from {outcome.solutions:,} expert solutions" if outcome.solutions else ""
-    return f"{outcome.arm} has taught {outcome.model}{source}"
+    chosen = f", the best of {outcome.best_of} trained arms," if outcome.best_of > 1 else ""
+    return f"{outcome.arm}{chosen} has taught {outcome.model}{source}"
 
 
 def _lead(outcome: Outcome, one: Benchmark) -> Sentence:
@@ -208,7 +210,9 @@ def _sign(one: Benchmark) -> int:
 
 def _against(main: Benchmark) -> Iterator[Sentence]:
     for rival in main.rivals:
-        verdict = {1: "Ahead of", 0: "Not certainly different from", -1: "Behind"}[rival.difference.sign]
+        d = rival.difference
+        doubt = "Not certainly different from" if d.low or d.high else "Level with"
+        verdict = {1: "Ahead of", 0: doubt, -1: "Behind"}[d.sign]
         yield Sentence(
             f"{verdict} {rival.title} at pass@{rival.k} on {main.title}: "
             f"{percent(rival.score['mean'] + rival.difference.mean)} against {percent(rival.score['mean'])} "
