@@ -122,6 +122,7 @@ class Journal:
                     self.synced = time.monotonic()
 
     def close(self) -> None:
+        """Makes all rows durable; nothing is appended afterwards."""
         if self.file is not None:
             with writing(self.path):
                 os.fsync(self.file.fileno())

@@ -1,5 +1,6 @@
 """Interrupted and killed stages resume where they stopped, and end with the same bytes as an undisturbed run."""
 
+import os
 import random
 import shutil
 import signal
@@ -41,10 +42,14 @@ def same_training(folder, whole):
 def test_generate_resumes_after_an_interrupt_and_a_torn_line(tmp_path, pipeline, monkeypatch, capsys):
     folder, path = tmp_path / "run", tiny.write(tmp_path / "run")
     stop_after(monkeypatch, 5)
+    durable, fsync = [], os.fsync
+    monkeypatch.setattr(os, "fsync", lambda file: durable.append(os.fstat(file).st_size) or fsync(file))
+    monkeypatch.setattr(rundir, "SYNC_SECONDS", 1e9)
     assert tiny.run("generate", path) == launch.STOPPED
     assert "generate: stopped with 5 of 24 traces drawn; call again to resume" in capsys.readouterr().out
     journal = folder / "traces.partial.jsonl"
     kept = tiny.lines(journal)
+    assert journal.stat().st_size in durable
     assert len(kept) == 5 and not (folder / "traces.jsonl").exists()
     journal.write_bytes(journal.read_bytes() + journal.read_bytes()[:100])  # as a crash would leave it
     assert tiny.run("generate", path) == 0

@@ -44,7 +44,7 @@ class SampleRow(Shape):
     vote: Natural | None = None  # missing from files of earlier versions; `grade` adds it
 
 
-class Interval(Shape):
+class StoredInterval(Shape):
     mean: FiniteFloat
     low: FiniteFloat
     high: FiniteFloat
@@ -55,9 +55,9 @@ class Cell(Shape):
 
     problems: Count
     samples: Count
-    pass_at_k: dict[Whole, Interval] = Field(alias="pass@k")
-    maj_at_k: dict[Whole, Interval] = Field(alias="maj@k")
-    tokens: Interval
+    pass_at_k: dict[Whole, StoredInterval] = Field(alias="pass@k")
+    maj_at_k: dict[Whole, StoredInterval] = Field(alias="maj@k")
+    tokens: StoredInterval
     mean_tokens: FiniteFloat
     median_tokens: FiniteFloat
     forced: FiniteFloat

@@ -223,6 +223,7 @@ def collect(sampler: Sampler, requests: list[Request], journal: Journal, label: 
             journal.append(row)
             bar.advance()
             if interrupt.wanted:
+                journal.close()
                 raise Interrupted(f"{label}: stopped with {done} of {total} samples drawn; call again to resume")
     return {name: [samples[i] for i in sorted(samples)] for name, samples in drawn.items()}
 

@@ -104,6 +104,7 @@ def roll_out(
             journal.append(dict(trace))
             bar.advance()
             if interrupt.wanted:
+                journal.close()
                 raise Interrupted(f"generate: stopped with {done} of {total} traces drawn; call again to resume")
     report_usage(sampler, metrics)
     return {name: [traces[i] for i in sorted(traces)] for name, traces in drawn.items()}
