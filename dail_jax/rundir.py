@@ -33,9 +33,9 @@ from dail_jax.metrics import log
 from dail_jax.provenance import Recipe
 
 CHECKSUMS = ".checksums.json"
-SYNC_SECONDS = (
-    1.0  # between two calls of fsync for a journal, which on a network's file system take as long as many samples
-)
+
+# Between two calls of fsync for a journal: on a network's file system, each takes as long as many samples.
+SYNC_SECONDS = 1.0
 
 
 def write_atomic(path: str | Path, text: str | bytes) -> None:

@@ -403,18 +403,19 @@ STATE_COPIES = 3  # of the adapter in a checkpoint: its weights and Adam's two a
 
 def space(s: Subject) -> dict[str, int]:
     """Bytes that a step writes at most, by what they are for."""
-    cfg, config = s.config.train, s.config
+    config = s.config
     if s.stage == "generate":
-        cfg = config.generate
-        return {"traces": len(s.rows) * cfg.samples * cfg.sampling.max_tokens * TRACE_BYTES}
+        made = config.generate
+        return {"traces": len(s.rows) * made.samples * made.sampling.max_tokens * TRACE_BYTES}
     if s.stage == "evaluate":
-        cfg = config.evaluate
-        problems = sum(len(s.table(benchmark)) for benchmark in cfg.benchmarks)
-        return {"samples": problems * cfg.samples * (cfg.longest * SAMPLE_BYTES + sum(cfg.cuts) * TEXT_BYTES)}
+        drawn = config.evaluate
+        problems = sum(len(s.table(benchmark)) for benchmark in drawn.benchmarks)
+        return {"samples": problems * drawn.samples * (drawn.longest * SAMPLE_BYTES + sum(drawn.cuts) * TEXT_BYTES)}
     if s.stage == "convert":
         return {"weights": _weights(s)}
     if not s.method.trains:
         return {}
+    cfg = config.train
     pairs = jax.tree.leaves(lora.abstract(s.model, cfg.lora, s.mesh))
     adapter_bytes = sum(x.size * x.dtype.itemsize for x in pairs)
     if s.stage == "export":
