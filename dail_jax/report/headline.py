@@ -16,7 +16,7 @@ from dail_jax.report.collect import Run, setting
 KNEW = 0.1  # an untrained pass@1 from which a benchmark counts as something that the model knew
 KEPT = 0.95  # the share of it that a model must keep for this to be good news
 
-Interval = Mapping[str, float]  # mean, low, high, as fractions
+Score = Mapping[str, float]  # mean, low, high, as fractions
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class Rival:
 
     title: str
     k: int
-    score: Interval
+    score: Score
     difference: Difference
 
 
@@ -34,8 +34,8 @@ class Benchmark:
     """pass@1 on a benchmark, at its longest budget; `before` and `difference` are None without an untrained model."""
 
     title: str
-    after: Interval
-    before: Interval | None = None
+    after: Score
+    before: Score | None = None
     difference: Difference | None = None
     rivals: Sequence[Rival] = ()
 
@@ -110,7 +110,7 @@ def _model(run: Run) -> str:
     return setting(run.config, "model.title") or Path(setting(run.config, "model.path") or "the model").name
 
 
-def _score(run: Run, place: tuple[str, str], k: int) -> Interval | None:
+def _score(run: Run, place: tuple[str, str], k: int) -> Score | None:
     return run.benchmarks.get(place[0], {}).get(place[1], {}).get("pass@k", {}).get(str(k))
 
 
@@ -238,7 +238,7 @@ def _points(d: Difference) -> str:
     return f"{mean} [{low}, {high}]{doubt}"
 
 
-def _interval(found: Interval) -> str:
+def _interval(found: Score) -> str:
     return f"{percent(found['mean'])} [{percent(found['low'])}, {percent(found['high'])}]"
 
 
