@@ -113,8 +113,9 @@ def samples(count: int, _megabytes: float) -> Iterator[None]:
     prompt = tuple(opened.prompts.student_only("add 241 310"))
     requests = (engine.Request(str(n), (prompt,), tuple(range(8)), 32) for n in range(count // 8))
     with jax.set_mesh(opened.mesh):
-        for _ in sampler.run(requests):
-            yield
+        for sample in sampler.run(requests):
+            if sample is not None:
+                yield
 
 
 if __name__ == "__main__":

@@ -120,7 +120,7 @@ def occupancy(sampler, runs: int) -> list[dict]:
     for i in range(runs + 1):
         s.usage = engine.Usage()
         started = time.perf_counter()
-        lengths = [len(x.tokens) for x in s.run(ask)]
+        lengths = [len(x.tokens) for x in s.run(ask) if x is not None]
         wall, share = time.perf_counter() - started, s.usage.occupancy
         started = time.perf_counter()
         list(full.run(ask_full))

@@ -13,6 +13,7 @@ import tiny
 
 from dail_jax import launch, rundir
 from dail_jax.checkpoint.store import Store
+from dail_jax.sample import engine
 
 
 @pytest.fixture(autouse=True)
@@ -41,12 +42,18 @@ def same_training(folder, whole):
 
 def test_generate_resumes_after_an_interrupt_and_a_torn_line(tmp_path, pipeline, monkeypatch, capsys):
     folder, path = tmp_path / "run", tiny.write(tmp_path / "run")
+    with monkeypatch.context() as patch:  # a signal is heard while no sample has finished
+        patch.setattr(engine, "PULSE", 1)
+        stop_after(patch, 1)
+        assert tiny.run("generate", path) == launch.STOPPED
+    assert "generating: stopped with 0 of 24 traces drawn; call again to resume" in capsys.readouterr().out
+    monkeypatch.setattr(engine, "PULSE", 1000)  # from here on, after samples alone
     stop_after(monkeypatch, 5)
     durable, fsync = [], os.fsync
     monkeypatch.setattr(os, "fsync", lambda file: durable.append(os.fstat(file).st_size) or fsync(file))
     monkeypatch.setattr(rundir, "SYNC_SECONDS", 1e9)
     assert tiny.run("generate", path) == launch.STOPPED
-    assert "generate: stopped with 5 of 24 traces drawn; call again to resume" in capsys.readouterr().out
+    assert "generating: stopped with 5 of 24 traces drawn; call again to resume" in capsys.readouterr().out
     journal = folder / "traces.partial.jsonl"
     kept = tiny.lines(journal)
     assert journal.stat().st_size in durable

@@ -104,5 +104,5 @@ def test_a_sampler_that_breaks_its_promise_is_stopped(given, message):
     request = Request("p", ((1, 2),), (0, 1), 5)
     with pytest.raises(ValueError, match=message):
         list(checked(Given(*given), [request]))
-    complete = (sample(1), sample(0, tokens=5, finish="length"))
+    complete = (None, sample(1), None, sample(0, tokens=5, finish="length"))
     assert list(checked(Given(*complete), [request])) == list(complete)

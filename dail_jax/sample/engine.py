@@ -25,6 +25,7 @@ from dail_jax.sample import decode, mixture
 from dail_jax.sample.sampler import Request, ScoredSample
 
 CHUNK = 4
+PULSE = 16  # chunks
 
 
 def bucket(length: int) -> int:
@@ -128,8 +129,10 @@ class Engine:
             "prefills": usage.prefills,
         }
 
-    def run(self, requests: Iterable[Request]) -> Iterator[ScoredSample]:
+    def run(self, requests: Iterable[Request]) -> Iterator[ScoredSample | None]:
         """Yields samples as they finish, bucket by bucket; the slots determine their order, but not their content.
+
+        Yields None whenever nothing has finished for PULSE chunks, at the same moments in all processes.
 
         Raises UserError if the model's logits are not finite.
         """
@@ -143,8 +146,8 @@ class Engine:
         for prompt_slots in sorted(queues):
             yield from self._run_bucket(self.grid(most, prompt_slots), queues[prompt_slots])
 
-    def _run_bucket(self, grid: decode.Grid, queue: collections.deque[Request]) -> Iterator[ScoredSample]:
-        n = grid.slots
+    def _run_bucket(self, grid: decode.Grid, queue: collections.deque[Request]) -> Iterator[ScoredSample | None]:
+        n, quiet = grid.slots, 0
         state = decode.empty(grid, self.cfg, self.params["norm"].dtype)
         entries: list[list[_Entry | None]] = [[None] * grid.entries for _ in range(grid.blocks)]
         running: list[tuple[_Entry, int] | None] = [None] * n  # what each slot is drawing
@@ -162,7 +165,12 @@ class Engine:
             self.usage.drawn += n * grid.chunk
             counted = np.where(busy, length, 0)
             _refuse_broken(running, status, length)
-            for slot in np.flatnonzero(busy & ~live):
+            finished = np.flatnonzero(busy & ~live)
+            quiet = 0 if finished.size else quiet + 1
+            if quiet == PULSE:
+                quiet = 0
+                yield None
+            for slot in finished:
                 entry, sample = running[slot]  # pyright: ignore[reportGeneralTypeIssues]
                 running[slot] = None
                 entry.running -= 1

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal, Protocol, TypeVar
 
 import numpy as np
 
@@ -58,11 +58,18 @@ class ScoredSample(Sample):
     by_student: np.ndarray
 
 
-class Sampler(Protocol):
+S = TypeVar("S", bound=Sample, covariant=True)
+
+
+class Sampler(Protocol[S]):
     """Draws samples for requests."""
 
-    def run(self, requests: Iterable[Request]) -> Iterator[Sample]:
-        """Yields each requested sample exactly once, as it finishes, in any order."""
+    def run(self, requests: Iterable[Request]) -> Iterator[S | None]:
+        """Yields each requested sample exactly once, as it finishes, in any order.
+
+        In between it may yield None: nothing more has finished, but this is a moment at which drawing may stop. Where
+        samples take minutes, it should, every few seconds.
+        """
         ...
 
     def figures(self) -> dict[str, float]:
@@ -70,11 +77,14 @@ class Sampler(Protocol):
         ...
 
 
-def checked(sampler: Sampler, requests: Iterable[Request]) -> Iterator[Sample]:
+def checked(sampler: Sampler[S], requests: Iterable[Request]) -> Iterator[S | None]:
     """Yields what `sampler.run` yields; raises ValueError if that breaks the protocol above."""
     requests = list(requests)
     missing = {(r.name, index): r.limit for r in requests for index in r.samples}
     for s in sampler.run(requests):
+        if s is None:
+            yield None
+            continue
         limit = missing.pop((s.name, s.sample), None)
         if limit is None:
             raise ValueError(

@@ -28,11 +28,12 @@ from dail_jax.data.records import Row
 from dail_jax.errors import UserError
 from dail_jax.evaluate import answers, files, protocol, replies
 from dail_jax.evaluate.grading import Grader
-from dail_jax.metrics import Metrics, console, log, progress
-from dail_jax.rundir import Interrupt, Interrupted, Journal, RunDir, json_line, write_atomic
-from dail_jax.sample.sampler import Request, Sampler, checked
+from dail_jax.metrics import Metrics, console, log
+from dail_jax.rundir import Journal, RunDir, json_line, write_atomic
+from dail_jax.sample.sampler import Request, Sampler
 from dail_jax.shapes import Natural, Shape, check_all
 from dail_jax.stages import recipes, samplers
+from dail_jax.stages.drawing import drawing
 from dail_jax.stages.generate import report_usage
 from dail_jax.stages.session import Session, open_session
 from dail_jax.text import open_tag
@@ -215,16 +216,11 @@ def collect(sampler: Sampler, requests: list[Request], journal: Journal, label: 
         drawn[row["name"]][row["sample"]] = row
     missing = [tuple(i for i in r.samples if i not in drawn[r.name]) for r in requests]
     todo = [dataclasses.replace(r, samples=some) for r, some in zip(requests, missing, strict=True) if some]
-    total, done = sum(len(r.samples) for r in requests), sum(map(len, drawn.values()))
-    with progress(label, total, "samples", done) as bar, Interrupt(journal.keeps) as interrupt:
-        for done, s in enumerate(checked(sampler, todo), done + 1):  # noqa: B020
+    with drawing(sampler, todo, journal, label, "samples", sum(map(len, drawn.values()))) as samples:
+        for s in samples:
             row = {"name": s.name, "sample": s.sample, "ids": s.tokens.tolist(), "finish": s.finish}
             drawn[s.name][s.sample] = row
             journal.append(row)
-            bar.advance()
-            if interrupt.wanted:
-                journal.close()
-                raise Interrupted(f"{label}: stopped with {done} of {total} samples drawn; call again to resume")
     return {name: [samples[i] for i in sorted(samples)] for name, samples in drawn.items()}
 
 

@@ -20,10 +20,11 @@ from dail_jax.data import traces as traces_lib
 from dail_jax.data.prompts import RolePrompts
 from dail_jax.data.records import Row
 from dail_jax.data.traces import Role, Trace, prompt_hash
-from dail_jax.metrics import Metrics, log, progress
-from dail_jax.rundir import Interrupt, Interrupted, Journal, RunDir
+from dail_jax.metrics import Metrics, log
+from dail_jax.rundir import Journal, RunDir
 from dail_jax.sample.sampler import Request, Sampler, ScoredSample
 from dail_jax.stages import drops, recipes
+from dail_jax.stages.drawing import drawing
 from dail_jax.stages.recipes import rows_of, traces_path
 from dail_jax.stages.session import Session, open_session
 from dail_jax.train import methods
@@ -94,18 +95,12 @@ def roll_out(
         proposals=cfg.proposals,
         roles=len(roles),
     )
-    done = sum(map(len, drawn.values()))
-    total = done + sum(len(request.samples) for request in requests)
-    with progress("generating", total, "traces", done) as bar, Interrupt(journal.keeps) as interrupt:
-        for done, sample in enumerate(sampler.run(requests), done + 1):  # noqa: B020
+    with drawing(sampler, requests, journal, "generating", "traces", sum(map(len, drawn.values()))) as samples:
+        for sample in samples:
             row = names[sample.name]
             trace = trace_of(session, row, prompts[row.problem_id], roles, sample)
             drawn[row.problem_id][sample.sample] = trace
             journal.append(dict(trace))
-            bar.advance()
-            if interrupt.wanted:
-                journal.close()
-                raise Interrupted(f"generate: stopped with {done} of {total} traces drawn; call again to resume")
     report_usage(sampler, metrics)
     return {name: [traces[i] for i in sorted(traces)] for name, traces in drawn.items()}
 

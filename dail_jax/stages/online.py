@@ -151,8 +151,9 @@ def draw_groups(
     found: dict[str, list[ScoredSample]] = {name: [] for name in prompts}
     requests = [Request(name, (p,), tuple(range(group)), sampler.max_tokens) for name, p in prompts.items()]
     for sample in sampler.run(requests):
-        found[sample.name].append(sample)
-        if len(found[sample.name]) == group and interrupt.wanted:
+        if sample is not None:
+            found[sample.name].append(sample)
+        if (sample is None or len(found[sample.name]) == group) and interrupt.wanted:
             return None
     return [sorted(samples, key=lambda s: s.sample) for samples in found.values()]
 
