@@ -6,7 +6,8 @@
 #
 # Every worker needs the source in $SOURCE with a .venv (pip install -e '.[tpu]'), and a shared file system mounted at the
 # same path for run_dir (Filestore, or a bucket through a mount that supports renames): process 0 writes there, and all
-# read from it. SETUP=1 first copies this folder to the workers and installs it.
+# read from it. SETUP=1 first copies this folder to the workers and installs it, with Python 3.12 if the image has none
+# that is new enough (that of Ubuntu 22.04 is 3.10).
 #
 # On preemption, Cloud TPU sends SIGTERM; the processes agree on a step, save and exit with 75. Call again to resume.
 # Only process 0 prints; `run_dir/metrics.jsonl` can be followed from anywhere.
@@ -18,11 +19,15 @@ place=(--zone "$ZONE" ${PROJECT:+--project "$PROJECT"} --worker all)
 
 if [ "${SETUP:-0}" = 1 ]; then
   here="$(cd "$(dirname "$0")/.." && pwd)"
-  tar -C "$here" --exclude .venv --exclude .git --exclude runs -czf /tmp/dail_jax.tgz .
-  gcloud compute tpus tpu-vm scp /tmp/dail_jax.tgz "$TPU:/tmp/dail_jax.tgz" "${place[@]}"
+  packed="$(mktemp -d)/dail_jax.tgz"
+  tar -C "$here" --exclude .venv --exclude .git --exclude runs -czf "$packed" .
+  gcloud compute tpus tpu-vm scp "$packed" "$TPU:/tmp/dail_jax.tgz" "${place[@]}"
   gcloud compute tpus tpu-vm ssh "$TPU" "${place[@]}" --command \
     "mkdir -p '$source_dir' && tar -C '$source_dir' -xzf /tmp/dail_jax.tgz && cd '$source_dir' &&
-     python3 -m venv .venv && .venv/bin/pip install --quiet -e '.[tpu]' -c launch/constraints.txt"
+     PYTHON=\$(command -v python3.13 || command -v python3.12 || command -v python3.11) ||
+       { python3 -m pip install --quiet --user uv && python3 -m uv python install --quiet 3.12 &&
+         PYTHON=\$(python3 -m uv python find 3.12); } &&
+     export PYTHON && . launch/setup.sh && setup tpu"
 fi
 
 # Arguments pass through a remote shell, hence quoted once more.
