@@ -127,17 +127,21 @@ def compiler_options(mesh: jax.sharding.Mesh) -> dict[str, str] | None:
 def constrain(x: jax.Array, axes: str) -> jax.Array:
     """Asks the compiler to lay `x` out by the rules if a mesh is set; otherwise a no-op.
 
-    An axis that does not divide evenly, such as the few rows of a prefill, is not sharded.
+    What does not divide evenly is laid out as `fitting` says.
     """
     mesh = jax.sharding.get_abstract_mesh()
     return x if mesh.empty else jax.lax.with_sharding_constraint(x, fitting(mesh, axes, x.shape))
 
 
 def fitting(mesh: jax.sharding.AbstractMesh, axes: str, shape: tuple[int, ...]) -> PartitionSpec:
-    """`spec(axes)`, with axes that do not divide evenly left unsharded."""
-    return PartitionSpec(
-        *(_rule(a) if size % axis_size(mesh, a) == 0 else None for a, size in zip(axes, shape, strict=True))
-    )
+    """`spec(axes)`, with axes that do not divide evenly left unsharded.
+
+    Where there are too few rows to divide, such as those of a prefill, their tokens are divided instead.
+    """
+    rules = [_rule(a) if size % axis_size(mesh, a) == 0 else None for a, size in zip(axes, shape, strict=True)]
+    if axes[0] in "bx" and axes[1:2] == "t" and rules[0] is None and shape[1] % axis_size(mesh, axes[0]) == 0:
+        rules[1] = _rule(axes[0])
+    return PartitionSpec(*rules)
 
 
 def check_rows(mesh: jax.sharding.Mesh, count: int) -> None:

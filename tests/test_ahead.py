@@ -87,6 +87,21 @@ def test_splash_equals_the_einsum_with_padding_on_either_side(shape):
         np.testing.assert_allclose(x, y, atol=1e-5)
 
 
+def test_splash_divides_the_tokens_of_rows_that_are_too_few(monkeypatch):
+    """Two parts of the queries, each with all keys: the einsum's output, and no device takes the whole."""
+    b, t, n, k, h = 1, 512, 4, 2, 16
+    keys = jax.random.split(jax.random.key(0), 3)
+    q, key, v = (jax.random.normal(x, (b, t, heads, h)) for x, heads in zip(keys, (n, k, k), strict=True))
+    positions = np.where(np.arange(t) < 430, np.arange(t), -1)[None].astype(np.int32)
+    want = jax.jit(attention.attend)(q, key, v, positions)
+    parts = []
+    monkeypatch.setattr(attention, "_by_row", lambda x: parts.append(x.shape) or x.swapaxes(1, 2))
+    with jax.set_mesh(mesh_of(data=2, tensor=2)):
+        got = jax.jit(lambda *x: attention.splash(*x, interpret=True))(q, key, v, positions)
+    assert parts[:3] == [(1, 256, 2, 16), (1, 512, 1, 16), (1, 512, 1, 16)]
+    np.testing.assert_allclose(want[:, :430], got[:, :430], atol=1e-5)
+
+
 def test_the_table_has_every_program_and_its_memory(config):
     rows = compile_on(config, jax.devices()[:4], quick=True)
     assert list(rows) == [

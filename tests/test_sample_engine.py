@@ -250,6 +250,27 @@ def test_caches_are_updated_in_place(params, one_device):
     assert memory.alias_size_in_bytes >= sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state))
 
 
+def test_no_device_fetches_what_others_hold(params):
+    """On eight devices: a prefill exchanges no more than its own keys, and a token nothing of weights or caches."""
+    mesh, grid = mesh_of(data=4, tensor=2), decode.Grid(2, 4, 1, 2, 128, 96, 8)
+
+    def gathered(jitted, *args):
+        """The largest array, in elements, that devices fetch from each other."""
+        text = jitted.lower(grid, CFG, *args).compile().as_text()
+        found = re.findall(r"= \w+\[([\d,]*)\]\S* (?:all-gather|all-to-all|collective-permute)\(", text)
+        return max((int(np.prod([int(n) for n in shape.split(",") if n])) for shape in found), default=0)
+
+    with jax.set_mesh(mesh):
+        s = sampler(jax.device_put(params, weights.shardings(CFG, mesh)), mesh)
+        state = decode.empty(grid, CFG, jnp.float32)
+        keys = grid.roles * CFG.K * grid.prompt_slots * CFG.H
+        prompt = np.zeros((2, 128), np.int32), np.ones(2, np.int32), 0, 0
+        assert 0 < gathered(decode.load_prompt, s.params, None, state, *prompt) <= keys
+        rows = 2 * 4 * CFG.D  # one token's hidden states, which are less than any matrix
+        assert rows < CFG.D * CFG.K * CFG.H
+        assert 0 < gathered(decode.decode, s.params, None, state, s.rules, s.sampling) <= rows
+
+
 BAD = 29  # the token whose weights are damaged
 
 

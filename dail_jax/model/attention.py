@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 
 from dail_jax import mesh as mesh_lib
+from dail_jax.mesh import constrain
 
 NEGATIVE = -1e30  # finite, so that a row that sees nothing yields zeros and not NaN
 QUERIES = 2048  # per einsum
-LANES, MAX_BLOCK = 128, 512  # tile sizes of the splash kernel, in tokens
-BLOCKS = ("block_q", "block_kv", "block_q_dkv", "block_kv_dkv", "block_q_dq", "block_kv_dq")
+LANES, BLOCKS = 128, (512, 384, 256, 128)  # tile sizes of the splash kernel, in tokens
+BLOCK_SIZES = ("block_q", "block_kv", "block_q_dkv", "block_kv_dkv", "block_q_dq", "block_kv_dq")
 
 
 def attend(q: jax.Array, k: jax.Array, v: jax.Array, positions: jax.Array) -> jax.Array:
@@ -25,6 +26,7 @@ def attend(q: jax.Array, k: jax.Array, v: jax.Array, positions: jax.Array) -> ja
     if target == "tpu":
         return splash(q, k, v, positions)
     if target == "gpu" and q.dtype in (jnp.bfloat16, jnp.float16):
+        q, k, v = (constrain(x, "b_nh") for x in (q, k, v))  # cuDNN takes no parts of rows
         mask = causal_mask(positions, positions)[:, None]
         return jax.nn.dot_product_attention(q, k, v, mask=mask, implementation="cudnn")
 
@@ -45,36 +47,43 @@ def attend(q: jax.Array, k: jax.Array, v: jax.Array, positions: jax.Array) -> ja
 def splash(q: jax.Array, k: jax.Array, v: jax.Array, positions: jax.Array, interpret: bool = False) -> jax.Array:
     """`attend` by the TPU's splash kernel: no [T,T] logits, no repeated keys, no work above the diagonal.
 
-    It runs under manual sharding, with rows and heads placed by the mesh's rules. `interpret` emulates the kernel on
-    other platforms.
+    It runs under manual sharding, with rows and heads placed by the mesh's rules; where rows are too few, each device
+    takes a part of their queries and all of their keys. `interpret` emulates the kernel on other platforms.
     """
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernels
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 
-    t = q.shape[1]
-    block = min(MAX_BLOCK, -(-t // LANES) * LANES)
-    padding = -t % block
-    sizes = kernels.BlockSizes(**dict.fromkeys(BLOCKS, block))
-
-    def local(q, k, v, segments):
-        causal = masks.MultiHeadMask([masks.CausalMask((t + padding, t + padding))] * q.shape[2])
-        kernel = kernels.make_splash_mha(causal, block_sizes=sizes, head_shards=1, q_seq_shards=1, interpret=interpret)
-        by_head = (jnp.pad(_by_row(x), ((0, 0), (0, 0), (0, padding), (0, 0))) for x in (q * q.shape[-1] ** -0.5, k, v))
-        segments = jnp.pad(segments, ((0, 0), (0, padding)))
-        out: jax.Array = jax.vmap(kernel)(*by_head, segment_ids=kernels.SegmentIds(segments, segments))  # pyright: ignore
-        return out.swapaxes(1, 2)[:, :t].astype(q.dtype)
-
-    segments = (positions >= 0).astype(jnp.int32)  # real tokens see only real ones; index order is position order
+    t, segments = q.shape[1], (positions >= 0).astype(jnp.int32)  # real tokens see only real ones
     mesh = jax.sharding.get_abstract_mesh()
+    rows, split, heads, _ = (None,) * 4 if mesh.empty else mesh_lib.fitting(mesh, "btnh", q.shape)
+    shards = 1 if split is None else mesh_lib.axis_size(mesh, "b")
+    if t % (shards * LANES):  # parts of the queries would not be whole tiles: every device takes all of them
+        split, shards = None, 1
+    block = min(BLOCKS[0], -(-t // LANES) * LANES)
+    if shards > 1:  # whole rows are padded to whole tiles, and parts must be tiled as they are
+        block = next(size for size in BLOCKS if t // shards % size == 0)
+    padding = -t % block
+    sizes = kernels.BlockSizes(**dict.fromkeys(BLOCK_SIZES, block))
+    here = q.shape[2] if heads is None else q.shape[2] // mesh_lib.axis_size(mesh, "n")
+    causal = masks.MultiHeadMask([masks.CausalMask((t + padding, t + padding))] * here)
+    kernel = kernels.make_splash_mha(causal, block_sizes=sizes, head_shards=1, q_seq_shards=shards, interpret=interpret)
+
+    def local(kernel, q, k, v, queries, keys):
+        by_head = (jnp.pad(_by_row(x), ((0, 0), (0, 0), (0, padding), (0, 0))) for x in (q * q.shape[-1] ** -0.5, k, v))
+        ids = kernels.SegmentIds(*(jnp.pad(x, ((0, 0), (0, padding))) for x in (queries, keys)))
+        out: jax.Array = jax.vmap(kernel)(*by_head, segment_ids=ids)  # pyright: ignore
+        return out.swapaxes(1, 2)[:, : q.shape[1]].astype(q.dtype)
+
     if mesh.empty:
-        return local(q, k, v, segments)
-    rows, heads = mesh_lib.spec("bn")
-    if q.shape[0] % mesh_lib.axis_size(mesh, "b"):  # such as the few rows of a prefill
-        rows = None
-    by_head, by_row = PartitionSpec(rows, None, heads, None), PartitionSpec(rows, None)
-    return jax.shard_map(local, in_specs=(by_head, by_head, by_head, by_row), out_specs=by_head, check_vma=False)(
-        q, k, v, segments
-    )
+        return local(kernel, q, k, v, segments, segments)
+    whole, part = PartitionSpec(rows, None, heads, None), PartitionSpec(rows, split, heads, None)
+    spread = kernel.manual_sharding_spec(NamedSharding(mesh, PartitionSpec(None, split)))
+    return jax.shard_map(
+        local,
+        in_specs=(spread, part, whole, whole, PartitionSpec(rows, split), PartitionSpec(rows, None)),
+        out_specs=part,
+        check_vma=False,
+    )(kernel, q, k, v, segments, segments)
 
 
 def attend_cached(q: jax.Array, parts: list[tuple[jax.Array, jax.Array, jax.Array, int]]) -> jax.Array:

@@ -158,6 +158,8 @@ def prefill(
     x, angles, kept = _embed(params, tokens), _angles(positions, cfg), []
 
     def attend(q, k, v):
+        # Where devices share a row's tokens, they exchange keys and values, not what these are computed from.
+        k, v = constrain(k, "btkh"), constrain(v, "btkh")
         return attention.attend(q, k, v, positions), (k.swapaxes(1, 2), v.swapaxes(1, 2))
 
     for weights, pair in _each_layer(params, cfg, lora):

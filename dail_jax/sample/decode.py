@@ -17,7 +17,9 @@ from dataclasses import dataclass, replace
 import jax
 import jax.numpy as jnp
 from flax import struct
+from jax.sharding import PartitionSpec
 
+from dail_jax import mesh as mesh_lib
 from dail_jax.mesh import constrain
 from dail_jax.model import transformer
 from dail_jax.model.families import ModelConfig
@@ -136,27 +138,48 @@ def load_prompt(
     index = jnp.arange(grid.prompt_slots)
     positions = jnp.where(index < lengths[:, None], index, -1).astype(jnp.int32)
     hidden, ks, vs = transformer.prefill(params, tokens, positions, cfg, lora)
-    last = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)[:, 0]
-    cache, at = state.cache, (block * grid.roles, 0, entry * grid.prompt_slots, 0)
-
-    def put(buffers, new):
-        return tuple(jax.lax.dynamic_update_slice(b, x.astype(b.dtype), at) for b, x in zip(buffers, new, strict=True))
-
+    end = (index == (lengths - 1)[:, None])[..., None]
+    last = jnp.where(end, hidden, 0).sum(1)  # exact; a gather along tokens that devices share would fetch all of them
+    buffers = [state.cache.prompt_k, state.cache.prompt_v]
+    keys, values = _put(grid, buffers, [tuple(ks), tuple(vs)], block, entry)
     owner = jnp.where(positions >= 0, entry, -1).astype(jnp.int32)
-    cache = replace(
-        cache,
-        prompt_k=put(cache.prompt_k, ks),
-        prompt_v=put(cache.prompt_v, vs),
-        prompt_owner=jax.lax.dynamic_update_slice(cache.prompt_owner, owner, (at[0], at[2])),
-    )
+    at = (block * grid.roles, entry * grid.prompt_slots)
+    owners = jax.lax.dynamic_update_slice(state.cache.prompt_owner, owner, at)
     return _lay_out(
         replace(
             state,
-            cache=cache,
+            cache=replace(state.cache, prompt_k=keys, prompt_v=values, prompt_owner=owners),
             prompt_hidden=state.prompt_hidden.at[block, entry].set(last.astype(state.hidden.dtype)),
             prompt_length=state.prompt_length.at[block, entry].set(lengths),
         )
     )
+
+
+def _put(grid: Grid, buffers: list[tuple], new: list[tuple], block: jax.Array, entry: jax.Array) -> list[tuple]:
+    """Prompt buffers [G * roles,K,P,H] with new keys or values [roles,K,T,H] as a block's entry.
+
+    Each device writes to its own blocks, in place, or writes back what is there: XLA would gather a whole buffer to
+    update a part of it when it cannot tell which device holds the part.
+    """
+
+    def local(buffers, new, first, block, entry):
+        own = buffers[0][0].shape[0] // grid.roles
+        at = block - first[0]
+        place = (jnp.clip(at, 0, own - 1) * grid.roles, 0, entry * grid.prompt_slots, 0)
+
+        def write(buffer, x):
+            old = jax.lax.dynamic_slice(buffer, place, x.shape)
+            x = jnp.where((at >= 0) & (at < own), x.astype(buffer.dtype), old)
+            return jax.lax.dynamic_update_slice(buffer, x, place)
+
+        return jax.tree.map(write, buffers, new)
+
+    mesh, first = jax.sharding.get_abstract_mesh(), jnp.arange(grid.blocks)  # each device sees its own first block
+    if not mesh.empty:
+        arrays = mesh_lib.fitting(mesh, "bk__", buffers[0][0].shape)
+        specs = (arrays, PartitionSpec(None, arrays[1]), PartitionSpec(arrays[0]), PartitionSpec(), PartitionSpec())
+        local = jax.shard_map(local, in_specs=specs, out_specs=arrays, check_vma=False)
+    return local(buffers, new, first, block, entry)
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=1)
