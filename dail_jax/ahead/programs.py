@@ -1,8 +1,8 @@
 """Compiles the real programs of a configuration for devices that are not here, and says what they would need.
 
 Memory is the compiler's own and exact. Bytes are main memory's, read off the compiled program (`compiled`). The
-compiler counts a loop's body once in FLOPs and time, so for the train step these come from two short unrolled models,
-of 1 and 3 layers, extrapolated to the real depth, plus the attention kernels by arithmetic, since it does not look
+compiler counts a loop's body once in FLOPs and time, so for the train step these come from short unrolled models,
+of 1 and 3 layers of each kind, extrapolated to the real depth, plus the attention kernels by arithmetic, since it does not look
 into them. For decoding, everything is one token's. Useful FLOPs, what utilisation is measured in, are arithmetic:
 products of the forward passes and of the gradient by activations, causal attention, and nothing twice.
 """
@@ -29,7 +29,7 @@ from dail_jax.ahead.compiled import Cost, copies_of, cost_of
 from dail_jax.data.batches import pad
 from dail_jax.model import lora as lora_lib
 from dail_jax.model import transformer, weights
-from dail_jax.model.families import ModelConfig
+from dail_jax.model.families import Layer, ModelConfig
 from dail_jax.sample import decode, engine, mixture
 from dail_jax.train import methods, objectives, optimizer
 from dail_jax.train import step as step_lib
@@ -207,33 +207,45 @@ def useful_flops(model: ModelConfig, cfg: config_lib.Train, prompt: int, respons
     table = weights.declare(model)
     compared = len(methods.find(cfg).roles)
     tokens, references = prompt + response, 0 if cached else compared
-    base = sum(math.prod(w.shape(model)) for w in table.values() if w.inputs)
+    base = sum(len(w.layers(model)) * math.prod(w.shape(model)) for w in table.values() if w.inputs)
     adapter = sum(
-        cfg.lora.rank * (math.prod(s[: w.inputs]) + math.prod(s[w.inputs :]))
+        len(w.layers(model)) * cfg.lora.rank * (math.prod(s[: w.inputs]) + math.prod(s[w.inputs :]))
         for w in (table[name] for name in cfg.lora.targets)
         for s in [w.shape(model)]
     )
-    attention = model.N * model.H * tokens  # two products of T * T/2 a token: multiply-adds
-    layer = base * (2 + references) + adapter * 3 + attention * (3 + references)
-    return 2 * (model.L * tokens * layer + response * model.V * model.D * (compared + 2))
+    # Two products of a query and of a probability by each token that is seen: multiply-adds.
+    attention = sum(2 * model.N * model.H * seen(layer, tokens) for layer in model.layers)
+    layers = tokens * (base * (2 + references) + adapter * 3) + attention * (3 + references)
+    return 2 * (layers + response * model.V * model.D * (compared + 2))
+
+
+def seen(layer: Layer, tokens: int) -> float:
+    """How many pairs of a query and a token that it sees a layer's attention has in a row."""
+    window = min(layer.window or tokens, tokens)
+    return window * tokens - window**2 / 2
 
 
 def cost_of_step(config, model: ModelConfig, mesh: Mesh, prompt: int, response: int, cached: bool) -> Cost:
-    """One update, from unrolled models of 1 and 3 layers and from one chunk of the loss."""
+    """One update, from unrolled models of 1 and 3 layers of each kind, and from one chunk of the loss."""
     cfg = config.train
     rows, dtype = cfg.batch_size // cfg.accumulate, jnp.dtype(config.model.dtype)
-    found = []
-    for depth in (1, 3):
-        short = dataclasses.replace(model, L=depth)
+
+    def of(layers: tuple[Layer, ...]) -> Cost:
+        short = dataclasses.replace(model, layers=layers)
         lowered = lower_step(config, short, mesh, unstacked(short, dtype, mesh), 1, prompt, response, cached)
-        found.append(cost_of(lowered.compile()))
-    layer = (found[1] + found[0] * -1) * 0.5
+        return cost_of(lowered.compile())
+
+    found = {kind: (of((kind,)), of((kind,) * 3)) for kind in dict.fromkeys(model.layers)}
+    layer = {kind: (three + one * -1) * 0.5 for kind, (one, three) in found.items()}
+    first = model.layers[0]
+    one = sum((layer[kind] for kind in model.layers), start=found[first][0] + layer[first] * -1)
     width = max(1, min(response, cfg.chunk // rows))
     chunk = cost_of(lower_loss(cfg, model, dtype, mesh, rows, width).compile())
     references = 0 if cached else len(methods.find(cfg).roles)
     passes = KERNEL_PASSES["forward"] * (1 + references + (cfg.remat != "none")) + KERNEL_PASSES["backward"]
-    kernels = model.L * passes * (prompt + response) ** 2 * model.N * model.H * rows / mesh.size
-    one = found[0] + layer * (model.L - 1) + chunk * (-(-response // width) - 1)
+    pairs = sum(2 * seen(layer, prompt + response) for layer in model.layers)
+    kernels = passes * pairs * model.N * model.H * rows / mesh.size
+    one += chunk * (-(-response // width) - 1)
     if mesh.devices.flat[0].platform != "cpu":
         one += Cost(0, 0, kernels)
     return one * cfg.accumulate
@@ -246,12 +258,10 @@ def cost_of_step(config, model: ModelConfig, mesh: Mesh, prompt: int, response: 
 
 def unstacked(model: ModelConfig, dtype, mesh: Mesh) -> weights.Params:
     """Abstract weights with one array per layer."""
-    params = weights.abstract(model, dtype, mesh)
-    one = {
-        name: mesh_array(mesh, weights.declare(model)[name].axes, x.shape[1:], dtype)
-        for name, x in params["layers"].items()
-    }
-    return {**params, "layers": [one] * model.L}
+    table, params = weights.declare(model), weights.abstract(model, dtype, mesh)
+    one = {name: mesh_array(mesh, table[name].axes, x.shape[1:], dtype) for name, x in params["layers"].items()}
+    layers = [{name: x for name, x in one.items() if i in table[name].layers(model)} for i in range(model.L)]
+    return {**params, "layers": layers}
 
 
 def sampler_programs(config: config_lib.Config, model: ModelConfig, mesh: Mesh) -> list[Program]:

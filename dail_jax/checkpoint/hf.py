@@ -47,8 +47,8 @@ def load(folder: str | Path, mesh: jax.sharding.Mesh, dtype: str) -> tuple[weigh
     folder, cfg = Path(folder), read_config(folder)
     verify_manifest(folder)
     layout = weights.shardings(cfg, mesh)
-    names = {(name, i) for name, w in weights.declare(cfg).items() for i in (range(cfg.L) if w.layered else (0,))}
-    with Tensors(folder) as source, progress("loading weights", len(names), "tensors") as bar:
+    count = sum(len(weight.names(cfg)) for weight in weights.declare(cfg).values())
+    with Tensors(folder) as source, progress("loading weights", count, "tensors") as bar:
         _check_names(source, cfg)
 
         def leaf(name: str, weight: weights.Weight) -> jax.Array:
@@ -57,10 +57,10 @@ def load(folder: str | Path, mesh: jax.sharding.Mesh, dtype: str) -> tuple[weigh
                 bar.advance()
                 return _place(source.read(weight.hf, weight.torch_shape(cfg)), weight, cfg, dtype, where)
             one_layer = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*where.spec[1:]))
-            stack = jax.jit(lambda: jnp.zeros((cfg.L, *weight.shape(cfg)), dtype), out_shardings=where)()
-            for i in range(cfg.L):
-                x = source.read(weight.hf.format(l=i), weight.torch_shape(cfg))
-                stack = _insert(stack, _place(x, weight, cfg, dtype, one_layer), i)
+            stack = jax.jit(lambda: jnp.zeros(weights.full_shape(weight, cfg), dtype), out_shardings=where)()
+            for row, tensor in enumerate(weight.names(cfg)):
+                x = source.read(tensor, weight.torch_shape(cfg))
+                stack = _insert(stack, _place(x, weight, cfg, dtype, one_layer), row)
                 bar.advance()
             return stack
 
@@ -72,8 +72,8 @@ def check(folder: Path, cfg: ModelConfig) -> None:
     with Tensors(folder) as source:
         _check_names(source, cfg)
         for weight in weights.declare(cfg).values():
-            for i in range(cfg.L) if weight.layered else (0,):
-                source.check(weight.hf.format(l=i), weight.torch_shape(cfg))
+            for tensor in weight.names(cfg):
+                source.check(tensor, weight.torch_shape(cfg))
 
 
 def save(
@@ -306,7 +306,7 @@ def _is_cache_link(path: Path, root: Path) -> bool:
 
 def _check_names(source: Tensors, cfg: ModelConfig) -> None:
     """Raises UserError unless all declared tensors are there and no others."""
-    want = {w.hf.format(l=i) for w in weights.declare(cfg).values() for i in (range(cfg.L) if w.layered else (0,))}
+    want = {tensor for weight in weights.declare(cfg).values() for tensor in weight.names(cfg)}
     missing = sorted(want - source.where.keys())
     extra = sorted(
         name
@@ -339,14 +339,12 @@ def _shards(params: weights.Params, cfg: ModelConfig) -> Iterator[dict[str, Any]
     size = 0
     for name, weight in weights.declare(cfg).items():
         stacked = (params["layers"] if weight.layered else params)[name]
-        for i in range(cfg.L) if weight.layered else (0,):
+        for row, tensor in enumerate(weight.names(cfg)):
             one = int(np.prod(weight.shape(cfg))) * stacked.dtype.itemsize
             if group and size + one > SHARD_BYTES:
                 yield group
                 group, size = {}, 0
-            group[weight.hf.format(l=i)] = functools.partial(
-                _gather, stacked, i if weight.layered else None, weight, cfg
-            )
+            group[tensor] = functools.partial(_gather, stacked, row if weight.layered else None, weight, cfg)
             size += one
     yield group
 

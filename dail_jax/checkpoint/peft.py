@@ -38,8 +38,8 @@ def save(
     for name, pair in lora.tree.items():
         for side in "ab":
             stacked = np.asarray(pair[side], np.float32)
-            for i in range(cfg.L):
-                tensors[weight_name(table[name], i, side)] = _to_torch(stacked[i], side)
+            for row, i in enumerate(table[name].layers(cfg)):
+                tensors[weight_name(table[name], i, side)] = _to_torch(stacked[row], side)
     description = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -103,7 +103,7 @@ def _shapes(cfg: ModelConfig, lora_config: config_lib.LoraConfig) -> dict[str, t
             math.prod(cfg.size(letter) for letter in letters)
             for letters in (weight.axes[: weight.inputs], weight.axes[weight.inputs :])
         )
-        for i in range(cfg.L):
+        for i in weight.layers(cfg):
             found[weight_name(weight, i, "a")] = (lora_config.rank, inputs)
             found[weight_name(weight, i, "b")] = (outputs, lora_config.rank)
     return found
@@ -121,7 +121,7 @@ def load(folder: str | Path, cfg: ModelConfig, mesh: jax.sharding.Mesh) -> tuple
             weight, pair = table[name], {"a": [], "b": []}
             for side, letters in (("a", weight.axes[: weight.inputs]), ("b", weight.axes[weight.inputs :])):
                 sizes = [cfg.size(letter) for letter in letters]
-                for i in range(cfg.L):
+                for i in weight.layers(cfg):
                     tensor = weight_name(weight, i, side)
                     x = source.read(tensor, shapes[tensor]).astype(np.float32).T
                     pair[side].append(x.reshape(*sizes, -1) if side == "a" else x.reshape(-1, *sizes))

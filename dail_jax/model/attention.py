@@ -15,24 +15,25 @@ LANES, BLOCKS = 128, (512, 384, 256, 128)  # tile sizes of the splash kernel, in
 BLOCK_SIZES = ("block_q", "block_kv", "block_q_dkv", "block_kv_dkv", "block_q_dq", "block_kv_dq")
 
 
-def attend(q: jax.Array, k: jax.Array, v: jax.Array, positions: jax.Array) -> jax.Array:
+def attend(q: jax.Array, k: jax.Array, v: jax.Array, positions: jax.Array, window: int | None = None) -> jax.Array:
     """Causal self-attention within rows. q [B,T,N,H], k and v [B,T,K,H], positions [B,T] -> [B,T,N,H].
 
-    A row's real tokens are contiguous. The output at padding is finite and meaningless.
+    With a window, a token sees as many, itself among them. A row's real tokens are contiguous. The output at padding is
+    finite and meaningless.
     It runs the splash kernel on a TPU, cuDNN's flash attention on a GPU in half precision, and otherwise an einsum with
     a float32 softmax. The choice depends on the mesh that the program is compiled for, not on the host.
     """
     target = _target()
     if target == "tpu":
-        return splash(q, k, v, positions)
+        return splash(q, k, v, positions, window)
     if target == "gpu" and q.dtype in (jnp.bfloat16, jnp.float16):
         q, k, v = (constrain(x, "b_nh") for x in (q, k, v))  # cuDNN takes no parts of rows
-        mask = causal_mask(positions, positions)[:, None]
+        mask = causal_mask(positions, positions, window)[:, None]
         return jax.nn.dot_product_attention(q, k, v, mask=mask, implementation="cudnn")
 
     def attend_chunk(chunk: tuple[jax.Array, jax.Array]) -> jax.Array:
         queries, at = chunk
-        return attend_cached(queries, [(_by_row(k), _by_row(v), causal_mask(at, positions), 1)])
+        return attend_cached(queries, [(_by_row(k), _by_row(v), causal_mask(at, positions, window), 1)])
 
     b, t = positions.shape
     if t <= QUERIES:
@@ -44,8 +45,15 @@ def attend(q: jax.Array, k: jax.Array, v: jax.Array, positions: jax.Array) -> ja
     return out.swapaxes(0, 1).reshape(b, -1, *q.shape[2:])[:, :t]
 
 
-def splash(q: jax.Array, k: jax.Array, v: jax.Array, positions: jax.Array, interpret: bool = False) -> jax.Array:
-    """`attend` by the TPU's splash kernel: no [T,T] logits, no repeated keys, no work above the diagonal.
+def splash(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    positions: jax.Array,
+    window: int | None = None,
+    interpret: bool = False,
+) -> jax.Array:
+    """`attend` by the TPU's splash kernel: no [T,T] logits, no repeated keys, no work above the diagonal or below a window.
 
     It runs under manual sharding, with rows and heads placed by the mesh's rules; where rows are too few, each device
     takes a part of their queries and all of their keys. `interpret` emulates the kernel on other platforms.
@@ -65,8 +73,10 @@ def splash(q: jax.Array, k: jax.Array, v: jax.Array, positions: jax.Array, inter
     padding = -t % block
     sizes = kernels.BlockSizes(**dict.fromkeys(BLOCK_SIZES, block))
     here = q.shape[2] if heads is None else q.shape[2] // mesh_lib.axis_size(mesh, "n")
-    causal = masks.MultiHeadMask([masks.CausalMask((t + padding, t + padding))] * here)
-    kernel = kernels.make_splash_mha(causal, block_sizes=sizes, head_shards=1, q_seq_shards=shards, interpret=interpret)
+    square = (t + padding, t + padding)
+    mask = masks.CausalMask(square) if window is None else masks.LocalMask(square, (window - 1, 0), 0)
+    mask = masks.MultiHeadMask([mask] * here)
+    kernel = kernels.make_splash_mha(mask, block_sizes=sizes, head_shards=1, q_seq_shards=shards, interpret=interpret)
 
     def local(kernel, q, k, v, queries, keys):
         by_head = (jnp.pad(_by_row(x), ((0, 0), (0, 0), (0, padding), (0, 0))) for x in (q * q.shape[-1] ** -0.5, k, v))
@@ -126,9 +136,11 @@ def attend_cached(q: jax.Array, parts: list[tuple[jax.Array, jax.Array, jax.Arra
     return out.reshape(b, heads, t, -1, h).swapaxes(1, 2).reshape(b, t, n, h).astype(q.dtype)
 
 
-def causal_mask(query: jax.Array, key: jax.Array) -> jax.Array:
+def causal_mask(query: jax.Array, key: jax.Array, window: int | None = None) -> jax.Array:
     """The mask [B,T,S] of which keys each query sees, from the positions of queries [B,T] and keys [B,S]."""
-    return (key[:, None, :] <= query[:, :, None]) & (key >= 0)[:, None, :]
+    query, key = query[:, :, None], key[:, None, :]
+    mask = (key <= query) & (key >= 0)
+    return mask if window is None else mask & (key > query - window)
 
 
 def _by_row(x: jax.Array) -> jax.Array:

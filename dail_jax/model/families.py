@@ -1,7 +1,7 @@
 """Reads a Hugging Face config.json into the few numbers that describe a model, and rejects what is not supported.
 
-Supported: Qwen2 / Qwen2.5, Qwen3 (dense), Llama 3.x. To add a family, add a reader to FAMILIES and, if its
-weights differ, a row to `weights.declare`.
+A family is a reader in FAMILIES. Where its layers differ from all others, it adds a row to `weights.declare`, or a part
+to a table in `blocks`.
 """
 
 from __future__ import annotations
@@ -64,26 +64,44 @@ class Rope:
 
 
 @dataclass(frozen=True)
+class Layer:
+    """What may differ from layer to layer: its parts, by name in `blocks`, and how far and by what its queries see."""
+
+    rope: Rope | None  # None: positions enter through the mask alone
+    window: int | None = None  # tokens that a query sees, its own among them; None: all
+    mixer: str = "attention"
+    mlp: str = "dense"
+
+
+@dataclass(frozen=True)
 class ModelConfig:
-    """Sizes by axis letter, and the switches by which families differ."""
+    """Sizes by axis letter, a description of every layer, and the switches by which families differ."""
 
     family: str
     V: int
     D: int
-    L: int
     N: int
     K: int
     H: int
     F: int
-    rope: Rope
+    layers: tuple[Layer, ...]
     norm_eps: float
     tied: bool
     qk_norm: bool
     qkv_bias: bool
     max_positions: int
 
+    @property
+    def L(self) -> int:
+        return len(self.layers)
+
     def size(self, letter: str) -> int:
         return getattr(self, letter.upper())
+
+    @property
+    def period(self) -> int:
+        """After how many layers their descriptions repeat; the last repetition may be incomplete."""
+        return next(p for p in range(1, self.L + 1) if all(x == self.layers[i % p] for i, x in enumerate(self.layers)))
 
 
 # The largest plausible sizes; anything larger comes from a damaged or hostile file.
@@ -104,12 +122,12 @@ class Reader:
     def __init__(self, tree: dict[str, Any], file: Path):
         self.tree, self.file = tree, file
 
-    def size(self, key: str, default: int | None = None, tree: dict | None = None) -> int:
+    def size(self, key: str, default: int | None = None, tree: dict | None = None, least: int = 1) -> int:
         value = (self.tree if tree is None else tree).get(key, default)
         value = default if value is None else value
-        if not isinstance(value, int) or isinstance(value, bool) or not 0 < value <= LIMITS.get(key, 2**31):
+        if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= LIMITS.get(key, 2**31):
             raise UserError(
-                f"got {value!r:.80}, want a size from 1 to {LIMITS.get(key, 2**31)}", file=self.file, field=key
+                f"got {value!r:.80}, want a size from {least} to {LIMITS.get(key, 2**31)}", file=self.file, field=key
             )
         return value
 
@@ -133,12 +151,12 @@ class Reader:
             )
 
 
-def _rope(reader: Reader) -> Rope:
+def _rope(reader: Reader, default_theta: float = 10_000.0) -> Rope:
     tree = reader.tree
     scaling = tree.get("rope_parameters") or tree.get("rope_scaling") or {}
     if not isinstance(scaling, dict):
         raise UserError(f"got {scaling!r:.80}, want a mapping", file=reader.file, field="rope_scaling")
-    theta = reader.number("rope_theta", reader.number("rope_theta", 10_000.0), scaling)
+    theta = reader.number("rope_theta", reader.number("rope_theta", default_theta), scaling)
     kind = scaling.get("rope_type", scaling.get("type", "default"))
     if scaling.get("partial_rotary_factor", tree.get("partial_rotary_factor") or 1) != 1:
         raise UserError("partial rotary embedding is not supported", file=reader.file, field="partial_rotary_factor")
@@ -176,14 +194,50 @@ def _rope(reader: Reader) -> Rope:
     )
 
 
-def _common(reader: Reader, family: str, *, qk_norm: bool, qkv_bias: bool, head_dim: int | None) -> ModelConfig:
+LAYER_TYPES = ("full_attention", "sliding_attention")
+
+
+def _windows(reader: Reader, default: list[bool], size: int = 4096) -> list[int | None]:
+    """Each layer's window: where `layer_types` says so or, without them, where `default` does."""
+    types = reader.tree.get("layer_types")
+    if types is not None:
+        if not isinstance(types, list) or len(types) != len(default) or any(kind not in LAYER_TYPES for kind in types):
+            raise UserError(
+                f"got {types!r:.80}, want {len(default)} of {' and '.join(LAYER_TYPES)}",
+                file=reader.file,
+                field="layer_types",
+            )
+        default = [kind == "sliding_attention" for kind in types]
+    return [reader.size("sliding_window", size) if slides else None for slides in default]
+
+
+def _switched_windows(reader: Reader) -> list[int | None]:
+    """As Qwen has them: only with `use_sliding_window`, and then from `max_window_layers` on."""
+    depth, switched = reader.size("num_hidden_layers"), reader.flag("use_sliding_window", False)
+    if not switched or reader.tree.get("sliding_window", 4096) is None:
+        reader.refuse("layer_types", (None, ["full_attention"] * depth))
+        return [None] * depth
+    first = reader.size("max_window_layers", 28, least=0)
+    return _windows(reader, [i >= first for i in range(depth)])
+
+
+def _layers(rope: Rope, windows: list[int | None]) -> tuple[Layer, ...]:
+    return tuple(Layer(rope, window) for window in windows)
+
+
+def _common(
+    reader: Reader,
+    family: str,
+    layers: tuple[Layer, ...],
+    *,
+    head_dim: int | None = None,
+    tied: bool = False,
+    qk_norm: bool = False,
+    qkv_bias: bool = False,
+) -> ModelConfig:
     reader.refuse("hidden_act", ("silu",), "silu")
-    reader.refuse("use_sliding_window", (False, None))
     reader.refuse("quantization_config", (None,))
     reader.refuse("pretraining_tp", (None, 1))
-    types = reader.tree.get("layer_types") or []
-    if not isinstance(types, list) or any(kind != "full_attention" for kind in types):
-        raise UserError("sliding-window layers are not supported", file=reader.file, field="layer_types")
     d, n = reader.size("hidden_size"), reader.size("num_attention_heads")
     k = reader.size("num_key_value_heads", n)
     if n % k:
@@ -195,14 +249,13 @@ def _common(reader: Reader, family: str, *, qk_norm: bool, qkv_bias: bool, head_
         family=family,
         V=reader.size("vocab_size"),
         D=d,
-        L=reader.size("num_hidden_layers"),
         N=n,
         K=k,
         H=h,
         F=reader.size("intermediate_size"),
-        rope=_rope(reader),
+        layers=layers,
         norm_eps=reader.number("rms_norm_eps", 1e-6),
-        tied=reader.flag("tie_word_embeddings", False),
+        tied=reader.flag("tie_word_embeddings", tied),
         qk_norm=qk_norm,
         qkv_bias=qkv_bias,
         max_positions=reader.size("max_position_embeddings", 32768),
@@ -210,21 +263,60 @@ def _common(reader: Reader, family: str, *, qk_norm: bool, qkv_bias: bool, head_
 
 
 def _qwen2(reader: Reader) -> ModelConfig:
-    return _common(reader, "qwen2", qk_norm=False, qkv_bias=True, head_dim=None)
+    return _common(reader, "qwen2", _layers(_rope(reader), _switched_windows(reader)), qkv_bias=True)
 
 
 def _qwen3(reader: Reader) -> ModelConfig:
     reader.refuse("attention_bias", (False, None))
-    return _common(reader, "qwen3", qk_norm=True, qkv_bias=False, head_dim=128)
+    layers = _layers(_rope(reader), _switched_windows(reader))
+    return _common(reader, "qwen3", layers, qk_norm=True, head_dim=128)
 
 
 def _llama(reader: Reader) -> ModelConfig:
     reader.refuse("attention_bias", (False, None))
     reader.refuse("mlp_bias", (False, None))
-    return _common(reader, "llama", qk_norm=False, qkv_bias=False, head_dim=None)
+    reader.refuse("use_sliding_window", (False, None))
+    depth = reader.size("num_hidden_layers")
+    reader.refuse("layer_types", (None, ["full_attention"] * depth))
+    return _common(reader, "llama", _layers(_rope(reader), [None] * depth))
 
 
-FAMILIES: dict[str, Callable[[Reader], ModelConfig]] = {"qwen2": _qwen2, "qwen3": _qwen3, "llama": _llama}
+def _mistral(reader: Reader) -> ModelConfig:
+    """Mistral 7B and its successors of the same type: Llama's weights, and a window in all layers or in none."""
+    depth = reader.size("num_hidden_layers")
+    slides = reader.tree.get("sliding_window", 4096) is not None
+    reader.refuse("layer_types", (None, [LAYER_TYPES[slides]] * depth))
+    return _common(reader, "mistral", _layers(_rope(reader), _windows(reader, [slides] * depth)))
+
+
+def _smollm3(reader: Reader) -> ModelConfig:
+    """SmolLM3: no rotary embedding in every fourth layer, or where `no_rope_layers` is 0."""
+    reader.refuse("attention_bias", (False, None))
+    reader.refuse("mlp_bias", (False, None))
+    depth = reader.size("num_hidden_layers")
+    interval = reader.size("no_rope_layer_interval", 4)
+    rotates = reader.tree.get("no_rope_layers")
+    if rotates is None:
+        rotates = [int((i + 1) % interval != 0) for i in range(depth)]
+    if not isinstance(rotates, list) or len(rotates) < depth or any(x not in (0, 1) for x in rotates):
+        raise UserError(f"got {rotates!r:.80}, want {depth} of 0 and 1", file=reader.file, field="no_rope_layers")
+    windows: list[int | None] = [None] * depth
+    if reader.flag("use_sliding_window", False) and reader.tree.get("sliding_window") is not None:
+        windows = _windows(reader, [not x for x in rotates[:depth]])
+    else:
+        reader.refuse("layer_types", (None, ["full_attention"] * depth))
+    rope = _rope(reader, 2_000_000.0)
+    layers = tuple(Layer(rope if x else None, w) for x, w in zip(rotates, windows, strict=False))
+    return _common(reader, "smollm3", layers, tied=True)
+
+
+FAMILIES: dict[str, Callable[[Reader], ModelConfig]] = {
+    "qwen2": _qwen2,
+    "qwen3": _qwen3,
+    "llama": _llama,
+    "mistral": _mistral,
+    "smollm3": _smollm3,
+}
 
 
 def from_tree(tree: dict[str, Any], file: str | Path) -> ModelConfig:

@@ -1,6 +1,6 @@
 """Low-rank adapters (arXiv 2106.09685) as a separate pytree: differentiating with respect to it alone freezes the model.
 
-tree: {target: {"a": [L, *inputs, R], "b": [L, R, *outputs]}}, float32. `b` starts at zero, so a new adapter is a no-op.
+tree: {target: {"a": [L, *inputs, R], "b": [L, R, *outputs]}}, float32, stacked over the layers that have the target. `b` starts at zero, so a new adapter is a no-op.
 """
 
 from __future__ import annotations
@@ -24,9 +24,6 @@ class Lora:
     tree: dict[str, dict[str, jax.Array]]
     scale: float = struct.field(pytree_node=False)
 
-    def layer(self, index: int) -> dict[str, dict[str, jax.Array]]:
-        return {name: {k: v[index] for k, v in pair.items()} for name, pair in self.tree.items()}
-
 
 def axes(weight: Weight) -> dict[str, str]:
     """The axis letters of a linear map's `a` and `b`, stacked over layers."""
@@ -38,7 +35,7 @@ def init(key: jax.Array, cfg: ModelConfig, lora: config_lib.LoraConfig) -> Lora:
     table = declare(cfg)
     tree = {}
     for index, name in enumerate(lora.targets):
-        shapes = {side: _shape(letters, cfg, lora.rank) for side, letters in axes(table[name]).items()}
+        shapes = {side: _shape(letters, table[name], cfg, lora.rank) for side, letters in axes(table[name]).items()}
         bound = 1 / math.sqrt(math.prod(shapes["a"][1:-1]))
         a = jax.random.uniform(jax.random.fold_in(key, index), shapes["a"], jnp.float32, -bound, bound)
         tree[name] = {"a": a, "b": jnp.zeros(shapes["b"], jnp.float32)}
@@ -73,5 +70,6 @@ def merge(params: dict, lora: Lora, cfg: ModelConfig) -> dict:
     return {**params, "layers": layers}
 
 
-def _shape(letters: str, cfg: ModelConfig, rank: int) -> tuple[int, ...]:
-    return tuple(rank if letter == "r" else cfg.size(letter) for letter in letters)
+def _shape(letters: str, weight: Weight, cfg: ModelConfig, rank: int) -> tuple[int, ...]:
+    sizes = {"r": rank, "l": len(weight.layers(cfg))}
+    return tuple(sizes.get(letter) or cfg.size(letter) for letter in letters)

@@ -1,4 +1,4 @@
-"""The forward pass: one block function, and three ways through it.
+"""The forward pass, three ways through the blocks of `blocks`.
 
 `encode` reads whole rows for training, `prefill` reads prompts and keeps their keys and values, `decode_step` adds one
 token to each row of a cache. All return final hidden states; `unembed` is separate, so that sampling projects one
@@ -7,8 +7,9 @@ position per row and the loss projects chunks. Positions are -1 on padding, and 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,9 +18,13 @@ from flax import struct
 from dail_jax import mesh as mesh_lib
 from dail_jax.mesh import constrain
 from dail_jax.model import attention
-from dail_jax.model.families import ModelConfig
+from dail_jax.model.blocks import Bound, block
+from dail_jax.model.families import Layer, ModelConfig, Rope
+from dail_jax.model.layers import Angles, rms_norm
 from dail_jax.model.lora import Lora
-from dail_jax.model.weights import Params
+from dail_jax.model.weights import Params, declare, of_layer
+
+TILE = 16  # cache slots come in multiples of this: a TPU lays out other sizes differently and copies them on every call
 
 
 @struct.dataclass
@@ -27,14 +32,14 @@ class Cache:
     """Keys and values of B rows, one array per layer.
 
     Rows form G blocks of M; the rows of a block share one prompt buffer. The buffer may hold several prompts
-    (`entries`) side by side: `prompt_owner` gives the prompt that each slot belongs to, `row_prompt` the one that each
-    row continues.
+    (`entries`) side by side: `row_prompt` gives the one that each row continues. A layer with a window has slots for
+    what a query may still see (`slots_of`): its own tokens go round in a ring, and of a prompt it has the end.
 
     Attributes:
       k, v: L arrays [B, K, S, H], the rows' own tokens from slot 0 on, with RoPE already applied to the keys.
       count: [B] int32, the number of own tokens of each row.
       prompt_k, prompt_v: L arrays [G, K, P, H].
-      prompt_owner: [G, P] int32, -1 on padding.
+      prompt_length: [G, E] int32, in tokens; 0 for an entry that holds no prompt.
       row_prompt: [B] int32.
     """
 
@@ -43,14 +48,31 @@ class Cache:
     count: jax.Array
     prompt_k: tuple[jax.Array, ...]
     prompt_v: tuple[jax.Array, ...]
-    prompt_owner: jax.Array
+    prompt_length: jax.Array
     row_prompt: jax.Array
-    entries: int = struct.field(pytree_node=False, default=1)
 
-    def prompt_mask(self) -> jax.Array:
-        """[B, P]: which prompt slots each row sees."""
-        blocks = self.row_prompt.reshape(self.prompt_owner.shape[0], -1, 1)
-        return (self.prompt_owner[:, None, :] == blocks).reshape(self.row_prompt.shape[0], -1)
+    @property
+    def entries(self) -> int:
+        return self.prompt_length.shape[1]
+
+    def own_mask(self, layer: int, slot: jax.Array | int, window: int | None) -> jax.Array:
+        """[B, S]: which own tokens in a layer's cache a row's next token sees, if it is in slot `slot` of `Recent`."""
+        slots, count = self.k[layer].shape[2], self.count[:, None]
+        index = jnp.arange(slots)
+        index = (
+            index + (count - 1 - index) // slots * slots
+        )  # of the newest token in each slot, negative if there is none
+        return (index >= 0) if window is None else (index >= 0) & (index > count + slot - window)
+
+    def prompt_mask(self, layer: int, positions: jax.Array, window: int | None) -> jax.Array:
+        """[B, P]: which prompt slots of a layer's cache a row's token at positions [B, 1] sees."""
+        length = jnp.repeat(self.prompt_length, self.row_prompt.shape[0] // self.prompt_length.shape[0], 0)[..., None]
+        slots = self.prompt_k[layer].shape[2] // self.entries
+        at = jnp.arange(slots) + jnp.maximum(length - slots, 0)  # [B,E,P/E]
+        mask = (at < length) & (jnp.arange(self.entries) == self.row_prompt[:, None])[..., None]
+        if window is not None:
+            mask &= at > positions[..., None] - window
+        return mask.reshape(len(mask), -1)
 
 
 @struct.dataclass
@@ -70,20 +92,31 @@ class Recent:
     held: jax.Array
 
 
+def slots_of(layer: Layer, slots: int) -> int:
+    """How many of `slots` cache slots a layer needs: a query sees itself and the window's other tokens, before it."""
+    return slots if layer.window is None else min(slots, max(-(-(layer.window - 1) // TILE), 1) * TILE)
+
+
 def empty_cache(
     cfg: ModelConfig, rows: int, slots: int, blocks: int, prompt_slots: int, dtype, entries: int = 1
 ) -> Cache:
-    """An empty cache. `slots` must hold a row's own tokens, plus room for one `Recent` after the last of them."""
-    own, prompt = (rows, cfg.K, slots, cfg.H), (blocks, cfg.K, prompt_slots, cfg.H)
+    """An empty cache. `slots` must hold a row's own tokens, plus room for one `Recent` after the last of them.
+
+    `prompt_slots` are those of one of the `entries` of a prompt buffer.
+    """
+
+    def make(rows: int, slots: int, times: int = 1) -> tuple[jax.Array, ...]:
+        shapes = [(rows, cfg.K, times * slots_of(layer, slots), cfg.H) for layer in cfg.layers]
+        return tuple(jnp.zeros(shape, dtype) for shape in shapes)
+
     return Cache(
-        k=tuple(jnp.zeros(own, dtype) for _ in range(cfg.L)),
-        v=tuple(jnp.zeros(own, dtype) for _ in range(cfg.L)),
+        k=make(rows, slots),
+        v=make(rows, slots),
         count=jnp.zeros(rows, jnp.int32),
-        prompt_k=tuple(jnp.zeros(prompt, dtype) for _ in range(cfg.L)),
-        prompt_v=tuple(jnp.zeros(prompt, dtype) for _ in range(cfg.L)),
-        prompt_owner=jnp.full((blocks, prompt_slots), -1, jnp.int32),
+        prompt_k=make(blocks, prompt_slots, entries),
+        prompt_v=make(blocks, prompt_slots, entries),
+        prompt_length=jnp.zeros((blocks, entries), jnp.int32),
         row_prompt=jnp.zeros(rows, jnp.int32),
-        entries=entries,
     )
 
 
@@ -97,13 +130,17 @@ def empty_recent(cache: Cache, slots: int) -> Recent:
 def commit(cache: Cache, recent: Recent) -> Cache:
     """The cache with each row's recent tokens, which fill its first slots of `recent`, appended to its own tokens.
 
-    It is an explicit loop over each device's rows: XLA turns a batched update into a scatter, which copies the caches.
+    Where a cache is a ring, rows fill all slots of `recent`, whose number divides the ring's; only a row that has ended
+    may not. It is an explicit loop over each device's rows: XLA turns a batched update into a scatter, which copies the caches.
     """
 
     def local(own, new, count):
         def move(row, own):
             part = [jax.lax.dynamic_slice_in_dim(x, row, 1) for x in new]
-            return [jax.lax.dynamic_update_slice(x, y, (row, 0, count[row], 0)) for x, y in zip(own, part, strict=True)]
+            return [
+                jax.lax.dynamic_update_slice(x, y, (row, 0, count[row] % x.shape[2], 0))
+                for x, y in zip(own, part, strict=True)
+            ]
 
         return jax.lax.fori_loop(0, count.shape[0], move, own)
 
@@ -132,40 +169,85 @@ def encode(
     Attention stays within rows. Layers are scanned if they are stacked. `remat` names what the backward pass
     recomputes: none, full, or dots (all but matrix products).
     """
-    x, angles, layers = _embed(params, tokens), _angles(positions, cfg), params["layers"]
+    x, angles = _embed(params, tokens), _angles(positions, cfg)
 
-    def attend(q, k, v):
-        return attention.attend(q, k, v, positions), None
+    def step(layer: Layer, x: jax.Array, weights: dict, pair: dict | None) -> jax.Array:
+        def attend(q, k, v):
+            return attention.attend(q, k, v, positions, layer.window), None
 
-    def step(x, inputs):
-        weights, pair = inputs
-        return _block(x, weights, lora and (pair, lora.scale), angles, cfg, attend)
+        bound = Bound(cfg, weights, lora and (pair or {}, lora.scale), angles.get(layer.rope))
+        return block(x, bound, layer.mixer, layer.mlp, attend)[0]
 
-    if isinstance(layers, list):
-        layer = _remat(step, remat, prevent_cse=True)
-        for i, weights in enumerate(layers):
-            x, _ = layer(x, (weights, lora and lora.layer(i)))
+    if isinstance(params["layers"], list):
+        for layer, weights, pair in _each_layer(params, cfg, lora):
+            x = _remat(step, remat, prevent_cse=True)(layer, x, weights, pair and pair[0])
     else:
-        x, _ = jax.lax.scan(_remat(step, remat), x, (layers, lora and lora.tree))
-    return _norm(x, params["norm"], cfg)
+        x = _scan(step, x, params["layers"], lora and lora.tree, cfg, remat)
+    return rms_norm(x, params["norm"], cfg.norm_eps)
+
+
+def _scan(step: Callable, x: jax.Array, layers: dict, adapter: dict | None, cfg: ModelConfig, remat: str) -> jax.Array:
+    """Goes through stacked layers in a loop over the period of their pattern, and through what remains after it.
+
+    So windows and rotations are static in the loop's body. What is looped over is only a view if nothing remains;
+    otherwise the body looks up its weights by index, since XLA would copy all but the remaining ones.
+    """
+    pattern = replace(cfg, layers=cfg.layers[: cfg.period])
+    rounds, rest = divmod(cfg.L, cfg.period)
+    sizes = {name: len(weight.layers(pattern)) for name, weight in declare(pattern).items()}
+
+    def fold(stacked: dict) -> dict:
+        """[L,...] -> [rounds, how many in a period, ...]."""
+
+        def one(name):
+            size = sizes[name]
+            return lambda x: x[: rounds * size].reshape(rounds, size, *x.shape[1:])
+
+        return {name: jax.tree.map(one(name), leaf) for name, leaf in stacked.items()}
+
+    def look_up(index: jax.Array) -> dict:
+        def one(name):
+            size = sizes[name]
+            return lambda x: jax.lax.dynamic_slice_in_dim(x, index * size, size)
+
+        return {name: jax.tree.map(one(name), leaf) for name, leaf in layers.items()}
+
+    def period(x, inputs):
+        weights, pairs = inputs
+        if rest:
+            weights = look_up(weights)
+        for i, layer in enumerate(pattern.layers):
+            pair = adapter and of_layer(pairs, i, pattern)
+            x = _remat(step, remat)(layer, x, of_layer(weights, i, pattern), pair)
+        return x, None
+
+    x, _ = jax.lax.scan(period, x, (jnp.arange(rounds) if rest else fold(layers), adapter and fold(adapter)))
+    for i in range(cfg.L - rest, cfg.L):
+        pair = adapter and of_layer(adapter, i, cfg)
+        x = _remat(step, remat, prevent_cse=True)(cfg.layers[i], x, of_layer(layers, i, cfg), pair)
+    return x
 
 
 @jax.named_scope("prefill")
 def prefill(
     params: Params, tokens: jax.Array, positions: jax.Array, cfg: ModelConfig, lora: Lora | None = None
 ) -> tuple[jax.Array, list[jax.Array], list[jax.Array]]:
-    """Final hidden states [B,T,D] of prompts, and the keys and values [B,K,T,H] of each layer, to be cached."""
+    """Final hidden states [B,T,D] of prompts, and the keys and values [B,K,P,H] of each layer, to be cached.
+
+    Prompts are padded on the right. A layer with a window keeps the end of each: P is `slots_of` the layer and T.
+    """
+    length = positions.max(1) + 1
     x, angles, kept = _embed(params, tokens), _angles(positions, cfg), []
+    for layer, weights, pair in _each_layer(params, cfg, lora):
 
-    def attend(q, k, v):
-        # Where devices share a row's tokens, they exchange keys and values, not what these are computed from.
-        k, v = constrain(k, "btkh"), constrain(v, "btkh")
-        return attention.attend(q, k, v, positions), (k.swapaxes(1, 2), v.swapaxes(1, 2))
+        def attend(q, k, v, layer=layer):
+            # Where devices share a row's tokens, they exchange keys and values, not what these are computed from.
+            k, v, slots = constrain(k, "btkh"), constrain(v, "btkh"), slots_of(layer, k.shape[1])
+            return attention.attend(q, k, v, positions, layer.window), (_end(k, length, slots), _end(v, length, slots))
 
-    for weights, pair in _each_layer(params, cfg, lora):
-        x, new = _block(x, weights, pair, angles, cfg, attend)
+        x, new = block(x, Bound(cfg, weights, pair, angles.get(layer.rope)), layer.mixer, layer.mlp, attend)
         kept.append(new)
-    return _norm(x, params["norm"], cfg), [k for k, _ in kept], [v for _, v in kept]
+    return rms_norm(x, params["norm"], cfg.norm_eps), [k for k, _ in kept], [v for _, v in kept]
 
 
 @jax.named_scope("decode_step")
@@ -187,12 +269,19 @@ def decode_step(
     x, angles, kept = _embed(params, tokens), _angles(positions, cfg), []
     held = jax.lax.dynamic_update_slice(recent.held, positions, (0, slot))
     live = (positions >= 0)[..., None]
-    own = live & (jnp.arange(cache.k[0].shape[2]) < cache.count[:, None])[:, None]
-    new, prompt = attention.causal_mask(positions, held), live & cache.prompt_mask()[:, None]
-    for i, (weights, pair) in enumerate(_each_layer(params, cfg, lora)):
+    masks = {
+        window: (
+            live & cache.own_mask(i, slot, window)[:, None],
+            attention.causal_mask(positions, held, window),
+            live & cache.prompt_mask(i, positions, window)[:, None],
+        )
+        for window, i in {layer.window: i for i, layer in enumerate(cfg.layers)}.items()
+    }
+    for i, (layer, weights, pair) in enumerate(_each_layer(params, cfg, lora)):
 
-        def attend(q, k, v, i=i):
+        def attend(q, k, v, i=i, window=layer.window):
             k, v = _store(recent.k[i], k, slot), _store(recent.v[i], v, slot)
+            own, new, prompt = masks[window]
             sets = [
                 (cache.k[i], cache.v[i], own, 1),
                 (k, v, new, 1),
@@ -200,9 +289,9 @@ def decode_step(
             ]
             return attention.attend_cached(q, sets), (k, v)
 
-        x, stored = _block(x, weights, pair, angles, cfg, attend)
+        x, stored = block(x, Bound(cfg, weights, pair, angles.get(layer.rope)), layer.mixer, layer.mlp, attend)
         kept.append(stored)
-    hidden = _norm(x, params["norm"], cfg)[:, 0]
+    hidden = rms_norm(x, params["norm"], cfg.norm_eps)[:, 0]
     return hidden, Recent(tuple(k for k, _ in kept), tuple(v for _, v in kept), held)
 
 
@@ -229,92 +318,31 @@ def _embed(params: Params, tokens: jax.Array) -> jax.Array:
     return constrain(constrain(x, "xtd"), "bt_")
 
 
-def _each_layer(params: Params, cfg: ModelConfig, lora: Lora | None) -> Iterator[tuple[dict, tuple | None]]:
-    """Yields each layer's (weights, (LoRA weights, scale) or None), whether layers are stacked or a list."""
+def _each_layer(params: Params, cfg: ModelConfig, lora: Lora | None) -> Iterator[tuple[Layer, dict, tuple | None]]:
+    """Yields each layer with its weights and (its LoRA weights, scale) or None, whether layers are stacked or a list."""
     layers = params["layers"]
-    for i in range(cfg.L):
-        weights = layers[i] if isinstance(layers, list) else {k: w[i] for k, w in layers.items()}
-        yield weights, lora and (lora.layer(i), lora.scale)
+    for i, layer in enumerate(cfg.layers):
+        weights = layers[i] if isinstance(layers, list) else of_layer(layers, i, cfg)
+        yield layer, weights, lora and (of_layer(lora.tree, i, cfg), lora.scale)
 
 
-def _block(x, weights, pair, angles, cfg, attend):
-    """One layer: x [B,T,D] -> ([B,T,D], what `attend` keeps).
-
-    `pair` is (this layer's LoRA, scale) or None. `attend` takes q [B,T,N,H], k and v [B,T,K,H] and returns the
-    attention's output [B,T,N,H] and whatever its caller keeps of k and v.
-    """
-    with jax.named_scope("attend"):
-        y = _norm(x, weights["attn_norm"], cfg)
-        q = _linear(y, weights, "q", pair)
-        k = _linear(y, weights, "k", pair)
-        v = _linear(y, weights, "v", pair)
-        if cfg.qk_norm:
-            q, k = _norm(q, weights["q_norm"], cfg), _norm(k, weights["k_norm"], cfg)
-        out, kept = attend(_rotate(q, angles), _rotate(k, angles), v)
-        x = x + _linear(constrain(out, "btnh"), weights, "o", pair)
-    with jax.named_scope("mlp"):
-        y = _norm(constrain(x, "bt_"), weights["mlp_norm"], cfg)
-        gate = _linear(y, weights, "gate", pair)
-        up = _linear(y, weights, "up", pair)
-        x = x + _linear(jax.nn.silu(gate) * up, weights, "down", pair)
-    return constrain(x, "bt_"), kept
+def _angles(positions: jax.Array, cfg: ModelConfig) -> dict[Rope | None, Angles]:
+    """cos and sin [B,T,1,H/2] in float32 of each rotation that a layer has."""
+    found: dict[Rope | None, Angles] = {}
+    for rope in dict.fromkeys(layer.rope for layer in cfg.layers if layer.rope is not None):
+        frequencies, factor = rope.frequencies(cfg.H)
+        angles = positions[..., None, None].astype(jnp.float32) * frequencies
+        found[rope] = jnp.cos(angles) * factor, jnp.sin(angles) * factor
+    return found
 
 
-def _linear(x, weights, name, pair):
-    """x [B,T,*inputs] times weight `name` [*inputs,*outputs], plus its bias, plus its LoRA term: [B,T,*outputs]."""
-    y = _times(x, weights[name])
-    if f"{name}_bias" in weights:
-        y = y + weights[f"{name}_bias"]
-    if pair is not None and name in pair[0]:
-        tree, scale = pair
-        a, b = tree[name]["a"].astype(x.dtype), tree[name]["b"].astype(x.dtype)
-        y = y + scale * _expand(_times(x, a), b)
-    return y
-
-
-def _times(x: jax.Array, w: jax.Array) -> jax.Array:
-    """x [B,T,*inputs] times w [*inputs,*outputs]. Inputs are flattened first: with two axes XLA may transpose w."""
-    return jnp.tensordot(x.reshape(*x.shape[:2], -1), w.reshape(-1, *w.shape[x.ndim - 2 :]), 1)
-
-
-@jax.custom_vjp
-def _expand(z: jax.Array, b: jax.Array) -> jax.Array:
-    """z [B,T,R] times b [R,*outputs], with a custom gradient.
-
-    JAX's own gradient for b puts the wide cotangent first in the product. XLA on a CPU then transposes it (and
-    recomputes it, transposed), which takes 25% of a training step.
-    """
-    return jnp.tensordot(z, b, 1)
-
-
-def _expand_backward(saved, g):
-    z, b = saved
-    by_z = jnp.einsum("bto,ro->btr", g.reshape(*g.shape[:2], -1), b.reshape(b.shape[0], -1))
-    return by_z, jnp.tensordot(z, g, ((0, 1), (0, 1)))
-
-
-_expand.defvjp(lambda z, b: (_expand(z, b), (z, b)), _expand_backward)
-
-
-def _norm(x: jax.Array, weight: jax.Array, cfg: ModelConfig) -> jax.Array:
-    """Root-mean-square norm over the last axis, in float32."""
-    y = x.astype(jnp.float32)
-    y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + cfg.norm_eps)
-    return weight * y.astype(x.dtype)
-
-
-def _angles(positions: jax.Array, cfg: ModelConfig) -> tuple[jax.Array, jax.Array]:
-    """cos and sin [B,T,1,H/2] in float32."""
-    frequencies, factor = cfg.rope.frequencies(cfg.H)
-    angles = positions[..., None, None].astype(jnp.float32) * frequencies
-    return jnp.cos(angles) * factor, jnp.sin(angles) * factor
-
-
-def _rotate(x: jax.Array, angles: tuple[jax.Array, jax.Array]) -> jax.Array:
-    """RoPE on [B,T,N,H] or [B,T,K,H], with halves paired as in Hugging Face."""
-    cos, sin = angles
-    a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
+def _end(x: jax.Array, length: jax.Array, slots: int) -> jax.Array:
+    """The last `slots` tokens of x [B,T,K,H] before each row's length, or its first if it has no more: [B,K,slots,H]."""
+    x = x.swapaxes(1, 2)
+    if slots == x.shape[2]:
+        return x
+    cut = lambda x, start: jax.lax.dynamic_slice_in_dim(x, start, slots, 1)  # noqa: E731
+    return jax.vmap(cut)(x, jnp.maximum(length - slots, 0))
 
 
 def _store(recent: jax.Array, new: jax.Array, slot: jax.Array | int) -> jax.Array:
@@ -322,8 +350,9 @@ def _store(recent: jax.Array, new: jax.Array, slot: jax.Array | int) -> jax.Arra
     return jax.lax.dynamic_update_slice(recent, new.swapaxes(1, 2).astype(recent.dtype), (0, 0, slot, 0))
 
 
-def _remat(step, policy: str, prevent_cse: bool = False):
+def _remat(step: Callable, policy: str, prevent_cse: bool = False) -> Callable:
+    """`step`, whose first argument is static, with what the backward pass recomputes."""
     if policy == "none":
         return step
-    policies = {"full": None, "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable}
-    return jax.checkpoint(step, policy=policies[policy], prevent_cse=prevent_cse)
+    policies: dict[str, Any] = {"full": None, "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable}
+    return jax.checkpoint(step, policy=policies[policy], prevent_cse=prevent_cse, static_argnums=0)

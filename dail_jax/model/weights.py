@@ -2,7 +2,8 @@
 
 `declare(cfg)` lists one `Weight` per name. `axes` is our layout and `torch` is Hugging Face's, both in axis letters (see
 `dail_jax.mesh`); parentheses mark a flattened group: q is `dnh` here and `(nh)d` there. Weights with `{l}` in their
-Hugging Face name exist once per layer and are stacked on a leading L axis.
+Hugging Face name exist once per layer and are stacked on a leading L axis. Those of one kind of part (`of`) exist in the
+layers that have this part, and are stacked over these alone.
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ from dail_jax import mesh as mesh_lib
 from dail_jax.errors import UserError
 from dail_jax.model.families import ModelConfig
 
-Params = dict[str, Any]  # {"embed", "unembed"?, "norm", "layers": {name: [L, ...]} or a list of L {name: [...]}}
+# {"embed", "unembed"?, "norm", "layers": {name: [L, ...]} or a list of L {name: [...]}}; a leaf may be a pytree of arrays
+Params = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -30,10 +32,19 @@ class Weight:
     inputs: int = 0  # how many leading axes a linear map contracts; 0: not a linear map
     init: str = "normal"
     place: str = ""  # the letters to shard by, where these differ from `axes`
+    of: str = ""  # the mixer or MLP that it belongs to, by its name in `Layer`; empty: to every layer
 
     @property
     def layered(self) -> bool:
         return "{l}" in self.hf
+
+    def layers(self, cfg: ModelConfig) -> tuple[int, ...]:
+        """The layers that have this weight, in the order in which they are stacked."""
+        return tuple(i for i, layer in enumerate(cfg.layers) if self.of in ("", layer.mixer, layer.mlp))
+
+    def names(self, cfg: ModelConfig) -> list[str]:
+        """The names of its tensors in Hugging Face files: one for each layer that has it."""
+        return [self.hf.format(l=i) for i in self.layers(cfg)] if self.layered else [self.hf]
 
     @property
     def module(self) -> str:
@@ -73,35 +84,36 @@ def _groups(axes: str) -> list[str]:
 
 
 def declare(cfg: ModelConfig) -> dict[str, Weight]:
-    """The weights of a model by our names, in the order of the forward pass."""
-    attention, mlp = "model.layers.{l}.self_attn.", "model.layers.{l}.mlp."
+    """The weights of a model by our names, in the order of the forward pass. Rows of parts that no layer has are left out."""
+    layer = "model.layers.{l}."
+    attention, mlp = layer + "self_attn.", layer + "mlp."
     table = {
         "embed": Weight("vd", "model.embed_tokens.weight", "vd"),
-        "attn_norm": Weight("d", "model.layers.{l}.input_layernorm.weight", "d", init="ones"),
-        "q": Weight("dnh", attention + "q_proj.weight", "(nh)d", 1),
-        "k": Weight("dkh", attention + "k_proj.weight", "(kh)d", 1),
-        "v": Weight("dkh", attention + "v_proj.weight", "(kh)d", 1),
-        "o": Weight("nhd", attention + "o_proj.weight", "d(nh)", 2),
-        "mlp_norm": Weight("d", "model.layers.{l}.post_attention_layernorm.weight", "d", init="ones"),
-        "gate": Weight("df", mlp + "gate_proj.weight", "fd", 1),
-        "up": Weight("df", mlp + "up_proj.weight", "fd", 1),
-        "down": Weight("fd", mlp + "down_proj.weight", "df", 1),
+        "attn_norm": Weight("d", layer + "input_layernorm.weight", "d", init="ones"),
+        "q": Weight("dnh", attention + "q_proj.weight", "(nh)d", 1, of="attention"),
+        "k": Weight("dkh", attention + "k_proj.weight", "(kh)d", 1, of="attention"),
+        "v": Weight("dkh", attention + "v_proj.weight", "(kh)d", 1, of="attention"),
+        "o": Weight("nhd", attention + "o_proj.weight", "d(nh)", 2, of="attention"),
+        "mlp_norm": Weight("d", layer + "post_attention_layernorm.weight", "d", init="ones"),
+        "gate": Weight("df", mlp + "gate_proj.weight", "fd", 1, of="dense"),
+        "up": Weight("df", mlp + "up_proj.weight", "fd", 1, of="dense"),
+        "down": Weight("fd", mlp + "down_proj.weight", "df", 1, of="dense"),
         "norm": Weight("d", "model.norm.weight", "d", init="ones"),
     }
     if cfg.qkv_bias:
         table |= {
-            "q_bias": Weight("nh", attention + "q_proj.bias", "(nh)", init="zeros"),
-            "k_bias": Weight("kh", attention + "k_proj.bias", "(kh)", init="zeros"),
-            "v_bias": Weight("kh", attention + "v_proj.bias", "(kh)", init="zeros"),
+            "q_bias": Weight("nh", attention + "q_proj.bias", "(nh)", init="zeros", of="attention"),
+            "k_bias": Weight("kh", attention + "k_proj.bias", "(kh)", init="zeros", of="attention"),
+            "v_bias": Weight("kh", attention + "v_proj.bias", "(kh)", init="zeros", of="attention"),
         }
     if cfg.qk_norm:
         table |= {
-            "q_norm": Weight("h", attention + "q_norm.weight", "h", init="ones"),
-            "k_norm": Weight("h", attention + "k_norm.weight", "h", init="ones"),
+            "q_norm": Weight("h", attention + "q_norm.weight", "h", init="ones", of="attention"),
+            "k_norm": Weight("h", attention + "k_norm.weight", "h", init="ones", of="attention"),
         }
     if not cfg.tied:
         table["unembed"] = Weight("vd", "lm_head.weight", "vd", place="u_")  # the layout that the loss needs
-    return table
+    return {name: weight for name, weight in table.items() if not weight.layered or weight.layers(cfg)}
 
 
 def tree(cfg: ModelConfig, leaf) -> Params:
@@ -113,7 +125,7 @@ def tree(cfg: ModelConfig, leaf) -> Params:
 
 
 def full_shape(weight: Weight, cfg: ModelConfig) -> tuple[int, ...]:
-    return (cfg.L, *weight.shape(cfg)) if weight.layered else weight.shape(cfg)
+    return (len(weight.layers(cfg)), *weight.shape(cfg)) if weight.layered else weight.shape(cfg)
 
 
 def abstract(cfg: ModelConfig, dtype, mesh: jax.sharding.Mesh | None = None) -> Params:
@@ -160,13 +172,23 @@ def init(key: jax.Array, cfg: ModelConfig, dtype=jnp.float32, std: float = 0.02)
     return tree(cfg, leaf)
 
 
-def unstack(params: Params) -> Params:
+def of_layer(stacked: dict[str, Any], index: int, cfg: ModelConfig) -> dict[str, Any]:
+    """One layer's part of stacked weights, or of what is named and stacked like them, such as a LoRA."""
+    table, part = declare(cfg), {}
+    for name, leaf in stacked.items():
+        layers = table[name].layers(cfg)
+        if index in layers:
+            row = layers.index(index)
+            part[name] = jax.tree.map(lambda x, row=row: x[row], leaf)
+    return part
+
+
+def unstack(params: Params, cfg: ModelConfig) -> Params:
     """The same weights with one array per layer: otherwise decoding copies slices every step."""
     layers = params["layers"]
     if isinstance(layers, list):
         return params
-    depth = next(iter(layers.values())).shape[0]
-    return {**params, "layers": [{k: v[i] for k, v in layers.items()} for i in range(depth)]}
+    return {**params, "layers": [of_layer(layers, i, cfg) for i in range(cfg.L)]}
 
 
 def count(cfg: ModelConfig) -> int:

@@ -28,7 +28,6 @@ from dail_jax.model.weights import Params
 from dail_jax.sample import mixture
 
 RUNNING, STOPPED, CUT, BROKEN = 0, 1, 2, 3
-TILE = 16  # cache slots come in multiples of this: a TPU lays out other sizes differently and copies them on every call
 
 
 @dataclass(frozen=True)
@@ -97,9 +96,8 @@ class DecodeState:
 def empty(grid: Grid, cfg: ModelConfig, dtype) -> DecodeState:
     """A state in which no slot is live."""
     n, rows = grid.slots, grid.slots * grid.roles
-    own = -(-(grid.max_tokens + grid.chunk) // TILE) * TILE
-    shared = grid.entries * grid.prompt_slots
-    cache = transformer.empty_cache(cfg, rows, own, grid.blocks * grid.roles, shared, dtype, grid.entries)
+    own = -(-(grid.max_tokens + grid.chunk) // transformer.TILE) * transformer.TILE
+    cache = transformer.empty_cache(cfg, rows, own, grid.blocks * grid.roles, grid.prompt_slots, dtype, grid.entries)
     return _lay_out(
         DecodeState(
             cache=cache,
@@ -142,13 +140,12 @@ def load_prompt(
     last = jnp.where(end, hidden, 0).sum(1)  # exact; a gather along tokens that devices share would fetch all of them
     buffers = [state.cache.prompt_k, state.cache.prompt_v]
     keys, values = _put(grid, buffers, [tuple(ks), tuple(vs)], block, entry)
-    owner = jnp.where(positions >= 0, entry, -1).astype(jnp.int32)
-    at = (block * grid.roles, entry * grid.prompt_slots)
-    owners = jax.lax.dynamic_update_slice(state.cache.prompt_owner, owner, at)
+    at = (block * grid.roles, entry)
+    length = jax.lax.dynamic_update_slice(state.cache.prompt_length, lengths[:, None], at)
     return _lay_out(
         replace(
             state,
-            cache=replace(state.cache, prompt_k=keys, prompt_v=values, prompt_owner=owners),
+            cache=replace(state.cache, prompt_k=keys, prompt_v=values, prompt_length=length),
             prompt_hidden=state.prompt_hidden.at[block, entry].set(last.astype(state.hidden.dtype)),
             prompt_length=state.prompt_length.at[block, entry].set(lengths),
         )
@@ -156,7 +153,7 @@ def load_prompt(
 
 
 def _put(grid: Grid, buffers: list[tuple], new: list[tuple], block: jax.Array, entry: jax.Array) -> list[tuple]:
-    """Prompt buffers [G * roles,K,P,H] with new keys or values [roles,K,T,H] as a block's entry.
+    """Prompt buffers [G * roles,K,P,H] with new keys or values [roles,K,P/E,H] as a block's entry.
 
     Each device writes to its own blocks, in place, or writes back what is there: XLA would gather a whole buffer to
     update a part of it when it cannot tell which device holds the part.
@@ -165,9 +162,10 @@ def _put(grid: Grid, buffers: list[tuple], new: list[tuple], block: jax.Array, e
     def local(buffers, new, first, block, entry):
         own = buffers[0][0].shape[0] // grid.roles
         at = block - first[0]
-        place = (jnp.clip(at, 0, own - 1) * grid.roles, 0, entry * grid.prompt_slots, 0)
+        row = jnp.clip(at, 0, own - 1) * grid.roles
 
         def write(buffer, x):
+            place = (row, 0, entry * x.shape[2], 0)
             old = jax.lax.dynamic_slice(buffer, place, x.shape)
             x = jnp.where((at >= 0) & (at < own), x.astype(buffer.dtype), old)
             return jax.lax.dynamic_update_slice(buffer, x, place)

@@ -85,7 +85,7 @@ class Engine:
     usage: Usage = field(default_factory=Usage)
 
     def __post_init__(self):
-        self.params = unstack(self.params)
+        self.params = unstack(self.params, self.cfg)
         bias, stops = np.zeros(self.cfg.V, np.float32), np.zeros(self.cfg.V, bool)
         for token in (*self.stops, *self.never):
             if not 0 <= token < self.cfg.V:

@@ -119,7 +119,7 @@ def _weights(folder: str, dtype: str, mesh: jax.sharding.Mesh) -> weights.Params
 @functools.lru_cache(maxsize=1)
 def decoding_weights(folder: str, dtype: str, mesh: jax.sharding.Mesh) -> weights.Params:
     """The weights with one array per layer, for decoding."""
-    return jax.jit(weights.unstack)(_weights(folder, dtype, mesh))
+    return jax.jit(weights.unstack, static_argnums=1)(_weights(folder, dtype, mesh), read_config(folder))
 
 
 def release_decoding() -> None:
