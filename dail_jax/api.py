@@ -34,6 +34,7 @@ from dail_jax import resources
 from dail_jax.checkpoint import peft
 from dail_jax.data import batches, records
 from dail_jax.data import traces as traces_lib
+from dail_jax.data.prompts import Question
 from dail_jax.data.records import Row
 from dail_jax.errors import UserError, visible, want_folder
 from dail_jax.evaluate import protocol
@@ -256,8 +257,9 @@ class Model:
         """The first `limit` rows, or all, in order: problems with expert solutions and answers.
 
         `source` is None for the rows that the configuration trains on, the name of one of its benchmarks, a .jsonl or
-        .parquet file, or rows as mappings with the columns `problem`, `solution` and `answer`. A row without a solution
-        can be sampled and evaluated; one without an answer can be rolled out. Raises UserError at the first fault.
+        .parquet file, or rows as mappings with the columns of docs/data.md, such as `problem`, `solution` and `answer`. A
+        row without a solution can be sampled and evaluated; one without an answer can be rolled out. Raises UserError at
+        the first fault.
         """
         data, cfg = self.config.data, self.config.evaluate
         benchmark = next((one for one in cfg.benchmarks if one.name == source), None)
@@ -324,14 +326,7 @@ class Model:
         """The traces in a file of the stage `generate`, for problems of `rows()`; raises UserError for others."""
         rows = {row.problem_id: row for row in self.rows()}
         found = traces_lib.read(Path(path))
-        for number, trace in enumerate(found, 1):
-            if trace.problem_id not in rows:
-                raise UserError(
-                    f"got {trace.problem_id[:80]!r}, which is not in the data",
-                    file=path,
-                    row=number,
-                    field="problem_id",
-                )
+        traces_lib.refuse_unknown(found, {name: len(row.views) for name, row in rows.items()}, Path(path))
         return [Trace.of(trace, rows[trace.problem_id], self.session.tokenizer) for trace in found]
 
     def filter(self, traces: Sequence[Trace]) -> list[Trace]:
@@ -451,7 +446,8 @@ class Model:
         sampling = {**_sampling("evaluate", temperature, top_p, top_k, max_tokens), "evaluate.budgets": []}
         session = self._under("sample", {**sampling, "evaluate.slots": _slots(self.config.evaluate, n), "seed": seed})
         cfg, text = session.config.evaluate, problem.problem if isinstance(problem, Row) else problem
-        prompt = tuple(session.prompts.student_only(text))
+        question = Question(text, before=problem.before if isinstance(problem, Row) else ())
+        prompt = tuple(session.prompts.questions([question])[0])
         if len(prompt) > cfg.max_prompt_tokens:
             raise UserError(
                 f"got a prompt of {len(prompt)} tokens, want at most {cfg.max_prompt_tokens}",

@@ -19,7 +19,9 @@ from pydantic import (
     BaseModel,
     BeforeValidator,
     ConfigDict,
+    Discriminator,
     Field,
+    Tag,
     ValidationError,
     WithJsonSchema,
     field_validator,
@@ -111,12 +113,16 @@ class Columns(Section):
     """Column of the id, which must be unique. Where a row has none, a hash of its content takes its place."""
     problem: str = "problem"
     """Column of the problem's text."""
+    messages: str = "messages"
+    """Column of a chat, a list of `{role, content}`, read where a row has no `problem`: the last user's turn is the problem
+    (docs/data.md)."""
     solution: str = "solution"
-    """Column of the expert solution."""
+    """Column of the expert solution: text, or a list where a problem has several."""
     answer: str = "answer"
     """Column of the final answer. A training row without one has the answer that its solution ends in."""
     waypoints: str = "waypoints"
-    """Column of the waypoints, a list or text with one per line, read by the extractor `file`."""
+    """Column of the row's own waypoints, a list or text with one per line, which take the place of the extractor's. Of
+    several solutions, a list of lists gives each its own."""
     choices: str | tuple[str, ...] | None = None
     """Multiple choice: one column with a list of 2 to 26 texts, or a list of columns with one text each."""
 
@@ -132,22 +138,57 @@ class HoldOut(Section):
     """Which of the two parts to read; `rows: held_out` in a benchmark sets it."""
 
 
-class Dataset(Section):
-    """A dataset: a .jsonl or .parquet file, `hub:NAME` through the extra `hub`, or a source of your own."""
+class Source(Section):
+    """One of several files."""
 
     path: LocalPath
-    """The file; or `hub:NAME` or `hub:NAME:SUBSET` for a dataset on the hub, or another SOURCE:NAME."""
+    """The file, or the name on the hub or of another source."""
+    weight: Positive | None = None
+    """The file's share of all rows, relative to the other weights (docs/data.md); null = all its rows. Either every file
+    has a weight, or none has."""
+
+
+class Dataset(Section):
+    """A dataset: a .jsonl or .parquet file or several, `hub:NAME` through the extra `hub`, or a source of your own."""
+
+    path: Annotated[
+        Annotated[LocalPath, Tag("[one]")] | Annotated[tuple[Source, ...], Tag("[several]")],
+        Discriminator(lambda value: "[several]" if isinstance(value, (list, tuple)) else "[one]"),
+    ]
+    """The file; or `hub:NAME` or `hub:NAME:SUBSET` for a dataset on the hub, or another SOURCE:NAME; or a list of these,
+    as in `[{path: a.jsonl, weight: 3}, {path: b.jsonl, weight: 1}]`."""
+    seed: Seed = 0
+    """Which rows are taken of files with weights."""
     split: str = "train"
     """Split of a dataset on the hub; files have none."""
     columns: Columns = Columns()
     """The dataset's names for the fields that are read."""
     limit: Count | None = None
-    """Rows to read, from the first; null = all."""
+    """Rows to read, from the first; of files with weights, rows in all; null = all."""
     hold_out: HoldOut | None = None
     """Rows to keep out of training; null = none."""
     special_tokens: Literal["text", "keep", "refuse"] = "text"
     """What to do with control tokens in a row, such as `<|im_end|>` or `</think>`, which would end a turn or a thought.
     `text` encodes them as the plain text they are in the row, `keep` as control tokens, `refuse` is an error."""
+
+    @model_validator(mode="after")
+    def _files(self):
+        if isinstance(self.path, str):
+            return self
+        if not self.path:
+            raise ValueError("path: got an empty list, want at least one file")
+        if len({source.weight is None for source in self.path}) > 1:
+            raise ValueError("path: either every file has a weight, or none has")
+        if len({source.path for source in self.path}) < len(self.path):
+            raise ValueError("path: got the same file twice, want each once")
+        return self
+
+    @property
+    def shown_path(self) -> str:
+        """Where the rows come from, in words: `3 of a.jsonl, 1 of b.jsonl` for files with weights."""
+        if isinstance(self.path, str):
+            return self.path
+        return ", ".join(f"{one.weight:g} of {one.path}" if one.weight else one.path for one in self.path)
 
 
 class Data(Dataset):

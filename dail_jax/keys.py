@@ -12,7 +12,7 @@ import json
 import textwrap
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, get_args, get_origin
+from typing import Any, get_args
 
 from pydantic import BaseModel
 
@@ -84,7 +84,7 @@ def all_keys(root: type[BaseModel]) -> tuple[Key, ...]:
                 section,
             )
             if section is not None:
-                inner = f"{path}.N." if get_origin(field.annotation) is tuple else f"{path}."
+                inner = f"{path}.N." if "list of sections" in kind else f"{path}."
                 yield from walk(section, inner, value if isinstance(value, section) else None)
 
     return tuple(walk(root, "", None))
@@ -103,8 +103,8 @@ def _plain(value: Any) -> Any:
 
 def _kind(schema: dict[str, Any]) -> tuple[str, str]:
     """(type in words, allowed values) of a JSON schema."""
-    if "anyOf" in schema:
-        kinds = [_kind(one) for one in schema["anyOf"]]
+    if several := schema.get("anyOf") or schema.get("oneOf"):
+        kinds = [_kind(one) for one in several]
         return " or ".join(kind for kind, _ in kinds), ", or ".join(allowed for _, allowed in kinds if allowed)
     if "$ref" in schema:
         return "section", ""
@@ -226,7 +226,7 @@ def markdown(root: type[BaseModel]) -> str:
     for key in every:
         if key.section is None:
             continue
-        path = f"{key.path}.N" if key.type.startswith("list") else key.path
+        path = f"{key.path}.N" if "list of sections" in key.type else key.path
         lines += ["", f"{'#' * (2 + without_indices(path).count('.'))} {path}", ""]
         inside = children(root, key.path)
         first = shown.setdefault(key.section, path)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import io
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -108,9 +109,10 @@ def as_user_error(error: ValidationError, source: str | Path, root: type[BaseMod
     """The first of pydantic's errors about a tree of sections under `root`, as a UserError of one line."""
     # An unknown key comes before a missing one: it may be the missing one, misspelt.
     first = min(error.errors(), key=lambda e: e["type"] != "extra_forbidden")
-    field = ".".join(str(part) for part in first["loc"] if part != "[key]")
+    loc = [part for part in first["loc"] if not str(part).startswith("[")]  # "[key]", and the tags of unions
+    field = ".".join(map(str, loc))
     if first["type"] == "extra_forbidden":
-        return UserError(f"unknown key; did you mean {_nearest(first['loc'], root)!r}?", file=source, field=field)
+        return UserError(f"unknown key; did you mean {_nearest(loc, root)!r}?", file=source, field=field)
     if first["type"] == "missing":
         return UserError("missing, and it has no default", file=source, field=field)
     want = first["msg"].removeprefix("Value error, ")
@@ -124,7 +126,7 @@ def as_user_error(error: ValidationError, source: str | Path, root: type[BaseMod
     return UserError(f"got {got if len(got) <= 80 else got[:77] + '...'}, {want}", file=source, field=field or None)
 
 
-def _nearest(loc: tuple[str | int, ...], root: type[BaseModel]) -> str:
+def _nearest(loc: Sequence[str | int], root: type[BaseModel]) -> str:
     """The known key most like the unknown one at `loc`: by its name in the same section, otherwise by its path."""
     path = ".".join(map(str, loc))
     best = keys.nearest(path, [key.path for key in keys.all_keys(root)])[0]

@@ -21,7 +21,7 @@ from dail_jax.errors import UserError, want_folder
 from dail_jax.tokenizer_worker import LOAD_SECONDS, MARK, open_tag
 from dail_jax.worker import Lost, Worker
 
-Messages = Sequence[dict[str, str]]  # {"role": "system" | "user", "content": text}
+Messages = Sequence[dict[str, str]]  # {"role": "system" | "user" | "assistant", "content": text}
 
 __all__ = ["Messages", "Tokenizer", "load_tokenizer", "mention", "open_tag", "stop_ids"]
 

@@ -153,7 +153,7 @@ def test_exploding_parquet(tmp_path):
     cfg = table(tmp_path / "r.parquet", problem=["x" * 1_000_000] * 2000, solution=["y"] * 2000)
     assert (tmp_path / "r.parquet").stat().st_size < 100_000
     with pytest.raises(UserError, match="expand to more than 64 MiB"):
-        list(records._from_parquet(cfg, cap=64 << 20))
+        list(records._from_parquet(str(cfg.path), cfg, cap=64 << 20))
 
 
 def test_damaged_parquet(tmp_path):

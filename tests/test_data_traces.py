@@ -34,13 +34,13 @@ def rows():
 
 def prompts_of(rows, tokenizer, **templates):
     builder = PromptBuilder(tokenizer, config.Prompts(**{**TEMPLATES, **templates}), config.Waypoints())
-    return {row.problem_id: builder.build(row) for row in rows}
+    return {row.problem_id: views for row, views in zip(rows, builder.build_views(rows), strict=True)}
 
 
 def drawn(rows, tokenizer, roles=traces.ROLES):
     """A trace of each row's solution, as if it was drawn under today's prompts."""
     out = []
-    for problem_id, prompts in prompts_of(rows, tokenizer).items():
+    for problem_id, (prompts,) in prompts_of(rows, tokenizer).items():
         ids = tuple(prompts.expert)
         hashes = {role: traces.prompt_hash(getattr(prompts, role)) for role in roles}
         text = tokenizer.decode(ids)

@@ -311,7 +311,8 @@ def test_superscripts_and_odd_digits(value):
     for name in EXTRACTORS:
         solution = f"We get $x={value}$, so $y = {value} + 1$. The answer is {value}. \\boxed{{{value}}}"
         for answer in (None, value):
-            waypoints(Row("r", value, solution, answer, 0, value), config.Waypoints(extractor=name))
+            own = value if name == "file" else None
+            waypoints(Row("r", value, solution, answer, 0, own), config.Waypoints(extractor=name))
 
 
 def test_superscripts_have_the_value_that_they_show():
@@ -486,7 +487,8 @@ HOSTILE = [
 def test_hostile_texts_are_read_in_linear_time(text):
     started = time.process_time()  # a pattern that tries every start and every end would take minutes here
     for name in EXTRACTORS:
-        waypoints(Row("r", "?", text, None, 0, text), config.Waypoints(extractor=name))
+        row = Row("r", "?", text, None, 0, text if name == "file" else None)
+        waypoints(row, config.Waypoints(extractor=name))
     latex.canonical(text)
     assert time.process_time() - started < 10
 
@@ -500,5 +502,5 @@ def test_text_takes_more_formulas_than_it_has_signs_for():
 def test_every_extractor_takes_empty_and_odd_rows():
     for name in EXTRACTORS:
         for solution in ("", " \n", "$", r"\boxed{}", "\\", "é∑🎲", "$$ $$", "{}"):
-            row = Row("r", "", solution, None, 0, "")
+            row = Row("r", "", solution, None, 0, "" if name == "file" else None)
             assert waypoints(row, config.Waypoints(extractor=name)) == []

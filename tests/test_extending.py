@@ -133,7 +133,7 @@ def test_an_answer_type_rewards_and_selects(tmp_path, monkeypatch):
 
     tokenizer = load_tokenizer(str(tiny.ASSETS / "model"))
     session: Any = SimpleNamespace(config=config_lib.load(path), tokenizer=tokenizer)
-    task = online.Task("p", {}, "12 add")
+    task = online.Task("p", (), "12 add")
 
     def drawn(text):
         ids = np.array(tokenizer.encode(text))

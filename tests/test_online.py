@@ -76,11 +76,11 @@ def test_problems_with_long_prompts_are_skipped_and_counted(tmp_path, rows):
         metrics = Metrics(tmp_path, session.config.log, "train")
         return online.tasks_of(session, methods.of(session.config), read_rows(session.config.data), metrics)
 
-    lengths = sorted(len(task.prompts["student"]) for task in tasks())
+    lengths = sorted(len(task.student) for task in tasks())
     assert len(lengths) == 8 and lengths[0] < lengths[-1]
     fitting = [n for n in lengths if n < lengths[-1]]
     longest = f"train.online.max_prompt_tokens={lengths[-1] - 1}"
-    assert sorted(len(task.prompts["student"]) for task in tasks(longest)) == fitting
+    assert sorted(len(task.student) for task in tasks(longest)) == fitting
     counts = {row["what"]: (row["count"], row["of"]) for row in tiny.lines(tmp_path / "metrics.jsonl")}
     assert counts[f"problems skipped: their prompts are above {longest}"] == (8 - len(fitting), 8)
     with pytest.raises(UserError, match=r"train\.online\.max_prompt_tokens: nothing to train on"):

@@ -99,7 +99,7 @@ def test_problems_stand_beside_samples_and_traces(run):
     sets = [data["problems"][trace["set"]] for trace in data["traces"]]
     row = sets[0]["rows"][data["traces"][0]["problem_id"]]
     assert row["problem"].startswith("Add one to p0") and row["answer"] == "465"
-    assert row["solution"] == "$a=1$, $b=2$, \\boxed{465}" and row["waypoints"] == ["1", "2"]
+    assert row["solutions"] == [{"text": "$a=1$, $b=2$, \\boxed{465}", "waypoints": ["1", "2"]}]
     for sample in data["samples"]:
         own = data["problems"][sample["set"]]
         assert own["rows"][sample["problem_id"]]["problem"] == f"Add one to {sample['problem_id']}."
@@ -229,4 +229,4 @@ def test_hostile_problems_and_titles_stay_texts(run, tmp_path):
     assert len(found.find("script")) == 2 and not found.find("img") and hostile in "".join(found.text)
     sample = next(s for s in found.data()["samples"] if s["benchmark"] == "hard")
     shown = found.data()["problems"][sample["set"]]["rows"][sample["problem_id"]]
-    assert shown["problem"] == shown["solution"] == shown["answer"] == hostile
+    assert shown["problem"] == shown["solutions"][0]["text"] == shown["answer"] == hostile

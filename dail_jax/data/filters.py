@@ -7,6 +7,7 @@ outside this package.
 from __future__ import annotations
 
 import collections
+import dataclasses
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -27,6 +28,10 @@ class Context:
     cfg: config.Filters
     row: Row  # the problem, with its expert solution
     is_correct: Callable[[str], bool] | None = None  # grades a text; None where the row has no answer
+
+    def of(self, trace: Trace) -> Context:
+        """The same with the one solution that the trace was drawn with."""
+        return dataclasses.replace(self, row=self.row.views[trace.solution or 0])
 
 
 # Returns None for a trace to keep, otherwise why it is dropped, which may be empty.
@@ -64,7 +69,7 @@ def mark(traces: Sequence[Trace], contexts: Mapping[str, Context], cfg: config.F
     `cfg.keep` others: the first ones are kept, or with `cfg.choose: random` those that `seed` picks. Raises UserError
     for a filter that is not registered, and if `wrong` is asked of a row without an answer.
     """
-    marked = [t.marked(drop_reason(t, contexts[t.problem_id])) for t in traces]
+    marked = [t.marked(drop_reason(t, contexts[t.problem_id].of(t))) for t in traces]
 
     def rank(index: int):
         if cfg.choose == "first":

@@ -5,20 +5,26 @@ are filled in once and not scanned again; control tokens in them are plain text 
 `{{waypoints:, }}` sets the separator between waypoints, and so does `{{hint:, }}` if the hint is a list of waypoints. A
 line whose values are all empty is left out. A file that begins with a line `[system]` must also have a line `[user]`; any
 other file is the user's message as a whole.
+
+What a row's chat has before the problem, a system message and earlier turns, comes before the template's message in the
+prompts of all roles alike. A template's own system message follows the row's, after an empty line.
 """
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import functools
 import re
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, NamedTuple
 
 from dail_jax import config, provenance, strict_json
+from dail_jax.data.chats import Message
 from dail_jax.data.records import Row
 from dail_jax.data.waypoints import final_answer, waypoints
 from dail_jax.errors import UserError
@@ -45,15 +51,26 @@ Policy = Literal["text", "keep", "refuse"]
 Values = dict[str, str | list[str]]
 
 
+class Question(NamedTuple):
+    """A problem of an evaluation: its choices, if any, one per line, and the chat before it."""
+
+    problem: str
+    choices: str = ""
+    before: tuple[Message, ...] = ()
+
+
 @dataclass(frozen=True)
 class Template:
     """A checked template: (role, text with placeholders) for each message."""
 
     sections: tuple[tuple[str, str], ...]
 
-    def messages(self, values: Values) -> list[dict[str, str]]:
-        """Chat messages with the values put in."""
-        return [{"role": role, "content": _fill(text, values)} for role, text in self.sections]
+    def messages(self, values: Values, before: Sequence[Message] = ()) -> list[dict[str, str]]:
+        """Chat messages with the values put in, after those of a row's chat, and under one system message."""
+        chat = [*before, *(Message(role, _fill(text, values)) for role, text in self.sections)]
+        systems = [message.content for message in chat if message.role == "system"]
+        first = [Message("system", "\n\n".join(systems))] if systems else []
+        return [message._asdict() for message in (*first, *(m for m in chat if m.role != "system"))]
 
     def digest(self) -> str:
         return provenance.digest(self.sections)
@@ -82,7 +99,8 @@ class _Seen:
 class PromptBuilder:
     """Builds every prompt of a run from its templates and chat template; raises UserError for bad templates.
 
-    `special_tokens` says how to treat control tokens in rows. Solutions are cut so that the privileged student's prompt
+    Of a row with several expert solutions, the first is used; `Row.views` has a row for each. `special_tokens` says how to
+    treat control tokens in rows. Solutions are cut so that the privileged student's prompt
     has at most `max_tokens` tokens.
     """
 
@@ -108,13 +126,18 @@ class PromptBuilder:
 
     def build_all(self, rows: Sequence[Row]) -> list[RolePrompts]:
         """`build` for many rows, with far fewer round trips to the tokenizer's worker."""
+        with self._naming([(row.place, row.before) for row in rows]):
+            return self._build_all(rows)
+
+    def _build_all(self, rows: Sequence[Row]) -> list[RolePrompts]:
         found = self._seen(rows)
-        safe, replies = [], []
+        safe, befores, replies = [], [], []
         for row, seen in zip(rows, found, strict=True):
             safe.append(self._safe(seen.values, self.special_tokens, row.problem_id))
+            befores.append(self._safe_chat(row.before, self.special_tokens, row.problem_id))
             own = {**safe[-1], "solution": self._own_thoughts(str(seen.values["solution"]))}
             replies.append(self.reply(own, seen.cut))
-        student, negative = (self._render(template, safe) for template in (self.student, self.negative))
+        student, negative = (self._render(template, safe, befores) for template in (self.student, self.negative))
         experts = self.tokenizer.encode_all(replies, marked=True)
         return [
             RolePrompts(
@@ -127,21 +150,27 @@ class PromptBuilder:
             for i, seen in enumerate(found)
         ]
 
+    def build_views(self, rows: Sequence[Row]) -> list[tuple[RolePrompts, ...]]:
+        """For each row, its prompts with each of its expert solutions (`Row.views`)."""
+        built = iter(self.build_all([view for row in rows for view in row.views]))
+        return [tuple(next(built) for _ in row.views) for row in rows]
+
     def values_all(self, rows: Sequence[Row]) -> list[tuple[Values, bool]]:
         """The values of the placeholders for each row, and whether its solution was cut."""
         return [(seen.values, seen.cut) for seen in self._seen(rows)]
 
     def _seen(self, rows: Sequence[Row]) -> list[_Seen]:
         whole = [self._values(row, row.solution) for row in rows]
+        befores = [row.before for row in rows]
         return [
             self._shortened(row) if privileged is None else _Seen(values, False, privileged)
-            for row, values, privileged in zip(rows, whole, self._fitting(whole), strict=True)
+            for row, values, privileged in zip(rows, whole, self._fitting(whole, befores), strict=True)
         ]
 
     def _values(self, row: Row, solution: str) -> Values:
         """The values of a row of whose solution only this beginning is seen."""
         answer = final_answer(row)
-        seen = Row(row.problem_id, row.problem, solution, answer, row.index, row.waypoints)
+        seen = dataclasses.replace(row, solution=solution, answer=answer)
         found = waypoints(seen, self.waypoint_cfg)
         return {"problem": row.problem, "solution": solution, "waypoints": found, "answer": answer or ""}
 
@@ -152,15 +181,16 @@ class PromptBuilder:
         marked = [self._mark(solution)[0] for solution in solutions]
         return [len(ids) <= limit for ids in self.tokenizer.encode_all(marked, marked=True)]
 
-    def _fitting(self, found: Sequence[Values]) -> list[list[int] | None]:
+    def _fitting(self, found: Sequence[Values], befores: Sequence[Sequence[Message]]) -> list[list[int] | None]:
         """The privileged student's prompts; None where the solution or the prompt is above its limit."""
         short = [i for i, is_short in enumerate(self._are_short([str(v["solution"]) for v in found])) if is_short]
         prompts: list[list[int] | None] = [None] * len(found)
-        for i, prompt in zip(short, self._privileged([found[i] for i in short]), strict=True):
+        built = self._privileged([found[i] for i in short], [befores[i] for i in short])
+        for i, prompt in zip(short, built, strict=True):
             prompts[i] = prompt if self.max_tokens is None or len(prompt) <= self.max_tokens else None
         return prompts
 
-    def _privileged(self, found: Sequence[Values]) -> list[list[int]]:
+    def _privileged(self, found: Sequence[Values], befores: Sequence[Sequence[Message]]) -> list[list[int]]:
         marked: list[Values] = [
             {
                 field: self._mark(value)[0] if isinstance(value, str) else [self._mark(part)[0] for part in value]
@@ -168,19 +198,20 @@ class PromptBuilder:
             }
             for values in found
         ]
-        return self._render(self.privileged, marked)
+        chats = [tuple(Message(role, self._mark(text)[0]) for role, text in before) for before in befores]
+        return self._render(self.privileged, marked, chats)
 
     def _shortened(self, row: Row) -> _Seen:
         def is_short(solution: str) -> bool:
             return self._are_short([solution])[0]
 
         def fits(solution: str) -> bool:
-            return self._fitting([self._values(row, solution)])[0] is not None
+            return self._fitting([self._values(row, solution)], [row.before])[0] is not None
 
         # A prompt that is too long even without a solution is not helped by cutting: its row is skipped and counted.
         solution = longest_prefix(row.solution, fits if fits("") else is_short)
         values = self._values(row, solution)
-        return _Seen(values, solution != row.solution, self._privileged([values])[0])
+        return _Seen(values, solution != row.solution, self._privileged([values], [row.before])[0])
 
     def student_only(
         self, problem: str, template: str | None = None, choices: str = "", special_tokens: Policy | None = None
@@ -190,25 +221,29 @@ class PromptBuilder:
         `choices` are those of a multiple-choice question, one per line; they use the template for choices.
         `special_tokens` is the benchmark's own policy.
         """
-        return self.questions([(problem, choices)], template, special_tokens)[0]
+        return self.questions([Question(problem, choices)], template, special_tokens)[0]
 
     def questions(
-        self, found: Sequence[tuple[str, str]], template: str | None = None, special_tokens: Policy | None = None
+        self, found: Sequence[Question], template: str | None = None, special_tokens: Policy | None = None
     ) -> list[list[int]]:
-        """`student_only` for many (problem, choices) of one benchmark, of which all have choices or none has."""
-        with_choices = any(choices for _, choices in found)
+        """`student_only` for many questions of one benchmark, of which all have choices or none has."""
+        with_choices = any(question.choices for question in found)
         own = template is None and not with_choices
         of = self.student if own else _template(template, "choice" if with_choices else "student")
         policy = special_tokens or self.special_tokens
-        return self._render(
-            of,
-            [self._safe({"problem": problem, "choices": choices}, policy, problem[:40]) for problem, choices in found],
-        )
+        values, befores = [], []
+        for question in found:
+            name = question.problem[:40]
+            values.append(self._safe({"problem": question.problem, "choices": question.choices}, policy, name))
+            befores.append(self._safe_chat(question.before, policy, name))
+        with self._naming([({"row": question.problem[:40]}, question.before) for question in found]):
+            return self._render(of, values, befores)
 
-    def hinted(self, problem: str, hint: str | list[str]) -> list[int]:
+    def hinted(self, problem: str, hint: str | list[str], before: Sequence[Message] = ()) -> list[int]:
         """The student's prompt with a hint: a text, or a list of waypoints."""
         values = self._safe({"problem": problem, "hint": hint}, self.special_tokens, problem[:40])
-        return self._render(_template(self.cfg.hint, "hint"), [values])[0]
+        chat = self._safe_chat(before, self.special_tokens, problem[:40])
+        return self._render(_template(self.cfg.hint, "hint"), [values], [chat])[0]
 
     def reply(self, values: Values, cut: bool) -> str:
         """The text that SFT imitates: the `expert` template's, or the solution, after the prompt's opening.
@@ -229,9 +264,27 @@ class PromptBuilder:
             text = text.lstrip().removeprefix(opening.strip()).lstrip("\n")
         return text
 
-    def _render(self, template: Template, found: Sequence[Values]) -> list[list[int]]:
-        chats = [template.messages(values) for values in found]
+    def _render(
+        self, template: Template, found: Sequence[Values], befores: Sequence[Sequence[Message]]
+    ) -> list[list[int]]:
+        chats = [template.messages(values, before) for values, before in zip(found, befores, strict=True)]
         return self.tokenizer.render_all(chats, self.cfg.opening, marked=True)
+
+    @contextlib.contextmanager
+    def _naming(self, chats: Sequence[tuple[dict[str, Any], Sequence[Message]]]) -> Iterator[None]:
+        """Where prompts cannot be built, names the place of the first chat that the model's template refuses, if one is."""
+        try:
+            yield
+        except UserError:
+            for place, before in chats:
+                try:
+                    if before:
+                        self.tokenizer.render_text([m._asdict() for m in (*before, Message("user", "?"))])
+                except UserError as error:
+                    raise UserError(
+                        f"got a chat that the model's template refuses: {error.message}", **place, field="messages"
+                    ) from None
+            raise
 
     def _mark(self, text: str) -> tuple[str, list[str]]:
         return self.tokenizer.mark(text, keep=self.special_tokens == "keep")
@@ -253,6 +306,13 @@ class PromptBuilder:
             texts = [text for text, _ in marked]
             safe[field] = texts[0] if isinstance(value, str) else texts
         return safe
+
+    def _safe_chat(self, before: Sequence[Message], policy: Policy, name: str) -> list[Message]:
+        """`_safe` for what a row's chat has before the problem."""
+        return [
+            Message(role, str(self._safe({f"{role}'s message": content}, policy, name)[f"{role}'s message"]))
+            for role, content in before
+        ]
 
     def _own_thoughts(self, solution: str) -> str:
         """A solution as a reply: control tokens are marked, except the tags around thoughts at its beginning."""

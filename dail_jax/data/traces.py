@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Literal, get_args
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import ConfigDict, Field, ValidationInfo, field_validator
 
@@ -30,7 +30,8 @@ LogProbs = Annotated[tuple[float | None, ...], Field(strict=False)]
 class Trace(Shape):
     """A response to one problem: a row of traces.jsonl.
 
-    The fields with a default may be missing from a file that was made elsewhere; `generate` writes all of them.
+    The fields with a default may be missing from a file that was made elsewhere; `generate` writes all of them, but
+    `solution` only for a problem with several expert solutions.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -38,6 +39,7 @@ class Trace(Shape):
     problem_id: str
     row: Natural | None = None
     sample: Natural
+    solution: Natural | None = None
     prompt_hash: dict[Role, str] = Field(default_factory=dict)
     prompt_tokens: dict[Role, Natural] = Field(default_factory=dict)
     response_ids: Ids
@@ -62,6 +64,10 @@ class Trace(Shape):
     def name(self) -> str:
         """Unique within a file."""
         return f"{self.problem_id}/{self.sample}"
+
+    def __iter__(self) -> Iterator[tuple[str, Any]]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """The fields of a row of the file: `solution` is not among them where the problem has only one."""
+        return (item for item in super().__iter__() if item != ("solution", None))
 
     def marked(self, drop: str | None) -> Trace:
         """A copy that is dropped for the given reason, or kept if it is None."""
@@ -127,19 +133,40 @@ def prompt_hash(ids: Sequence[int]) -> str:
     return hashlib.sha256(",".join(map(str, ids)).encode()).hexdigest()[:16]
 
 
-def verify(
-    traces: Sequence[Trace], prompts: Mapping[str, RolePrompts], tokenizer: Tokenizer, vocabulary: int, path: Path
-) -> None:
-    """Checks that traces may be trained on with these prompts (by problem id) and this tokenizer.
+def refuse_unknown(traces: Sequence[Trace], solutions: Mapping[str, int], path: Path) -> None:
+    """Raises UserError at the first trace of a problem, or of a solution, that is not in the data.
 
-    Raises UserError at the first trace of a problem that has no prompts, with a token id of `vocabulary` or more, or
-    drawn under another prompt. The prompts of a trace without `prompt_hash` are taken on trust.
+    `solutions` are how many each problem has, by its id.
     """
     for number, trace in enumerate(traces, 1):
-        if trace.problem_id not in prompts:
+        count = solutions.get(trace.problem_id)
+        if count is None:
             raise UserError(
                 f"got {trace.problem_id[:80]!r}, which is not in the data", file=path, row=number, field="problem_id"
             )
+        if (trace.solution or 0) >= count:
+            raise UserError(
+                f"got {trace.solution}, want below {count}: the problem has no more solutions",
+                file=path,
+                row=number,
+                field="solution",
+            )
+
+
+def verify(
+    traces: Sequence[Trace],
+    prompts: Mapping[str, Sequence[RolePrompts]],
+    tokenizer: Tokenizer,
+    vocabulary: int,
+    path: Path,
+) -> None:
+    """Checks that traces may be trained on with these prompts (by problem id, for each solution) and this tokenizer.
+
+    Raises UserError at the first trace of a problem or solution without prompts, with a token id of `vocabulary` or more,
+    or drawn under another prompt. The prompts of a trace without `prompt_hash` are taken on trust.
+    """
+    refuse_unknown(traces, {name: len(built) for name, built in prompts.items()}, path)
+    for number, trace in enumerate(traces, 1):
         if max(trace.response_ids, default=0) >= vocabulary:
             raise UserError(
                 f"got a token id at or above the model's vocabulary of {vocabulary}",
@@ -147,10 +174,11 @@ def verify(
                 row=number,
                 field="response_ids",
             )
-    hashes: dict[str, dict[Role, str]] = {
-        name: {role: prompt_hash(getattr(built, role)) for role in ROLES} for name, built in prompts.items()
+    hashes: dict[str, list[dict[Role, str]]] = {
+        name: [{role: prompt_hash(getattr(one, role)) for role in ROLES} for one in built]
+        for name, built in prompts.items()
     }
-    differing = {trace.name: _differing(trace, hashes[trace.problem_id]) for trace in traces}
+    differing = {t.name: _differing(t, hashes[t.problem_id][t.solution or 0]) for t in traces}
     for number, trace in enumerate(traces, 1):
         if roles := differing[trace.name]:
             role = roles[0]

@@ -16,8 +16,11 @@ from dail_jax.errors import UserError, registered
 
 
 def waypoints(row: Row, cfg: config.Waypoints) -> list[str]:
-    """The row's waypoints, each once and without the final answer; at most `cfg.limit`, spread evenly over all of them."""
-    extract = named(cfg.extractor)
+    """The waypoints of a row's (first) solution, each once and without the final answer: the row's own, or the extractor's.
+
+    At most `cfg.limit`, spread evenly over all of them.
+    """
+    extract = named(cfg.extractor) if row.waypoints is None else given
     answer = final_answer(row)
     final = _values(answer) if answer else set()
     found = [item for item in dict.fromkeys(extract(row)) if item.strip() and final.isdisjoint(_values(item))]

@@ -362,6 +362,7 @@ def _shown(trace: Trace) -> dict[str, Any]:
     """What the page's trace viewer gets of a trace."""
     return {
         "sample": trace.sample,
+        "solution": trace.solution,
         "acceptance": trace.acceptance,
         "problem_id": clip(trace.problem_id, MAX_ANSWER),
         "finish": clip(trace.finish, MAX_ANSWER),

@@ -193,7 +193,7 @@ def _summary(settings: Sequence[tuple[str, list[str], bool]]) -> str:
     """The line below the title: what all runs have in common."""
     known = {key: values[0] for key, values, differ in settings if not differ}
     parts = [
-        Path(known["data.path"]).name if "data.path" in known else None,
+        Path(path).name if (path := known.get("data.path")) and not path.startswith("[") else None,
         f"seed {known['seed']}" if "seed" in known else None,
         " x ".join(known[key] for key in ("devices", "device kind") if key in known),
     ]

@@ -2,19 +2,23 @@
 
 // -- One problem -------------------------------------------------------------------------------------
 
-// What a sample or trace was made from: the problem, the gold answer, the expert solution and its waypoints.
-function problemCard(set, id, gold) {
+// What a sample or trace was made from: the problem with the chat before it, the gold answer, the expert solutions and their
+// waypoints. `only` is the index of the one solution to show.
+function problemCard(set, id, gold, only) {
   const known = data.problems[set], row = known?.rows[id];
   if (!row) {
     const why = known?.missing ? `: ${known.missing}` : ": it is not in the data any more";
     return make("div", { class: "problem" }, make("p", { class: "note" }, `The problem cannot be shown${why}.`), gold ? facts([["gold answer", gold]]) : null);
   }
   const choices = row.choices.length ? make("ul", {}, ...row.choices.map((choice, i) => make("li", {}, choice + (i ? "" : " (right)")))) : null;
-  const waypoints = row.waypoints.length ? [make("h4", {}, "Waypoints"), make("ul", { class: "waypoints" }, ...row.waypoints.map((text) => make("li", {}, text)))] : [];
-  const solution = row.solution ? [make("h4", {}, "Expert solution"), make("pre", {}, row.solution), ...waypoints] : [];
+  const SAID = { system: "System message", user: "Earlier: the user", assistant: "Earlier: the assistant" };
+  const before = row.before.flatMap(([role, text]) => [make("h4", {}, SAID[role]), make("pre", {}, text)]);
+  const waypoints = (texts) => (texts.length ? [make("h4", {}, "Waypoints"), make("ul", { class: "waypoints" }, ...texts.map((text) => make("li", {}, text)))] : []);
+  const title = (i) => (row.solutions.length > 1 ? `Expert solution ${i + 1} of ${row.solutions.length}` : "Expert solution");
+  const solutions = row.solutions.flatMap((one, i) => ((only ?? i) === i ? [make("h4", {}, title(i)), make("pre", {}, one.text), ...waypoints(one.waypoints)] : []));
   return make("div", { class: "problem" },
-    make("div", {}, make("h4", {}, "Problem"), make("pre", {}, row.problem), choices, make("h4", {}, "Gold answer"), make("pre", {}, gold || row.answer || "none")),
-    solution.length ? make("div", {}, ...solution) : null);
+    make("div", {}, ...before, make("h4", {}, "Problem"), make("pre", {}, row.problem), choices, make("h4", {}, "Gold answer"), make("pre", {}, gold || row.answer || "none")),
+    solutions.length ? make("div", {}, ...solutions) : null);
 }
 
 // -- Samples, side by side ---------------------------------------------------------------------------

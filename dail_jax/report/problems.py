@@ -96,13 +96,17 @@ def _shown(row: Row, config: Mapping[str, Any]) -> dict[str, Any]:
     """What the page gets of a row."""
     try:
         cfg = config_lib.Waypoints.model_validate(config.get("waypoints") or {})
-        found = waypoints.waypoints(row, cfg) if row.solution else []
+        found = [waypoints.waypoints(view, cfg) for view in row.views if view.solution]
     except (ValidationError, UserError):  # an extractor that is not registered here
-        found = []
+        found = [[] for view in row.views if view.solution]
+    solutions = [view.solution for view in row.views if view.solution]
     return {
+        "before": [[message.role, clip(message.content, MAX_TEXT)] for message in row.before],
         "problem": clip(row.problem, MAX_TEXT),
         "choices": [clip(choice, MAX_ANSWER) for choice in row.choices],
-        "solution": clip(row.solution, MAX_TEXT),
-        "waypoints": [clip(text, MAX_ANSWER) for text in found],
+        "solutions": [
+            {"text": clip(text, MAX_TEXT), "waypoints": [clip(one, MAX_ANSWER) for one in own]}
+            for text, own in zip(solutions, found, strict=True)
+        ],
         "answer": clip(waypoints.final_answer(row) or "", MAX_ANSWER),
     }

@@ -76,7 +76,7 @@ function tokensOf(trace) {
 
 function showTrace(trace, query) {
   const head = [make("h3", {}, `${trace.problem_id}, sample ${trace.sample}`, linkButton(traceLink(trace))),
-    problemCard(trace.set, trace.problem_id),
+    problemCard(trace.set, trace.problem_id, null, trace.solution),
     make("p", { class: `verdict ${trace.drop ? "worse" : "better"}` }, trace.drop ? "✗ dropped" : "✓ kept", make("small", {}, trace.drop ? `: ${trace.drop}` : "")),
     facts([["tokens", whole(trace.tokens)], ["written by the student", trace.acceptance === null ? null : `${(100 * trace.acceptance).toFixed(1)}%`],
       ["finish", trace.finish]])];

@@ -138,13 +138,18 @@ class Subject:
         return self._once("rows", ["data"], lambda: recipes.rows_of(self.config))
 
     @property
-    def prompts(self) -> list[RolePrompts]:
-        """Of every row, in order."""
-        return self._once("prompts", PROMPTS, lambda: self.builder.build_all(self.rows))
+    def prompts(self) -> list[tuple[RolePrompts, ...]]:
+        """Of every row, in order, with each of its solutions."""
+        return self._once("prompts", PROMPTS, lambda: self.builder.build_views(self.rows))
+
+    @property
+    def each(self) -> list[RolePrompts]:
+        """The same, without regard to rows."""
+        return [prompts for views in self.prompts for prompts in views]
 
     def longest(self, roles: Sequence[str]) -> np.ndarray:
         """For every row, the tokens of the longest of these roles' prompts."""
-        return np.array([max(len(getattr(prompts, role)) for role in roles) for prompts in self.prompts])
+        return np.array([max(len(getattr(one, role)) for one in views for role in roles) for views in self.prompts])
 
     @property
     def traces(self) -> list[Trace] | None:
@@ -170,7 +175,7 @@ class Subject:
         """Tokens of the responses that training learns from, at most."""
         cfg, made = self.config.train, self.config.generate
         if self.method.source == "solutions":
-            return sum(len(prompts.expert) for prompts in self.prompts)
+            return sum(len(prompts.expert) for prompts in self.each)
         found = self.traces
         if found is not None:
             return sum(len(trace.response_ids) for trace in found if trace.drop is None)
@@ -263,7 +268,7 @@ def tokenizer(s: Subject) -> Iterator[Finding]:
 def data(s: Subject) -> Iterator[Finding]:
     """The rows that are trained on, and their gold answers if something is graded against them."""
     graded = drops.grades(s.config) and (s.stage == "generate" or s.method.source != "solutions")
-    yield "data", f"{len(s.rows):,} rows of {s.config.data and s.config.data.path}"
+    yield "data", f"{len(s.rows):,} rows of {s.config.data and s.config.data.shown_path}"
     if graded and mesh_lib.is_first():
         yield from _cut(golds.problems(s.config, s.rows))
 
@@ -273,7 +278,7 @@ def rollouts(s: Subject) -> Iterator[Finding]:
     cfg, limit = s.config.generate, s.config.generate.max_prompt_tokens
     roles = traces_lib.ROLES if s.method.rationalises else generate.ROLES_BY_TAU.get(cfg.tau, traces_lib.ROLES)
     longest = s.longest(roles)
-    too_long, cut = int((longest > limit).sum()), sum(prompts.cut for prompts in s.prompts)
+    too_long, cut = int((longest > limit).sum()), sum(prompts.cut for prompts in s.each)
     yield (
         "prompts",
         f"up to {longest.max():,} of {limit:,} tokens; {cut} solutions cut to fit, {too_long} problems skipped",
@@ -293,7 +298,7 @@ def traces(s: Subject) -> Iterator[Finding]:
     if mesh_lib.is_first():
         recipes.check_traces(s.config)
     if s.method.source == "traces":
-        by_id = {row.problem_id: prompts for row, prompts in zip(s.rows, s.prompts, strict=True)}
+        by_id = {row.problem_id: views for row, views in zip(s.rows, s.prompts, strict=True)}
         traces_lib.verify(found, by_id, s.tokenizer, s.model.V, path)
     yield "traces", f"{path}: {len(found):,}, of which {sum(trace.drop is None for trace in found):,} are not dropped"
 
@@ -307,7 +312,7 @@ def training(s: Subject) -> Iterator[Finding]:
         yield error
     longest = s.longest(method.prompted)
     if method.source == "solutions":
-        lengths = longest + [len(prompts.expert) for prompts in s.prompts]
+        lengths = longest + [min(len(prompts.expert) for prompts in views) for views in s.prompts]
         least = f"the shortest prompt and solution have {lengths.min()} tokens"
     elif method.source == "samples":
         lengths = longest + cfg.online.sampling.max_tokens

@@ -23,7 +23,7 @@ import jax
 
 from dail_jax import config as config_lib
 from dail_jax import mesh as mesh_lib
-from dail_jax.data.prompts import PromptBuilder
+from dail_jax.data.prompts import PromptBuilder, Question
 from dail_jax.data.records import Row
 from dail_jax.errors import UserError
 from dail_jax.evaluate import answers, files, protocol, replies
@@ -123,8 +123,7 @@ def bad_golds(benchmark: config_lib.Benchmark, rows: Sequence[Row], grader: Grad
     found = {}
     for row in rows if answers.named(benchmark.answer).is_graded else ():
         if problem := grader.check_gold(question(row)[1], benchmark.answer):
-            place = {"file": benchmark.rows.path, "row": row.index + 1, "field": benchmark.rows.columns.answer}
-            found[row.problem_id] = UserError(problem, **place)
+            found[row.problem_id] = UserError(problem, **row.place, field=benchmark.rows.columns.answer)
     return found
 
 
@@ -174,7 +173,7 @@ def problems(
 
 def prompts_of(builder: PromptBuilder, benchmark: config_lib.Benchmark, rows: list[Row]) -> list[list[int]]:
     """The prompts of a benchmark's rows."""
-    questions = [(row.problem, question(row)[0]) for row in rows]
+    questions = [Question(row.problem, question(row)[0], row.before) for row in rows]
     return builder.questions(questions, benchmark.template, benchmark.rows.special_tokens)
 
 

@@ -67,24 +67,31 @@ def run(config: config_lib.Config) -> None:
 def roll_out(
     session: Session, rows: Sequence[Row], journal: Journal, metrics: Metrics, name: str = "generate"
 ) -> dict[str, list[Trace]]:
-    """Every problem's traces by problem id, drawn unless the journal has them; `name` determines the randomness."""
+    """Every problem's traces by problem id, drawn unless the journal has them; `name` determines the randomness.
+
+    Of K expert solutions, sample i of a problem is shown number i mod K.
+    """
     cfg = session.config.generate
     drawn: dict[str, dict[int, Trace]] = collections.defaultdict(dict)  # by problem and sample
     for trace in shapes.parse_all(journal.rows, Trace, journal.path):
         drawn[trace.problem_id][trace.sample] = trace
     names = {f"{name}/{row.problem_id}": row for row in rows}
-    prompts = dict(zip((row.problem_id for row in rows), session.prompts.build_all(rows), strict=True))
+    prompts = dict(zip((row.problem_id for row in rows), session.prompts.build_views(rows), strict=True))
     session.prompts.report("generate")
     of = "" if name == "generate" else f" ({name})"
-    metrics.left_out(f"solutions cut to fit{of}", sum(p.cut for p in prompts.values()), len(prompts))
+    cut = [built.cut for views in prompts.values() for built in views]
+    metrics.left_out(f"solutions cut to fit{of}", sum(cut), len(cut))
     roles = ROLES_BY_TAU.get(cfg.tau, traces_lib.ROLES)
     requests, too_long = [], 0
     for key, row in names.items():
-        contexts = tuple(tuple(getattr(prompts[row.problem_id], role)) for role in roles)
-        if max(map(len, contexts)) > cfg.max_prompt_tokens:
+        contexts = [tuple(tuple(getattr(built, role)) for role in roles) for built in prompts[row.problem_id]]
+        if max(len(ids) for context in contexts for ids in context) > cfg.max_prompt_tokens:
             too_long += 1
-        elif missing := tuple(i for i in range(cfg.samples) if i not in drawn.get(row.problem_id, {})):
-            requests.append(Request(key, contexts, missing, cfg.sampling.max_tokens))
+            continue
+        for solution, context in enumerate(contexts):
+            mine = range(solution, cfg.samples, len(contexts))
+            if missing := tuple(i for i in mine if i not in drawn.get(row.problem_id, {})):
+                requests.append(Request(key, context, missing, cfg.sampling.max_tokens))
     skipped = f"problems skipped: their prompts are above max_prompt_tokens={cfg.max_prompt_tokens}{of}"
     metrics.left_out(skipped, too_long, len(rows))
     sampler = session.sampler(
@@ -126,14 +133,19 @@ def report_usage(sampler: Sampler, metrics: Metrics) -> None:
         metrics.write(0, **figures)
 
 
-def trace_of(session: Session, row: Row, prompts: RolePrompts, roles: tuple[Role, ...], s: ScoredSample) -> Trace:
-    """A sample as a trace, not yet filtered."""
+def trace_of(
+    session: Session, row: Row, views: Sequence[RolePrompts], roles: tuple[Role, ...], s: ScoredSample
+) -> Trace:
+    """A sample as a trace, not yet filtered; `views` are the row's prompts with each of its solutions."""
+    solution = s.sample % len(views)
+    prompts = views[solution]
     by_student = s.by_student if "student" in roles else np.zeros_like(s.by_student)
     ids = tuple(s.tokens.tolist())
     return Trace(
         problem_id=row.problem_id,
         row=row.index,
         sample=s.sample,
+        solution=solution if len(views) > 1 else None,
         prompt_hash={role: prompt_hash(getattr(prompts, role)) for role in roles},
         prompt_tokens={role: len(getattr(prompts, role)) for role in roles},
         response_ids=ids,

@@ -39,4 +39,4 @@ def problems(config: config_lib.Config, rows: list[Row]) -> Iterator[UserError]:
             gold = gold_of(row, kind)
             problem = "want an answer: traces are graded" if gold is None else grader.check_gold(gold, kind)
             if problem:
-                yield UserError(problem, file=data.path, row=row.index + 1, field=data.columns.answer)
+                yield UserError(problem, **row.place, field=data.columns.answer)

@@ -37,11 +37,24 @@ from dail_jax.train.methods import Method
 
 @dataclass(frozen=True)
 class Task:
-    """A problem to practise on: its prompts by role (`hint`, if any, is the student's with a hint) and its answer."""
+    """A problem to practise on: its prompts by role with each of its solutions, and its answer.
+
+    `hint`, if any, is the student's prompt with a hint.
+    """
 
     problem_id: str
-    prompts: dict[str, tuple[int, ...]]
+    views: tuple[dict[str, tuple[int, ...]], ...]
     gold: str
+    hint: tuple[int, ...] | None = None
+
+    @property
+    def student(self) -> tuple[int, ...]:
+        return self.views[0]["student"]
+
+    @property
+    def longest(self) -> int:
+        """Tokens of its longest prompt."""
+        return max(len(ids) for view in (*self.views, {"hint": self.hint or ()}) for ids in view.values())
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -55,17 +68,17 @@ def tasks_of(session: Session, method: Method, rows: list[Row], metrics: Metrics
     room = config.train.max_tokens - config.train.online.sampling.max_tokens
     hints = hints_of(session, rows) if method.hinted else {}
     tasks = []
-    for row, built in zip(rows, session.prompts.build_all(rows), strict=True):
-        prompts = {role: tuple(getattr(built, role)) for role in method.prompted}
-        if hint := hints.get(row.problem_id):
-            prompts["hint"] = tuple(session.prompts.hinted(row.problem, hint))
-        tasks.append(Task(row.problem_id, prompts, golds.gold_of(row, kind) or ""))
+    for row, built in zip(rows, session.prompts.build_views(rows), strict=True):
+        views = tuple({role: tuple(getattr(one, role)) for role in method.prompted} for one in built)
+        hint = hints.get(row.problem_id)
+        hinted = tuple(session.prompts.hinted(row.problem, hint, row.before)) if hint else None
+        tasks.append(Task(row.problem_id, views, golds.gold_of(row, kind) or "", hinted))
     session.prompts.report("train")
     longest = config.train.online.max_prompt_tokens
-    short = [task for task in tasks if max(map(len, task.prompts.values())) <= longest]
+    short = [task for task in tasks if task.longest <= longest]
     skipped = f"problems skipped: their prompts are above train.online.max_prompt_tokens={longest}"
     metrics.left_out(skipped, len(tasks) - len(short), len(tasks))
-    fitting = [task for task in short if max(map(len, task.prompts.values())) <= room]
+    fitting = [task for task in short if task.longest <= room]
     dropped = f"problems dropped: prompt and response are above train.max_tokens={config.train.max_tokens}"
     metrics.left_out(dropped, len(short) - len(fitting), len(tasks))
     if not fitting:
@@ -110,35 +123,38 @@ def rollout_round(
     number: int,
     interrupt: Interrupt,
 ) -> tuple[list[Example], dict[str, float]] | None:
-    """The examples of rollout round `number`, group by group, and its metrics; None if it was interrupted."""
+    """The examples of rollout round `number`, group by group, and its metrics; None if it was interrupted.
+
+    Of K expert solutions, the privileged student of sample i in a group is shown number i mod K.
+    """
     online = session.config.train.online
     chosen = [tasks[i] for i in chosen_problems(len(tasks), online.problems, number, session.config.seed)]
     groups = draw_groups(
-        sampler, {f"online/{number}/{i}": t.prompts["student"] for i, t in enumerate(chosen)}, online.group, interrupt
+        sampler, {f"online/{number}/{i}": t.student for i, t in enumerate(chosen)}, online.group, interrupt
     )
     if groups is None:
         return None
-    contexts = ["student"] * len(chosen)  # the prompt that each group was drawn under
+    contexts = [task.student for task in chosen]  # the prompt that each group was drawn under
     figures = {"response_tokens": float(np.mean([len(s.tokens) for group in groups for s in group]))}
     advantages = np.zeros((len(chosen), online.group))
     if method.graded:
         rewards = rewards_of(session, grader, chosen, groups)
         figures |= {"reward": float(rewards.mean()), "solved": float(rewards.any(1).mean())}
         if method.hinted:
-            lost = [i for i, t in enumerate(chosen) if "hint" in t.prompts and not rewards[i].any()]
-            prompts = {f"online/{number}/{i}/hint": chosen[i].prompts["hint"] for i in lost}
+            lost = {i: t.hint for i, t in enumerate(chosen) if t.hint is not None and not rewards[i].any()}
+            prompts = {f"online/{number}/{i}/hint": hint for i, hint in lost.items()}
             again = draw_groups(sampler, prompts, online.group, interrupt)
             if again is None:
                 return None
-            for i, group in zip(lost, again, strict=True):
-                groups[i], contexts[i] = group, "hint"
+            for (i, hint), group in zip(lost.items(), again, strict=True):
+                groups[i], contexts[i] = group, hint
             rewards = rewards_of(session, grader, chosen, groups)
             figures |= {"hinted": len(lost) / len(chosen), "reward_with_hints": float(rewards.mean())}
         advantages = (rewards - rewards.mean(1, keepdims=True)) / (rewards.std(1, keepdims=True) + 1e-6)
     examples = []
     for task, context, group, row in zip(chosen, contexts, groups, advantages, strict=True):
-        prompts = {role: task.prompts[context if role == "student" else role] for role in method.prompted}
         for s, advantage in zip(group, row, strict=True):
+            prompts = {**task.views[s.sample % len(task.views)], "student": context}
             name = f"{task.problem_id}/{s.sample}"
             examples.append(Example(name, prompts, tuple(s.tokens.tolist()), tuple(s.logq.tolist()), float(advantage)))
     return examples, figures

@@ -27,14 +27,16 @@ JOURNALS = ("traces.partial.jsonl", "told.partial.jsonl")
 DRAWN = ("samples.partial.jsonl", "forced.partial.jsonl")
 PRETRAIN = "pretrain"  # checkpoints of all weights
 
-# Compared by the contents that they lead to.
+# Compared by the contents that they lead to, which for several files include the choice of rows.
 PATHS = (
     "model.path",
     "model.tokenizer",
     "data.path",
+    "data.seed",
     *(f"prompts.{role}" for role in ("student", "privileged", "negative", "expert", "hint")),
     "evaluate.adapter",
     "evaluate.benchmarks.rows.path",
+    "evaluate.benchmarks.rows.seed",
     "evaluate.benchmarks.template",
     "pretrain.rows",
 )
@@ -113,7 +115,7 @@ def evaluate(config: config_lib.Config, tables: Mapping[str, list[Row]] | None =
         inputs["evaluate.adapter"] = Input(cfg.adapter, lambda checksum: peft.adapter_digest(adapter, checksum))
     for one in cfg.benchmarks:
         known = tables[one.name] if tables else None
-        inputs[f"evaluate.benchmarks.{one.name}.rows"] = Input(one.rows.path, _rows_of(one, known))
+        inputs[f"evaluate.benchmarks.{one.name}.rows"] = Input(one.rows.shown_path, _rows_of(one, known))
         role = "choice" if one.rows.columns.choices else "student"
         if one.template or role == "choice":
             inputs[f"evaluate.benchmarks.{one.name}.template"] = _template(one.template, role)
@@ -197,7 +199,7 @@ def _data(config: config_lib.Config, rows: list[Row] | None) -> dict[str, Input]
     data = config.data
     if data is None:
         return {}
-    return {"data.path": Input(data.path, lambda _: dataset_hash(read_rows(data) if rows is None else rows))}
+    return {"data.path": Input(data.shown_path, lambda _: dataset_hash(read_rows(data) if rows is None else rows))}
 
 
 def _rows_of(benchmark: config_lib.Benchmark, rows: list[Row] | None) -> Callable[[Checksums], str]:

@@ -11,7 +11,7 @@ from pathlib import Path
 import jax
 
 from dail_jax import config as config_lib
-from dail_jax.data.records import read_rows
+from dail_jax.data.records import as_json, read_rows
 from dail_jax.errors import UserError
 from dail_jax.evaluate import files
 from dail_jax.metrics import log
@@ -47,11 +47,7 @@ def run(config: config_lib.Config) -> None:
     right = {name: count for name, (count, _) in budgets[max(budgets, key=int)]["per_problem"].items()}
     assert config.data is not None
     kept = [row for row in read_rows(config.data, need=("problem", "answer")) if right.get(row.problem_id) == 0]
-    fields = ("problem_id", "problem", "solution", "answer", "waypoints")
-    write_atomic(
-        folder / "selected.jsonl",
-        "".join(json_line({name: value for name in fields if (value := getattr(row, name))}) for row in kept),
-    )
+    write_atomic(folder / "selected.jsonl", "".join(json_line(as_json(row)) for row in kept))
     log(
         f"select: {len(kept)} of {len(right)} problems were never solved in {config.evaluate.samples} samples; "
         f"wrote {folder / 'selected.jsonl'}"

@@ -25,17 +25,21 @@ def waypoints(config: config_lib.Config, row: Sequence[str] = ()) -> None:
     for one in _chosen(config, rows, row):
         table = Table(title=Text(visible(f"row {one.index + 1}: {one.problem_id}")), show_lines=True, expand=True)
         table.add_column("solution", ratio=5, overflow="fold")
-        table.add_column(f"waypoints ({config.waypoints.extractor})", ratio=3, overflow="fold")
+        kind = config.waypoints.extractor if one.waypoints is None else "the row's own"
+        table.add_column(f"waypoints ({kind})", ratio=3, overflow="fold")
         table.add_column("final answer", ratio=1, overflow="fold")
-        found = waypoints_lib.waypoints(one, config.waypoints)
-        cells = one.solution, "\n".join(found), waypoints_lib.final_answer(one) or ""
-        table.add_row(*(Text(visible(cell)) for cell in cells))
+        for view in one.views:
+            found = waypoints_lib.waypoints(view, config.waypoints)
+            cells = view.solution, "\n".join(found), waypoints_lib.final_answer(view) or ""
+            table.add_row(*(Text(visible(cell)) for cell in cells))
         console.print(table)
-    counts = [len(waypoints_lib.waypoints(one, config.waypoints)) for one in rows]
-    no_answer = sum(waypoints_lib.final_answer(one) is None for one in rows)
+    views = [view for one in rows for view in one.views]
+    counts = [len(waypoints_lib.waypoints(view, config.waypoints)) for view in views]
+    no_answer = sum(waypoints_lib.final_answer(view) is None for view in views)
+    more = f" with {len(views)} solutions" if len(views) > len(rows) else ""
     log(
-        f"waypoints: {len(rows)} rows, {sum(counts) / len(rows):.1f} each (from {min(counts)} to {max(counts)}), "
-        f"{counts.count(0)} rows without any, {no_answer} without a final answer"
+        f"waypoints: {len(rows)} rows{more}, {sum(counts) / len(views):.1f} each (from {min(counts)} to {max(counts)}), "
+        f"{counts.count(0)} without any, {no_answer} without a final answer"
     )
 
 
@@ -44,13 +48,15 @@ def prompts(config: config_lib.Config, row: Sequence[str] = ()) -> None:
     tokenizer = load_tokenizer(tokenizer_folder(config))
     builder = prompt_builder(config, tokenizer)
     for one in _chosen(config, _rows(config), row):
-        built = builder.build(one)
-        cut = ", solution cut to fit" if built.cut else ""
-        log(f"row {one.index + 1}: {one.problem_id}{cut}")
-        for role in ("student", "privileged", "negative", "expert"):
-            ids = getattr(built, role)
-            shown = visible(tokenizer.decode(ids, keep_special=True))
-            console.print(Panel(Text(shown), title=f"{role}: {len(ids)} tokens", title_align="left"))
+        for number, view in enumerate(one.views, 1):
+            built = builder.build(view)
+            of = f", solution {number} of {len(one.views)}" if one.further else ""
+            cut = ", solution cut to fit" if built.cut else ""
+            log(f"row {one.index + 1}: {one.problem_id}{of}{cut}")
+            for role in ("student", "privileged", "negative", "expert"):
+                ids = getattr(built, role)
+                shown = visible(tokenizer.decode(ids, keep_special=True))
+                console.print(Panel(Text(shown), title=f"{role}: {len(ids)} tokens", title_align="left"))
     builder.report("prompts")
 
 
@@ -67,7 +73,7 @@ def _chosen(config: config_lib.Config, rows: list[Row], names: Sequence[str]) ->
     if unknown is not None:
         raise UserError(
             f"got {unknown!r}, want a problem_id or a number from 1 to {len(rows)}",
-            file=config.data and config.data.path,
+            file=config.data and config.data.shown_path,
             field="--row",
         )
     return [known[name] for name in names] or rows[:FIRST]

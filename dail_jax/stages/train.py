@@ -97,14 +97,14 @@ def trained_lora(session: Session, run_dir: RunDir) -> Lora | None:
 # ---------------------------------------------------------------------------------------------------
 
 
-def prompts_of(session: Session, rows: Sequence[Row]) -> dict[str, RolePrompts]:
-    """The roles' prompts of rows, by problem id."""
-    built = session.prompts.build_all(rows)
+def prompts_of(session: Session, rows: Sequence[Row]) -> dict[str, tuple[RolePrompts, ...]]:
+    """The roles' prompts of rows with each of their solutions, by problem id."""
+    built = session.prompts.build_views(rows)
     session.prompts.report("train")
-    return {row.problem_id: prompts for row, prompts in zip(rows, built, strict=True)}
+    return {row.problem_id: views for row, views in zip(rows, built, strict=True)}
 
 
-def marked_traces(session: Session, rows: list[Row], built: Mapping[str, RolePrompts]) -> list[traces.Trace]:
+def marked_traces(session: Session, rows: list[Row], built: Mapping[str, Sequence[RolePrompts]]) -> list[traces.Trace]:
     """The run's traces, with `drop` set; raises UserError if they may not be trained on."""
     path = traces_path(session.config)
     found = traces.read(path)
@@ -115,27 +115,32 @@ def marked_traces(session: Session, rows: list[Row], built: Mapping[str, RolePro
 def examples_of(
     session: Session,
     method: methods.Method,
-    built: Mapping[str, RolePrompts],
+    built: Mapping[str, Sequence[RolePrompts]],
     found: Sequence[traces.Trace],
     metrics: Metrics,
     source: Path | None = None,
 ) -> list[Example]:
     """What is trained on: those of the traces `found` that have no `drop`, or the expert solutions in the prompts `built`.
 
-    Prompts are by problem id. Examples that are too long are dropped and counted; raises UserError, which names the
-    traces' `source`, if none is left.
+    Prompts are by problem id, for each solution, and each solution is an example of its own. Examples that are too long
+    are dropped and counted; raises UserError, which names the traces' `source`, if none is left.
     """
     config, limit = session.config, session.config.train.max_tokens
 
-    def example(name: str, problem_id: str, response) -> Example:
-        prompts = built[problem_id]
+    def example(name: str, prompts: RolePrompts, response) -> Example:
         return Example(name, {role: tuple(getattr(prompts, role)) for role in method.prompted}, tuple(response))
 
     if method.source == "solutions":
-        metrics.left_out("solutions cut to fit", sum(prompts.cut for prompts in built.values()), len(built))
-        examples = [example(problem_id, problem_id, prompts.expert) for problem_id, prompts in built.items()]
+        each = [
+            (problem_id if len(views) == 1 else f"{problem_id}/{i}", prompts)
+            for problem_id, views in built.items()
+            for i, prompts in enumerate(views)
+        ]
+        metrics.left_out("solutions cut to fit", sum(prompts.cut for _, prompts in each), len(each))
+        examples = [example(name, prompts, prompts.expert) for name, prompts in each]
     else:
-        examples = [example(trace.name, trace.problem_id, trace.response_ids) for trace in found if trace.drop is None]
+        kept = [trace for trace in found if trace.drop is None]
+        examples = [example(t.name, built[t.problem_id][t.solution or 0], t.response_ids) for t in kept]
     fitting = [e for e in examples if max(map(len, e.prompts.values())) + len(e.response) <= limit]
     dropped = f"examples dropped: prompt and response are above train.max_tokens={limit}"
     metrics.left_out(dropped, len(examples) - len(fitting), len(examples))
