@@ -13,6 +13,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit
 
 from pydantic import (
     AfterValidator,
@@ -251,6 +252,52 @@ class Sampling(Section):
         return (self.temperature, self.top_p, self.top_k, self.presence_penalty, self.suppress) == (1, 1, 0, 0, ())
 
 
+def _server_url(url: str) -> str:
+    parts = urlsplit(url)
+    _ = parts.port  # raises ValueError for one that cannot be
+    if parts.scheme not in ("http", "https") or not parts.hostname or not parts.path.strip("/"):
+        raise ValueError("want where an API begins, such as http://localhost:8000/v1")
+    if parts.username or parts.password or parts.query or parts.fragment:
+        raise ValueError(
+            "want a URL without a user, a key or a query: key_variable names a variable that holds the key"
+        )
+    return url.rstrip("/")
+
+
+class Server(Section):
+    """A server with OpenAI's completions API, such as vLLM or SGLang, which draws the samples (docs/servers.md)."""
+
+    url: Annotated[str, AfterValidator(_server_url)]
+    """Where its API begins, such as `http://localhost:8000/v1`."""
+    model: str
+    """Name under which it serves the model, or the model with the adapter."""
+    prompts: Literal["ids", "text"] = "ids"
+    """How prompts are sent: as token ids, with the fields that vLLM and SGLang add to OpenAI's API; or as text, with
+    OpenAI's own fields and no others."""
+    concurrency: Count = 64
+    """Requests that are open at the same time; each asks for one sample."""
+    timeout: Positive = 600.0
+    """Seconds that a response may take before it is asked for again."""
+    retries: Natural = 8
+    """Times that a request is repeated, after growing pauses, if the connection breaks, the server is overloaded or
+    fails, or what it sends is not a response."""
+    key_variable: str | None = None
+    """Name of the environment variable that holds the API key; null = none is sent."""
+
+
+def _sampler(value: Any) -> Any:
+    """A mapping as a server, so that what is wrong inside of it is found there."""
+    if not isinstance(value, (str, dict, Server)):
+        raise ValueError("want a name, or the url and the model of a server")
+    return Server.model_validate(value) if isinstance(value, dict) else value
+
+
+def _engine_or_server(value: Any) -> Any:
+    if isinstance(value, str) and value != "engine":
+        raise ValueError("want engine, or the url and the model of a server")
+    return _sampler(value)
+
+
 class Inference(Section):
     """What everything that draws samples has in common: `generate`, `evaluate`, and online training."""
 
@@ -273,6 +320,15 @@ class Generate(Inference):
     """Tokens that the student may propose at each position before the privileged student writes one itself."""
     samples: Count = 1
     """Traces to draw per problem. Draw more where `filters.correct` selects among them."""
+    sampler: Annotated[Literal["engine"] | Server, BeforeValidator(_engine_or_server)] = "engine"
+    """What draws the traces: our engine, or a server, which can do so where one role writes them alone
+    (`generate.tau` 0 or 1)."""
+
+    @model_validator(mode="after")
+    def _alone(self):
+        if isinstance(self.sampler, Server) and self.tau not in (0, 1):
+            raise ValueError("a server draws for one role alone, without the other's probabilities: want tau 0 or 1")
+        return self
 
 
 class Filters(Section):
@@ -484,8 +540,8 @@ class Evaluate(Inference):
     """The evaluation sets."""
     adapter: LocalPath | None = None
     """A PEFT folder to evaluate, with `train.objective: none`; null = what this run trained."""
-    sampler: str = "engine"
-    """Name of what draws the samples: engine, or one of your own (docs/extending.md)."""
+    sampler: Annotated[str | Server, BeforeValidator(_sampler)] = "engine"
+    """What draws the samples: `engine`, which is ours, a name of your own (docs/extending.md), or a server."""
     samples: Count = 128
     """Samples per problem; 128 is the paper's number."""
     ks: tuple[Count, ...] = ()

@@ -58,7 +58,7 @@ class Key:
         """The default in words; empty for a section, whose keys have their own."""
         if self.default is None:
             return "none: must be set"
-        return "" if self.section is not None and self.default not in ("null", "[]") else self.default
+        return "" if self.section is not None and self.default.startswith("{") else self.default
 
 
 @functools.cache

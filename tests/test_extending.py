@@ -61,6 +61,26 @@ def script(title: str, monkeypatch, *arguments: str) -> Any:
     return left.value.code
 
 
+def test_another_sampler(tmp_path, monkeypatch):
+    """The embedded model solves in transformers what it solves here: nearly every problem of `known`."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # more of them wait for each other, the model is so small
+    path = tiny.write(
+        tmp_path / "run",
+        train__objective="none",
+        evaluate__benchmarks=[{"name": "known", "rows": {"path": str(tiny.ASSETS / "known.jsonl"), "limit": 3}}],
+        evaluate__samples=1,
+        evaluate__sampling__max_tokens=160,
+    )
+    arguments = ("evaluate", "--config", str(path), "evaluate.sampler=torch")
+    assert script("Another sampler", monkeypatch, *arguments) == 0
+    torch.set_num_threads(threads)
+    rows = tiny.lines(tmp_path / "run" / "samples.jsonl")
+    assert [row["finish"] for row in rows] == ["stop"] * 3 and sum(row["correct"] for row in rows) >= 2
+
+
 def test_a_benchmark(tmp_path, monkeypatch, capsys):
     sums = {"name": "sums", "rows": {"path": "sums:5"}, "answer": "integer"}
     path = tiny.write(

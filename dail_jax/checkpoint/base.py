@@ -73,7 +73,7 @@ def model_digest(folder: Path, checksum: Checksums) -> str:
     Weights that the folder's manifest lists are not read here: loading compares them with the manifest.
     """
     read_config(folder)
-    files = [f for f in (folder / "config.json", folder / "generation_config.json") if f.is_file()]
+    files = _configs(folder)
     tensors = [folder / MANIFEST] if (folder / PARAMS).is_dir() else hf.shards(folder)
     for file in tensors:
         if not file.is_file():
@@ -82,6 +82,16 @@ def model_digest(folder: Path, checksum: Checksums) -> str:
         {file.name: checksum(file) for file in files}
         | {file.name: hf.listed_digest(folder, file.name) or checksum(file) for file in tensors}
     )
+
+
+def config_digest(folder: Path, checksum: Checksums) -> str:
+    """One digest of a model's configuration, for work that does not read its weights."""
+    read_config(folder)
+    return digest({file.name: checksum(file) for file in _configs(folder)})
+
+
+def _configs(folder: Path) -> list[Path]:
+    return [f for f in (folder / "config.json", folder / "generation_config.json") if f.is_file()]
 
 
 class Folder(Output):

@@ -40,6 +40,7 @@ from dail_jax.model import lora, weights
 from dail_jax.model.families import ModelConfig, read_config
 from dail_jax.provenance import Recipe
 from dail_jax.rundir import RunDir
+from dail_jax.sample import server as server_lib
 from dail_jax.stages import (
     calibrate,
     drops,
@@ -102,6 +103,12 @@ class Subject:
         if self.stage == "evaluate":
             return bool(self.config.evaluate.benchmarks)
         return not self.config.traces if self.stage == "generate" else self.method.trains or self.stage == "convert"
+
+    @property
+    def server(self) -> config_lib.Server | None:
+        """The server that is to draw this stage's samples, if it is one that does."""
+        sampler = {"generate": self.config.generate, "evaluate": self.config.evaluate}.get(self.stage)
+        return sampler.sampler if sampler and isinstance(sampler.sampler, config_lib.Server) else None
 
     @property
     def recipe(self) -> Recipe:
@@ -217,6 +224,8 @@ def packages(s: Subject) -> Iterator[Finding]:
 def devices(s: Subject) -> Iterator[Finding]:
     """The mesh, an accelerator that is missing, and whether the weights fit."""
     found = mesh_lib.all_devices()
+    if s.server:  # which has its own
+        return
     if problem := _missing_accelerator(found):
         yield UserError(problem, field="devices")
     shape = " x ".join(f"{axis} {size}" for axis, size in s.mesh.shape.items())
@@ -252,7 +261,50 @@ def _missing_accelerator(found: Sequence[Any]) -> str | None:
 def model(s: Subject) -> Iterator[Finding]:
     """Its files, by their headers."""
     yield "model", f"{s.config.model.path}: {s.model.family}, {weights.count(s.model):,} weights"
-    base.check(Path(s.config.model.path), s.model)
+    if not s.server:
+        base.check(Path(s.config.model.path), s.model)
+
+
+def server(s: Subject) -> Iterator[Finding]:
+    """Whether the server has the model, and room for prompts and responses."""
+    cfg, section = s.server, s.config.generate if s.stage == "generate" else s.config.evaluate
+    if cfg is None:
+        return
+    if jax.process_count() > 1:
+        raise UserError("a server is asked by one process: start one", field=f"{s.stage}.sampler")
+    if cfg.prompts == "text" and section.sampling.top_k:
+        yield UserError(server_lib.NO_TOP_K, field=f"{s.stage}.sampling.top_k")
+    server_lib.headers(cfg)
+    if s.stage == "evaluate" and adapter_folder(s.config) in s.made:
+        yield "server", f"{cfg.url}: is asked for {cfg.model} once the adapter has been exported"
+        return
+    context = s._once("server", [f"{s.stage}.sampler"], lambda: server_lib.find_model(cfg)).max_model_len
+    yield "server", f"{cfg.url}: {cfg.model}" + (f", {context:,} tokens of context" if context else "")
+    lengths = [n for n in _prompt_lengths(s) if n <= section.max_prompt_tokens]
+    need = max(lengths, default=0) + (
+        s.config.evaluate.longest if s.stage == "evaluate" else section.sampling.max_tokens
+    )
+    if context and need > context:
+        yield UserError(
+            f"prompts and responses have up to {need} tokens, and the server's context {context}: serve a longer one, or "
+            f"lower {s.stage}.max_prompt_tokens or {s.stage}.sampling.max_tokens",
+            file=cfg.url,
+        )
+
+
+def _prompt_lengths(s: Subject) -> Sequence[int]:
+    if s.stage == "generate":
+        return s.longest(_roles(s)).tolist()
+    return [len(ids) for benchmark in s.config.evaluate.benchmarks for ids in s.questions(benchmark)]
+
+
+def _roles(s: Subject) -> Sequence[traces_lib.Role]:
+    """Those that write traces."""
+    return (
+        traces_lib.ROLES
+        if s.method.rationalises
+        else generate.ROLES_BY_TAU.get(s.config.generate.tau, traces_lib.ROLES)
+    )
 
 
 def tokenizer(s: Subject) -> Iterator[Finding]:
@@ -275,9 +327,7 @@ def data(s: Subject) -> Iterator[Finding]:
 
 def rollouts(s: Subject) -> Iterator[Finding]:
     """The prompts of `generate`."""
-    cfg, limit = s.config.generate, s.config.generate.max_prompt_tokens
-    roles = traces_lib.ROLES if s.method.rationalises else generate.ROLES_BY_TAU.get(cfg.tau, traces_lib.ROLES)
-    longest = s.longest(roles)
+    limit, longest = s.config.generate.max_prompt_tokens, s.longest(_roles(s))
     too_long, cut = int((longest > limit).sum()), sum(prompts.cut for prompts in s.each)
     yield (
         "prompts",
@@ -376,10 +426,10 @@ MODEL = (model, tokenizer, devices)
 # What is looked at before a stage starts, besides `registered`, and `room` for all of a command's stages together.
 CHECKS: dict[str, tuple[Callable[[Subject], Iterator[Finding]], ...]] = {
     "convert": (*COMMON, *MODEL),
-    "generate": (*COMMON, *MODEL, data, rollouts),
+    "generate": (*COMMON, *MODEL, server, data, rollouts),
     "train": (*COMMON, *MODEL, data, traces, training),
     "export": (*COMMON, *MODEL),
-    "evaluate": (*COMMON, *MODEL, adapter, benchmarks),
+    "evaluate": (*COMMON, *MODEL, server, adapter, benchmarks),
 }
 
 
@@ -517,6 +567,8 @@ def look(command: str, config: config_lib.Config, **more: Any) -> Found:
             ahead.append(s)
         if s.stage == "generate":
             made.add(traces_path(s.config))
+        elif s.stage == "export" and state != "done":
+            made.add(adapter_folder(s.config))
     if ahead and not found.problems and mesh_lib.is_first():
         found.take(room(ahead))
     return found
@@ -573,6 +625,11 @@ def _cut(problems: Iterator[UserError]) -> Iterator[UserError]:
     more = sum(1 for _ in problems)
     if more:
         yield UserError(f"... and {more} more like the {SHOWN} above")
+
+
+def adapter_folder(config: config_lib.Config) -> Path:
+    """What `export` writes."""
+    return Path(config.run_dir) / "adapter"
 
 
 def _existing(path: Path) -> Path:

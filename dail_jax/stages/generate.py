@@ -22,7 +22,7 @@ from dail_jax.data.records import Row
 from dail_jax.data.traces import Role, Trace, prompt_hash
 from dail_jax.metrics import Metrics, log
 from dail_jax.rundir import Journal, RunDir
-from dail_jax.sample.sampler import Request, Sampler, ScoredSample
+from dail_jax.sample.sampler import Request, Sample, Sampler, ScoredSample
 from dail_jax.stages import drops, recipes
 from dail_jax.stages.drawing import drawing
 from dail_jax.stages.recipes import rows_of, traces_path
@@ -94,14 +94,7 @@ def roll_out(
                 requests.append(Request(key, context, missing, cfg.sampling.max_tokens))
     skipped = f"problems skipped: their prompts are above max_prompt_tokens={cfg.max_prompt_tokens}{of}"
     metrics.left_out(skipped, too_long, len(rows))
-    sampler = session.sampler(
-        cfg.sampling,
-        slots=cfg.slots,
-        max_tokens=cfg.sampling.max_tokens,
-        tau=cfg.tau,
-        proposals=cfg.proposals,
-        roles=len(roles),
-    )
+    sampler = sampler_of(session, len(roles))
     with drawing(sampler, requests, journal, "generating", "traces", sum(map(len, drawn.values()))) as samples:
         for sample in samples:
             row = names[sample.name]
@@ -110,6 +103,21 @@ def roll_out(
             journal.append(dict(trace))
     report_usage(sampler, metrics)
     return {name: [traces[i] for i in sorted(traces)] for name, traces in drawn.items()}
+
+
+def sampler_of(session: Session, roles: int) -> Sampler:
+    """Our engine, or the server that `generate.sampler` names, which draws for one role."""
+    cfg = session.config.generate
+    if isinstance(cfg.sampler, config_lib.Server):
+        return session.served(cfg.sampler, cfg.sampling, scored=True)
+    return session.sampler(
+        cfg.sampling,
+        slots=cfg.slots,
+        max_tokens=cfg.sampling.max_tokens,
+        tau=cfg.tau,
+        proposals=cfg.proposals,
+        roles=roles,
+    )
 
 
 def rationalise(session: Session, rows: list[Row], journal: Journal, metrics: Metrics) -> dict[str, list[Trace]]:
@@ -133,13 +141,16 @@ def report_usage(sampler: Sampler, metrics: Metrics) -> None:
         metrics.write(0, **figures)
 
 
-def trace_of(
-    session: Session, row: Row, views: Sequence[RolePrompts], roles: tuple[Role, ...], s: ScoredSample
-) -> Trace:
-    """A sample as a trace, not yet filtered; `views` are the row's prompts with each of its solutions."""
+def trace_of(session: Session, row: Row, views: Sequence[RolePrompts], roles: tuple[Role, ...], s: Sample) -> Trace:
+    """A sample as a trace, not yet filtered; `views` are the row's prompts with each of its solutions.
+
+    It has no log-probabilities if none came with the sample.
+    """
     solution = s.sample % len(views)
     prompts = views[solution]
-    by_student = s.by_student if "student" in roles else np.zeros_like(s.by_student)
+    scores = s if isinstance(s, ScoredSample) else None
+    one = np.full(len(s.tokens), roles[0] == "student")
+    by_student = scores.by_student if scores and len(roles) > 1 else one
     ids = tuple(s.tokens.tolist())
     return Trace(
         problem_id=row.problem_id,
@@ -150,9 +161,9 @@ def trace_of(
         prompt_tokens={role: len(getattr(prompts, role)) for role in roles},
         response_ids=ids,
         text=session.tokenizer.decode(ids),
-        logq=_rounded(s.logq),
-        log_student=_rounded(s.log_student) if "student" in roles else None,
-        log_privileged=_rounded(s.log_privileged) if "privileged" in roles else None,
+        logq=_rounded(scores.logq) if scores else None,
+        log_student=_rounded(scores.log_student) if scores and "student" in roles else None,
+        log_privileged=_rounded(scores.log_privileged) if scores and "privileged" in roles else None,
         writer="".join("s" if x else "p" for x in by_student),
         acceptance=round(float(by_student.mean()), 4),
         finish=s.finish,

@@ -43,6 +43,7 @@ PATHS = (
 COMMON = ("seed", "model.dtype", "prompts.opening", "prompts.max_solution_tokens")
 PROMPT = ("generate.max_prompt_tokens",)  # decides which solutions are cut to fit
 SUMMARY = ("evaluate.ks", "evaluate.bootstrap")  # decide results.json alone
+SERVER = ("url", "concurrency", "timeout", "retries", "key_variable")  # decide nothing: the model's name does
 
 
 def rows_of(config: config_lib.Config) -> list[Row]:
@@ -61,7 +62,10 @@ def convert(config: config_lib.Config) -> Recipe:
 
 
 def generate(config: config_lib.Config, rows: list[Row] | None = None) -> Recipe:
-    settings = select(config, *COMMON, "data", "generate", without=(*PATHS, "generate.slots"))
+    served = isinstance(config.generate.sampler, config_lib.Server)
+    # Without a server, the key is left out: records that were written before it came stay valid.
+    free = [f"generate.sampler.{key}" for key in SERVER] if served else ["generate.sampler"]
+    settings = select(config, *COMMON, "data", "generate", without=(*PATHS, "generate.slots", *free))
     settings["passes"] = "rationalised" if methods.find(config.train).rationalises else "one"
     filters = select(config, "filters")
     if methods.find(config.train).rationalises:  # the filters decide what the second pass draws
@@ -69,7 +73,7 @@ def generate(config: config_lib.Config, rows: list[Row] | None = None) -> Recipe
     return Recipe(
         "generate",
         settings,
-        {**_model(config), **_data(config, rows), **_templates(config, "student", "privileged")},
+        {**_model(config, served), **_data(config, rows), **_templates(config, "student", "privileged")},
         outputs=(Traces(TRACES, derived=True),),
         partial=JOURNALS,
         scratch=JOURNALS,
@@ -109,7 +113,9 @@ def _unfiltered(recipe: Recipe) -> Recipe:
 
 def evaluate(config: config_lib.Config, tables: Mapping[str, list[Row]] | None = None) -> Recipe:
     cfg, inputs = config.evaluate, {}
-    free = ("evaluate.slots", *(f"evaluate.benchmarks.{key}" for key in ("pool", "title", "about")))
+    served = isinstance(cfg.sampler, config_lib.Server)
+    free = ["evaluate.slots", *(f"evaluate.benchmarks.{key}" for key in ("pool", "title", "about"))]
+    free += [f"evaluate.sampler.{key}" for key in SERVER] if served else []
     if cfg.adapter:
         adapter = Path(cfg.adapter)
         inputs["evaluate.adapter"] = Input(cfg.adapter, lambda checksum: peft.adapter_digest(adapter, checksum))
@@ -122,7 +128,7 @@ def evaluate(config: config_lib.Config, tables: Mapping[str, list[Row]] | None =
     return Recipe(
         "evaluate",
         select(config, *COMMON, "train.objective", "evaluate", without=(*PATHS, *SUMMARY, *free)),
-        {**_model(config), **_templates(config, "student"), **inputs},
+        {**_model(config, served), **_templates(config, "student"), **inputs},
         outputs=(Samples(SAMPLES), File(RESULTS, derived=True)),
         partial=DRAWN,
         scratch=DRAWN,
@@ -184,10 +190,11 @@ def check_traces(config: config_lib.Config) -> None:
 # ---------------------------------------------------------------------------------------------------
 
 
-def _model(config: config_lib.Config) -> dict[str, Input]:
-    folder = Path(config.model.path)
-    weights = Input(config.model.path, lambda checksum: base.model_digest(folder, checksum))
-    return {"model.path": weights, "model.tokenizer": _tokenizer(config)}
+def _model(config: config_lib.Config, served: bool = False) -> dict[str, Input]:
+    """The model and its tokenizer; without the weights, which need not be here, if a server has them."""
+    folder, digest = Path(config.model.path), base.config_digest if served else base.model_digest
+    found = Input(config.model.path, lambda checksum: digest(folder, checksum))
+    return {"model.path": found, "model.tokenizer": _tokenizer(config)}
 
 
 def _tokenizer(config: config_lib.Config) -> Input:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from dail_jax import config as config_lib
 from dail_jax.checkpoint import peft
 from dail_jax.errors import registered
 from dail_jax.model.lora import Lora
@@ -33,6 +34,8 @@ def engine_of(session: Session, lora: Lora | None) -> Callable[[int], Sampler]:
 SAMPLERS: dict[str, Open] = {"engine": ours}
 
 
-def find(name: str) -> Open:
-    """The sampler of that name; raises UserError for one that is not registered."""
-    return registered(SAMPLERS, name, "evaluate.sampler")
+def find(which: str | config_lib.Server) -> Open:
+    """The sampler of that name, or a server; raises UserError for a name that is not registered."""
+    if isinstance(which, config_lib.Server):
+        return lambda session, run_dir: lambda _: session.served(which, session.config.evaluate.sampling)
+    return registered(SAMPLERS, which, "evaluate.sampler")

@@ -15,7 +15,7 @@ from dail_jax.data.prompts import PromptBuilder
 from dail_jax.errors import UserError
 from dail_jax.model import weights
 from dail_jax.model.families import ModelConfig, read_config
-from dail_jax.sample import engine, mixture
+from dail_jax.sample import engine, mixture, server
 from dail_jax.text import Tokenizer, load_tokenizer, stop_ids
 
 
@@ -61,6 +61,13 @@ class Session:
             suppressed(self.tokenizer, sampling),
             min(self.tokenizer.size, self.model.V),
         )
+
+    def served(self, cfg: config_lib.Server, sampling: config_lib.Sampling, scored: bool = False) -> server.Server:
+        """A sampler of what a server serves; `scored` asks for log-probabilities. Raises UserError if it has no such
+        model."""
+        server.find_model(cfg)
+        never = suppressed(self.tokenizer, sampling)
+        return server.Server(cfg, sampling, self.tokenizer, self.stops, self.config.seed, never, scored)
 
 
 def open_session(config: config_lib.Config) -> Session:
