@@ -46,20 +46,21 @@ def load(folder: str | Path, mesh: jax.sharding.Mesh, dtype: str) -> tuple[weigh
     """
     folder, cfg = Path(folder), read_config(folder)
     verify_manifest(folder)
-    layout = weights.shardings(cfg, mesh)
+    layout, places = weights.shardings(cfg, mesh), weights.places(cfg)
     count = sum(len(weight.names(cfg)) for weight in weights.declare(cfg).values())
     with Tensors(folder) as source, progress("loading weights", count, "tensors") as bar:
         _check_names(source, cfg)
 
         def leaf(name: str, weight: weights.Weight) -> jax.Array:
             where = (layout["layers"] if weight.layered else layout)[name]
+            shape, rows = places[name]
             if not weight.layered:
                 bar.advance()
-                return _place(source.read(weight.hf, weight.torch_shape(cfg)), weight, cfg, dtype, where)
+                return _place(source.read(weight.hf, shape, rows), weight, cfg, dtype, where)
             one_layer = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*where.spec[1:]))
             stack = jax.jit(lambda: jnp.zeros(weights.full_shape(weight, cfg), dtype), out_shardings=where)()
             for row, tensor in enumerate(weight.names(cfg)):
-                x = source.read(tensor, weight.torch_shape(cfg))
+                x = source.read(tensor, shape, rows)
                 stack = _insert(stack, _place(x, weight, cfg, dtype, one_layer), row)
                 bar.advance()
             return stack
@@ -71,9 +72,10 @@ def check(folder: Path, cfg: ModelConfig) -> None:
     """Raises UserError unless the files of a folder hold the model's weights, by their headers alone."""
     with Tensors(folder) as source:
         _check_names(source, cfg)
-        for weight in weights.declare(cfg).values():
+        places = weights.places(cfg)
+        for name, weight in weights.declare(cfg).items():
             for tensor in weight.names(cfg):
-                source.check(tensor, weight.torch_shape(cfg))
+                source.check(tensor, places[name][0])
 
 
 def save(
@@ -286,11 +288,11 @@ class Tensors:
         if view.get_dtype() not in DTYPES:
             raise UserError(f"got dtype {view.get_dtype()}, want one of {', '.join(DTYPES)}", file=file, field=name)
 
-    def read(self, name: str, shape: tuple[int, ...]) -> np.ndarray:
-        """One tensor; raises UserError unless it is finite and of this shape and a known dtype."""
+    def read(self, name: str, shape: tuple[int, ...], rows: slice = slice(None)) -> np.ndarray:
+        """One tensor, or some of its rows; raises UserError unless it is finite and of this shape and a known dtype."""
         self.check(name, shape)
         file, handle = self.where[name]
-        x = handle.get_tensor(name)
+        x = handle.get_slice(name)[rows]
         if not np.isfinite(x).all():
             raise UserError("got NaN or infinity, want finite weights", file=file, field=name)
         return x
@@ -336,23 +338,27 @@ def _insert(stack: jax.Array, x: jax.Array, index: int) -> jax.Array:
 def _shards(params: weights.Params, cfg: ModelConfig) -> Iterator[dict[str, Any]]:
     """Yields groups of {Hugging Face name: function that gathers the tensor}, each of at most SHARD_BYTES or one tensor."""
     group: dict[str, Any] = {}
-    size = 0
-    for name, weight in weights.declare(cfg).items():
-        stacked = (params["layers"] if weight.layered else params)[name]
-        for row, tensor in enumerate(weight.names(cfg)):
-            one = int(np.prod(weight.shape(cfg))) * stacked.dtype.itemsize
+    size, table = 0, weights.declare(cfg)
+    for names in weights.tensors(cfg).values():
+        parts = [(table[name], (params["layers"] if table[name].layered else params)[name]) for name in names]
+        one = sum(int(np.prod(weight.shape(cfg))) * stacked.dtype.itemsize for weight, stacked in parts)
+        for row, tensor in enumerate(table[names[0]].names(cfg)):
             if group and size + one > SHARD_BYTES:
                 yield group
                 group, size = {}, 0
-            group[tensor] = functools.partial(_gather, stacked, row if weight.layered else None, weight, cfg)
+            group[tensor] = functools.partial(_gather, parts, row, cfg)
             size += one
     yield group
 
 
-def _gather(stacked: jax.Array, index: int | None, weight: weights.Weight, cfg: ModelConfig) -> np.ndarray:
-    x = stacked if index is None else stacked[index]
-    if jax.process_count() > 1:
-        from jax.experimental.multihost_utils import process_allgather
+def _gather(parts: list[tuple[weights.Weight, jax.Array]], row: int, cfg: ModelConfig) -> np.ndarray:
+    """The tensor that weights make, of one of the layers that they are stacked over."""
+    found = []
+    for weight, stacked in parts:
+        x = stacked[row] if weight.layered else stacked
+        if jax.process_count() > 1:
+            from jax.experimental.multihost_utils import process_allgather
 
-        x = process_allgather(x, tiled=True)
-    return np.ascontiguousarray(weight.to_torch(np.asarray(x), cfg))
+            x = process_allgather(x, tiled=True)
+        found.append(weight.to_torch(np.asarray(x), cfg))
+    return np.ascontiguousarray(np.concatenate(found) if len(found) > 1 else found[0])

@@ -1,4 +1,6 @@
-"""One layer: a mixer, through which tokens see each other, and an MLP, each on the residual stream and with norms.
+"""One layer: a mixer, through which tokens see each other, and an MLP, each added to the residual stream.
+
+Norms stand before them, behind them, or both: wherever `weights.declare` has a row for one.
 
 A layer's description (`families.Layer`) names its mixer and its MLP in the tables MIXERS and MLPS. An MLP is a function
 of (y [B,T,D], the layer bound to its weights) that returns [B,T,D]. A mixer also takes `see`, and returns what `see`
@@ -41,7 +43,9 @@ class Bound:
 
     def norm(self, x: jax.Array, name: str) -> jax.Array:
         """The norm, or x where a family has no norm of this name."""
-        return layers.rms_norm(x, self.weights[name], self.cfg.norm_eps) if name in self.weights else x
+        if name not in self.weights:
+            return x
+        return layers.rms_norm(x, self.weights[name], self.cfg.norm_eps, self.cfg.norm)
 
     def rotate(self, x: jax.Array) -> jax.Array:
         return x if self.angles is None else layers.rotate(x, self.angles)
@@ -51,9 +55,10 @@ def block(x: jax.Array, bound: Bound, mixer: str, mlp: str, see: Callable) -> tu
     """One layer: x [B,T,D] -> ([B,T,D], what `see` keeps)."""
     with jax.named_scope("attend"):
         y, kept = MIXERS[mixer](bound.norm(x, "attn_norm"), bound, see)
-        x = x + y
+        x = x + bound.norm(y, "attn_post_norm")
     with jax.named_scope("mlp"):
-        x = x + MLPS[mlp](bound.norm(constrain(x, "bt_"), "mlp_norm"), bound)
+        y = MLPS[mlp](bound.norm(constrain(x, "bt_"), "mlp_norm"), bound)
+        x = x + bound.norm(y, "mlp_post_norm")
     return constrain(x, "bt_"), kept
 
 
@@ -66,7 +71,8 @@ def attention(y: jax.Array, bound: Bound, see: Callable) -> tuple[jax.Array, Any
 
 
 def dense(y: jax.Array, bound: Bound) -> jax.Array:
-    return bound.linear(jax.nn.silu(bound.linear(y, "gate")) * bound.linear(y, "up"), "down")
+    act = layers.ACTIVATIONS[bound.cfg.activation]
+    return bound.linear(act(bound.linear(y, "gate")) * bound.linear(y, "up"), "down")
 
 
 MIXERS: dict[str, Callable[[jax.Array, Bound, Callable], tuple[jax.Array, Any]]] = {"attention": attention}

@@ -169,11 +169,11 @@ def encode(
     Attention stays within rows. Layers are scanned if they are stacked. `remat` names what the backward pass
     recomputes: none, full, or dots (all but matrix products).
     """
-    x, angles = _embed(params, tokens), _angles(positions, cfg)
+    x, angles = _embed(params, tokens, cfg), _angles(positions, cfg)
 
     def step(layer: Layer, x: jax.Array, weights: dict, pair: dict | None) -> jax.Array:
         def attend(q, k, v):
-            return attention.attend(q, k, v, positions, layer.window), None
+            return attention.attend(q, k, v, positions, layer.window, cfg.attention_scale), None
 
         bound = Bound(cfg, weights, lora and (pair or {}, lora.scale), angles.get(layer.rope))
         return block(x, bound, layer.mixer, layer.mlp, attend)[0]
@@ -183,7 +183,7 @@ def encode(
             x = _remat(step, remat, prevent_cse=True)(layer, x, weights, pair and pair[0])
     else:
         x = _scan(step, x, params["layers"], lora and lora.tree, cfg, remat)
-    return rms_norm(x, params["norm"], cfg.norm_eps)
+    return rms_norm(x, params["norm"], cfg.norm_eps, cfg.norm)
 
 
 def _scan(step: Callable, x: jax.Array, layers: dict, adapter: dict | None, cfg: ModelConfig, remat: str) -> jax.Array:
@@ -237,17 +237,20 @@ def prefill(
     Prompts are padded on the right. A layer with a window keeps the end of each: P is `slots_of` the layer and T.
     """
     length = positions.max(1) + 1
-    x, angles, kept = _embed(params, tokens), _angles(positions, cfg), []
+    x, angles, kept = _embed(params, tokens, cfg), _angles(positions, cfg), []
     for layer, weights, pair in _each_layer(params, cfg, lora):
 
         def attend(q, k, v, layer=layer):
             # Where devices share a row's tokens, they exchange keys and values, not what these are computed from.
             k, v, slots = constrain(k, "btkh"), constrain(v, "btkh"), slots_of(layer, k.shape[1])
-            return attention.attend(q, k, v, positions, layer.window), (_end(k, length, slots), _end(v, length, slots))
+            return attention.attend(q, k, v, positions, layer.window, cfg.attention_scale), (
+                _end(k, length, slots),
+                _end(v, length, slots),
+            )
 
         x, new = block(x, Bound(cfg, weights, pair, angles.get(layer.rope)), layer.mixer, layer.mlp, attend)
         kept.append(new)
-    return rms_norm(x, params["norm"], cfg.norm_eps), [k for k, _ in kept], [v for _, v in kept]
+    return rms_norm(x, params["norm"], cfg.norm_eps, cfg.norm), [k for k, _ in kept], [v for _, v in kept]
 
 
 @jax.named_scope("decode_step")
@@ -266,7 +269,7 @@ def decode_step(
     The tokens are stored in slot `slot` of `recent`. Each row sees its token, its earlier ones and its prompt.
     """
     tokens, positions = tokens[:, None], positions[:, None]
-    x, angles, kept = _embed(params, tokens), _angles(positions, cfg), []
+    x, angles, kept = _embed(params, tokens, cfg), _angles(positions, cfg), []
     held = jax.lax.dynamic_update_slice(recent.held, positions, (0, slot))
     live = (positions >= 0)[..., None]
     masks = {
@@ -287,11 +290,11 @@ def decode_step(
                 (k, v, new, 1),
                 (cache.prompt_k[i], cache.prompt_v[i], prompt, cache.entries),
             ]
-            return attention.attend_cached(q, sets), (k, v)
+            return attention.attend_cached(q, sets, cfg.attention_scale), (k, v)
 
         x, stored = block(x, Bound(cfg, weights, pair, angles.get(layer.rope)), layer.mixer, layer.mlp, attend)
         kept.append(stored)
-    hidden = rms_norm(x, params["norm"], cfg.norm_eps)[:, 0]
+    hidden = rms_norm(x, params["norm"], cfg.norm_eps, cfg.norm)[:, 0]
     return hidden, Recent(tuple(k for k, _ in kept), tuple(v for _, v in kept), held)
 
 
@@ -309,12 +312,14 @@ def unembed(params: Params, hidden: jax.Array) -> jax.Array:
 # ---------------------------------------------------------------------------------------------------
 
 
-def _embed(params: Params, tokens: jax.Array) -> jax.Array:
+def _embed(params: Params, tokens: jax.Array, cfg: ModelConfig) -> jax.Array:
     """Embeddings [B,T,D] of tokens [B,T].
 
     Each device looks up its share of D for all rows, so that devices exchange rows rather than the table.
     """
     x = constrain(params["embed"], "vd").at[constrain(tokens, "xt")].get(mode="clip")
+    if cfg.embedding_scale is not None:
+        x = x * jnp.asarray(cfg.embedding_scale, x.dtype)  # rounded like this where the model was trained
     return constrain(constrain(x, "xtd"), "bt_")
 
 
