@@ -368,7 +368,7 @@ class LoraConfig(Section):
     """Rank of each adapter."""
     alpha: Positive = 32.0
     """Scale: an adapter's output is multiplied by alpha / rank."""
-    targets: tuple[Literal["q", "k", "v", "o", "gate", "up", "down"], ...] = (
+    targets: tuple[Literal["q", "k", "v", "o", "gate", "up", "down", "in_qkv", "in_z", "in_b", "in_a", "out"], ...] = (
         "q",
         "k",
         "v",
@@ -377,7 +377,7 @@ class LoraConfig(Section):
         "up",
         "down",
     )
-    """Linear maps that get an adapter."""
+    """Linear maps that get an adapter. Those from `in_qkv` on are a gated delta net's, such as Qwen3.5's."""
 
     @model_validator(mode="after")
     def _some(self):

@@ -23,9 +23,9 @@ LETTERS = {
     "T": "time: the tokens of a row; of its response, where losses and samples leave the prompt out",
     "W": "the tokens of a padded training row, prompt and response, where T is the response's",
     "D": "model width",
-    "N": "query heads",
-    "K": "kv heads",
-    "H": "head size",
+    "N": "query heads; in a delta net, value heads",
+    "K": "kv heads; in a delta net, heads of queries and keys",
+    "H": "head size; in a delta net, of queries and keys",
     "F": "feed-forward width",
     "V": "vocabulary",
     "L": "layers",
@@ -39,6 +39,10 @@ LETTERS = {
     "E": "prompts side by side in a prompt buffer",
     "Q": "queries per row and kv head: T * N / K",
     "X": "B, where D is spread as well: over `data` alone",
+    "J": "experts",
+    "I": "the other size of a part that has two: an expert's width; a query with its gate; a delta net's value heads'",
+    "Y": "what a delta net convolves for each of K heads: its query, its key and the values that they serve",
+    "Z": "taps of its convolution",
     "U": "V, where every device has all of D, as in the unembedding and in logits: over `fsdp` too",
 }
 
@@ -52,6 +56,7 @@ RULES: dict[str, str | tuple[str, ...]] = {
     "f": "tensor",
     "v": "tensor",
     "u": ("fsdp", "tensor"),
+    "j": "tensor",
 }
 
 

@@ -153,7 +153,9 @@ def stop_ids(model_folder: str | Path, tokenizer: Tokenizer) -> tuple[int, ...]:
         path = Path(model_folder) / name
         if not path.is_file():
             continue
-        value = strict_json.read_object(path).get("eos_token_id")
+        tree = strict_json.read_object(path)
+        text = tree.get("text_config")  # of a multimodal model
+        value = tree.get("eos_token_id", text.get("eos_token_id") if isinstance(text, dict) else None)
         ids = [] if value is None else value if isinstance(value, list) else [value]
         if not all(type(i) is int and i >= 0 for i in ids):
             raise UserError(f"got {value!r:.80}, want a token id or a list of them", file=path, field="eos_token_id")

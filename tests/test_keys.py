@@ -54,7 +54,7 @@ def test_what_is_known_of_a_key():
     assert of("model.tokenizer") == ("path or null", "null", "")
     assert of("evaluate.benchmarks") == ("list of sections", "[]", "")
     assert of("evaluate.benchmarks.0.rows.columns.choices")[0] == "text or list of texts or null"
-    assert of("train.lora.targets")[2] == "one of q, k, v, o, gate, up, down"
+    assert of("train.lora.targets")[2] == "one of q, k, v, o, gate, up, down, in_qkv, in_z, in_b, in_a, out"
     assert of("train.lora") == ("section", "", "")
     # one type of section, with the defaults of the place
     assert of("generate.sampling.temperature")[1] == of("train.online.sampling.temperature")[1] == "1.0"

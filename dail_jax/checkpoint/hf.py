@@ -13,6 +13,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ from dail_jax import strict_json
 from dail_jax.errors import UserError, want_folder, writing
 from dail_jax.metrics import progress
 from dail_jax.model import weights
-from dail_jax.model.families import ModelConfig, read_config
+from dail_jax.model.families import LIMITS, ModelConfig, read_config, text_only
 from dail_jax.provenance import Checksums, digest, sha256
 from dail_jax.rundir import sync_folder
 
@@ -40,29 +41,32 @@ SHARD_BYTES = 4 << 30
 
 
 def load(folder: str | Path, mesh: jax.sharding.Mesh, dtype: str) -> tuple[weights.Params, ModelConfig]:
-    """The model in a folder, sharded over the mesh. Takes host memory for the largest single tensor.
+    """The model in a folder, sharded over the mesh. Takes host memory for the largest single weight of one layer.
 
     Raises UserError for weights that are missing, unexpected, of another shape, not finite, damaged or not supported.
     """
     folder, cfg = Path(folder), read_config(folder)
     verify_manifest(folder)
-    layout, places = weights.shardings(cfg, mesh), weights.places(cfg)
+    layout = weights.shardings(cfg, mesh)
     count = sum(len(weight.names(cfg)) for weight in weights.declare(cfg).values())
     with Tensors(folder) as source, progress("loading weights", count, "tensors") as bar:
         _check_names(source, cfg)
 
         def leaf(name: str, weight: weights.Weight) -> jax.Array:
             where = (layout["layers"] if weight.layered else layout)[name]
-            shape, rows = places[name]
+            names, parts, shape = weight.names(cfg), weight.parts(cfg), weight.part.torch_shape(cfg)
+
+            def read(row: int, where: jax.sharding.Sharding) -> jax.Array:
+                found = [source.read(tensor, shape) for tensor in names[row * parts : (row + 1) * parts]]
+                bar.advance(parts)
+                return _place(np.stack(found) if weight.each else found[0], weight, cfg, dtype, where)
+
             if not weight.layered:
-                bar.advance()
-                return _place(source.read(weight.hf, shape, rows), weight, cfg, dtype, where)
+                return read(0, where)
             one_layer = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*where.spec[1:]))
             stack = jax.jit(lambda: jnp.zeros(weights.full_shape(weight, cfg), dtype), out_shardings=where)()
-            for row, tensor in enumerate(weight.names(cfg)):
-                x = source.read(tensor, shape, rows)
-                stack = _insert(stack, _place(x, weight, cfg, dtype, one_layer), row)
-                bar.advance()
+            for row in range(len(names) // parts):
+                stack = _insert(stack, read(row, one_layer), row)
             return stack
 
         return weights.tree(cfg, leaf), cfg
@@ -72,10 +76,9 @@ def check(folder: Path, cfg: ModelConfig) -> None:
     """Raises UserError unless the files of a folder hold the model's weights, by their headers alone."""
     with Tensors(folder) as source:
         _check_names(source, cfg)
-        places = weights.places(cfg)
-        for name, weight in weights.declare(cfg).items():
+        for weight in weights.declare(cfg).values():
             for tensor in weight.names(cfg):
-                source.check(tensor, places[name][0])
+                source.check(tensor, weight.part.torch_shape(cfg))
 
 
 def save(
@@ -86,7 +89,10 @@ def save(
     tokenizer: str | Path | None = None,
     made_of: dict[str, Any] | None = None,
 ) -> None:
-    """Writes a folder that transformers and vLLM can load, from the first process; raises UserError if it exists."""
+    """Writes a folder that transformers and vLLM can load, from the first process; raises UserError if it exists.
+
+    Of a multimodal model, `config_json` describes more than is written: the text model alone.
+    """
     with new_folder(folder, made_of) as temporary:
         first = mesh_lib.is_first()
         parts = list(_shards(params, cfg))
@@ -99,7 +105,7 @@ def save(
             index |= dict.fromkeys(tensors, file)
         if not first:
             return
-        (temporary / "config.json").write_text(json.dumps(config_json, indent=2) + "\n")
+        (temporary / "config.json").write_text(json.dumps(text_only(config_json), indent=2) + "\n")
         if len(parts) > 1:
             total = weights.count(cfg) * np.dtype(params["norm"].dtype).itemsize
             (temporary / INDEX).write_text(
@@ -241,17 +247,64 @@ def shards(folder: Path, single: str = "model.safetensors", index: str = INDEX) 
     return [folder / name for name in names]
 
 
+@dataclass(frozen=True)
+class Stored:
+    """Where a tensor is: whole in a file, or an expert's rows, `part`, of a tensor that holds all of a layer's."""
+
+    file: Path
+    handle: Any
+    name: str
+    part: tuple[int, range] | None = None
+
+    @property
+    def view(self) -> Any:
+        return self.handle.get_slice(self.name)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        shape = tuple(self.view.get_shape())
+        return shape if self.part is None else (len(self.part[1]), *shape[2:])
+
+    def read(self) -> np.ndarray:
+        if self.part is None:
+            return self.handle.get_tensor(self.name)
+        expert, rows = self.part
+        return self.view[expert, rows.start : rows.stop]
+
+    def parts(self) -> dict[str, Stored]:
+        """By names of the text model: the tensor, or each expert's where it is [J,2I,D] of gates and ups, or [J,D,I]."""
+        name = TEXT + self.name.removeprefix(MULTIMODAL) if self.name.startswith(MULTIMODAL) else self.name
+        module, _, kind = name.rpartition(".")
+        shape = self.shape
+        if kind not in FUSED or not module.endswith(".experts") or len(shape) != 3 or shape[0] > LIMITS["num_experts"]:
+            return {name: self}
+        size = shape[1] // len(FUSED[kind])
+        return {
+            f"{module}.{expert}.{one}.weight": replace(self, part=(expert, range(i * size, (i + 1) * size)))
+            for expert in range(shape[0])
+            for i, one in enumerate(FUSED[kind])
+        }
+
+
+TEXT, MULTIMODAL = "model.", "model.language_model."  # how names begin, alone and beside a model of images
+FUSED = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}  # as transformers 5 holds experts
+
+
 class Tensors:
-    """The tensors of a safetensors folder, single or sharded, read one at a time through a memory map."""
+    """The tensors of a safetensors folder, single or sharded, read one at a time through a memory map.
+
+    Names are those of a text model alone, and experts have a tensor each, however the folder has them.
+    """
 
     def __init__(self, folder: Path, single: str = "model.safetensors", index: str = INDEX):
         self.folder, self.files = folder, contextlib.ExitStack()
-        self.where: dict[str, tuple[Path, Any]] = {}
+        self.where: dict[str, Stored] = {}
         for file in shards(folder, single, index):
-            for name, handle in self._open(file):
-                if name in self.where:
-                    raise UserError(f"tensor {name!r} is also in {self.where[name][0].name}", file=file)
-                self.where[name] = (file, handle)
+            for tensor in self._open(file):
+                for name, part in tensor.parts().items():
+                    if name in self.where:
+                        raise UserError(f"tensor {name!r} is also in {self.where[name].file.name}", file=file)
+                    self.where[name] = part
 
     def __enter__(self) -> Tensors:
         return self
@@ -259,7 +312,7 @@ class Tensors:
     def __exit__(self, *_: object) -> None:
         self.files.close()
 
-    def _open(self, file: Path) -> Iterable[tuple[str, Any]]:
+    def _open(self, file: Path) -> Iterable[Stored]:
         if file.exists() and not file.is_file():  # opening a FIFO would block forever
             raise UserError("cannot be read: it is not a regular file", file=file)
         try:
@@ -274,27 +327,23 @@ class Tensors:
             names = list(handle.keys())
         except (SafetensorError, OSError, ValueError) as error:
             raise UserError(f"not a complete safetensors file: {error}", file=file) from None
-        return [(name, handle) for name in names]
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        return tuple(self.where[name][1].get_slice(name).get_shape())
+        return [Stored(file, handle, name) for name in names]
 
     def check(self, name: str, shape: tuple[int, ...]) -> None:
         """Raises UserError unless a tensor is there, of this shape and a known dtype, by its file's header."""
-        file, handle = self.where[name]
-        view = handle.get_slice(name)
-        if tuple(view.get_shape()) != shape:
-            raise UserError(f"got shape {tuple(view.get_shape())}, want {shape}", file=file, field=name)
-        if view.get_dtype() not in DTYPES:
-            raise UserError(f"got dtype {view.get_dtype()}, want one of {', '.join(DTYPES)}", file=file, field=name)
+        tensor = self.where[name]
+        if tensor.shape != shape:
+            raise UserError(f"got shape {tensor.shape}, want {shape}", file=tensor.file, field=name)
+        dtype = tensor.view.get_dtype()
+        if dtype not in DTYPES:
+            raise UserError(f"got dtype {dtype}, want one of {', '.join(DTYPES)}", file=tensor.file, field=name)
 
-    def read(self, name: str, shape: tuple[int, ...], rows: slice = slice(None)) -> np.ndarray:
-        """One tensor, or some of its rows; raises UserError unless it is finite and of this shape and a known dtype."""
+    def read(self, name: str, shape: tuple[int, ...]) -> np.ndarray:
+        """One tensor; raises UserError unless it is finite and of this shape and a known dtype."""
         self.check(name, shape)
-        file, handle = self.where[name]
-        x = handle.get_slice(name)[rows]
+        x = self.where[name].read()
         if not np.isfinite(x).all():
-            raise UserError("got NaN or infinity, want finite weights", file=file, field=name)
+            raise UserError("got NaN or infinity, want finite weights", file=self.where[name].file, field=name)
         return x
 
 
@@ -313,7 +362,9 @@ def _check_names(source: Tensors, cfg: ModelConfig) -> None:
     extra = sorted(
         name
         for name in source.where.keys() - want
-        if not name.endswith("rotary_emb.inv_freq") and not (cfg.tied and name == "lm_head.weight")
+        if not name.endswith("rotary_emb.inv_freq")
+        and not name.startswith(cfg.left_out)
+        and not (cfg.tied and name == "lm_head.weight")
     )
     for problem, names in (("missing", missing), ("unexpected", extra)):
         if names:
@@ -338,27 +389,24 @@ def _insert(stack: jax.Array, x: jax.Array, index: int) -> jax.Array:
 def _shards(params: weights.Params, cfg: ModelConfig) -> Iterator[dict[str, Any]]:
     """Yields groups of {Hugging Face name: function that gathers the tensor}, each of at most SHARD_BYTES or one tensor."""
     group: dict[str, Any] = {}
-    size, table = 0, weights.declare(cfg)
-    for names in weights.tensors(cfg).values():
-        parts = [(table[name], (params["layers"] if table[name].layered else params)[name]) for name in names]
-        one = sum(int(np.prod(weight.shape(cfg))) * stacked.dtype.itemsize for weight, stacked in parts)
-        for row, tensor in enumerate(table[names[0]].names(cfg)):
+    size = 0
+    for name, weight in weights.declare(cfg).items():
+        stacked = (params["layers"] if weight.layered else params)[name]
+        one = int(np.prod(weight.part.shape(cfg))) * stacked.dtype.itemsize
+        for number, tensor in enumerate(weight.names(cfg)):
+            row = divmod(number, weight.parts(cfg))[: 1 + weight.each] if weight.layered else ()
             if group and size + one > SHARD_BYTES:
                 yield group
                 group, size = {}, 0
-            group[tensor] = functools.partial(_gather, parts, row, cfg)
+            group[tensor] = functools.partial(_gather, stacked, row, weight.part, cfg)
             size += one
     yield group
 
 
-def _gather(parts: list[tuple[weights.Weight, jax.Array]], row: int, cfg: ModelConfig) -> np.ndarray:
-    """The tensor that weights make, of one of the layers that they are stacked over."""
-    found = []
-    for weight, stacked in parts:
-        x = stacked[row] if weight.layered else stacked
-        if jax.process_count() > 1:
-            from jax.experimental.multihost_utils import process_allgather
+def _gather(stacked: jax.Array, index: tuple[int, ...], weight: weights.Weight, cfg: ModelConfig) -> np.ndarray:
+    x = stacked[index] if index else stacked
+    if jax.process_count() > 1:
+        from jax.experimental.multihost_utils import process_allgather
 
-            x = process_allgather(x, tiled=True)
-        found.append(weight.to_torch(np.asarray(x), cfg))
-    return np.ascontiguousarray(np.concatenate(found) if len(found) > 1 else found[0])
+        x = process_allgather(x, tiled=True)
+    return np.ascontiguousarray(weight.to_torch(np.asarray(x), cfg))

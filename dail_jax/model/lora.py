@@ -13,6 +13,7 @@ from flax import struct
 
 from dail_jax import config as config_lib
 from dail_jax import mesh as mesh_lib
+from dail_jax.errors import UserError
 from dail_jax.model.families import ModelConfig
 from dail_jax.model.weights import Weight, declare
 
@@ -30,12 +31,24 @@ def axes(weight: Weight) -> dict[str, str]:
     return {"a": "l" + weight.axes[: weight.inputs] + "r", "b": "lr" + weight.axes[weight.inputs :]}
 
 
+def targets(cfg: ModelConfig, lora: config_lib.LoraConfig) -> dict[str, Weight]:
+    """The linear maps that get an adapter, by name; raises UserError for those that the model does not have."""
+    possible = {name: weight for name, weight in declare(cfg).items() if weight.inputs}
+    missing = [name for name in lora.targets if name not in possible]
+    if missing:
+        experts = " (experts get no adapters)" if cfg.experts else ""
+        raise UserError(
+            f"got {', '.join(missing)}, want some of {', '.join(possible)}{experts}: a {cfg.family} has no others",
+            field="train.lora.targets",
+        )
+    return {name: possible[name] for name in lora.targets}
+
+
 def init(key: jax.Array, cfg: ModelConfig, lora: config_lib.LoraConfig) -> Lora:
     """A new adapter, initialised as in peft: `a` uniform in +-1/sqrt(inputs), `b` zero."""
-    table = declare(cfg)
     tree = {}
-    for index, name in enumerate(lora.targets):
-        shapes = {side: _shape(letters, table[name], cfg, lora.rank) for side, letters in axes(table[name]).items()}
+    for index, (name, weight) in enumerate(targets(cfg, lora).items()):
+        shapes = {side: _shape(letters, weight, cfg, lora.rank) for side, letters in axes(weight).items()}
         bound = 1 / math.sqrt(math.prod(shapes["a"][1:-1]))
         a = jax.random.uniform(jax.random.fold_in(key, index), shapes["a"], jnp.float32, -bound, bound)
         tree[name] = {"a": a, "b": jnp.zeros(shapes["b"], jnp.float32)}
@@ -43,10 +56,9 @@ def init(key: jax.Array, cfg: ModelConfig, lora: config_lib.LoraConfig) -> Lora:
 
 
 def shardings(cfg: ModelConfig, lora: config_lib.LoraConfig, mesh: jax.sharding.Mesh) -> Lora:
-    table = declare(cfg)
     tree = {
-        name: {side: mesh_lib.sharding(mesh, letters) for side, letters in axes(table[name]).items()}
-        for name in lora.targets
+        name: {side: mesh_lib.sharding(mesh, letters) for side, letters in axes(weight).items()}
+        for name, weight in targets(cfg, lora).items()
     }
     return Lora(tree, lora.alpha / lora.rank)  # pyright: ignore[reportArgumentType]  (a tree of shardings)
 
@@ -72,4 +84,4 @@ def merge(params: dict, lora: Lora, cfg: ModelConfig) -> dict:
 
 def _shape(letters: str, weight: Weight, cfg: ModelConfig, rank: int) -> tuple[int, ...]:
     sizes = {"r": rank, "l": len(weight.layers(cfg))}
-    return tuple(sizes.get(letter) or cfg.size(letter) for letter in letters)
+    return tuple(sizes.get(letter) or weight.size(letter, cfg) for letter in letters)

@@ -7,6 +7,7 @@ position per row and the loss projects chunks. Positions are -1 on padding, and 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
@@ -17,7 +18,7 @@ from flax import struct
 
 from dail_jax import mesh as mesh_lib
 from dail_jax.mesh import constrain
-from dail_jax.model import attention
+from dail_jax.model import attention, deltanet
 from dail_jax.model.blocks import Bound, block
 from dail_jax.model.families import Layer, ModelConfig, Rope
 from dail_jax.model.layers import Angles, rms_norm
@@ -29,18 +30,21 @@ TILE = 16  # cache slots come in multiples of this: a TPU lays out other sizes d
 
 @struct.dataclass
 class Cache:
-    """Keys and values of B rows, one array per layer.
+    """Keys and values of B rows, or the state of a delta net in their place, one pair of arrays per layer.
 
     Rows form G blocks of M; the rows of a block share one prompt buffer. The buffer may hold several prompts
     (`entries`) side by side: `row_prompt` gives the one that each row continues. A layer with a window has slots for
     what a query may still see (`slots_of`): its own tokens go round in a ring, and of a prompt it has the end.
 
     Attributes:
-      k, v: L arrays [B, K, S, H], the rows' own tokens from slot 0 on, with RoPE already applied to the keys.
+      k, v: L arrays [B, K, S, H], the rows' own tokens from slot 0 on, with RoPE already applied to the keys. Of a
+        delta net, the two parts of the rows' states.
       count: [B] int32, the number of own tokens of each row.
-      prompt_k, prompt_v: L arrays [G, K, P, H].
+      prompt_k, prompt_v: L arrays [G, K, P, H]. Of a delta net, the states at the prompts' ends: as k and v, but with
+        the third axis E times as long.
       prompt_length: [G, E] int32, in tokens; 0 for an entry that holds no prompt.
       row_prompt: [B] int32.
+      states: the layers that have a state.
     """
 
     k: tuple[jax.Array, ...]
@@ -50,6 +54,7 @@ class Cache:
     prompt_v: tuple[jax.Array, ...]
     prompt_length: jax.Array
     row_prompt: jax.Array
+    states: tuple[int, ...] = struct.field(pytree_node=False, default=())
 
     @property
     def entries(self) -> int:
@@ -83,7 +88,7 @@ class Recent:
     a loop over rows, too slow to run for every token.
 
     Attributes:
-      k, v: L arrays [B, K, C, H].
+      k, v: L arrays [B, K, C, H]. Of a delta net, the state after the newest token.
       held: [B, C] int32, the position of the token in each slot, -1 if the slot is empty.
     """
 
@@ -105,26 +110,64 @@ def empty_cache(
     `prompt_slots` are those of one of the `entries` of a prompt buffer.
     """
 
-    def make(rows: int, slots: int, times: int = 1) -> tuple[jax.Array, ...]:
-        shapes = [(rows, cfg.K, times * slots_of(layer, slots), cfg.H) for layer in cfg.layers]
-        return tuple(jnp.zeros(shape, dtype) for shape in shapes)
+    def make(rows: int, slots: int, times: int = 1) -> tuple[tuple[jax.Array, ...], tuple[jax.Array, ...]]:
+        k, v = [], []
+        for layer in cfg.layers:
+            shapes, types = ((rows, cfg.K, slots_of(layer, slots), cfg.H),) * 2, (dtype, dtype)
+            if cfg.deltanet and layer.mixer == "deltanet":
+                shapes, types = deltanet.shapes(cfg.deltanet, rows), (dtype, jnp.float32)
+            for arrays, (b, heads, size, h), kind in zip((k, v), shapes, types, strict=True):
+                arrays.append(jnp.zeros((b, heads, times * size, h), kind))
+        return tuple(k), tuple(v)
 
+    (k, v), (prompt_k, prompt_v) = make(rows, slots), make(blocks, prompt_slots, entries)
     return Cache(
-        k=make(rows, slots),
-        v=make(rows, slots),
+        k=k,
+        v=v,
         count=jnp.zeros(rows, jnp.int32),
-        prompt_k=make(blocks, prompt_slots, entries),
-        prompt_v=make(blocks, prompt_slots, entries),
+        prompt_k=prompt_k,
+        prompt_v=prompt_v,
         prompt_length=jnp.zeros((blocks, entries), jnp.int32),
         row_prompt=jnp.zeros(rows, jnp.int32),
+        states=tuple(i for i, layer in enumerate(cfg.layers) if layer.mixer == "deltanet"),
+    )
+
+
+def begin(cache: Cache, chosen: jax.Array, entry: jax.Array) -> Cache:
+    """The cache in which the rows `chosen` [B] bool have no tokens of their own and continue prompt `entry` [B].
+
+    States are copied from the end of the prompt; its keys and values stay shared.
+    """
+    row_prompt = jnp.where(chosen, entry, cache.row_prompt)
+    by_block = row_prompt.reshape(cache.prompt_length.shape[0], -1)
+
+    def copy(own: jax.Array, prompts: jax.Array) -> jax.Array:
+        prompts = prompts.reshape(*prompts.shape[:2], cache.entries, -1, prompts.shape[3])
+        found = jax.vmap(lambda x, which: x[:, which])(prompts, by_block)  # [G,K,M,...]
+        return jnp.where(chosen[:, None, None, None], found.swapaxes(1, 2).reshape(own.shape), own)
+
+    def copies(own: tuple, prompts: tuple) -> tuple:
+        return tuple(copy(x, prompts[i]) if i in cache.states else x for i, x in enumerate(own))
+
+    return replace(
+        cache,
+        k=copies(cache.k, cache.prompt_k),
+        v=copies(cache.v, cache.prompt_v),
+        count=jnp.where(chosen, 0, cache.count),
+        row_prompt=row_prompt,
     )
 
 
 def empty_recent(cache: Cache, slots: int) -> Recent:
     """Room for `slots` tokens of every row of a cache."""
-    rows, heads, _, h = cache.k[0].shape
-    make = lambda: tuple(constrain(jnp.zeros((rows, heads, slots, h), x.dtype), "bk__") for x in cache.k)  # noqa: E731
-    return Recent(make(), make(), jnp.full((rows, slots), -1, jnp.int32))
+
+    def make(own: tuple) -> tuple:
+        shape = lambda x: (*x.shape[:2], slots, x.shape[3])  # noqa: E731
+        return tuple(
+            x if i in cache.states else constrain(jnp.zeros(shape(x), x.dtype), "bk__") for i, x in enumerate(own)
+        )
+
+    return Recent(make(cache.k), make(cache.v), jnp.full((len(cache.count), slots), -1, jnp.int32))
 
 
 def commit(cache: Cache, recent: Recent) -> Cache:
@@ -144,15 +187,19 @@ def commit(cache: Cache, recent: Recent) -> Cache:
 
         return jax.lax.fori_loop(0, count.shape[0], move, own)
 
+    grown = [i for i in range(len(cache.k)) if i not in cache.states]
+    old, new = ([x[i] for x in (pair.k, pair.v) for i in grown] for pair in (cache, recent))
     mesh = jax.sharding.get_abstract_mesh()
     if not mesh.empty:
-        arrays = mesh_lib.fitting(mesh, "bk__", cache.k[0].shape)
+        arrays = mesh_lib.fitting(mesh, "bk__", old[0].shape)
         counts = mesh_lib.fitting(mesh, "b", cache.count.shape)
         local = jax.shard_map(local, in_specs=(arrays, arrays, counts), out_specs=arrays, check_vma=False)
-    own = local([*cache.k, *cache.v], [*recent.k, *recent.v], cache.count)
-    half = len(cache.k)
+    own = local(old, new, cache.count)
+    k, v = list(recent.k), list(recent.v)  # of a delta net, the newest state is all that there is
+    for row, i in enumerate(grown):
+        k[i], v[i] = own[row], own[len(grown) + row]
     count = cache.count + (recent.held >= 0).sum(1, dtype=jnp.int32)
-    return replace(cache, k=tuple(own[:half]), v=tuple(own[half:]), count=count)
+    return replace(cache, k=tuple(k), v=tuple(v), count=count)
 
 
 def encode(
@@ -169,21 +216,22 @@ def encode(
     Attention stays within rows. Layers are scanned if they are stacked. `remat` names what the backward pass
     recomputes: none, full, or dots (all but matrix products).
     """
-    x, angles = _embed(params, tokens, cfg), _angles(positions, cfg)
+    x, angles = _embed(params, tokens), _angles(positions, cfg)
 
     def step(layer: Layer, x: jax.Array, weights: dict, pair: dict | None) -> jax.Array:
         def attend(q, k, v):
-            return attention.attend(q, k, v, positions, layer.window, cfg.attention_scale), None
+            return attention.attend(q, k, v, positions, layer.window), None
 
+        see = {"attention": attend, "deltanet": functools.partial(deltanet.read, positions)}[layer.mixer]
         bound = Bound(cfg, weights, lora and (pair or {}, lora.scale), angles.get(layer.rope))
-        return block(x, bound, layer.mixer, layer.mlp, attend)[0]
+        return block(x, bound, layer.mixer, layer.mlp, see)[0]
 
     if isinstance(params["layers"], list):
         for layer, weights, pair in _each_layer(params, cfg, lora):
             x = _remat(step, remat, prevent_cse=True)(layer, x, weights, pair and pair[0])
     else:
         x = _scan(step, x, params["layers"], lora and lora.tree, cfg, remat)
-    return rms_norm(x, params["norm"], cfg.norm_eps, cfg.norm)
+    return rms_norm(x, params["norm"], cfg.norm_eps, cfg.centred_norms)
 
 
 def _scan(step: Callable, x: jax.Array, layers: dict, adapter: dict | None, cfg: ModelConfig, remat: str) -> jax.Array:
@@ -234,23 +282,22 @@ def prefill(
 ) -> tuple[jax.Array, list[jax.Array], list[jax.Array]]:
     """Final hidden states [B,T,D] of prompts, and the keys and values [B,K,P,H] of each layer, to be cached.
 
-    Prompts are padded on the right. A layer with a window keeps the end of each: P is `slots_of` the layer and T.
+    Prompts are padded on the right. A layer with a window keeps the end of each: P is `slots_of` the layer and T. A delta
+    net has its state at the prompt's end in their place.
     """
     length = positions.max(1) + 1
-    x, angles, kept = _embed(params, tokens, cfg), _angles(positions, cfg), []
+    x, angles, kept = _embed(params, tokens), _angles(positions, cfg), []
     for layer, weights, pair in _each_layer(params, cfg, lora):
 
         def attend(q, k, v, layer=layer):
             # Where devices share a row's tokens, they exchange keys and values, not what these are computed from.
             k, v, slots = constrain(k, "btkh"), constrain(v, "btkh"), slots_of(layer, k.shape[1])
-            return attention.attend(q, k, v, positions, layer.window, cfg.attention_scale), (
-                _end(k, length, slots),
-                _end(v, length, slots),
-            )
+            return attention.attend(q, k, v, positions, layer.window), (_end(k, length, slots), _end(v, length, slots))
 
-        x, new = block(x, Bound(cfg, weights, pair, angles.get(layer.rope)), layer.mixer, layer.mlp, attend)
+        see = {"attention": attend, "deltanet": functools.partial(deltanet.read, positions)}[layer.mixer]
+        x, new = block(x, Bound(cfg, weights, pair, angles.get(layer.rope)), layer.mixer, layer.mlp, see)
         kept.append(new)
-    return rms_norm(x, params["norm"], cfg.norm_eps, cfg.norm), [k for k, _ in kept], [v for _, v in kept]
+    return rms_norm(x, params["norm"], cfg.norm_eps, cfg.centred_norms), [k for k, _ in kept], [v for _, v in kept]
 
 
 @jax.named_scope("decode_step")
@@ -269,7 +316,7 @@ def decode_step(
     The tokens are stored in slot `slot` of `recent`. Each row sees its token, its earlier ones and its prompt.
     """
     tokens, positions = tokens[:, None], positions[:, None]
-    x, angles, kept = _embed(params, tokens, cfg), _angles(positions, cfg), []
+    x, angles, kept = _embed(params, tokens), _angles(positions, cfg), []
     held = jax.lax.dynamic_update_slice(recent.held, positions, (0, slot))
     live = (positions >= 0)[..., None]
     masks = {
@@ -278,7 +325,7 @@ def decode_step(
             attention.causal_mask(positions, held, window),
             live & cache.prompt_mask(i, positions, window)[:, None],
         )
-        for window, i in {layer.window: i for i, layer in enumerate(cfg.layers)}.items()
+        for window, i in {layer.window: i for i, layer in enumerate(cfg.layers) if i not in cache.states}.items()
     }
     for i, (layer, weights, pair) in enumerate(_each_layer(params, cfg, lora)):
 
@@ -290,11 +337,13 @@ def decode_step(
                 (k, v, new, 1),
                 (cache.prompt_k[i], cache.prompt_v[i], prompt, cache.entries),
             ]
-            return attention.attend_cached(q, sets, cfg.attention_scale), (k, v)
+            return attention.attend_cached(q, sets), (k, v)
 
-        x, stored = block(x, Bound(cfg, weights, pair, angles.get(layer.rope)), layer.mixer, layer.mlp, attend)
+        read = functools.partial(deltanet.read_token, positions, (recent.k[i], recent.v[i]))
+        see = {"attention": attend, "deltanet": read}[layer.mixer]
+        x, stored = block(x, Bound(cfg, weights, pair, angles.get(layer.rope)), layer.mixer, layer.mlp, see)
         kept.append(stored)
-    hidden = rms_norm(x, params["norm"], cfg.norm_eps, cfg.norm)[:, 0]
+    hidden = rms_norm(x, params["norm"], cfg.norm_eps, cfg.centred_norms)[:, 0]
     return hidden, Recent(tuple(k for k, _ in kept), tuple(v for _, v in kept), held)
 
 
@@ -312,14 +361,12 @@ def unembed(params: Params, hidden: jax.Array) -> jax.Array:
 # ---------------------------------------------------------------------------------------------------
 
 
-def _embed(params: Params, tokens: jax.Array, cfg: ModelConfig) -> jax.Array:
+def _embed(params: Params, tokens: jax.Array) -> jax.Array:
     """Embeddings [B,T,D] of tokens [B,T].
 
     Each device looks up its share of D for all rows, so that devices exchange rows rather than the table.
     """
     x = constrain(params["embed"], "vd").at[constrain(tokens, "xt")].get(mode="clip")
-    if cfg.embedding_scale is not None:
-        x = x * jnp.asarray(cfg.embedding_scale, x.dtype)  # rounded like this where the model was trained
     return constrain(constrain(x, "xtd"), "bt_")
 
 

@@ -3,13 +3,13 @@
 `declare(cfg)` lists one `Weight` per name. `axes` is our layout and `torch` is Hugging Face's, both in axis letters (see
 `dail_jax.mesh`); parentheses mark a flattened group: q is `dnh` here and `(nh)d` there. Weights with `{l}` in their
 Hugging Face name exist once per layer and are stacked on a leading L axis. Those of one kind of part (`of`) exist in the
-layers that have this part, and are stacked over these alone. Weights of one Hugging Face name share a tensor (`tensors`).
+layers that have this part, and are stacked over these alone.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -33,6 +33,8 @@ class Weight:
     init: str = "normal"
     place: str = ""  # the letters to shard by, where these differ from `axes`
     of: str = ""  # the mixer or MLP that it belongs to, by its name in `Layer`; empty: to every layer
+    each: bool = False  # Hugging Face has a tensor for every index of its first axis
+    beside: str = ""  # what lies side by side in Hugging Face's first axis, where ours puts it together by head
 
     @property
     def layered(self) -> bool:
@@ -43,28 +45,61 @@ class Weight:
         return tuple(i for i, layer in enumerate(cfg.layers) if self.of in ("", layer.mixer, layer.mlp))
 
     def names(self, cfg: ModelConfig) -> list[str]:
-        """The names of its tensors in Hugging Face files: one for each layer that has it."""
-        return [self.hf.format(l=i) for i in self.layers(cfg)] if self.layered else [self.hf]
+        """The names of its tensors in Hugging Face files, of each layer that has it."""
+        if not self.layered:
+            return [self.hf]
+        return [self.hf.format(l=i, j=j) for i in self.layers(cfg) for j in range(self.parts(cfg))]
+
+    def parts(self, cfg: ModelConfig) -> int:
+        """How many tensors Hugging Face has for one layer."""
+        return self.size(self.axes[0], cfg) if self.each else 1
+
+    @property
+    def part(self) -> Weight:
+        """What one of these tensors holds."""
+        return replace(self, axes=self.axes[1:], torch=self.torch[1:]) if self.each else self
 
     @property
     def module(self) -> str:
         """The Hugging Face module's name, e.g. `q_proj`."""
         return self.hf.split(".")[-2]
 
+    def size(self, letter: str, cfg: ModelConfig) -> int:
+        return cfg.size(letter, self.of)
+
     def shape(self, cfg: ModelConfig) -> tuple[int, ...]:
-        return tuple(cfg.size(a) for a in self.axes)
+        return tuple(self.size(a, cfg) for a in self.axes)
 
     def torch_shape(self, cfg: ModelConfig) -> tuple[int, ...]:
-        return tuple(math.prod(cfg.size(a) for a in group) for group in _groups(self.torch))
+        return tuple(math.prod(self.size(a, cfg) for a in group) for group in _groups(self.torch))
 
     def from_torch(self, x: np.ndarray, cfg: ModelConfig) -> np.ndarray:
         """One layer's tensor in Hugging Face's layout -> ours (a view where possible)."""
         letters = "".join(_groups(self.torch))
-        return x.reshape([cfg.size(a) for a in letters]).transpose([letters.index(a) for a in self.axes])
+        return (
+            self.rows_from_torch(x, cfg)
+            .reshape([self.size(a, cfg) for a in letters])
+            .transpose([letters.index(a) for a in self.axes])
+        )
 
     def to_torch(self, x: np.ndarray, cfg: ModelConfig) -> np.ndarray:
         letters = "".join(_groups(self.torch))
-        return x.transpose([self.axes.index(a) for a in letters]).reshape(self.torch_shape(cfg))
+        return self.rows_to_torch(
+            x.transpose([self.axes.index(a) for a in letters]).reshape(self.torch_shape(cfg)), cfg
+        )
+
+    def rows_from_torch(self, x: np.ndarray, cfg: ModelConfig) -> np.ndarray:
+        """An array whose first axis is a linear map's outputs in Hugging Face's order -> in ours."""
+        return x[self._rows(cfg)] if self.beside else x
+
+    def rows_to_torch(self, x: np.ndarray, cfg: ModelConfig) -> np.ndarray:
+        return x[np.argsort(self._rows(cfg))] if self.beside else x
+
+    def _rows(self, cfg: ModelConfig) -> np.ndarray:
+        """Where our outputs, head by head, are among Hugging Face's: `kh kh ni` are all queries, then keys, then values."""
+        sizes = [math.prod(self.size(a, cfg) for a in part) for part in self.beside.split()]
+        parts = np.split(np.arange(sum(sizes)), np.cumsum(sizes)[:-1])
+        return np.concatenate([part.reshape(self.size("k", cfg), -1) for part in parts], 1).ravel()
 
 
 def _groups(axes: str) -> list[str]:
@@ -83,40 +118,37 @@ def _groups(axes: str) -> list[str]:
     return groups
 
 
-# The norms of a block around its mixer and around its MLP, by our names and Hugging Face's.
-BLOCK_NORMS = {
-    "pre": ({"attn_norm": "input"}, {"mlp_norm": "post_attention"}),
-    "post": ({"attn_post_norm": "post_attention"}, {"mlp_post_norm": "post_feedforward"}),
-    "both": (
-        {"attn_norm": "input", "attn_post_norm": "post_attention"},
-        {"mlp_norm": "pre_feedforward", "mlp_post_norm": "post_feedforward"},
-    ),
-}
-
-
 def declare(cfg: ModelConfig) -> dict[str, Weight]:
     """The weights of a model by our names, in the order of the forward pass. Rows of parts that no layer has are left out."""
     layer = "model.layers.{l}."
-    attention, mlp = layer + "self_attn.", layer + "mlp."
-    one = "zeros" if cfg.norm == "one_plus" else "ones"  # what a norm's weight is at first
-    q, k, v = ("qkv",) * 3 if cfg.fused else ("q", "k", "v")
-    gate, up = ("gate_up",) * 2 if cfg.fused else ("gate", "up")
-    around_mixer, around_mlp = (
-        {name: Weight("d", f"{layer}{theirs}_layernorm.weight", "d", init=one) for name, theirs in names.items()}
-        for names in BLOCK_NORMS[cfg.norms]
-    )
+    attention, net, mlp = layer + "self_attn.", layer + "linear_attn.", layer + "mlp."
+    norm = "zeros" if cfg.centred_norms else "ones"
+    heads = "kh kh ni"
     table = {
         "embed": Weight("vd", "model.embed_tokens.weight", "vd"),
-        **around_mixer,
-        "q": Weight("dnh", f"{attention}{q}_proj.weight", "(nh)d", 1, of="attention"),
-        "k": Weight("dkh", f"{attention}{k}_proj.weight", "(kh)d", 1, of="attention"),
-        "v": Weight("dkh", f"{attention}{v}_proj.weight", "(kh)d", 1, of="attention"),
+        "attn_norm": Weight("d", layer + "input_layernorm.weight", "d", init=norm),
+        "q": Weight("dnh", attention + "q_proj.weight", "(nh)d", 1, of="attention"),
+        "k": Weight("dkh", attention + "k_proj.weight", "(kh)d", 1, of="attention"),
+        "v": Weight("dkh", attention + "v_proj.weight", "(kh)d", 1, of="attention"),
         "o": Weight("nhd", attention + "o_proj.weight", "d(nh)", 2, of="attention"),
-        **around_mlp,
-        "gate": Weight("df", f"{mlp}{gate}_proj.weight", "fd", 1, of="dense"),
-        "up": Weight("df", f"{mlp}{up}_proj.weight", "fd", 1, of="dense"),
+        "in_qkv": Weight("dky", net + "in_proj_qkv.weight", "(ky)d", 1, of="deltanet", beside=heads),
+        "taps": Weight("kyz", net + "conv1d.weight", "(ky)()z", of="deltanet", beside=heads),
+        "in_b": Weight("dn", net + "in_proj_b.weight", "nd", 1, of="deltanet"),
+        "in_a": Weight("dn", net + "in_proj_a.weight", "nd", 1, of="deltanet"),
+        "log_decay": Weight("n", net + "A_log", "n", init="log_uniform", of="deltanet"),
+        "decay_bias": Weight("n", net + "dt_bias", "n", init="ones", of="deltanet"),
+        "in_z": Weight("dni", net + "in_proj_z.weight", "(ni)d", 1, of="deltanet"),
+        "read_norm": Weight("i", net + "norm.weight", "i", init="ones", of="deltanet"),
+        "out": Weight("nid", net + "out_proj.weight", "d(ni)", 2, of="deltanet"),
+        "mlp_norm": Weight("d", layer + "post_attention_layernorm.weight", "d", init=norm),
+        "gate": Weight("df", mlp + "gate_proj.weight", "fd", 1, of="dense"),
+        "up": Weight("df", mlp + "up_proj.weight", "fd", 1, of="dense"),
         "down": Weight("fd", mlp + "down_proj.weight", "df", 1, of="dense"),
-        "norm": Weight("d", "model.norm.weight", "d", init=one),
+        "router": Weight("dj", mlp + "gate.weight", "jd", of="experts"),
+        "experts_gate": Weight("jdi", mlp + "experts.{j}.gate_proj.weight", "jid", of="experts", each=True),
+        "experts_up": Weight("jdi", mlp + "experts.{j}.up_proj.weight", "jid", of="experts", each=True),
+        "experts_down": Weight("jid", mlp + "experts.{j}.down_proj.weight", "jdi", of="experts", each=True),
+        "norm": Weight("d", "model.norm.weight", "d", init=norm),
     }
     if cfg.qkv_bias:
         table |= {
@@ -125,33 +157,15 @@ def declare(cfg: ModelConfig) -> dict[str, Weight]:
             "v_bias": Weight("kh", attention + "v_proj.bias", "(kh)", init="zeros", of="attention"),
         }
     if cfg.qk_norm:
-        of_q, of_k = ("h", "h") if cfg.qk_norm == "head" else ("nh", "kh")
         table |= {
-            "q_norm": Weight(of_q, attention + "q_norm.weight", f"({of_q})", init=one, of="attention"),
-            "k_norm": Weight(of_k, attention + "k_norm.weight", f"({of_k})", init=one, of="attention"),
+            "q_norm": Weight("h", attention + "q_norm.weight", "h", init=norm, of="attention"),
+            "k_norm": Weight("h", attention + "k_norm.weight", "h", init=norm, of="attention"),
         }
+    if cfg.output_gate:
+        table["q"] = replace(table["q"], axes="dni", torch="(ni)d")
     if not cfg.tied:
         table["unembed"] = Weight("vd", "lm_head.weight", "vd", place="u_")  # the layout that the loss needs
     return {name: weight for name, weight in table.items() if not weight.layered or weight.layers(cfg)}
-
-
-def tensors(cfg: ModelConfig) -> dict[str, list[str]]:
-    """The weights by the Hugging Face name they have: those of one name are one tensor, their rows one after another."""
-    found: dict[str, list[str]] = {}
-    for name, weight in declare(cfg).items():
-        found.setdefault(weight.hf, []).append(name)
-    return found
-
-
-def places(cfg: ModelConfig) -> dict[str, tuple[tuple[int, ...], slice]]:
-    """By weight: the shape of the tensor that holds it, and which of its rows it is."""
-    table, found = declare(cfg), {}
-    for names in tensors(cfg).values():
-        rows = [table[name].torch_shape(cfg)[0] for name in names]
-        for i, name in enumerate(names):
-            whole = (sum(rows), *table[name].torch_shape(cfg)[1:])
-            found[name] = (whole, slice(sum(rows[:i]), sum(rows[: i + 1])))
-    return found
 
 
 def tree(cfg: ModelConfig, leaf) -> Params:
@@ -186,9 +200,9 @@ def shardings(cfg: ModelConfig, mesh: jax.sharding.Mesh) -> Params:
             return mesh_lib.sharding(mesh, weight.place)
         for letter in weight.axes:
             parts = mesh_lib.axis_size(mesh, letter)
-            if cfg.size(letter) % parts:
+            if weight.size(letter, cfg) % parts:
                 raise UserError(
-                    f"axis {letter!r} of weight {name!r} has size {cfg.size(letter)}, "
+                    f"axis {letter!r} of weight {name!r} has size {weight.size(letter, cfg)}, "
                     f"want a multiple of the {parts} devices it is sharded over",
                     field="mesh",
                 )
@@ -198,13 +212,19 @@ def shardings(cfg: ModelConfig, mesh: jax.sharding.Mesh) -> Params:
 
 
 def init(key: jax.Array, cfg: ModelConfig, dtype=jnp.float32, std: float = 0.02) -> Params:
-    """Random weights: normal with the given standard deviation, norms one, biases zero."""
+    """Random weights: normal with the given standard deviation; norms multiply by one, biases add zero.
+
+    A delta net's decays are as its authors draw them.
+    """
     names = list(declare(cfg))
 
     def leaf(name, weight):
         shape = full_shape(weight, cfg)
+        one = jax.random.fold_in(key, names.index(name))
         if weight.init == "normal":
-            return std * jax.random.normal(jax.random.fold_in(key, names.index(name)), shape, dtype)
+            return std * jax.random.normal(one, shape, dtype)
+        if weight.init == "log_uniform":
+            return jnp.log(jax.random.uniform(one, shape, dtype, 0.01, 16))
         return (jnp.ones if weight.init == "ones" else jnp.zeros)(shape, dtype)
 
     return tree(cfg, leaf)

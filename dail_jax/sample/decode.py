@@ -206,11 +206,7 @@ def admit(
     hidden = rows(jnp.moveaxis(state.prompt_hidden[blocks, entry], 1, 0))
     start = rows(state.prompt_length[blocks, entry].T)
     fresh = rows(jnp.broadcast_to(chosen, (grid.roles, grid.slots)))
-    cache = replace(
-        state.cache,
-        count=jnp.where(fresh, 0, state.cache.count),
-        row_prompt=jnp.where(fresh, rows(jnp.broadcast_to(entry, (grid.roles, grid.slots))), state.cache.row_prompt),
-    )
+    cache = transformer.begin(state.cache, fresh, rows(jnp.broadcast_to(entry, (grid.roles, grid.slots))))
     return _lay_out(
         replace(
             state,

@@ -360,6 +360,10 @@ def training(s: Subject) -> Iterator[Finding]:
         mesh_lib.check_rows(s.mesh, cfg.batch_size // cfg.accumulate)
     except UserError as error:
         yield error
+    try:
+        lora.targets(s.model, cfg.lora)
+    except UserError as error:
+        yield error
     longest = s.longest(method.prompted)
     if method.source == "solutions":
         lengths = longest + [min(len(prompts.expert) for prompts in views) for views in s.prompts]

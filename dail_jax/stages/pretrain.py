@@ -36,6 +36,10 @@ def run(config: config_lib.Config) -> None:
     if config.model.tokenizer is None:
         raise UserError("missing: pretraining wants a tokenizer folder", field="model.tokenizer")
     model = families.from_tree(cfg.architecture, "pretrain.architecture")
+    if model.experts:
+        raise UserError(
+            "a mixture of experts is not supported: nothing here balances its experts", field="pretrain.architecture"
+        )
     mesh = mesh_lib.make_mesh(config.mesh)
     target = Path(config.model.path)
     with RunDir(config) as run_dir, run_dir.stage(recipes.pretrain(config)) as stage, jax.set_mesh(mesh):
