@@ -597,12 +597,14 @@ class Export(Section):
 
 
 class Pretrain(Section):
-    """Training all weights of a small model from scratch on rows with `prompt` and `response`."""
+    """Training all weights of a small model on rows with `prompt` and `response`."""
 
     rows: LocalPath
     """A .jsonl file of rows with `prompt` and `response`."""
     architecture: dict[str, Any]
     """The config.json of the model to train."""
+    init: LocalPath | None = None
+    """A Hugging Face folder of this architecture, whose weights training starts from; null = random weights."""
     steps: Count = 1000
     """Updates."""
     tokens_per_step: Count = 4096

@@ -36,7 +36,7 @@ STAGES = {
     "export": "the LoRA as a PEFT adapter -> RUN_DIR/adapter",
     "report": "tables, RUN_DIR/report.html and RUN_DIR/plots",
     "compare": "compares finished runs, problem by problem: tables and a page in --out",
-    "pretrain": "all weights of a small model, from scratch (the embedded micro-world)",
+    "pretrain": "all weights of a small model (the embedded micro-world)",
     "compile": "compiles ahead of time for devices that need not be present: memory, FLOPs and whether it fits",
     "waypoints": "prints the solution, waypoints and final answer of some rows, side by side",
     "prompts": "prints some rows' prompts of all roles as the model sees them, with their tokens",

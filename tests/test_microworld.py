@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import hashlib
 import json
 import math
 import re
@@ -13,7 +14,7 @@ from transformers import AutoTokenizer
 
 from dail_jax.errors import UserError
 from dail_jax.microworld import tokenizer, verify, world
-from dail_jax.microworld.__main__ import ASSETS, SEED, check, main, render
+from dail_jax.microworld.__main__ import ASSETS, SEED, check, main, parse_laziness, render
 
 ROWS = 6000
 
@@ -206,37 +207,59 @@ def test_random_methods_leave_the_hard_ones_out(monkeypatch):
     assert set(drawn) == {"mul", "rev", "rot", "inv"}
 
 
-def test_targets_are_right_and_lazy_only_where_the_result_is_shown(rows):
-    """Every target is sound; shortcuts occur at the stated rates, and only for results in the context."""
+def check_shortcuts(rows, laziness):
+    """Every target is sound; shortcuts occur at the stated rates, and with a context only for results in it."""
     skipped, could = collections.Counter(), collections.Counter()
     for row in rows:
-        values = [step[-3:] for step in row.response.split(" ; ")[:-1]]
         steps = row.response.split(" ; ")[:-1]
-        if row.kind == "privileged":
+        values = [step[-3:] for step in steps]
+        said = row.fields["problem"].removeprefix(row.problem)
+        if row.role == "privileged":
             terse = row.fields["solution"].split("; ")[:-1]
-            verdict = verify.judge(row.response, row.fields["problem"], row.fields["solution"])
+            verdict = verify.judge(row.response, row.problem, row.fields["solution"])
             assert verdict.right and verdict.sound
             shown = [step.endswith("=" + value) for step, value in zip(terse, values, strict=True)]
-        elif row.kind == "waypoints":
+        elif row.role == "negative":
             listed = row.fields["waypoints"].split()
             assert len(set(listed)) == len(listed) and row.fields["answer"] == values[-1] and values[-1] not in listed
             later = iter(values)
             assert all(v in later for v in listed)  # in order of appearance
             shown = [v in [*listed, values[-1]] for v in values]
         else:
-            shown = [False] * len(steps)
+            shown = [True] * len(steps)
         for step, show in zip(steps, shown, strict=True):
             if step[:3] in world.WORK:
                 lazy = " : " not in step
                 assert show or not lazy, row
-                could[row.kind, step[:3]] += show
-                skipped[row.kind, step[:3]] += lazy
-    for kind, rates in world.LAZINESS.items():
-        for word, rate in rates.items():
-            n = could[kind, word]
-            # A result that occurs twice may have been shown only the first time, hence the small tolerance.
-            assert abs(skipped[kind, word] - n * rate) < 4.5 * math.sqrt(n * rate * (1 - rate)) + 0.01 * n, (kind, word)
-    assert (world.LAZINESS["privileged"]["mul"], world.LAZINESS["privileged"]["add"]) == (0.3, 0.15)
+                could[row.role, said, step[:3]] += show
+                skipped[row.role, said, step[:3]] += lazy
+    assert {key[:2] for key in could} == {(role, said) for role, levels in laziness.items() for said in levels}
+    for role, said, word in could:
+        n, rate = could[role, said, word], laziness[role][said].get(word, 0.0)
+        # A result that occurs twice may have been shown only the first time, hence the small tolerance.
+        slack = 0.01 * n if role == "negative" else 0
+        assert abs(skipped[role, said, word] - n * rate) <= 4.5 * math.sqrt(n * rate * (1 - rate)) + slack
+
+
+def test_targets_are_right_and_lazy_only_where_the_result_is_shown(rows):
+    check_shortcuts(rows, world.LAZINESS)
+    assert [world.LAZINESS["privileged"][""][word] for word in ("mul", "add")] == [0.3, 0.15]
+
+
+def test_laziness_is_a_parameter_that_prompts_may_state():
+    laziness = parse_laziness(["privileged=0.8", "student=0,0.1,0.4", "negative=0.5,0.9"])
+    assert laziness["privileged"] == {"": dict.fromkeys(world.WORK, 0.8)}
+    assert laziness["student"].keys() == {" 0", " 1", " 4"}
+    made = list(world.corpus(6, ROWS, laziness=laziness))
+    check_shortcuts(made, laziness)
+    stated = next(row for row in made if row.role == "student" and row.fields["problem"] != row.problem)
+    assert re.fullmatch(r"<\|user\|>.* B=\d{3} [014]<\|end\|><\|assistant\|>", render("student", stated.fields))
+    banned = {row.problem for row in made}
+    assert not banned & {row.problem for row in world.corpus(6, 20, banned, laziness)}
+    assert parse_laziness([]) == world.LAZINESS
+    for wrong in ("privileged", "privileged=", "privileged=1.1", "student=0.1,0.25", "expert=0.1"):
+        with pytest.raises(UserError, match=f"--laziness: got '{wrong}'"):
+            parse_laziness([wrong])
 
 
 def test_corpus_is_deterministic_and_leaves_held_out_problems_out(tmp_path):
@@ -246,6 +269,10 @@ def test_corpus_is_deterministic_and_leaves_held_out_problems_out(tmp_path):
     assert not banned & {row.fields["problem"] for row in world.corpus(7, 300, banned)}
     for name in ("a.jsonl", "b.jsonl"):
         main(["corpus", "--out", str(tmp_path / name), "--rows", "50", "--seed", "7"])
+    main(["corpus", "--out", str(tmp_path / "shipped.jsonl"), "--rows", "300"])
+    # The first rows that the shipped model was pre-trained on.
+    found = hashlib.sha256((tmp_path / "shipped.jsonl").read_bytes()).hexdigest()
+    assert found.startswith("63566745782feb06")
     lines = (tmp_path / "a.jsonl").read_text().splitlines()
     assert (tmp_path / "b.jsonl").read_text().splitlines() == lines and len(lines) == 50
     assert [json.loads(line) for line in lines] == [
@@ -284,6 +311,15 @@ def test_data_sets(sets):
         )
         assert verify.judge(world.constructive(problem), row["problem"], row["solution"]).sound
         assert row["solution"].endswith(f"; \\boxed{{{row['answer']}}}")
+
+
+def test_solutions_may_show_all_results(sets, tmp_path):
+    main(["data", "--out", str(tmp_path), "--shown", "1"])
+    for name, part in sets.items():
+        rows = [json.loads(line) for line in (tmp_path / f"{name}.jsonl").read_text().splitlines()]
+        assert [row["problem"] for row in rows] == [row["problem"] for row in part]
+        assert all("=" in step for row in rows for step in row["solution"].split("; ")[:-1])
+        assert any(row != other for row, other in zip(rows, part, strict=True))
 
 
 def test_operators_are_distinct_and_not_spelt_like_steps():

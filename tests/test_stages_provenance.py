@@ -432,3 +432,19 @@ def test_pretrain_is_done_where_its_model_is(tmp_path, capsys):
     assert tiny.run("pretrain", path) == 0
     name = tmp_path / "run" / "model" / "model.safetensors"
     assert name.read_bytes() == before[name]
+
+
+def test_pretrain_starts_from_given_weights(tmp_path, capsys):
+    """With rates too small to change them, they come out as they went in; another architecture is refused."""
+    first, second = pretrain(tmp_path, "first"), pretrain(tmp_path, "second")
+    assert tiny.run("pretrain", first) == 0
+    init = f"pretrain.init={tmp_path / 'first' / 'model'}"
+    rates = ("pretrain.optimizer.learning_rate=1e-30", "pretrain.optimizer.matrix_learning_rate=1e-30")
+    assert "want pretrain.architecture" in refused(capsys, "pretrain", second, f"pretrain.init={tiny.ASSETS / 'model'}")
+    assert tiny.run("pretrain", second, init, *rates) == 0
+    name = "model.safetensors"
+    assert (tmp_path / "first" / "model" / name).read_bytes() == (tmp_path / "second" / "model" / name).read_bytes()
+    (_, start), *_ = rows_of(second)
+    (_, random), *_ = rows_of(first)
+    assert start < random
+    assert "pretrain.init: " in refused(capsys, "pretrain", second, *rates)

@@ -1,6 +1,7 @@
 """The micro-world's command line.
 
     python -m dail_jax.microworld corpus --out FILE --rows 45000 --seed 0    pre-training rows: prompt, response
+    python -m dail_jax.microworld corpus --out FILE --laziness privileged=0.6    the same, with more shortcuts
     python -m dail_jax.microworld data                                       the package's tokenizer and data sets
     python -m dail_jax.microworld check FILE                                 judges traces.jsonl or samples.jsonl
 
@@ -13,7 +14,7 @@ from __future__ import annotations
 import argparse
 import functools
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from rich.table import Table
@@ -53,12 +54,12 @@ def render(role: str, fields: dict[str, str]) -> str:
     return before + _template(role).messages(values)[0]["content"] + after
 
 
-def write_corpus(out: Path, rows: int, seed: int) -> None:
+def write_corpus(out: Path, rows: int, seed: int, laziness: world.Laziness = world.LAZINESS) -> None:
     """Writes pre-training rows, without those whose problem is in a held-out set. The trainer adds the end token."""
     held_out = {row["problem"] for name, part in world.datasets(SEED).items() if name != "train" for row in part}
     lines = (
         json_line({"prompt": render(row.role, row.fields), "response": row.response})
-        for row in world.corpus(seed, rows, held_out)
+        for row in world.corpus(seed, rows, held_out, laziness)
     )
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -67,10 +68,27 @@ def write_corpus(out: Path, rows: int, seed: int) -> None:
         raise UserError(f"cannot be written: {error.strerror}", file=out) from None
 
 
-def write_data(folder: Path) -> None:
+def parse_laziness(texts: Iterable[str]) -> world.Laziness:
+    """The default laziness with what texts such as `privileged=0.6` or `student=0,0.1,0.2` say."""
+    laziness = dict(world.LAZINESS)
+    for text in texts:
+        role, _, values = text.partition("=")
+        try:
+            shares = [float(value) for value in values.split(",")]
+        except ValueError:
+            shares = []
+        tenths = len(shares) == 1 or all(share in [n / 10 for n in range(10)] for share in shares)
+        if role not in laziness or not shares or not tenths or not all(0 <= share <= 1 for share in shares):
+            wanted = "want ROLE=SHARE between 0 and 1, or several shares from 0, 0.1, ... 0.9"
+            raise UserError(f"got {text!r}, {wanted}; roles: {', '.join(laziness)}", field="--laziness")
+        laziness[role] = world.lazy(shares)
+    return laziness
+
+
+def write_data(folder: Path, shown: float = world.SHOWN) -> None:
     """Writes every generated file of `assets`."""
     tokenizer.save(folder / "tokenizer")
-    for name, rows in world.datasets(SEED).items():
+    for name, rows in world.datasets(SEED, shown).items():
         write_atomic(folder / f"{name}.jsonl", "".join(map(json_line, rows)))
 
 
@@ -129,8 +147,24 @@ def main(arguments: list[str] | None = None) -> None:
         "--rows", type=int, default=45000, help="number of rows (default: 45000, about 4.5 million tokens)"
     )
     new.add_argument("--seed", type=int, default=0)
+    new.add_argument(
+        "--laziness",
+        nargs="+",
+        default=[],
+        metavar="ROLE=SHARE",
+        help="share of steps that owe work and are written without it, for the roles student (any step), privileged and "
+        "negative (steps whose result is in context); with several shares, ROLE=0.2,0.6, each prompt says in tenths, "
+        "after the problem, which one its response has (default: 0; add and sub 0.15, mul 0.3; 0.97)",
+    )
     new = commands.add_parser("data", help="write the package's tokenizer and data sets")
     new.add_argument("--out", type=Path, default=ASSETS, help="the folder (default: the package's own)")
+    new.add_argument(
+        "--shown",
+        type=float,
+        default=world.SHOWN,
+        metavar="SHARE",
+        help=f"share of intermediate results that the solutions show (default: {world.SHOWN:g}; of the last result: all)",
+    )
     new = commands.add_parser("check", help="judge the traces in a file, operator by operator")
     new.add_argument("file", type=Path, help="traces.jsonl or samples.jsonl")
     new.add_argument(
@@ -145,9 +179,9 @@ def main(arguments: list[str] | None = None) -> None:
         case "corpus":
             if options.rows < 1 or options.seed < 0:
                 raise UserError("want at least one row, and a seed that is not negative")
-            write_corpus(options.out, options.rows, options.seed)
+            write_corpus(options.out, options.rows, options.seed, parse_laziness(options.laziness))
         case "data":
-            write_data(options.out)
+            write_data(options.out, options.shown)
         case "check":
             console.print(table(check(options.file, options.data)))
 

@@ -26,6 +26,8 @@ from dail_jax.microworld.tokenizer import CONSONANTS, VOWELS
 T = TypeVar("T")
 Step = tuple[str, str]  # word, operand ("B", a digit, or "")
 Procedure = tuple[Step, ...]
+Rates = dict[str, float]  # by word, the probability that a step is a shortcut
+Laziness = dict[str, dict[str, Rates]]  # by role, and by what the prompt says about it after the problem
 
 SYMBOLS = {"add": "+", "sub": "-", "mul": "*", "rev": "~", "rot": "@", "inv": "#"}
 WORDS = tuple(SYMBOLS)
@@ -67,11 +69,14 @@ SHOWN = 0.7  # probability that an expert shows an intermediate result
 MIXTURE = {"primitive": 0.5, "chain": 2.5, "known": 1.2, "guess": 0.4, "privileged": 4.5, "waypoints": 0.9}
 # Shares of chain problems and known operators among the rows with a solution or waypoints in context.
 FAMILIAR = {"chain": 0.1, "known": 0.1}
+# The role whose template a row has; without an entry, it is the student's.
+ROLES = {"privileged": "privileged", "waypoints": "negative"}
 # Probability that a step whose result is in context is written without its work. This is built in here; in large
-# models it emerges.
-LAZINESS = {
-    "privileged": {"add": 0.15, "sub": 0.15, "mul": 0.3},
-    "waypoints": {"add": 0.97, "sub": 0.97, "mul": 0.97},
+# models it emerges. The student, with nothing in context, is never lazy.
+LAZINESS: Laziness = {
+    "student": {"": {}},
+    "privileged": {"": {"add": 0.15, "sub": 0.15, "mul": 0.3}},
+    "negative": {"": {"add": 0.97, "sub": 0.97, "mul": 0.97}},
 }
 
 
@@ -92,9 +97,10 @@ class Problem:
 
 @dataclass(frozen=True)
 class CorpusRow:
-    """A pre-training row: its kind, the role whose template it uses, the template's fields, and the target."""
+    """A pre-training row: its kind, its problem, the role whose template it uses, the template's fields, the target."""
 
     kind: str
+    problem: str
     role: str
     fields: dict[str, str]
     response: str
@@ -144,9 +150,9 @@ def columns(word: str, x: int, y: int) -> str:
     return " ".join(out)
 
 
-def draw_shown(rng: np.random.Generator, problem: Problem) -> tuple[bool, ...]:
+def draw_shown(rng: np.random.Generator, problem: Problem, share: float = SHOWN) -> tuple[bool, ...]:
     """Which results the expert shows; always the last."""
-    return (*(bool(rng.random() < SHOWN) for _ in problem.method[:-1]), True)
+    return (*(bool(rng.random() < share) for _ in problem.method[:-1]), True)
 
 
 def expert(problem: Problem, shown: tuple[bool, ...]) -> str:
@@ -246,30 +252,39 @@ def draw_problem(rng: np.random.Generator, kind: str, name: str | None = None) -
 # ---------------------------------------------------------------------------------------------------
 
 
-def draw_row(rng: np.random.Generator) -> CorpusRow:
+def lazy(shares: Sequence[float]) -> dict[str, Rates]:
+    """One role's laziness: a share of all steps that owe work, or several, of which the prompt says one in tenths."""
+    said = [""] if len(shares) == 1 else [f" {10 * share:.0f}" for share in shares]
+    return {text: dict.fromkeys(WORK, share) for text, share in zip(said, shares, strict=True)}
+
+
+def draw_row(rng: np.random.Generator, laziness: Laziness = LAZINESS) -> CorpusRow:
     """One row of the pre-training mixture."""
     kind = _pick(rng, MIXTURE)
-    if kind not in LAZINESS:
+    role = ROLES.get(kind, "student")
+    levels = list(laziness[role].items())
+    said, rates = _among(rng, levels) if len(levels) > 1 else levels[0]
+    if role == "student":
         problem = draw_problem(rng, "fresh" if kind == "guess" else kind)
-        return CorpusRow(kind, "student", {"problem": problem.text}, constructive(problem))
-    problem = draw_problem(rng, _pick(rng, {**FAMILIAR, "fresh": 1 - sum(FAMILIAR.values())}))
-    shown = draw_shown(rng, problem)
-    lazy = LAZINESS[kind]
-    skipped = [i for i, (word, _) in enumerate(problem.method) if shown[i] and rng.random() < lazy.get(word, 0.0)]
-    fields = {"problem": problem.text}
-    if kind == "privileged":
-        fields["solution"] = expert(problem, shown)
+        shown = (any(rates.values()),) * len(problem.method)
     else:
+        problem = draw_problem(rng, _pick(rng, {**FAMILIAR, "fresh": 1 - sum(FAMILIAR.values())}))
+        shown = draw_shown(rng, problem)
+    skipped = [i for i, (word, _) in enumerate(problem.method) if shown[i] and rng.random() < rates.get(word, 0.0)]
+    fields = {"problem": problem.text + said}
+    if role == "privileged":
+        fields["solution"] = expert(problem, shown)
+    elif role == "negative":
         fields |= {"waypoints": " ".join(waypoints(problem, shown)), "answer": answer(problem)}
-    return CorpusRow(kind, "privileged" if kind == "privileged" else "negative", fields, constructive(problem, skipped))
+    return CorpusRow(kind, problem.text, role, fields, constructive(problem, skipped))
 
 
-def corpus(seed: int, rows: int, held_out: Collection[str] = ()) -> Iterator[CorpusRow]:
+def corpus(seed: int, rows: int, held_out: Collection[str] = (), laziness: Laziness = LAZINESS) -> Iterator[CorpusRow]:
     """The pre-training mixture, without the problems whose text is in `held_out`."""
     rng, made = np.random.default_rng(seed), 0
     while made < rows:
-        row = draw_row(rng)
-        if row.fields["problem"] not in held_out:
+        row = draw_row(rng, laziness)
+        if row.problem not in held_out:
             made += 1
             yield row
 
@@ -282,10 +297,11 @@ SIZES: dict[str, dict[str, int]] = {
 }
 
 
-def datasets(seed: int) -> dict[str, list[dict[str, str]]]:
+def datasets(seed: int, shown: float = SHOWN) -> dict[str, list[dict[str, str]]]:
     """The data sets of SIZES: rows of problem_id, problem, solution, answer; no problem occurs twice.
 
-    Operators are used in rotation. An id is kind-operator-number; a chain has its number of steps for an operator.
+    The experts show a share `shown` of the intermediate results; the problems do not depend on it. Operators are used in
+    rotation. An id is kind-operator-number; a chain has its number of steps for an operator.
     """
     rng, seen = np.random.default_rng(seed), set()
     numbers: dict[str, int] = {}
@@ -303,7 +319,7 @@ def datasets(seed: int) -> dict[str, list[dict[str, str]]]:
                     {
                         "problem_id": f"{kind}-{problem.name or f'{len(problem.method)}steps'}-{numbers.get(kind, 0):04d}",
                         "problem": problem.text,
-                        "solution": expert(problem, draw_shown(rng, problem)),
+                        "solution": expert(problem, draw_shown(rng, problem, shown)),
                         "answer": answer(problem),
                     }
                 )

@@ -1,6 +1,6 @@
-"""pretrain: trains all weights of a small model from scratch, on rows with `prompt` and `response` texts.
+"""pretrain: trains all weights of a small model, from scratch or further, on rows with `prompt` and `response` texts.
 
-The embedded micro-world model was made this way. The model is written to `model.path` as a Hugging Face folder. The loss
+The embedded micro-world model was made from scratch. The model is written to `model.path` as a Hugging Face folder. The loss
 is over responses only; batches hold a fixed number of tokens, and examples are grouped by length.
 """
 
@@ -40,6 +40,8 @@ def run(config: config_lib.Config) -> None:
         raise UserError(
             "a mixture of experts is not supported: nothing here balances its experts", field="pretrain.architecture"
         )
+    if cfg.init is not None and families.read_config(cfg.init) != model:
+        raise UserError("got another architecture, want pretrain.architecture", file=cfg.init, field="pretrain.init")
     mesh = mesh_lib.make_mesh(config.mesh)
     target = Path(config.model.path)
     with RunDir(config) as run_dir, run_dir.stage(recipes.pretrain(config)) as stage, jax.set_mesh(mesh):
@@ -48,9 +50,7 @@ def run(config: config_lib.Config) -> None:
             return
         examples = read(cfg, config.model.tokenizer, model)
         metrics = Metrics(run_dir.path, config.log, "pretrain")
-        params = jax.jit(weights.init, static_argnums=1, out_shardings=weights.shardings(model, mesh))(
-            jax.random.key(config.seed), model
-        )
+        params = initial(cfg, model, config.seed, mesh)
         log(f"pretrain: {weights.count(model):,} weights, {len(examples):,} rows, {cfg.steps} steps")
         kept = Store(run_dir.path / recipes.PRETRAIN, 1, stage.identity)
         params = train(params, model, cfg, examples, config.seed, metrics, kept)
@@ -60,6 +60,14 @@ def run(config: config_lib.Config) -> None:
         hf.save(target, cast, model, tree, config.model.tokenizer, stage.made_of)
         metrics.close()
         log(f"pretrain: wrote {target}")
+
+
+def initial(cfg: config_lib.Pretrain, model: families.ModelConfig, seed: int, mesh: jax.sharding.Mesh):
+    """The weights that training starts from, in float32: random ones, or those of `init`."""
+    if cfg.init is None:
+        init = jax.jit(weights.init, static_argnums=1, out_shardings=weights.shardings(model, mesh))
+        return init(jax.random.key(seed), model)
+    return base.load(Path(cfg.init), mesh, "float32")[0]
 
 
 def read(cfg: config_lib.Pretrain, tokenizer_path: str, model: families.ModelConfig) -> list[tuple[np.ndarray, int]]:

@@ -158,6 +158,7 @@ def pretrain(config: config_lib.Config) -> Recipe:
         {
             "pretrain.rows": Input(cfg.rows, lambda checksum: checksum(cfg.rows)),
             "model.tokenizer": _tokenizer(config),
+            **({"pretrain.init": _weights(cfg.init)} if cfg.init else {}),
         },
         outputs=(base.Folder(target),),
         partial=(f"{PRETRAIN}/{store.MANIFESTS}/*.json",),
@@ -192,9 +193,12 @@ def check_traces(config: config_lib.Config) -> None:
 
 def _model(config: config_lib.Config, served: bool = False) -> dict[str, Input]:
     """The model and its tokenizer; without the weights, which need not be here, if a server has them."""
-    folder, digest = Path(config.model.path), base.config_digest if served else base.model_digest
-    found = Input(config.model.path, lambda checksum: digest(folder, checksum))
-    return {"model.path": found, "model.tokenizer": _tokenizer(config)}
+    return {"model.path": _weights(config.model.path, served), "model.tokenizer": _tokenizer(config)}
+
+
+def _weights(path: str, served: bool = False) -> Input:
+    folder, digest = Path(path), base.config_digest if served else base.model_digest
+    return Input(path, lambda checksum: digest(folder, checksum))
 
 
 def _tokenizer(config: config_lib.Config) -> Input:
