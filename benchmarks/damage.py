@@ -111,9 +111,9 @@ def targets(folder: Path) -> dict[str, Callable[[Path], Any]]:
             kept.close()
 
     def read_references(path: Path):
-        if not references.is_valid(path, "key"):
+        found = references.load(path, "key", examples, cfg.D, jnp.bfloat16)
+        if found is None:
             raise UserError("computed again", file=path)
-        found = references.References(path, references.CONTRAST, examples, cfg.D, jnp.bfloat16)
         return [np.array(found(role, i)) for role in references.CONTRAST for i in range(len(examples))]
 
     peft.save(folder / "adapter", lora, cfg, settings, "base")
@@ -183,7 +183,8 @@ def write_references(folder: Path, examples: list[Example], d: int) -> None:
         file = folder / f"{role}.bin"
         file.write_bytes(rng.standard_normal((tokens, d)).astype(jnp.bfloat16).tobytes())
         files[file.name] = provenance.sha256(file)
-    (folder / "manifest.json").write_text(json.dumps({"key": "key", "shape": (tokens, d), "files": files}))
+    parts = {role: [list(range(len(examples)))] for role in references.CONTRAST}
+    (folder / "manifest.json").write_text(json.dumps({"key": "key", "files": files, "parts": parts}))
 
 
 def campaign(name: str, folder: Path, load: Callable[[Path], Any], count: int, rng: random.Random) -> dict[str, int]:

@@ -142,7 +142,12 @@ class Peer:
             task_type="CAUSAL_LM",
         )
         self.model = peft.get_peft_model(model, config)
-        self.ids = {role: torch.tensor([[*e.prompts[role], *e.response] for e in examples]) for role in LENGTHS}
+        where = next(model.parameters()).device
+        self.starts = {role: len(prompt) for role, prompt in examples[0].prompts.items()}  # all are as long
+        self.ids = {
+            role: torch.tensor([[*e.prompts[role], *e.response] for e in examples], device=where)
+            for role in self.starts
+        }
         trained = [p for p in self.model.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(trained, lr=cfg.optimizer.learning_rate, weight_decay=0.01)
 
@@ -152,7 +157,7 @@ class Peer:
 
         def logs(role):
             logits = self.model(self.ids[role]).logits
-            return log_softmax(logits[:, LENGTHS[role] - 1 : -1].float(), -1)
+            return log_softmax(logits[:, self.starts[role] - 1 : -1].float(), -1)
 
         with torch.no_grad(), self.model.disable_adapter():
             privileged, negative = logs("privileged"), logs("negative")

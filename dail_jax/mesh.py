@@ -169,6 +169,14 @@ def local_rows(mesh: jax.sharding.Mesh, count: int) -> np.ndarray:
     return np.unique(np.concatenate([np.arange(count)[s] for s in slices if s is not None]))
 
 
+def owned_rows(mesh: jax.sharding.Mesh, count: int) -> list[int]:
+    """The rows of `local_rows` that this process holds the first copy of: each row belongs to just one process."""
+    local = local_rows(mesh, count).astype(np.int32)
+    rows = jax.make_array_from_process_local_data(sharding(mesh, "b"), local, (count,))
+    first = [np.asarray(shard.data) for shard in rows.addressable_shards if shard.replica_id == 0]
+    return sorted(np.concatenate([[], *first]).astype(int).tolist())
+
+
 def to_devices(batch: dict[str, np.ndarray], mesh, rows: int) -> dict[str, jax.Array]:
     """Each process's rows [A, B, ...] as global arrays [A, `rows`, ...], sharded by row."""
 
@@ -198,6 +206,16 @@ def barrier(name: str) -> None:
 def any_process(wish: bool) -> bool:
     """Whether `wish` is true in any process."""
     return bool(multihost_utils.process_allgather(np.array(wish)).any()) if jax.process_count() > 1 else wish
+
+
+def from_all(value: Any) -> list[Any]:
+    """The `value` (JSON) of every process, in their order."""
+    if jax.process_count() == 1:
+        return [value]
+    data = np.frombuffer(json.dumps(value).encode(), np.uint8)
+    sizes = multihost_utils.process_allgather(np.array(len(data), np.int32))
+    found = multihost_utils.process_allgather(np.pad(data, (0, int(sizes.max()) - len(data))))
+    return [json.loads(bytes(np.asarray(one[:size], np.uint8))) for one, size in zip(found, sizes, strict=True)]
 
 
 def from_first(work: Callable[[], Any]) -> Any:

@@ -1,6 +1,7 @@
 """Two real processes (jax.distributed, gloo) run the stages together, and give what one process gives."""
 
 import contextlib
+import itertools
 import json
 import signal
 import socket
@@ -11,7 +12,9 @@ import numpy as np
 import tiny
 
 from dail_jax import launch
+from dail_jax.data.batches import Example
 from dail_jax.sample import engine
+from dail_jax.train import references
 
 
 def start(stage, path, *more):
@@ -66,6 +69,7 @@ def test_two_processes_train_as_one(tmp_path, pipeline):
         assert statuses == [0, 0], err
     got, want = np.array(tiny.losses(folder)), np.array(tiny.losses(pipeline))
     np.testing.assert_allclose(got, want, rtol=1e-5)
+    same_references(folder, pipeline)
 
     env = {**tiny.environment(), "PYTHON": sys.executable, "LOGS": str(tmp_path)}  # as people start it
     done = subprocess.run(
@@ -82,6 +86,24 @@ def test_two_processes_train_as_one(tmp_path, pipeline):
     ours, theirs = (load_file(run / "adapter" / "adapter_model.safetensors") for run in (folder, pipeline))
     assert ours.keys() == theirs.keys()
     assert max(np.abs(ours[k] - theirs[k]).max() for k in ours) < 1e-4
+
+
+def same_references(two, one):
+    """Each of two processes has written its own part of the cached states; together they are what one process writes."""
+    scores, wanted = (tiny.lines(run / "token_scores.jsonl") for run in (two, one))
+    for got, want in zip(scores, wanted, strict=True):
+        np.testing.assert_allclose(got["log_ratio"], want["log_ratio"], atol=2e-3)
+    examples = [Example(row["problem_id"], {}, tuple(row["log_ratio"])) for row in wanted]
+    keys = [json.loads((run / "references" / "manifest.json").read_text())["key"] for run in (two, one)]
+    parts, whole = (
+        references.load(run / "references", key, examples, 128, np.float32)
+        for run, key in zip((two, one), keys, strict=True)
+    )
+    assert parts is not None and whole is not None and whole.parts["negative"] == [list(range(len(examples)))]
+    for role, of_role in parts.parts.items():
+        assert all(of_role) and sorted(itertools.chain(*of_role)) == list(range(len(examples)))
+        for index in range(len(examples)):
+            np.testing.assert_allclose(parts(role, index), whole(role, index), atol=1e-4)
 
 
 INTERLEAVED = """

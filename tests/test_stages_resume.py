@@ -22,9 +22,10 @@ def one():
         yield
 
 
-def stop_after(monkeypatch, looks):
-    """SIGTERM arrives just before a stage checks for it for the n-th time."""
+def stop_after(monkeypatch, looks, pulse=1000):
+    """SIGTERM arrives just before a stage checks for it for the n-th time, which it does after `pulse` quiet chunks, too."""
     seen = []
+    monkeypatch.setattr(engine, "PULSE", pulse)
     monkeypatch.setattr(rundir.Interrupt, "wanted", property(lambda _: seen.append(1) or len(seen) == looks))
 
 
@@ -43,11 +44,9 @@ def same_training(folder, whole):
 def test_generate_resumes_after_an_interrupt_and_a_torn_line(tmp_path, pipeline, monkeypatch, capsys):
     folder, path = tmp_path / "run", tiny.write(tmp_path / "run")
     with monkeypatch.context() as patch:  # a signal is heard while no sample has finished
-        patch.setattr(engine, "PULSE", 1)
-        stop_after(patch, 1)
+        stop_after(patch, 1, pulse=1)
         assert tiny.run("generate", path) == launch.STOPPED
     assert "generating: stopped with 0 of 24 traces drawn; call again to resume" in capsys.readouterr().out
-    monkeypatch.setattr(engine, "PULSE", 1000)  # from here on, after samples alone
     stop_after(monkeypatch, 5)
     durable, fsync = [], os.fsync
     monkeypatch.setattr(os, "fsync", lambda file: durable.append(os.fstat(file).st_size) or fsync(file))

@@ -145,12 +145,17 @@ def test_cached_references_equal_computed_ones(params, examples, reference, tmp_
     mesh, cfg = mesh_of(), settings()
     with jax.set_mesh(mesh):
         spec = step.spec_of(CFG, cfg)
-        cached = references.compute(tmp_path, "key", spec, params, mesh, examples, 8, cfg.bucket)
-    assert references.is_valid(tmp_path, "key") and not references.is_valid(tmp_path, "other")
+        made = references.compute(tmp_path, "key", spec, params, mesh, examples, 8, cfg.bucket)
+
+    def load(key):
+        return references.load(tmp_path, key, examples, CFG.D, jnp.float32)
+
+    cached = load("key")
+    assert load("other") is None and cached.parts == made.parts
     close(train(params, examples, cfg, mesh, cached=cached), reference)
     data = (tmp_path / "negative.bin").read_bytes()
     (tmp_path / "negative.bin").write_bytes(data[:100] + bytes([data[100] ^ 1]) + data[101:])
-    assert not references.is_valid(tmp_path, "key")
+    assert load("key") is None
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])

@@ -33,7 +33,7 @@ def load(folder: Path, mesh: jax.sharding.Mesh, dtype: str) -> tuple[weights.Par
     if not (folder / PARAMS).is_dir():
         return hf.load(folder, mesh, dtype)
     cfg = read_config(folder)
-    verify(folder)
+    mesh_lib.from_first(lambda: verify(folder))
     target = weights.abstract(cfg, jnp.dtype(dtype), mesh)
     with ocp.StandardCheckpointer() as checkpointer:
         return checkpointer.restore((folder / PARAMS).absolute(), target), cfg

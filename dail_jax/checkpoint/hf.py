@@ -46,7 +46,7 @@ def load(folder: str | Path, mesh: jax.sharding.Mesh, dtype: str) -> tuple[weigh
     Raises UserError for weights that are missing, unexpected, of another shape, not finite, damaged or not supported.
     """
     folder, cfg = Path(folder), read_config(folder)
-    verify_manifest(folder)
+    mesh_lib.from_first(lambda: verify_manifest(folder))
     layout = weights.shardings(cfg, mesh)
     count = sum(len(weight.names(cfg)) for weight in weights.declare(cfg).values())
     with Tensors(folder) as source, progress("loading weights", count, "tensors") as bar:

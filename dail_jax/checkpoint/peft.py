@@ -12,6 +12,7 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from dail_jax import config as config_lib
+from dail_jax import mesh as mesh_lib
 from dail_jax import strict_json
 from dail_jax.checkpoint.hf import Tensors, new_folder, put, verify_manifest, write_manifest
 from dail_jax.errors import UserError
@@ -113,7 +114,7 @@ def _shapes(cfg: ModelConfig, lora_config: config_lib.LoraConfig) -> dict[str, t
 def load(folder: str | Path, cfg: ModelConfig, mesh: jax.sharding.Mesh) -> tuple[Lora, config_lib.LoraConfig]:
     """The adapter in a folder, sharded over the mesh; raises UserError that lists what does not fit the model."""
     folder, table = Path(folder), declare(cfg)
-    verify_manifest(folder)
+    mesh_lib.from_first(lambda: verify_manifest(folder))
     lora_config = inspect(folder, cfg)
     shapes = _shapes(cfg, lora_config)
     tree: dict[str, dict[str, Any]] = {}

@@ -109,7 +109,7 @@ class Store:
             files = {str(p.relative_to(root)): sha256(p) for p in sorted(root.rglob("*")) if p.is_file()}
             write_atomic(manifest_of(self.folder, step), json.dumps(files, indent=0))
         mesh_lib.barrier(f"saved {step}")
-        self._delete(self.steps()[: -self.keep])
+        self._delete(mesh_lib.from_first(self.steps)[: -self.keep])
 
     @contextlib.contextmanager
     def _making_room(self, step: int) -> Iterator[None]:
@@ -122,7 +122,6 @@ class Store:
             raise
 
     def _delete(self, unwanted: list[int]) -> None:
-        mesh_lib.barrier("delete")  # every process has listed the steps
         for step in unwanted:
             if mesh_lib.is_first():
                 manifest_of(self.folder, step).unlink()  # first, so that a half-deleted step does not count
@@ -137,23 +136,32 @@ class Store:
         return self.manager.restore(step, args=ocp.args.Composite(progress=ocp.args.JsonRestore()))["progress"]
 
     def restore(self, abstract: Any) -> tuple[int, Any, dict[str, Any]] | None:
-        """(step, state, progress) of the newest undamaged checkpoint, or None if there is none yet."""
+        """(step, state, progress) of the newest undamaged checkpoint, or None if there is none yet.
+
+        The first process chooses for all: others may not see yet, or no longer, what it sees on a shared disk.
+        """
+        found, step = mesh_lib.from_first(self._newest)
+        if step is None:
+            return None
+        if self.progress(step).get("made_of") != self.made_of:
+            raise UserError(
+                "was made by another run: use another run_dir, or move the checkpoints away",
+                file=self.folder / str(step),
+            )
+        state, progress = _read(self.manager, step, abstract)
+        self._delete([s for s in found if s > step])
+        return step, state, progress
+
+    def _newest(self) -> tuple[list[int], int | None]:
+        """All steps, and the newest one that is not damaged."""
         found = self.steps()
         for step in reversed(found):
-            if file := damaged(self.folder, step):
-                log(f"checkpoint {step} is damaged ({file}); falling back to the one before")
-                continue
-            if self.progress(step).get("made_of") != self.made_of:
-                raise UserError(
-                    "was made by another run: use another run_dir, or move the checkpoints away",
-                    file=self.folder / str(step),
-                )
-            state, progress = _read(self.manager, step, abstract)
-            self._delete([s for s in found if s > step])
-            return step, state, progress
+            if not (file := damaged(self.folder, step)):
+                return found, step
+            log(f"checkpoint {step} is damaged ({file}); falling back to the one before")
         if found:
             raise UserError("every checkpoint is damaged: delete the folder to start again", file=self.folder)
-        return None
+        return [], None
 
     def close(self) -> None:
         self.manager.close()

@@ -211,16 +211,17 @@ def cache(
     session: Session, method: methods.Method, examples: list[Example], folder: Path, made_of: str
 ) -> references.References | None:
     """The frozen roles' states on disk; None if they would exceed `train.references_gib`."""
-    cfg = session.config.train
-    tokens = sum(len(e.response) for e in examples)
-    need = references.bytes_needed(tokens, len(method.roles), session.model.D, session.params["norm"].dtype)
+    cfg, d, dtype = session.config.train, session.model.D, session.params["norm"].dtype
+    need = references.bytes_needed(sum(len(e.response) for e in examples), len(method.roles), d, dtype)
     if need > cfg.references_gib * 2**30:
         size = f"{need / 2**30:.1f} GiB"
         log(f"train: references would take {size}, above train.references_gib; computing them in every step")
         return None
     key = f"{session.config.model.dtype} {made_of}"
-    if not mesh_lib.from_first(lambda: references.is_valid(folder / "references", key)):
-        (folder / SCORES).unlink(missing_ok=True)  # they belong to other references
+    found = references.load(folder / "references", key, examples, d, dtype)
+    if found is not None:
+        return found
+    mesh_lib.from_first(lambda: (folder / SCORES).unlink(missing_ok=True))  # it belongs to other references
     return references.compute(
         folder / "references",
         key,
@@ -236,14 +237,11 @@ def cache(
 def write_scores(session: Session, feed: Epochs, folder: Path) -> None:
     """Writes what the contrast thinks of every token, for the report's trace viewer, if the roles' states are cached."""
     cached, scores = feed.cached, folder / SCORES
-    if cached is None or jax.process_count() > 1 or scores.exists() or not set(cached.roles) >= set(methods.CONTRAST):
+    if cached is None or not set(cached.roles) >= set(methods.CONTRAST) or mesh_lib.from_first(scores.exists):
         return
-    ratios = references.log_ratios(cached, session.params, feed.examples, session.config.train.chunk)
-    names = [e.name.rpartition("/") for e in feed.examples]
-    write_atomic(
-        scores,
-        "".join(
-            json_line({"problem_id": problem, "sample": int(sample), "log_ratio": ratio})
-            for (problem, _, sample), ratio in zip(names, ratios, strict=True)
-        ),
-    )
+    ratios = references.log_ratios(cached, session.params, session.mesh, feed.examples, session.config.train.chunk)
+    rows = [
+        {"problem_id": problem, "sample": int(sample), "log_ratio": ratio}
+        for (problem, _, sample), ratio in zip((e.name.rpartition("/") for e in feed.examples), ratios, strict=True)
+    ]
+    mesh_lib.from_first(lambda: write_atomic(scores, "".join(map(json_line, rows))))

@@ -1,8 +1,10 @@
 """The frozen roles' final states, computed once and reused in every epoch.
 
 The roles that a loss compares the student with never change, so neither do their states at the response tokens. These
-are kept in the run directory in the compute dtype, one raw file [all response tokens, D] per role, with a manifest of
-their SHA-256. What is read back equals what was computed, bit for bit.
+are kept in the run directory in the compute dtype, as raw files [response tokens, D], one per role and process, with a
+manifest of what they hold and of their SHA-256. Each process writes what its own devices compute, and reads whatever its
+batches need: another mesh, or another number of processes, reads the same files. What is read back equals what was
+computed, bit for bit.
 """
 
 from __future__ import annotations
@@ -12,14 +14,14 @@ import itertools
 import json
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import ml_dtypes  # noqa: F401  (registers bfloat16 with numpy)
 import numpy as np
-from jax.experimental.multihost_utils import process_allgather
 
 from dail_jax import mesh as mesh_lib
 from dail_jax.data import batches
@@ -38,32 +40,74 @@ def bytes_needed(tokens: int, roles: int, d: int, dtype) -> int:
     return roles * tokens * d * np.dtype(dtype).itemsize
 
 
+Parts = dict[str, list[list[int]]]  # by role: the examples whose states each part holds, ascending
+
+
 class References:
     """Read access to a cache: `references(role, index)` is [T,D]."""
 
-    def __init__(self, folder: Path, roles: Sequence[str], examples: Sequence[batches.Example], d: int, dtype):
-        self.folder, self.roles, self.d, self.dtype = folder, tuple(roles), d, np.dtype(dtype)
-        self.offsets = np.concatenate([[0], np.cumsum([len(e.response) for e in examples])])
+    def __init__(self, folder: Path, parts: Parts, examples: Sequence[batches.Example], d: int, dtype):
+        self.folder, self.parts, self.d, self.dtype = folder, parts, d, np.dtype(dtype)
+        self.roles = tuple(parts)
+        self.lengths = [len(e.response) for e in examples]
+        self.places = {  # by role and example: its part, and the row there that its states start at
+            role: {
+                index: (part, start)
+                for part, held in enumerate(of_role)
+                for index, start in zip(held, _starts(self.lengths, held), strict=False)
+            }
+            for role, of_role in parts.items()
+        }
+
+    def path(self, role: str, part: int) -> Path:
+        return self.folder / _name(role, part)
 
     @functools.cached_property
-    def maps(self) -> dict[str, np.ndarray]:
-        shape = (int(self.offsets[-1]), self.d)
-        return {r: np.memmap(self.folder / f"{r}.bin", self.dtype, "r", shape=shape) for r in self.roles}
+    def maps(self) -> dict[tuple[str, int], np.ndarray]:
+        return {
+            (role, part): np.memmap(self.path(role, part), self.dtype, "r").reshape(-1, self.d)
+            for role, of_role in self.parts.items()
+            for part, held in enumerate(of_role)
+            if held
+        }
 
     def __call__(self, role: str, index: int) -> np.ndarray:
-        return self.maps[role][self.offsets[index] : self.offsets[index + 1]]
+        part, start = self.places[role][index]
+        return self.maps[role, part][start : start + self.lengths[index]]
 
     def __getstate__(self):  # Grain's worker processes open the files themselves
         return {k: v for k, v in self.__dict__.items() if k != "maps"}
 
 
-def is_valid(folder: Path, key: str) -> bool:
-    """Whether the folder holds an undamaged cache made for `key`."""
+def _starts(lengths: Sequence[int], held: Sequence[int]) -> list[int]:
+    """The row that each held example's states start at in their part's file, and the file's number of rows."""
+    return [0, *itertools.accumulate(lengths[index] for index in held)]
+
+
+def _name(role: str, part: int) -> str:
+    return f"{role}.{part}.bin" if part else f"{role}.bin"
+
+
+def load(folder: Path, key: str, examples: Sequence[batches.Example], d: int, dtype) -> References | None:
+    """An undamaged cache that was made for `key`, or None. The processes share the work of looking for damage."""
+    manifest = mesh_lib.from_first(lambda: _manifest(folder, key))
+    if manifest is None:
+        return None
+    mine = list(manifest["files"].items())[jax.process_index() :: jax.process_count()]
+    try:
+        damaged = any(sha256(folder / name) != digest for name, digest in mine)
+    except OSError:
+        damaged = True
+    return None if mesh_lib.any_process(damaged) else References(folder, manifest["parts"], examples, d, dtype)
+
+
+def _manifest(folder: Path, key: str) -> dict[str, Any] | None:
     try:
         manifest = json.loads((folder / "manifest.json").read_text())
-        return manifest["key"] == key and all(sha256(folder / f) == h for f, h in manifest["files"].items())
+        names = [_name(role, i) for role, of_role in manifest["parts"].items() for i in range(len(of_role))]
+        return manifest if manifest["key"] == key and sorted(names) == sorted(manifest["files"]) else None
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
-        return False
+        return None
 
 
 def compute(
@@ -76,29 +120,32 @@ def compute(
     rows: int,
     bucket: int,
 ) -> References:
-    """Fills the cache, `rows` examples at a time in order of length; a valid cache for `key` is reused."""
-    dtype = params["norm"].dtype
-    references = References(folder, spec.roles, examples, spec.model.D, dtype)
-    if mesh_lib.from_first(lambda: is_valid(folder, key)):
-        return references
+    """Makes the cache anew, `rows` examples at a time in order of length.
+
+    Each process writes the states that its own devices hold.
+    """
+    assembles = {
+        role: batches.Assemble(examples, bucket, 1, mesh_lib.local_rows(mesh, rows), (prompt_of(role),))
+        for role in spec.roles
+    }
+    orders = {role: _batches(assemble.lengths[prompt_of(role)], rows) for role, assemble in assembles.items()}
+    writers = mesh_lib.from_all(mesh_lib.owned_rows(mesh, rows))
+    parts = {
+        role: [sorted(i for i in order[:, owned].ravel().tolist() if i >= 0) for owned in writers]
+        for role, order in orders.items()
+    }
+    references, me = References(folder, parts, examples, spec.model.D, params["norm"].dtype), jax.process_index()
     row_bytes = spec.model.D * references.dtype.itemsize
-    paths = {role: folder / f"{role}.bin" for role in spec.roles}
-    writer = mesh_lib.is_first()
-    if writer:
-        shutil.rmtree(folder, ignore_errors=True)
-        for path in paths.values():
-            _allocate(path, int(references.offsets[-1]) * row_bytes)
+    mesh_lib.from_first(lambda: shutil.rmtree(folder, ignore_errors=True))
+    for role in spec.roles:
+        _allocate(references.path(role, me), _starts(references.lengths, parts[role][me])[-1] * row_bytes)
     states = step_lib.make_states(mesh)
     where = mesh_lib.sharding(mesh, "b")
-    local = mesh_lib.local_rows(mesh, rows)
     with progress("computing references", len(spec.roles) * len(examples), "traces") as bar:
-        for role in spec.roles:
-            prompt = prompt_of(role)
-            assemble = batches.Assemble(examples, bucket, 1, local, (prompt,))
-            order = np.argsort(assemble.lengths[prompt], kind="stable")
-            for i in range(0, len(order), rows):
-                chosen = np.pad(order[i : i + rows], (0, max(0, i + rows - len(order))), constant_values=-1)
-                batch = assemble.map(chosen)
+        for role, order in orders.items():
+            path, prompt = references.path(role, me), prompt_of(role)
+            for chosen in order:
+                batch = assembles[role].map(chosen)
                 tokens, positions = (
                     jax.make_array_from_process_local_data(
                         where, batch[f"{prompt}_{name}"][0], (rows, batch[f"{prompt}_{name}"].shape[-1])
@@ -106,22 +153,28 @@ def compute(
                     for name in ("tokens", "positions")
                 )
                 got = states(spec.model, spec.remat, params, None, tokens, positions, batch["mask"].shape[-1])
-                got = process_allgather(got, tiled=True) if jax.process_count() > 1 else np.asarray(got)
-                if writer:
-                    with writing(paths[role]), open(paths[role], "r+b") as file:
-                        for row, index in enumerate(chosen):
+                with writing(path), open(path, "r+b") as file:
+                    for shard in (one for one in got.addressable_shards if one.replica_id == 0):
+                        for index, x in zip(chosen[shard.index[0]], np.asarray(shard.data), strict=True):
                             if index >= 0:
-                                file.seek(int(references.offsets[index]) * row_bytes)
-                                file.write(got[row, got.shape[1] - len(examples[index].response) :].tobytes())
+                                file.seek(references.places[role][index][1] * row_bytes)
+                                file.write(x[len(x) - references.lengths[index] :].tobytes())
                 bar.advance(int((chosen >= 0).sum()))
-    if writer:
-        for path in paths.values():
-            with writing(path), open(path, "rb") as file:
-                os.fsync(file.fileno())
-        files = {path.name: sha256(path) for path in paths.values()}
-        write_atomic(folder / "manifest.json", json.dumps({"key": key, "files": files}, indent=1))
-    mesh_lib.barrier("references")
+    mine = {}
+    for path in (references.path(role, me) for role in spec.roles):
+        with writing(path), open(path, "rb") as file:
+            os.fsync(file.fileno())
+        mine[path.name] = sha256(path)
+    files = {name: digest for one in mesh_lib.from_all(mine) for name, digest in one.items()}
+    manifest = json.dumps({"key": key, "files": files, "parts": parts})
+    mesh_lib.from_first(lambda: write_atomic(folder / "manifest.json", manifest))
     return references
+
+
+def _batches(lengths: np.ndarray, rows: int) -> np.ndarray:
+    """The examples in order of length, `rows` at a time: [batches, rows], -1 where a batch has no more."""
+    order = np.argsort(lengths, kind="stable")
+    return np.pad(order, (0, -len(order) % rows), constant_values=-1).reshape(-1, rows)
 
 
 def _allocate(path: Path, size: int) -> None:
@@ -130,7 +183,7 @@ def _allocate(path: Path, size: int) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             with open(path, "wb") as file:
-                if hasattr(os, "posix_fallocate"):  # not on macOS
+                if size and hasattr(os, "posix_fallocate"):  # not on macOS
                     os.posix_fallocate(file.fileno(), 0, size)
         except OSError:
             shutil.rmtree(path.parent, ignore_errors=True)  # other files need the space
@@ -138,28 +191,37 @@ def _allocate(path: Path, size: int) -> None:
 
 
 def log_ratios(
-    references: References, params: Params, examples: list[batches.Example], chunk: int
+    references: References, params: Params, mesh: jax.sharding.Mesh, examples: list[batches.Example], chunk: int
 ) -> list[list[float]]:
     """log p_PS - log p_NR of every response token, by example, for the report.
 
-    Where it is low, the contrast pushes the student away from the token. Every process computes all of it, from its own
-    read of the cache.
+    Where it is low, the contrast pushes the student away from the token. Every process reads all of the cache.
     """
 
-    @jax.jit
-    def of_chunk(states, ids):
+    @functools.partial(jax.jit, out_shardings=mesh_lib.replicated(mesh))
+    def of_chunk(params, states, ids):
         return jnp.take_along_axis(jax.nn.log_softmax(transformer.unembed(params, states)), ids[:, None], 1)[:, 0]
 
+    head = {name: params[name] for name in ("embed", "unembed") if name in params}
     ids = np.concatenate([np.array(e.response, np.int32) for e in examples])
-    ids = np.pad(ids, (0, -len(ids) % chunk))
+    ids = np.pad(ids, (0, -len(ids) % chunk)).reshape(-1, chunk)
     logs = {}
     for role in CONTRAST:
-        states = references.maps[role]
-        parts = []
-        for i in range(0, len(ids), chunk):
-            rows = np.array(states[i : i + chunk])
-            rows = np.pad(rows, ((0, chunk - len(rows)), (0, 0)))
-            parts.append(np.asarray(of_chunk(rows, ids[i : i + chunk])))
-        logs[role] = np.concatenate(parts)
+        rows = _chunks((references(role, index) for index in range(len(examples))), chunk)
+        logs[role] = np.concatenate([np.asarray(of_chunk(head, *pair)) for pair in zip(rows, ids, strict=True)])
     ratio = np.round(logs["privileged"] - logs["negative"], 3)
-    return [ratio[a:b].tolist() for a, b in itertools.pairwise(references.offsets)]
+    starts = _starts(references.lengths, range(len(examples)))
+    return [ratio[a:b].tolist() for a, b in itertools.pairwise(starts)]
+
+
+def _chunks(arrays: Iterable[np.ndarray], size: int) -> Iterator[np.ndarray]:
+    """The rows of several arrays one after the other, `size` at a time; the last are followed by zeros."""
+    held: list[np.ndarray] = []
+    for x in arrays:
+        held.append(x)
+        while sum(map(len, held)) >= size:
+            rows = np.concatenate(held)
+            yield rows[:size]
+            held = [rows[size:]]
+    if rest := sum(map(len, held)):
+        yield np.pad(np.concatenate(held), ((0, size - rest), (0, 0)))
