@@ -1,6 +1,6 @@
 """What an accelerator does with the real programs, in one command of a few minutes: is it right, and how fast is it?
 
-    python benchmarks/accelerator.py                 # any device; writes docs/measured/DEVICE.json and DEVICE.md
+    python benchmarks/accelerator.py                 # any device; writes a .json and a .md of its name into docs/measured/
     python benchmarks/accelerator.py --model 8b      # with the shape of Qwen3-8B and random weights, where that fits
 
 Parts, each of which can be left out by naming the others in `--parts`:
