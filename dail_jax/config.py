@@ -541,7 +541,8 @@ class Evaluate(Inference):
     adapter: LocalPath | None = None
     """A PEFT folder to evaluate, with `train.objective: none`; null = what this run trained."""
     sampler: Annotated[str | Server, BeforeValidator(_sampler)] = "engine"
-    """What draws the samples: `engine`, which is ours, a name of your own (docs/extending.md), or a server."""
+    """What draws the samples: `engine`, which is ours; a server; `offline`, a script for vLLM that `export` writes and
+    that you run (docs/servers.md); or a name of your own (docs/extending.md)."""
     samples: Count = 128
     """Samples per problem; 128 is the paper's number."""
     ks: tuple[Count, ...] = ()

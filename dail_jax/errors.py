@@ -36,6 +36,10 @@ class UserError(Exception):
         return [str(self)]
 
 
+class Waiting(UserError):
+    """Work that can go on once something has been done elsewhere; other work need not wait for it."""
+
+
 class UserErrors(UserError):
     """Several that were found at once: a line for each."""
 

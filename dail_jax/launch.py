@@ -33,7 +33,7 @@ STAGES = {
     "train": "the LoRA -> RUN_DIR/checkpoints",
     "evaluate": "pass@k -> RUN_DIR/samples.jsonl and results.json",
     "grade": "grades RUN_DIR/samples.jsonl of a finished evaluation again, without a model",
-    "export": "the LoRA as a PEFT adapter -> RUN_DIR/adapter",
+    "export": "the LoRA as a PEFT adapter -> RUN_DIR/adapter; to draw offline, a script for vLLM -> RUN_DIR/vllm",
     "report": "tables, RUN_DIR/report.html and RUN_DIR/plots",
     "compare": "compares finished runs, problem by problem: tables and a page in --out",
     "pretrain": "all weights of a small model (the embedded micro-world)",
@@ -48,7 +48,7 @@ STAGES = {
 }
 
 # Arguments of single stages, which are passed on to them by name.
-OWN_ARGUMENTS = ("row", "over", "tau", "runs", "out", "explain", "markdown")
+OWN_ARGUMENTS = ("drawn", "row", "over", "tau", "runs", "out", "explain", "markdown")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -80,6 +80,8 @@ def parser() -> argparse.ArgumentParser:
             sub.add_argument(
                 "--row", metavar="ROW", action="append", default=[], help="a problem_id, or a number from 1"
             )
+        if name == "grade":
+            sub.add_argument("--import", dest="drawn", metavar="FILE", help="samples that were drawn offline, ungraded")
         if name == "sweep":
             sub.add_argument("--over", metavar="KEY=A,B,C", action="append", required=True, help="a key and its values")
         if name == "calibrate":

@@ -177,7 +177,7 @@ def test_run_exports_before_it_evaluates(tmp_path, monkeypatch, capsys):
         monkeypatch.setattr(getattr(experiment, name), "run", lambda config, name=name, **_: done.append(name))
     path = tiny.write(tmp_path / "run", evaluate__sampler="constnat")
     assert tiny.run("run", path) == 2 and not done
-    error = "error: evaluate.sampler: got 'constnat', want one of engine, constant; did you mean 'constant'?\n"
+    error = "error: evaluate.sampler: got 'constnat', want one of engine, offline, constant; did you mean 'constant'?\n"
     assert capsys.readouterr().err == error
     assert tiny.run("run", path, "evaluate.sampler=constant") == 0
     assert done == ["generate", "train", "export", "evaluate", "report"]

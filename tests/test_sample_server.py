@@ -202,6 +202,23 @@ def test_giving_up(requests):
         list(one.run(requests))
 
 
+def test_after_an_error_open_requests_end_and_no_other_begins(requests):
+    with StandIn(pause=0.1) as stand_in:
+        stand_in.faults = {1: 400}
+        found = {}
+        with pytest.raises(UserError, match="it answered 400"):
+            for s in sampler(stand_in).run(requests):
+                found.update({} if s is None else {(s.name, s.sample): s.tokens.tolist()})
+        assert len(stand_in.bodies) == 3 and len(found) == 2
+        assert found.items() <= expected(stand_in, requests).items()
+
+
+def test_a_signal_is_heard_while_nothing_arrives(monkeypatch, requests):
+    monkeypatch.setattr(server, "PULSE", 0.05)
+    with StandIn(pause=0.3) as stand_in:
+        assert [s is None for s in sampler(stand_in).run(requests)].count(True) >= 4
+
+
 def test_pauses_grow(monkeypatch, requests):
     slept = []
 

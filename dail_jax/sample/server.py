@@ -25,7 +25,7 @@ import numpy as np
 from pydantic import Field, FiniteFloat, ValidationError
 
 from dail_jax import config as config_lib
-from dail_jax.errors import UserError
+from dail_jax.errors import UserError, Waiting
 from dail_jax.metrics import log
 from dail_jax.sample.sampler import Request, Sample, ScoredSample
 from dail_jax.shapes import Natural, Shape, Text
@@ -156,18 +156,18 @@ def headers(cfg: config_lib.Server) -> dict[str, str]:
 
 
 def find_model(cfg: config_lib.Server) -> ServedModel:
-    """The model as the server lists it; raises UserError if it does not answer, or has no such model."""
+    """The model as the server lists it; raises Waiting if it does not answer, or has no such model."""
     try:
         response = httpx2.get(f"{cfg.url}/models", headers=headers(cfg), timeout=LOOK_SECONDS)
         known = {one.id: one for one in parse(response, ServedModels).data}
     except (httpx2.HTTPError, httpx2.InvalidURL) as error:
-        raise UserError(f"no server answers: {_reason(error)}", file=f"{cfg.url}/models") from None
+        raise Waiting(f"no server answers: {_reason(error)}", file=f"{cfg.url}/models") from None
     except (Again, ValueError) as error:
         raise UserError(f"want a list of models, but {error}", file=f"{cfg.url}/models") from None
     for name in names_of(cfg.model):
         if name in known:
             return known[name]
-    raise UserError(f"has no model {cfg.model!r}, only {', '.join(known) or 'none at all'}", file=cfg.url)
+    raise Waiting(f"has no model {cfg.model!r}, only {', '.join(known) or 'none at all'}", file=cfg.url)
 
 
 def names_of(model: str) -> tuple[str, ...]:
@@ -193,6 +193,9 @@ class Job:
     limit: int
     prompt: tuple[int, ...]
     text: str | None  # of the prompt, where it is sent as text
+
+
+Found = Sample | Exception | None  # an error, or None, is the last that a worker finds
 
 
 @dataclass
@@ -224,11 +227,11 @@ class Server:
     def run(self, requests: Iterable[Request]) -> Iterator[Sample | None]:
         """Yields samples as they arrive, and None where none has for PULSE seconds.
 
-        Raises UserError for what repeating a request does not mend.
+        Raises UserError for what repeating a request does not mend, once the requests that are open have ended.
         """
-        jobs = [job for request in requests for job in self._jobs(request)]
+        jobs = collections.deque(job for request in requests for job in self._jobs(request))
         with asyncio.Runner() as runner:
-            found: asyncio.Queue[Sample | Exception] = asyncio.Queue()
+            found: asyncio.Queue[Found] = asyncio.Queue()
             client = httpx2.AsyncClient(
                 headers=self.headers,
                 timeout=httpx2.Timeout(self.cfg.timeout, connect=min(CONNECT_SECONDS, self.cfg.timeout), pool=None),
@@ -236,16 +239,22 @@ class Server:
                     max_connections=self.cfg.concurrency, max_keepalive_connections=self.cfg.concurrency
                 ),
             )
-            todo = iter(jobs)
-            workers = [self._work(client, todo, found) for _ in range(min(self.cfg.concurrency, len(jobs)))]
+            workers = [self._work(client, jobs, found) for _ in range(min(self.cfg.concurrency, len(jobs)))]
             tasks = [runner.get_loop().create_task(worker) for worker in workers]
+            working, error = len(tasks), None
             try:
-                for _ in jobs:
-                    while (sample := runner.run(_next(found))) is None:
+                while working:
+                    try:
+                        one = runner.run(asyncio.wait_for(found.get(), PULSE))
+                    except TimeoutError:
                         yield None
-                    if isinstance(sample, Exception):
-                        raise sample
-                    yield sample
+                        continue
+                    if isinstance(one, Sample):
+                        yield one
+                    else:
+                        working, error = working - 1, error or one
+                if error is not None:
+                    raise error
             finally:
                 for task in tasks:
                     task.cancel()
@@ -266,14 +275,17 @@ class Server:
             yield Job(request.name, sample, request.limit, prompt, text)
 
     async def _work(
-        self, client: httpx2.AsyncClient, jobs: Iterator[Job], found: asyncio.Queue[Sample | Exception]
+        self, client: httpx2.AsyncClient, jobs: collections.deque[Job], found: asyncio.Queue[Found]
     ) -> None:
-        """Draws one sample after the other, as long as there are jobs; the first error is passed on and ends the work."""
+        """Draws one sample after the other, as long as there are jobs. After an error, nobody begins another."""
+        error = None
         try:
-            for job in jobs:
-                found.put_nowait(await self._draw(client, job))
-        except Exception as error:
-            found.put_nowait(error)
+            while jobs:
+                found.put_nowait(await self._draw(client, jobs.popleft()))
+        except Exception as caught:
+            jobs.clear()
+            error = caught
+        found.put_nowait(error)
 
     async def _draw(self, client: httpx2.AsyncClient, job: Job) -> Sample:
         body = self.body(job)
@@ -413,14 +425,6 @@ class Server:
         logq = np.array(scores, np.float32)
         by_student = np.ones(len(logq), bool)
         return ScoredSample(sample.name, sample.sample, sample.tokens, sample.finish, logq, logq, logq, by_student)
-
-
-async def _next(found: asyncio.Queue[Sample | Exception]) -> Sample | Exception | None:
-    """The next of a queue, or None if there is none for PULSE seconds."""
-    try:
-        return await asyncio.wait_for(found.get(), PULSE)
-    except TimeoutError:
-        return None
 
 
 def _token_ids(choice: Choice) -> list[int] | None:

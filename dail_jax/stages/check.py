@@ -111,6 +111,13 @@ class Subject:
         return sampler.sampler if sampler and isinstance(sampler.sampler, config_lib.Server) else None
 
     @property
+    def context(self) -> int | None:
+        """The most tokens of prompt and response together that the server has room for, if it says so."""
+        cfg = self.server
+        assert cfg is not None
+        return self._once("server", [f"{self.stage}.sampler"], lambda: server_lib.find_model(cfg)).max_model_len
+
+    @property
     def recipe(self) -> Recipe:
         if self.stage == "evaluate":
             return recipes.evaluate(self.config, {b.name: self.table(b) for b in self.config.evaluate.benchmarks})
@@ -278,15 +285,14 @@ def server(s: Subject) -> Iterator[Finding]:
     if s.stage == "evaluate" and adapter_folder(s.config) in s.made:
         yield "server", f"{cfg.url}: is asked for {cfg.model} once the adapter has been exported"
         return
-    context = s._once("server", [f"{s.stage}.sampler"], lambda: server_lib.find_model(cfg)).max_model_len
-    yield "server", f"{cfg.url}: {cfg.model}" + (f", {context:,} tokens of context" if context else "")
+    yield "server", f"{cfg.url}: {cfg.model}" + (f", {s.context:,} tokens of context" if s.context else "")
     lengths = [n for n in _prompt_lengths(s) if n <= section.max_prompt_tokens]
     need = max(lengths, default=0) + (
         s.config.evaluate.longest if s.stage == "evaluate" else section.sampling.max_tokens
     )
-    if context and need > context:
+    if s.context and need > s.context:
         yield UserError(
-            f"prompts and responses have up to {need} tokens, and the server's context {context}: serve a longer one, or "
+            f"prompts and responses have up to {need} tokens, and the server's context {s.context}: serve a longer one, or "
             f"lower {s.stage}.max_prompt_tokens or {s.stage}.sampling.max_tokens",
             file=cfg.url,
         )

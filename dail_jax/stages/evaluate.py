@@ -32,7 +32,7 @@ from dail_jax.metrics import Metrics, console, log
 from dail_jax.rundir import Journal, RunDir, json_line, write_atomic
 from dail_jax.sample.sampler import Request, Sampler
 from dail_jax.shapes import Natural, Shape, check_all
-from dail_jax.stages import recipes, samplers
+from dail_jax.stages import offline, recipes, samplers
 from dail_jax.stages.drawing import drawing
 from dail_jax.stages.generate import report_usage
 from dail_jax.stages.session import Session, open_session
@@ -65,7 +65,8 @@ class BenchmarkProblem:
         return f"evaluate/{self.benchmark.name}/{self.row.problem_id}"
 
 
-def run(config: config_lib.Config, table: bool = True) -> None:
+def run(config: config_lib.Config, table: bool = True, drawn: Path | None = None) -> None:
+    """The whole stage; `drawn` is the file in which the sampler `offline` finds the samples, if not its own."""
     cfg = config.evaluate
     if not cfg.benchmarks:
         log("evaluate: nothing to do (no evaluate.benchmarks)")
@@ -82,7 +83,8 @@ def run(config: config_lib.Config, table: bool = True) -> None:
                 session = open_session(config)
                 with jax.set_mesh(session.mesh):
                     metrics = Metrics(run_dir.path, config.log, "evaluate")
-                    open_sampler = samplers.find(cfg.sampler)(session, run_dir)
+                    found = samplers.find(cfg.sampler)
+                    open_sampler = offline.opened(session, run_dir, drawn) if drawn else found(session, run_dir)
                     todo = problems(session, tables, skipped, metrics)
                     samples = draw_samples(
                         session, todo, open_sampler, lambda name: Journal(run_dir.path / name), metrics
@@ -177,6 +179,11 @@ def prompts_of(builder: PromptBuilder, benchmark: config_lib.Benchmark, rows: li
     return builder.questions(questions, benchmark.template, benchmark.rows.special_tokens)
 
 
+def requests_of(cfg: config_lib.Evaluate, todo: Sequence[BenchmarkProblem]) -> list[Request]:
+    """The requests for all samples; those of forced answers follow from what is drawn."""
+    return [Request(p.key, (p.prompt,), tuple(range(cfg.samples)), cfg.longest) for p in todo]
+
+
 def draw_samples(
     session: Session,
     todo: list[BenchmarkProblem],
@@ -190,8 +197,7 @@ def draw_samples(
     """
     cfg = session.config.evaluate
     sampler = open_sampler(cfg.longest)
-    requests = [Request(p.key, (p.prompt,), tuple(range(cfg.samples)), cfg.longest) for p in todo]
-    drawn = collect(sampler, requests, journal(JOURNAL), "evaluating")
+    drawn = collect(sampler, requests_of(cfg, todo), journal(JOURNAL), "evaluating")
     report_usage(sampler, metrics)
 
     cuts = [c for p in todo for s in drawn[p.key] for c in cuts_of(session, p, s)]

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from dail_jax import config as config_lib
 from dail_jax.data import traces
-from dail_jax.errors import UserError
+from dail_jax.errors import UserError, UserErrors, Waiting
 from dail_jax.metrics import log
 from dail_jax.stages import drops, evaluate, export, generate, recipes, report, train
 from dail_jax.train import methods
@@ -39,8 +39,11 @@ def steps(config: config_lib.Config) -> list[Step]:
 
 
 def run(config: config_lib.Config) -> None:
-    """generate, train, export, evaluate, report: for the run itself, or for each of its arms."""
-    before = ""
+    """generate, train, export, evaluate, report: for the run itself, or for each of its arms.
+
+    An arm whose samples have to wait, such as for a server that does not have its adapter yet, holds up no other.
+    """
+    before, waiting = "", []
     todo = steps(config)
     for i, (name, stage, one) in enumerate(todo):
         if name != before:
@@ -54,7 +57,13 @@ def run(config: config_lib.Config) -> None:
         elif stage == "export":
             export.run(one)
         else:
-            evaluate.run(one, table=False)  # the report's has all arms
+            try:
+                evaluate.run(one, table=False)  # the report's has all arms
+            except Waiting as error:
+                log(str(error))
+                waiting.append(error)
+    if waiting:
+        raise UserErrors(waiting)
     log("")
     report.run(config)
 

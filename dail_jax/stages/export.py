@@ -1,4 +1,7 @@
-"""export: writes the trained LoRA as a PEFT adapter folder, and on request the merged model."""
+"""export: writes the trained LoRA as a PEFT adapter folder, and on request the merged model.
+
+Where the evaluation's samples are drawn offline, it also writes what to draw, and a script that draws it.
+"""
 
 from __future__ import annotations
 
@@ -12,11 +15,11 @@ from jax.experimental.multihost_utils import process_allgather
 from dail_jax import config as config_lib
 from dail_jax import mesh as mesh_lib
 from dail_jax.checkpoint import base, hf, peft
-from dail_jax.metrics import log
+from dail_jax.metrics import Metrics, log
 from dail_jax.model import lora as lora_lib
 from dail_jax.model.lora import Lora
 from dail_jax.rundir import RunDir
-from dail_jax.stages import recipes
+from dail_jax.stages import evaluate, offline, recipes
 from dail_jax.stages.session import Session, open_session
 from dail_jax.stages.train import trained_lora
 from dail_jax.train import methods
@@ -24,9 +27,16 @@ from dail_jax.train import methods
 
 def run(config: config_lib.Config) -> None:
     method = methods.of(config)
-    if not method.trains:
+    if method.trains:
+        weights(config)
+    else:
         log(f"export: nothing to export (train.objective: {method.name})")
-        return
+    if config.evaluate.sampler == offline.NAME and config.evaluate.benchmarks:
+        requests(config)
+
+
+def weights(config: config_lib.Config) -> None:
+    """The adapter, and the merged model on request."""
     with RunDir(config) as run_dir, run_dir.stage(recipes.export(config)) as stage:
         adapter, merged = run_dir.path / "adapter", run_dir.path / "merged"
         if stage.done:
@@ -43,6 +53,19 @@ def run(config: config_lib.Config) -> None:
             params = lora_lib.merge(session.params, lora, session.model)
             hf.save(merged, params, session.model, tree, config.model.tokenizer or config.model.path, stage.made_of)
             log(f"export: wrote {merged}")
+
+
+def requests(config: config_lib.Config) -> None:
+    """The requests for the evaluation's samples, and the script."""
+    cfg = config.evaluate
+    tables = {b.name: recipes.read_benchmark(b) for b in cfg.benchmarks}
+    skipped = evaluate.ungradable(cfg, tables)
+    with RunDir(config) as run_dir:
+        session = open_session(config)
+        todo = evaluate.problems(session, tables, skipped, Metrics(None, config.log, "export"))
+        settings = offline.settings_of(session, run_dir)
+        offline.write(run_dir.path / offline.FOLDER, settings, evaluate.requests_of(cfg, todo), offline.REQUESTS)
+        log(f"export: wrote {run_dir.path / offline.FOLDER / offline.SCRIPT}")
 
 
 def write_adapter(session: Session, lora: Lora, folder: Path, made_of: dict[str, Any] | None = None) -> None:

@@ -1,7 +1,7 @@
 """grade: grades a finished evaluation again, from samples.jsonl alone, without a model.
 
 Useful when the rules of extraction or equality have changed. Answers are extracted from the texts again; the gold answers
-are those in samples.jsonl.
+are those in samples.jsonl. With `--import`, finishes an evaluation whose samples were drawn offline.
 """
 
 from __future__ import annotations
@@ -16,12 +16,15 @@ from dail_jax.errors import UserError
 from dail_jax.evaluate import files, protocol
 from dail_jax.metrics import console, log
 from dail_jax.rundir import RunDir
-from dail_jax.stages import evaluate, experiment, recipes
+from dail_jax.stages import evaluate, experiment, offline, recipes
 
 SHOWN = 20  # changed verdicts that are logged one by one
 
 
-def run(config: config_lib.Config) -> None:
+def run(config: config_lib.Config, drawn: str | None = None) -> None:
+    if drawn is not None:
+        take(config, Path(drawn))
+        return
     if jax.process_index() != 0:
         return
     results = {}
@@ -36,6 +39,19 @@ def run(config: config_lib.Config) -> None:
             log_changes(rows, files.read_samples(path), folder)
         results[folder.name] = files.read_results(folder / "results.json")
     console.print(protocol.table(results))
+
+
+def take(config: config_lib.Config, drawn: Path) -> None:
+    """Evaluates with the samples in a file that the script of `export` has written; raises UserError."""
+    if config.evaluate.sampler != offline.NAME:
+        raise UserError(f"want {offline.NAME}, so that the run's record says who drew", field="evaluate.sampler")
+    if config.arms:
+        raise UserError("each arm has samples of its own: call `run`, which finds them", field="arms")
+    if not drawn.is_file():
+        raise UserError("no such file", file=drawn)
+    if (path := Path(config.run_dir) / recipes.SAMPLES).exists():
+        raise UserError("there are samples: use another run_dir, or delete them to import others", file=path)
+    evaluate.run(config, drawn=drawn)
 
 
 def log_changes(before: list[dict], after: list[dict], folder: Path) -> None:

@@ -10,6 +10,7 @@ from dail_jax.errors import registered
 from dail_jax.model.lora import Lora
 from dail_jax.rundir import RunDir
 from dail_jax.sample.sampler import Sampler
+from dail_jax.stages import offline
 from dail_jax.stages.session import Session
 from dail_jax.stages.train import trained_lora
 
@@ -31,7 +32,7 @@ def engine_of(session: Session, lora: Lora | None) -> Callable[[int], Sampler]:
 
 # Each is called once, with the session and the run directory. It returns a function that is given the largest `limit`
 # among the coming requests and returns the sampler for them.
-SAMPLERS: dict[str, Open] = {"engine": ours}
+SAMPLERS: dict[str, Open] = {"engine": ours, offline.NAME: offline.opened}
 
 
 def find(which: str | config_lib.Server) -> Open:
