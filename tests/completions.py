@@ -65,7 +65,8 @@ class StandIn:
                     stand_in.headers.append(dict(self.headers))
                     stand_in.open += 1
                     stand_in.most = max(stand_in.most, stand_in.open)
-                time.sleep(stand_in.pause)
+                if not isinstance(fault, int):
+                    time.sleep(stand_in.pause)
                 try:
                     self.answer(body, fault)
                 finally:
