@@ -22,20 +22,27 @@ from dail_jax.model import transformer, weights
 LORA = config_lib.LoraConfig(rank=3, alpha=6, targets=("q", "k", "v", "o", "gate", "up", "down"))
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory, one_device):
-    folder = tmp_path_factory.mktemp("model") / "qwen3"
-    theirs = make("qwen3", folder)
-    params, cfg = hf.load(folder, one_device, "float32")
+def opened(case, folder, mesh):
+    theirs = make(case, folder)
+    params, cfg = hf.load(folder, mesh, "float32")
     return folder, theirs, params, cfg
 
 
 @pytest.fixture(scope="module")
-def lora(model):
+def model(tmp_path_factory, one_device):
+    return opened("qwen3", tmp_path_factory.mktemp("model") / "qwen3", one_device)
+
+
+def noisy(cfg):
     """An adapter whose both sides are not zero."""
-    fresh = lora_lib.init(jax.random.key(1), model[3], LORA)
+    fresh = lora_lib.init(jax.random.key(1), cfg, LORA)
     noise = lambda x: x + 0.1 * jax.random.normal(jax.random.key(x.size), x.shape)  # noqa: E731
     return jax.tree.map(noise, fresh)
+
+
+@pytest.fixture(scope="module")
+def lora(model):
+    return noisy(model[3])
 
 
 def test_fresh_adapter_is_a_no_op(model):
@@ -46,23 +53,46 @@ def test_fresh_adapter_is_a_no_op(model):
     assert (np.asarray(with_it) == np.asarray(without)).all()
 
 
-def test_peft_loads_the_adapter_with_equal_logits(model, lora, one_device, tmp_path):
-    folder, theirs, params, cfg = model
+@pytest.mark.parametrize("case", ["qwen3", "gemma3", "phi3"])
+def test_peft_loads_the_adapter_with_equal_logits(case, model, one_device, tmp_path):
+    """Adapted and merged, and read again: the same pairs or, where a module holds several weights, the same function."""
+    folder, theirs, params, cfg = model if case == "qwen3" else opened(case, tmp_path / case, one_device)
+    lora = noisy(cfg)
     peft.save(tmp_path / "adapter", lora, cfg, LORA, str(folder))
     tokens, positions = batch()
-    hidden = transformer.encode(params, tokens, positions, cfg, lora=lora)
+    run = jax.jit(
+        lambda lora: transformer.unembed(params, transformer.encode(params, tokens, positions, cfg, lora=lora))
+    )
     adapted = peft_library.PeftModel.from_pretrained(type(theirs).from_pretrained(folder), tmp_path / "adapter").eval()
     want = expected(adapted, tokens, positions)
-    assert close(transformer.unembed(params, hidden), want, positions >= 0) < 1e-4
+    assert close(run(lora), want, positions >= 0) < 1e-4
     plain = expected(theirs, tokens, positions)
     assert np.abs(want - plain).max() > 0.1 * np.abs(plain).max()
     again, settings = peft.load(tmp_path / "adapter", cfg, one_device)
-    assert settings == LORA and again.scale == lora.scale
-    assert all(jax.tree.leaves(jax.tree.map(np.array_equal, again.tree, lora.tree)))
+    assert again.scale == lora.scale and settings.targets == LORA.targets
+    if cfg.fused:
+        assert settings.rank == 3 * LORA.rank and close(run(again), want, positions >= 0) < 1e-4
+    else:
+        assert settings == LORA and all(jax.tree.leaves(jax.tree.map(np.array_equal, again.tree, lora.tree)))
     merged = lora_lib.merge(params, lora, cfg)
     hf.save(tmp_path / "merged", merged, cfg, theirs.config.to_dict())
     loaded = type(theirs).from_pretrained(tmp_path / "merged").eval()
     assert close(expected(loaded, tokens, positions), want, positions >= 0) < 1e-4
+
+
+def test_adapters_of_peft_on_modules_of_several_weights(one_device, tmp_path):
+    folder, theirs, params, cfg = opened("phi3", tmp_path / "phi3", one_device)
+    torch.manual_seed(0)
+    config = peft_library.LoraConfig(
+        task_type="CAUSAL_LM", r=3, lora_alpha=6, target_modules=["qkv_proj", "down_proj"], init_lora_weights=False
+    )
+    adapted = peft_library.get_peft_model(type(theirs).from_pretrained(folder), config).eval()
+    adapted.save_pretrained(tmp_path / "adapter")
+    lora, settings = peft.load(tmp_path / "adapter", cfg, one_device)
+    assert settings.targets == ("q", "k", "v", "down") and settings.rank == 3
+    tokens, positions = batch()
+    ours = transformer.unembed(params, transformer.encode(params, tokens, positions, cfg, lora=lora))
+    assert close(ours, expected(adapted, tokens, positions), positions >= 0) < 1e-4
 
 
 @pytest.mark.parametrize(

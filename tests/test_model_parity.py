@@ -30,6 +30,8 @@ LLAMA3 = {
     "rope_theta": 500.0,
 }
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32, "rope_theta": 10000.0}
+LINEAR = {"rope_type": "linear", "factor": 2.0}
+SLIDES, FULL = "sliding_attention", "full_attention"
 EXPERTS = dict(num_experts=7, num_experts_per_tok=3, moe_intermediate_size=28, head_dim=10)
 DELTA = dict(
     head_dim=16,
@@ -41,16 +43,28 @@ DELTA = dict(
 )
 CASES = {
     "qwen2": ("Qwen2", dict(tie_word_embeddings=True)),
-    "qwen2_untied": ("Qwen2", dict(tie_word_embeddings=False)),
-    "qwen3": ("Qwen3", dict(head_dim=10, tie_word_embeddings=False)),
-    "qwen3_yarn": ("Qwen3", dict(head_dim=10, tie_word_embeddings=True, rope_parameters=YARN)),
+    "qwen2_windows": (
+        "Qwen2",
+        dict(tie_word_embeddings=False, use_sliding_window=True, sliding_window=5, max_window_layers=1),
+    ),
+    "qwen3": ("Qwen3", dict(head_dim=10, tie_word_embeddings=False, rope_parameters=YARN)),
+    "llama": ("Llama", dict(head_dim=8, tie_word_embeddings=True, rope_parameters=LLAMA3)),
+    "mistral": ("Mistral", dict(head_dim=14, sliding_window=5, rope_parameters={**LINEAR, "rope_theta": 10000.0})),
+    "smollm3": ("SmolLM3", dict(num_hidden_layers=4, no_rope_layer_interval=2)),
+    "olmo2": ("Olmo2", {}),
+    "olmo3": (
+        "Olmo3",
+        dict(sliding_window=5, num_hidden_layers=4, layer_types=[SLIDES, FULL] * 2)
+        | dict(rope_parameters={FULL: {**YARN, "rope_theta": 5e5}, SLIDES: {"rope_type": "default"}}),
+    ),
+    "gemma3": (
+        "Gemma3Text",
+        dict(head_dim=10, query_pre_attn_scalar=7, sliding_window=5, layer_types=[SLIDES, SLIDES, FULL, SLIDES])
+        | dict(num_hidden_layers=4, rope_parameters={FULL: {**LINEAR, "rope_theta": 1e6}}),
+    ),
     "qwen3_moe": ("Qwen3Moe", dict(**EXPERTS, norm_topk_prob=True, mlp_only_layers=[1])),
     "qwen3_5": ("Qwen3_5", dict(**DELTA, num_hidden_layers=5, tie_word_embeddings=True)),
-    "llama": ("Llama", dict(tie_word_embeddings=False, head_dim=8)),
-    "llama3": ("Llama", dict(tie_word_embeddings=True, rope_parameters=LLAMA3)),
-    "mistral": ("Mistral", dict(head_dim=14, sliding_window=6)),
-    "smollm3": ("SmolLM3", dict(num_hidden_layers=6, pad_token_id=None, bos_token_id=1, eos_token_id=2)),
-    "llama_linear": ("Llama", dict(rope_parameters={"rope_type": "linear", "factor": 2.0, "rope_theta": 10000.0})),
+    "phi3": ("Phi3", dict(hidden_size=48, partial_rotary_factor=0.5, sliding_window=5)),
 }
 
 
@@ -59,21 +73,13 @@ def make(case, folder):
     kind, extra = CASES[case]
     torch.manual_seed(sum(map(ord, case)))
     of = getattr(transformers, f"{kind}TextConfig", None) or getattr(transformers, f"{kind}Config")
-    config = of(**SIZES | extra)
-    model = getattr(transformers, f"{kind}ForCausalLM")(config).eval()
+    config = of(**SIZES | dict(pad_token_id=None, bos_token_id=1, eos_token_id=2) | extra)
+    model = getattr(transformers, f"{kind.removesuffix('Text')}ForCausalLM")(config).eval()
     with torch.no_grad():
         for name, p in model.named_parameters():
             p.add_(torch.randn_like(p) * (0.2 if "norm" in name or "bias" in name else 0.08))
     model.save_pretrained(folder)
     return model
-
-
-@pytest.fixture(scope="module", params=CASES)
-def pair(request, tmp_path_factory, one_device):
-    folder = tmp_path_factory.mktemp(request.param)
-    model = make(request.param, folder)
-    params, cfg = hf.load(folder, one_device, "float32")
-    return model, params, cfg
 
 
 def batch():
@@ -101,77 +107,100 @@ def close(ours, theirs, live):
     return np.abs(np.asarray(ours)[live] - theirs[live]).max() / scale
 
 
-def test_full_forward(pair):
-    model, params, cfg = pair
-    tokens, positions = batch()
-    hidden = transformer.encode(params, tokens, positions, cfg)
-    assert close(transformer.unembed(params, hidden), expected(model, tokens, positions), positions >= 0) < 1e-4
+PROMPT = 9
 
 
-def test_a_profile_shows_the_parts_of_prefill(pair):
+@pytest.fixture(scope="module", params=CASES)
+def pair(request, tmp_path_factory, one_device):
+    folder = tmp_path_factory.mktemp(request.param)
+    model = make(request.param, folder)
+    params, cfg = hf.load(folder, one_device, "float32")
+    return model, params, cfg
+
+
+@pytest.fixture(scope="module")
+def found(pair):
+    """What one program finds: the logits of scanned and of unrolled layers, and two prompts' logits, keys and values."""
     _, params, cfg = pair
+
+    @jax.jit
+    def run(params):
+        listed, rows = weights.unstack(params, cfg), batch()
+        scanned = transformer.encode(params, *rows, cfg, remat="full")
+        unrolled = transformer.encode(listed, *rows, cfg)
+        hidden, ks, vs = transformer.prefill(listed, *prompts(), cfg)
+        return [transformer.unembed(params, x) for x in (scanned, unrolled, hidden)], ks, vs
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(transformer, "TILE", 4)  # small rings
+        return run(params)
+
+
+def prompts():
+    """The first tokens of two texts, padded on the right: [2, 11] tokens and positions."""
+    tokens, positions = both()
+    cut = lambda x, fill: np.concatenate([x[:, :PROMPT], np.full((2, 2), fill, np.int32)], 1)  # noqa: E731
+    return cut(tokens, 0), cut(positions, -1)
+
+
+def both():
+    """Two texts without padding: [2, 19] tokens and positions."""
     tokens, positions = batch()
-    text = jax.jit(lambda: transformer.prefill(params, tokens, positions, cfg)).lower().as_text(debug_info=True)
-    assert all(f"prefill/{scope}/" in text for scope in ("attend", "mlp"))
+    return np.concatenate([tokens[:1], (tokens[:1] + 7) % 62]), np.tile(positions[:1], (2, 1))
 
 
-def test_prefill_and_decode_equal_the_full_forward(pair):
+def test_full_forward(pair, found):
+    tokens, positions = batch()
+    assert close(found[0][0], expected(pair[0], tokens, positions), positions >= 0) < 1e-4
+
+
+def test_unrolled_equals_scanned(found):
+    scanned, unrolled, _ = found[0]
+    np.testing.assert_allclose(scanned, unrolled, atol=1e-5 * np.abs(scanned).max())
+
+
+def test_prefill_and_decode_equal_the_full_forward(pair, found, monkeypatch):
     """Two prompts share a buffer; four rows decode them, with the cache committed in between; one row ends early."""
+    monkeypatch.setattr(transformer, "TILE", 4)
     model, params, cfg = pair
     params = weights.unstack(params, cfg)
-    tokens, positions = batch()
-    prompt, last = 9, 19
-    tokens, positions = tokens[:1], positions[:1]
-    other = (tokens + 7) % 62
-    both = np.concatenate([tokens, other])
-    pad = np.concatenate([both[:, :prompt], np.zeros((2, 2), np.int32)], 1)
-    pad_positions = np.concatenate([np.tile(positions[:, :prompt], (2, 1)), np.full((2, 2), -1, np.int32)], 1)
-    hidden, ks, vs = transformer.prefill(params, pad, pad_positions, cfg)
+    (_, _, ours), ks, vs = found
+    tokens, positions = both()
+    theirs = expected(model, tokens, positions)
+    assert np.abs(ours[:, :PROMPT] - theirs[:, :PROMPT]).max() / np.abs(theirs).max() < 1e-4
     cache = transformer.empty_cache(cfg, rows=4, slots=18, blocks=1, prompt_slots=11, dtype=jnp.float32, entries=2)
+    rings = [x.shape[2] for x, layer in zip(cache.k, cfg.layers, strict=True) if layer.window]
+    assert rings == [4] * sum(layer.window is not None for layer in cfg.layers)  # they go round below
     flat = lambda x: x.swapaxes(0, 1).reshape(1, x.shape[1], -1, x.shape[3])  # noqa: E731
     rows = np.array([0, 1, 1, 0], np.int32)
     cache = cache.replace(
         prompt_k=tuple(map(flat, ks)),
         prompt_v=tuple(map(flat, vs)),
-        prompt_length=jnp.full((1, 2), prompt),
+        prompt_length=jnp.full((1, 2), PROMPT),
     )
     cache = transformer.begin(cache, np.ones(4, bool), rows)
-    theirs = expected(model, both, np.tile(positions, (2, 1)))
-    ours = transformer.unembed(params, hidden)[:, prompt - 1]
-    assert np.abs(ours - theirs[:, prompt - 1]).max() / np.abs(theirs).max() < 1e-4
-    step = jax.jit(lambda t, p, c, r, s: transformer.decode_step(params, t, p, cfg, c, r, s))
+
+    @jax.jit
+    def step(params, tokens, at, cache, recent, slot):
+        hidden, recent = transformer.decode_step(params, tokens, at, cfg, cache, recent, slot)
+        return transformer.unembed(params, hidden), recent
+
     commit = jax.jit(transformer.commit)
 
     def check(at, cache, recent, slot):
         """One token of each row at its position; -1 for a row that has ended."""
         live = at >= 0
-        hidden, recent = step(both[rows, at], at, cache, recent, slot)
-        out, want = transformer.unembed(params, hidden), theirs[rows, at]
-        assert np.abs(out - want)[live].max() / np.abs(theirs).max() < 1e-4
+        out, recent = step(params, tokens[rows, at], at, cache, recent, slot)
+        assert np.abs(out - theirs[rows, at])[live].max() / np.abs(theirs).max() < 1e-4
         return recent
 
-    at, recent = np.full(4, prompt), transformer.empty_recent(cache, 4)
-    for slot in range(4):
-        recent = check(at + slot, cache, recent, slot)
-    cache, at = commit(cache, recent), at + 4
-    recent = transformer.empty_recent(cache, 4)
-    for slot in range(4):
-        ended = (np.arange(4) == 2) & (slot >= 2)
-        recent = check(np.where(ended, -1, at + slot), cache, recent, slot)
-    cache, at = commit(cache, recent), at + np.array([4, 4, 2, 4])
-    recent = transformer.empty_recent(cache, 4)
-    assert cache.count.tolist() == [8, 8, 6, 8]
-    for slot in range(2):
-        recent = check(at + slot, cache, recent, slot)
-    assert at.max() + 2 == last
-
-
-def test_unrolled_equals_scanned(pair):
-    _, params, cfg = pair
-    tokens, positions = batch()
-    scanned = transformer.encode(params, tokens, positions, cfg, remat="full")
-    unrolled = transformer.encode(weights.unstack(params, cfg), tokens, positions, cfg)
-    np.testing.assert_allclose(scanned, unrolled, atol=2e-5)
+    recent, last = transformer.empty_recent(cache, 4), np.array([10, 10, 6, 10])  # tokens of each row
+    for index in range(10):
+        if index in (4, 8):
+            cache = commit(cache, recent)
+            recent = transformer.empty_recent(cache, 4)
+        recent = check(np.where(index < last, PROMPT + index, -1), cache, recent, index % 4)
+    assert cache.count.tolist() == [8, 8, 6, 8] and tokens.shape[1] == PROMPT + 10
 
 
 def test_round_trip_is_exact(pair, tmp_path):
@@ -182,6 +211,18 @@ def test_round_trip_is_exact(pair, tmp_path):
         assert torch.equal(a, b), name
 
 
+def test_count_matches(pair):
+    model, _, cfg = pair
+    assert weights.count(cfg) == sum(p.numel() for p in model.parameters())
+
+
+def test_a_profile_shows_the_parts_of_prefill(one_device, tmp_path):
+    make("qwen2", tmp_path)
+    params, cfg = hf.load(tmp_path, one_device, "float32")
+    text = jax.jit(lambda: transformer.prefill(params, *batch(), cfg)).lower().as_text(debug_info=True)
+    assert all(f"prefill/{scope}/" in text for scope in ("attend", "mlp"))
+
+
 @pytest.mark.parametrize(
     ("key", "value", "words"),
     [
@@ -189,6 +230,7 @@ def test_round_trip_is_exact(pair, tmp_path):
         ("hidden_act", "gelu", "gelu"),
         ("layer_types", ["chunked_attention"] * 3, "layer_types: got .*chunked"),
         ("rope_scaling", {"rope_type": "longrope"}, "longrope"),
+        ("partial_rotary_factor", 0.5, "partial_rotary_factor: got 0.5"),
         ("hidden_size", 10**12, "hidden_size"),
         ("num_hidden_layers", "3", "num_hidden_layers"),
         ("num_key_value_heads", 4, "divisor"),
@@ -198,11 +240,6 @@ def test_what_is_not_supported_is_refused_by_name(key, value, words):
     tree = {"model_type": "qwen3", **SIZES, key: value}
     with pytest.raises(UserError, match=words):
         families.from_tree(tree, "config.json")
-
-
-def test_count_matches(pair):
-    model, _, cfg = pair
-    assert weights.count(cfg) == sum(p.numel() for p in model.parameters())
 
 
 def test_long_texts_attend_in_turns(monkeypatch):

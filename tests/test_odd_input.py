@@ -67,7 +67,7 @@ def test_yarn_s_length_is_the_model_s_unless_it_is_named(tmp_path):
     for named, length in ((None, 512), (256, 256)):
         scaling = {**YARN, "original_max_position_embeddings": named}
         write(tmp_path / "config.json", {**tree, "max_position_embeddings": 512, "rope_scaling": scaling})
-        assert families.read_config(tmp_path).rope.original_length == length
+        assert families.read_config(tmp_path).layers[0].rope.original_length == length
 
 
 @pytest.mark.parametrize("content", [DEEP, "3", "[]", '{"model_type": "\\ud800"}', '{"a": 1'])

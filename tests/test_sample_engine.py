@@ -29,7 +29,7 @@ CFG = families.ModelConfig(
     layers=(families.Layer(families.Rope(10_000.0)),) * 2,
     norm_eps=1e-6,
     tied=True,
-    qk_norm=True,
+    qk_norm="head",
     qkv_bias=False,
     max_positions=512,
 )

@@ -47,17 +47,17 @@ def load(folder: str | Path, mesh: jax.sharding.Mesh, dtype: str) -> tuple[weigh
     """
     folder, cfg = Path(folder), read_config(folder)
     mesh_lib.from_first(lambda: verify_manifest(folder))
-    layout = weights.shardings(cfg, mesh)
+    layout, places = weights.shardings(cfg, mesh), weights.places(cfg)
     count = sum(len(weight.names(cfg)) for weight in weights.declare(cfg).values())
     with Tensors(folder) as source, progress("loading weights", count, "tensors") as bar:
         _check_names(source, cfg)
 
         def leaf(name: str, weight: weights.Weight) -> jax.Array:
             where = (layout["layers"] if weight.layered else layout)[name]
-            names, parts, shape = weight.names(cfg), weight.parts(cfg), weight.part.torch_shape(cfg)
+            names, parts, (shape, rows) = weight.names(cfg), weight.parts(cfg), places[name]
 
             def read(row: int, where: jax.sharding.Sharding) -> jax.Array:
-                found = [source.read(tensor, shape) for tensor in names[row * parts : (row + 1) * parts]]
+                found = [source.read(tensor, shape, rows) for tensor in names[row * parts : (row + 1) * parts]]
                 bar.advance(parts)
                 return _place(np.stack(found) if weight.each else found[0], weight, cfg, dtype, where)
 
@@ -76,9 +76,10 @@ def check(folder: Path, cfg: ModelConfig) -> None:
     """Raises UserError unless the files of a folder hold the model's weights, by their headers alone."""
     with Tensors(folder) as source:
         _check_names(source, cfg)
-        for weight in weights.declare(cfg).values():
+        places = weights.places(cfg)
+        for name, weight in weights.declare(cfg).items():
             for tensor in weight.names(cfg):
-                source.check(tensor, weight.part.torch_shape(cfg))
+                source.check(tensor, places[name][0])
 
 
 def save(
@@ -265,11 +266,11 @@ class Stored:
         shape = tuple(self.view.get_shape())
         return shape if self.part is None else (len(self.part[1]), *shape[2:])
 
-    def read(self) -> np.ndarray:
+    def read(self, rows: slice) -> np.ndarray:
         if self.part is None:
-            return self.handle.get_tensor(self.name)
-        expert, rows = self.part
-        return self.view[expert, rows.start : rows.stop]
+            return self.view[rows]
+        expert, own = self.part
+        return self.view[expert, own.start : own.stop][rows]
 
     def parts(self) -> dict[str, Stored]:
         """By names of the text model: the tensor, or each expert's where it is [J,2I,D] of gates and ups, or [J,D,I]."""
@@ -338,10 +339,10 @@ class Tensors:
         if dtype not in DTYPES:
             raise UserError(f"got dtype {dtype}, want one of {', '.join(DTYPES)}", file=tensor.file, field=name)
 
-    def read(self, name: str, shape: tuple[int, ...]) -> np.ndarray:
-        """One tensor; raises UserError unless it is finite and of this shape and a known dtype."""
+    def read(self, name: str, shape: tuple[int, ...], rows: slice = slice(None)) -> np.ndarray:
+        """One tensor, or some of its rows; raises UserError unless it is finite and of this shape and a known dtype."""
         self.check(name, shape)
-        x = self.where[name].read()
+        x = self.where[name].read(rows)
         if not np.isfinite(x).all():
             raise UserError("got NaN or infinity, want finite weights", file=self.where[name].file, field=name)
         return x
@@ -389,24 +390,29 @@ def _insert(stack: jax.Array, x: jax.Array, index: int) -> jax.Array:
 def _shards(params: weights.Params, cfg: ModelConfig) -> Iterator[dict[str, Any]]:
     """Yields groups of {Hugging Face name: function that gathers the tensor}, each of at most SHARD_BYTES or one tensor."""
     group: dict[str, Any] = {}
-    size = 0
-    for name, weight in weights.declare(cfg).items():
-        stacked = (params["layers"] if weight.layered else params)[name]
-        one = int(np.prod(weight.part.shape(cfg))) * stacked.dtype.itemsize
-        for number, tensor in enumerate(weight.names(cfg)):
-            row = divmod(number, weight.parts(cfg))[: 1 + weight.each] if weight.layered else ()
+    size, table = 0, weights.declare(cfg)
+    for names in weights.tensors(cfg).values():
+        held = [(table[name], (params["layers"] if table[name].layered else params)[name]) for name in names]
+        one = sum(int(np.prod(weight.part.shape(cfg))) * stacked.dtype.itemsize for weight, stacked in held)
+        first = table[names[0]]
+        for number, tensor in enumerate(first.names(cfg)):
+            index = divmod(number, first.parts(cfg))[: 1 + first.each] if first.layered else ()
             if group and size + one > SHARD_BYTES:
                 yield group
                 group, size = {}, 0
-            group[tensor] = functools.partial(_gather, stacked, row, weight.part, cfg)
+            group[tensor] = functools.partial(_gather, held, index, cfg)
             size += one
     yield group
 
 
-def _gather(stacked: jax.Array, index: tuple[int, ...], weight: weights.Weight, cfg: ModelConfig) -> np.ndarray:
-    x = stacked[index] if index else stacked
-    if jax.process_count() > 1:
-        from jax.experimental.multihost_utils import process_allgather
+def _gather(held: list[tuple[weights.Weight, jax.Array]], index: tuple[int, ...], cfg: ModelConfig) -> np.ndarray:
+    """The tensor that weights make, of one of the layers, and parts of it, that they are stacked over."""
+    found = []
+    for weight, stacked in held:
+        x = stacked[index] if index else stacked
+        if jax.process_count() > 1:
+            from jax.experimental.multihost_utils import process_allgather
 
-        x = process_allgather(x, tiled=True)
-    return np.ascontiguousarray(weight.to_torch(np.asarray(x), cfg))
+            x = process_allgather(x, tiled=True)
+        found.append(weight.part.to_torch(np.asarray(x), cfg))
+    return np.ascontiguousarray(np.concatenate(found) if len(found) > 1 else found[0])

@@ -1,9 +1,15 @@
-"""LoRA trees <-> PEFT adapter folders, in the format that peft, transformers and vLLM load."""
+"""LoRA trees <-> PEFT adapter folders, in the format that peft, transformers and vLLM load.
+
+peft's pairs belong to the modules of Hugging Face's model. Where a module holds several of our weights (Phi's `qkv_proj`
+is q, k and v), its pair is read as one pair for each of them with the same `a`. Ours have an `a` each, so what is
+written has their ranks added up, with zeros between them: the same function, exactly.
+"""
 
 from __future__ import annotations
 
 import json
 import math
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +25,8 @@ from dail_jax.errors import UserError
 from dail_jax.mesh import is_first
 from dail_jax.model.families import ModelConfig
 from dail_jax.model.lora import Lora, shardings
-from dail_jax.model.weights import Weight, declare
+from dail_jax.model.weights import Weight, declare, places
+from dail_jax.model.weights import tensors as tensors_of
 from dail_jax.provenance import Checksums, digest
 
 WEIGHTS = "adapter_model.safetensors"
@@ -34,20 +41,22 @@ def save(
     made_of: dict[str, Any] | None = None,
 ) -> None:
     """Writes `adapter_config.json` and `adapter_model.safetensors`; raises UserError if the folder exists."""
-    table = declare(cfg)
+    table, modules = declare(cfg), _modules(cfg, lora.tree)
+    pairs = {name: {side: np.asarray(x, np.float32) for side, x in pair.items()} for name, pair in lora.tree.items()}
+    more = max(sum(name in pairs for name in names) for names in modules.values())  # ranks are the same everywhere
     tensors = {}
-    for name, pair in lora.tree.items():
-        for side in "ab":
-            stacked = np.asarray(pair[side], np.float32)
-            for row, i in enumerate(table[name].layers(cfg)):
-                x = _to_torch(stacked[row], side)
-                tensors[weight_name(table[name], i, side)] = table[name].rows_to_torch(x, cfg) if side == "b" else x
+    for names in modules.values():
+        weight = table[names[0]]
+        for row, layer in enumerate(weight.layers(cfg)):
+            a, b = _joined(names, pairs, row, cfg, more * lora_config.rank)
+            tensors[weight_name(weight, layer, "a")], tensors[weight_name(weight, layer, "b")] = a, b
+    alpha = more * lora_config.alpha
     description = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": base,
-        "r": lora_config.rank,
-        "lora_alpha": int(lora_config.alpha) if float(lora_config.alpha).is_integer() else lora_config.alpha,
+        "r": more * lora_config.rank,
+        "lora_alpha": int(alpha) if float(alpha).is_integer() else alpha,
         "lora_dropout": 0.0,
         "bias": "none",
         "fan_in_fan_out": False,
@@ -56,7 +65,7 @@ def save(
         "use_rslora": False,
         "use_dora": False,
         "modules_to_save": None,
-        "target_modules": [table[name].module for name in lora.tree],
+        "target_modules": list(dict.fromkeys(table[name].module for name in lora.tree)),
     }
     with new_folder(folder, made_of) as temporary:
         if not is_first():
@@ -71,13 +80,12 @@ def inspect(folder: Path, cfg: ModelConfig) -> config_lib.LoraConfig:
     table = declare(cfg)
     description = read_description(folder)
     file = folder / "adapter_config.json"
-    by_module = {w.module: name for name, w in table.items() if w.inputs}
-    unknown = sorted(set(description["target_modules"]) - by_module.keys())
+    by_name = {name: weight.module for name, weight in table.items() if weight.inputs}
+    unknown = sorted(set(description["target_modules"]) - set(by_name.values()))
     if unknown:
-        raise UserError(
-            f"got {', '.join(unknown)}, want some of {', '.join(by_module)}", file=file, field="target_modules"
-        )
-    targets = [n for n in by_module.values() if table[n].module in description["target_modules"]]
+        known = ", ".join(dict.fromkeys(by_name.values()))
+        raise UserError(f"got {', '.join(unknown)}, want some of {known}", file=file, field="target_modules")
+    targets = [name for name, module in by_name.items() if module in description["target_modules"]]
     rank, alpha = description["r"], description["lora_alpha"]
     if description.get("use_rslora"):  # arXiv 2312.03732: alpha / sqrt(rank) instead of alpha / rank
         alpha *= math.sqrt(rank)
@@ -97,17 +105,43 @@ def inspect(folder: Path, cfg: ModelConfig) -> config_lib.LoraConfig:
     return lora_config
 
 
+def _modules(cfg: ModelConfig, targets: Iterable[str]) -> dict[str, list[str]]:
+    """The modules that hold any of our targets, each with the names of all that it holds."""
+    return {hf: names for hf, names in tensors_of(cfg).items() if set(names) & set(targets)}
+
+
+def _sizes(weight: Weight, cfg: ModelConfig) -> tuple[int, int]:
+    """(inputs, outputs) of a linear map, flattened."""
+    shape = weight.shape(cfg)
+    return math.prod(shape[: weight.inputs]), math.prod(shape[weight.inputs :])
+
+
+def _joined(names: list[str], pairs: dict, row: int, cfg: ModelConfig, rank: int) -> tuple[np.ndarray, np.ndarray]:
+    """A module's a [rank, inputs] and b [outputs, rank] of one layer, of the pairs of what it holds; zeros elsewhere."""
+    table = declare(cfg)
+    inputs, outputs = _sizes(table[names[0]], cfg)[0], sum(_sizes(table[name], cfg)[1] for name in names)
+    a, b = np.zeros((rank, inputs), np.float32), np.zeros((outputs, rank), np.float32)
+    at = start = 0
+    for name in names:
+        size = _sizes(table[name], cfg)[1]
+        if name in pairs:
+            one = _to_torch(pairs[name]["a"][row], "a")
+            a[at : at + len(one)] = one
+            two = table[name].rows_to_torch(_to_torch(pairs[name]["b"][row], "b"), cfg)
+            b[start : start + size, at : at + len(one)] = two
+            at += len(one)
+        start += size
+    return a, b
+
+
 def _shapes(cfg: ModelConfig, lora_config: config_lib.LoraConfig) -> dict[str, tuple[int, ...]]:
     """The tensors of an adapter's file, by peft's names."""
     table, found = declare(cfg), {}
-    for weight in (table[name] for name in lora_config.targets):
-        inputs, outputs = (
-            math.prod(weight.size(letter, cfg) for letter in letters)
-            for letters in (weight.axes[: weight.inputs], weight.axes[weight.inputs :])
-        )
+    for names in _modules(cfg, lora_config.targets).values():
+        weight = table[names[0]]
         for i in weight.layers(cfg):
-            found[weight_name(weight, i, "a")] = (lora_config.rank, inputs)
-            found[weight_name(weight, i, "b")] = (outputs, lora_config.rank)
+            found[weight_name(weight, i, "a")] = (lora_config.rank, _sizes(weight, cfg)[0])
+            found[weight_name(weight, i, "b")] = (sum(_sizes(table[name], cfg)[1] for name in names), lora_config.rank)
     return found
 
 
@@ -116,16 +150,17 @@ def load(folder: str | Path, cfg: ModelConfig, mesh: jax.sharding.Mesh) -> tuple
     folder, table = Path(folder), declare(cfg)
     mesh_lib.from_first(lambda: verify_manifest(folder))
     lora_config = inspect(folder, cfg)
-    shapes = _shapes(cfg, lora_config)
+    shapes, where = _shapes(cfg, lora_config), places(cfg)
     tree: dict[str, dict[str, Any]] = {}
     with Tensors(folder, WEIGHTS) as source:
         for name in lora_config.targets:
             weight, pair = table[name], {"a": [], "b": []}
             for side, letters in (("a", weight.axes[: weight.inputs]), ("b", weight.axes[weight.inputs :])):
                 sizes = [weight.size(letter, cfg) for letter in letters]
+                rows = where[name][1] if side == "b" else slice(None)  # of what its module holds
                 for i in weight.layers(cfg):
                     tensor = weight_name(weight, i, side)
-                    x = source.read(tensor, shapes[tensor]).astype(np.float32)
+                    x = source.read(tensor, shapes[tensor], rows).astype(np.float32)
                     x = (weight.rows_from_torch(x, cfg) if side == "b" else x).T
                     pair[side].append(x.reshape(*sizes, -1) if side == "a" else x.reshape(-1, *sizes))
             tree[name] = pair

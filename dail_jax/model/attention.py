@@ -15,25 +15,32 @@ LANES, BLOCKS = 128, (512, 384, 256, 128)  # tile sizes of the splash kernel, in
 BLOCK_SIZES = ("block_q", "block_kv", "block_q_dkv", "block_kv_dkv", "block_q_dq", "block_kv_dq")
 
 
-def attend(q: jax.Array, k: jax.Array, v: jax.Array, positions: jax.Array, window: int | None = None) -> jax.Array:
+def attend(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    positions: jax.Array,
+    window: int | None = None,
+    scale: float | None = None,
+) -> jax.Array:
     """Causal self-attention within rows. q [B,T,N,H], k and v [B,T,K,H], positions [B,T] -> [B,T,N,H].
 
-    With a window, a token sees as many, itself among them. A row's real tokens are contiguous. The output at padding is
+    With a window, a token sees as many, itself among them. `scale` multiplies logits; None: H to the power of -0.5. A row's real tokens are contiguous. The output at padding is
     finite and meaningless.
     It runs the splash kernel on a TPU, cuDNN's flash attention on a GPU in half precision, and otherwise an einsum with
     a float32 softmax. The choice depends on the mesh that the program is compiled for, not on the host.
     """
     target = _target()
     if target == "tpu":
-        return splash(q, k, v, positions, window)
+        return splash(q, k, v, positions, window, scale)
     if target == "gpu" and q.dtype in (jnp.bfloat16, jnp.float16):
         q, k, v = (constrain(x, "b_nh") for x in (q, k, v))  # cuDNN takes no parts of rows
         mask = causal_mask(positions, positions, window)[:, None]
-        return jax.nn.dot_product_attention(q, k, v, mask=mask, implementation="cudnn")
+        return jax.nn.dot_product_attention(q, k, v, mask=mask, scale=scale, implementation="cudnn")
 
     def attend_chunk(chunk: tuple[jax.Array, jax.Array]) -> jax.Array:
         queries, at = chunk
-        return attend_cached(queries, [(_by_row(k), _by_row(v), causal_mask(at, positions, window), 1)])
+        return attend_cached(queries, [(_by_row(k), _by_row(v), causal_mask(at, positions, window), 1)], scale)
 
     b, t = positions.shape
     if t <= QUERIES:
@@ -51,6 +58,7 @@ def splash(
     v: jax.Array,
     positions: jax.Array,
     window: int | None = None,
+    scale: float | None = None,
     interpret: bool = False,
 ) -> jax.Array:
     """`attend` by the TPU's splash kernel: no [T,T] logits, no repeated keys, no work above the diagonal or below a window.
@@ -78,8 +86,10 @@ def splash(
     mask = masks.MultiHeadMask([mask] * here)
     kernel = kernels.make_splash_mha(mask, block_sizes=sizes, head_shards=1, q_seq_shards=shards, interpret=interpret)
 
+    factor = q.shape[-1] ** -0.5 if scale is None else scale
+
     def local(kernel, q, k, v, queries, keys):
-        by_head = (jnp.pad(_by_row(x), ((0, 0), (0, 0), (0, padding), (0, 0))) for x in (q * q.shape[-1] ** -0.5, k, v))
+        by_head = (jnp.pad(_by_row(x), ((0, 0), (0, 0), (0, padding), (0, 0))) for x in (q * factor, k, v))
         ids = kernels.SegmentIds(*(jnp.pad(x, ((0, 0), (0, padding))) for x in (queries, keys)))
         out: jax.Array = jax.vmap(kernel)(*by_head, segment_ids=ids)  # pyright: ignore
         return out.swapaxes(1, 2)[:, : q.shape[1]].astype(q.dtype)
@@ -96,7 +106,9 @@ def splash(
     )(kernel, q, k, v, segments, segments)
 
 
-def attend_cached(q: jax.Array, parts: list[tuple[jax.Array, jax.Array, jax.Array, int]]) -> jax.Array:
+def attend_cached(
+    q: jax.Array, parts: list[tuple[jax.Array, jax.Array, jax.Array, int]], scale: float | None = None
+) -> jax.Array:
     """Attention of q [B,T,N,H] to the union of several sets: keys and values [G,K,S,H], mask [B,T,S], entries E.
 
     Rows form G consecutive blocks of M = B/G rows that share a set's keys. The keys are read once per block, which is
@@ -106,6 +118,7 @@ def attend_cached(q: jax.Array, parts: list[tuple[jax.Array, jax.Array, jax.Arra
     """
     b, t, n, h = q.shape
     heads = parts[0][0].shape[1]
+    factor = h**-0.5 if scale is None else scale
     each = t * n // heads  # queries per row and kv head: they share its keys
 
     def by_block(x, g):  # [B,K,...] -> [G,K,M,...]
@@ -119,7 +132,7 @@ def attend_cached(q: jax.Array, parts: list[tuple[jax.Array, jax.Array, jax.Arra
     logits = []
     for k, _, mask, e in parts:
         g = k.shape[0]
-        x = jnp.einsum("gkmqh,gksh->gkmqs", by_block(query, g), k, preferred_element_type=jnp.float32) * h**-0.5
+        x = jnp.einsum("gkmqh,gksh->gkmqs", by_block(query, g), k, preferred_element_type=jnp.float32) * factor
         mask = by_block(jnp.repeat(mask, n // heads, axis=1)[:, None], g)
         logits.append(jnp.where(mask, x, NEGATIVE).reshape(*x.shape[:-1], e, -1))
     top = jnp.max(jnp.stack([by_row(x.max((-2, -1))) for x in logits]), 0)

@@ -1,4 +1,6 @@
-"""One layer: a mixer, through which tokens see each other, and an MLP, each on the residual stream and with norms.
+"""One layer: a mixer, through which tokens see each other, and an MLP, each added to the residual stream.
+
+Norms stand before them, behind them, or both: wherever `weights.declare` has a row for one.
 
 A layer's description (`families.Layer`) names its mixer and its MLP in the tables MIXERS and MLPS. An MLP is a function
 of (y [B,T,D], the layer bound to its weights) that returns [B,T,D]. A mixer also takes `see`, and returns what `see`
@@ -44,7 +46,7 @@ class Bound:
         """The norm, or x where a family has no norm of this name."""
         if name not in self.weights:
             return x
-        return layers.rms_norm(x, self.weights[name], self.cfg.norm_eps, self.cfg.centred_norms)
+        return layers.rms_norm(x, self.weights[name], self.cfg.norm_eps, self.cfg.norm)
 
     def rotate(self, x: jax.Array) -> jax.Array:
         return x if self.angles is None else layers.rotate(x, self.angles)
@@ -54,9 +56,10 @@ def block(x: jax.Array, bound: Bound, mixer: str, mlp: str, see: Callable) -> tu
     """One layer: x [B,T,D] -> ([B,T,D], what `see` keeps)."""
     with jax.named_scope("attend"):
         y, kept = MIXERS[mixer](bound.norm(x, "attn_norm"), bound, see)
-        x = x + y
+        x = x + bound.norm(y, "attn_post_norm")
     with jax.named_scope("mlp"):
-        x = x + MLPS[mlp](bound.norm(constrain(x, "bt_"), "mlp_norm"), bound)
+        y = MLPS[mlp](bound.norm(constrain(x, "bt_"), "mlp_norm"), bound)
+        x = x + bound.norm(y, "mlp_post_norm")
     return constrain(x, "bt_"), kept
 
 
@@ -88,7 +91,8 @@ def delta_net(y: jax.Array, bound: Bound, see: Callable) -> tuple[jax.Array, Any
 
 
 def dense(y: jax.Array, bound: Bound) -> jax.Array:
-    return bound.linear(jax.nn.silu(bound.linear(y, "gate")) * bound.linear(y, "up"), "down")
+    act = layers.ACTIVATIONS[bound.cfg.activation]
+    return bound.linear(act(bound.linear(y, "gate")) * bound.linear(y, "up"), "down")
 
 
 def mixture(y: jax.Array, bound: Bound) -> jax.Array:

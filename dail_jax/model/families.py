@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -22,7 +22,6 @@ class Rope:
     """Rotary embedding; `kind` is one of default, linear, llama3, yarn. Sizes in tokens."""
 
     theta: float
-    share: float = 1.0  # of a head's size that is rotated
     kind: str = "default"
     factor: float = 1.0
     original_length: int = 0
@@ -32,9 +31,10 @@ class Rope:
     beta_slow: float = 1.0  # yarn
     attention_factor: float | None = None  # yarn
     truncate: bool = True  # yarn
+    share: float = 1.0  # of a head's dimensions, the first ones, that are rotated
 
     def frequencies(self, head_dim: int) -> tuple[np.ndarray, float]:
-        """Angles per position [H/2], or `share` of it (float32), and the factor on cos and sin.
+        """Angles per position [H/2] (float32), fewer if only a share is rotated, and the factor on cos and sin.
 
         Sources: RoPE (arXiv 2104.09864), YaRN (arXiv 2309.00071), Llama 3.1 as released.
         """
@@ -114,13 +114,18 @@ class ModelConfig:
     layers: tuple[Layer, ...]
     norm_eps: float
     tied: bool
-    qk_norm: bool
+    qk_norm: Literal["", "head", "heads"]  # of queries and keys: none, each head on its own, all heads at once
     qkv_bias: bool
     max_positions: int
+    norms: Literal["pre", "post", "both"] = "pre"  # before the mixer and the MLP, behind them, or both
+    norm: Literal["cast", "float32", "one_plus"] = "cast"  # how its weight enters: `layers.rms_norm`
+    activation: Literal["silu", "gelu_tanh"] = "silu"
+    attention_scale: float | None = None  # of queries times keys; None: one over the square root of H
+    embedding_scale: float | None = None
+    fused: bool = False  # whether files hold q, k and v in one tensor, and gate and up in another
     experts: Experts | None = None
     deltanet: DeltaNet | None = None
     output_gate: bool = False  # what attention reads is multiplied by the sigmoid of a gate beside each query
-    centred_norms: bool = False  # norms multiply by 1 + their weight
     left_out: tuple[str, ...] = ()  # how names of tensors begin that a folder may hold beside the model's
 
     @property
@@ -177,6 +182,9 @@ class Reader:
             )
         return value
 
+    def depth(self) -> int:
+        return self.size("num_hidden_layers")
+
     def number(self, key: str, default: float, tree: dict | None = None) -> float:
         value = (self.tree if tree is None else tree).get(key, default)
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < 1e12:
@@ -197,27 +205,64 @@ class Reader:
             )
 
 
-def _rope(reader: Reader, default_theta: float = 10_000.0, share: float | None = None) -> Rope:
-    """`share` is the default of families that rotate a part of each head; others refuse it."""
+ROPE_TYPES = ("default", "linear", "llama3", "yarn")
+
+
+def _rope(
+    reader: Reader, default_theta: float = 10_000.0, types: tuple[str, ...] = ROPE_TYPES, share: float | None = None
+) -> Rope:
+    """The one rotation of all layers. `share` is the default of families that may rotate a part of each head."""
+    scaling = _mapping(reader, reader.tree.get("rope_parameters") or reader.tree.get("rope_scaling"))
+    for name in LAYER_TYPES:
+        if name in scaling:
+            raise UserError("one rotation for each type of layer is not supported here", file=reader.file, field=name)
+    return _one_rope(reader, scaling, reader.number("rope_theta", default_theta), types, share)
+
+
+def _ropes(reader: Reader, theta: float, local_theta: float) -> dict[bool, Rope]:
+    """The rotations of layers that see everything (False) and of those with a window (True).
+
+    Only the former is scaled, unless `rope_parameters` has one entry for each of them.
+    """
+    scaling = _mapping(reader, reader.tree.get("rope_parameters"))
+    if not set(scaling) & set(LAYER_TYPES):
+        scaling = {"full_attention": scaling or reader.tree.get("rope_scaling")}
+    found = {}
+    for windowed, default in ((False, theta), (True, local_theta)):
+        found[windowed] = _one_rope(reader, _mapping(reader, scaling.get(LAYER_TYPES[windowed])), default)
+    return found
+
+
+def _mapping(reader: Reader, value: Any) -> dict[str, Any]:
+    if not isinstance(value or {}, dict):
+        raise UserError(f"got {value!r:.80}, want a mapping", file=reader.file, field="rope_scaling")
+    return value or {}
+
+
+def _one_rope(
+    reader: Reader,
+    scaling: dict[str, Any],
+    theta: float,
+    types: tuple[str, ...] = ROPE_TYPES,
+    share: float | None = None,
+) -> Rope:
     tree = reader.tree
-    scaling = tree.get("rope_parameters") or tree.get("rope_scaling") or {}
-    if not isinstance(scaling, dict):
-        raise UserError(f"got {scaling!r:.80}, want a mapping", file=reader.file, field="rope_scaling")
-    theta = reader.number("rope_theta", reader.number("rope_theta", default_theta), scaling)
+    theta = reader.number("rope_theta", theta, scaling)
     kind = scaling.get("rope_type", scaling.get("type", "default"))
-    partial = scaling.get("partial_rotary_factor", tree.get("partial_rotary_factor") or share or 1)
-    if type(partial) not in (int, float) or not 0 < partial <= 1 or (share is None and partial != 1):
+    if kind not in types:
         raise UserError(
-            f"got {partial!r:.80}, which is not supported here", file=reader.file, field="partial_rotary_factor"
-        )
-    if kind not in ("default", "linear", "llama3", "yarn"):
-        raise UserError(
-            f"rope type {kind!r:.80} is not supported; want default, linear, llama3 or yarn",
+            f"rope type {kind!r:.80} is not supported; want {' or '.join(types)}",
             file=reader.file,
             field="rope_scaling",
         )
+    partial = "partial_rotary_factor"
+    given = reader.number(
+        partial, reader.number(partial, share or 1.0) if tree.get(partial) is not None else share or 1.0, scaling
+    )
+    if given > 1 or (share is None and given != 1):
+        raise UserError(f"got {given}, which is not supported here", file=reader.file, field=partial)
     if kind == "default":
-        return Rope(theta, partial)
+        return Rope(theta, share=given)
     if scaling.get("mscale") or scaling.get("mscale_all_dim"):
         raise UserError("YaRN with mscale is not supported", file=reader.file, field="rope_scaling")
     trained = scaling if scaling.get("original_max_position_embeddings") is not None else tree
@@ -226,13 +271,12 @@ def _rope(reader: Reader, default_theta: float = 10_000.0, share: float | None =
     )
     factor = reader.number("factor", 1.0, scaling)
     if kind == "linear":
-        return Rope(theta, partial, kind, factor)
+        return Rope(theta, kind, factor, share=given)
     attention = None
     if scaling.get("attention_factor") is not None:
         attention = reader.number("attention_factor", 1.0, scaling)
     return Rope(
         theta,
-        partial,
         kind,
         factor,
         length,
@@ -242,9 +286,11 @@ def _rope(reader: Reader, default_theta: float = 10_000.0, share: float | None =
         reader.number("beta_slow", 1.0, scaling),
         attention,
         reader.flag("truncate", True, scaling),
+        given,
     )
 
 
+ACTIVATIONS = {"silu": ("hidden_act", "silu"), "gelu_tanh": ("hidden_activation", "gelu_pytorch_tanh")}  # key, value
 LAYER_TYPES = ("full_attention", "sliding_attention")
 
 
@@ -264,7 +310,7 @@ def _windows(reader: Reader, default: list[bool], size: int = 4096) -> list[int 
 
 def _switched_windows(reader: Reader) -> list[int | None]:
     """As Qwen has them: only with `use_sliding_window`, and then from `max_window_layers` on."""
-    depth, switched = reader.size("num_hidden_layers"), reader.flag("use_sliding_window", False)
+    depth, switched = reader.depth(), reader.flag("use_sliding_window", False)
     if not switched or reader.tree.get("sliding_window", 4096) is None:
         reader.refuse("layer_types", (None, ["full_attention"] * depth))
         return [None] * depth
@@ -282,11 +328,16 @@ def _common(
     layers: tuple[Layer, ...],
     *,
     head_dim: int | None = None,
+    norm_eps: float = 1e-6,
     tied: bool = False,
-    qk_norm: bool = False,
+    activation: Literal["silu", "gelu_tanh"] = "silu",
+    qk_norm: Literal["", "head", "heads"] = "",
     qkv_bias: bool = False,
+    **more: Any,
 ) -> ModelConfig:
-    reader.refuse("hidden_act", ("silu",), "silu")
+    """What all families have; keywords are a family's defaults, and what is only its own."""
+    key, value = ACTIVATIONS[activation]
+    reader.refuse(key, (value,), value)
     reader.refuse("quantization_config", (None,))
     reader.refuse("pretraining_tp", (None, 1))
     d, n = reader.size("hidden_size"), reader.size("num_attention_heads")
@@ -294,8 +345,9 @@ def _common(
     if n % k:
         raise UserError(f"got {k} kv heads, want a divisor of {n} heads", file=reader.file, field="num_key_value_heads")
     h = reader.size("head_dim", head_dim or max(d // n, 1))
-    if h % 2:
-        raise UserError(f"got head size {h}, want an even one", file=reader.file, field="head_dim")
+    for rope in {layer.rope for layer in layers if layer.rope is not None}:
+        if int(h * rope.share) % 2 or not int(h * rope.share):
+            raise UserError(f"got head size {h}, want an even one to rotate", file=reader.file, field="head_dim")
     return ModelConfig(
         family=family,
         V=reader.size("vocab_size"),
@@ -305,11 +357,13 @@ def _common(
         H=h,
         F=reader.size("intermediate_size"),
         layers=layers,
-        norm_eps=reader.number("rms_norm_eps", 1e-6),
+        norm_eps=reader.number("rms_norm_eps", norm_eps),
         tied=reader.flag("tie_word_embeddings", tied),
         qk_norm=qk_norm,
         qkv_bias=qkv_bias,
         max_positions=reader.size("max_position_embeddings", 32768),
+        activation=activation,
+        **more,
     )
 
 
@@ -320,7 +374,7 @@ def _qwen2(reader: Reader) -> ModelConfig:
 def _qwen3(reader: Reader) -> ModelConfig:
     reader.refuse("attention_bias", (False, None))
     layers = _layers(_rope(reader), _switched_windows(reader))
-    return _common(reader, "qwen3", layers, qk_norm=True, head_dim=128)
+    return _common(reader, "qwen3", layers, qk_norm="head", head_dim=128)
 
 
 def _qwen3_moe(reader: Reader) -> ModelConfig:
@@ -339,7 +393,7 @@ def _qwen3_moe(reader: Reader) -> ModelConfig:
     sparse = [(i + 1) % every == 0 and i not in dense for i in range(depth)]
     layers = tuple(Layer(rope, mlp="experts" if picks else "dense") for picks in sparse)
     found = Experts(count, reader.size("moe_intermediate_size", 768), top, reader.flag("norm_topk_prob", False))
-    return replace(_common(reader, "qwen3_moe", layers, qk_norm=True), experts=found)
+    return replace(_common(reader, "qwen3_moe", layers, qk_norm="head"), experts=found)
 
 
 def _qwen3_5(reader: Reader) -> ModelConfig:
@@ -382,10 +436,10 @@ def _qwen3_5(reader: Reader) -> ModelConfig:
             f"got {net.N}, want a multiple of the {net.K} key heads", file=reader.file, field="linear_num_value_heads"
         )
     return replace(
-        _common(reader, "qwen3_5", layers, head_dim=256, qk_norm=True),
+        _common(reader, "qwen3_5", layers, head_dim=256, qk_norm="head"),
         deltanet=net,
         output_gate=True,
-        centred_norms=True,
+        norm="one_plus",
         left_out=("mtp.", "model.visual."),
     )
 
@@ -394,14 +448,14 @@ def _llama(reader: Reader) -> ModelConfig:
     reader.refuse("attention_bias", (False, None))
     reader.refuse("mlp_bias", (False, None))
     reader.refuse("use_sliding_window", (False, None))
-    depth = reader.size("num_hidden_layers")
+    depth = reader.depth()
     reader.refuse("layer_types", (None, ["full_attention"] * depth))
     return _common(reader, "llama", _layers(_rope(reader), [None] * depth))
 
 
 def _mistral(reader: Reader) -> ModelConfig:
     """Mistral 7B and its successors of the same type: Llama's weights, and a window in all layers or in none."""
-    depth = reader.size("num_hidden_layers")
+    depth = reader.depth()
     slides = reader.tree.get("sliding_window", 4096) is not None
     reader.refuse("layer_types", (None, [LAYER_TYPES[slides]] * depth))
     return _common(reader, "mistral", _layers(_rope(reader), _windows(reader, [slides] * depth)))
@@ -411,7 +465,7 @@ def _smollm3(reader: Reader) -> ModelConfig:
     """SmolLM3: no rotary embedding in every fourth layer, or where `no_rope_layers` is 0."""
     reader.refuse("attention_bias", (False, None))
     reader.refuse("mlp_bias", (False, None))
-    depth = reader.size("num_hidden_layers")
+    depth = reader.depth()
     interval = reader.size("no_rope_layer_interval", 4)
     rotates = reader.tree.get("no_rope_layers")
     if rotates is None:
@@ -428,6 +482,60 @@ def _smollm3(reader: Reader) -> ModelConfig:
     return _common(reader, "smollm3", layers, tied=True)
 
 
+def _olmo(reader: Reader, family: str, layers: tuple[Layer, ...]) -> ModelConfig:
+    """OLMo 2 and 3: norms behind the mixer and the MLP, and over the queries and keys of all heads at once."""
+    reader.refuse("attention_bias", (False, None))
+    return _common(reader, family, layers, norm_eps=1e-5, qk_norm="heads", norms="post", norm="float32")
+
+
+def _olmo2(reader: Reader) -> ModelConfig:
+    reader.refuse("layer_types", (None, ["full_attention"] * reader.depth()))
+    return _olmo(reader, "olmo2", _layers(_rope(reader), [None] * reader.depth()))
+
+
+def _olmo3(reader: Reader) -> ModelConfig:
+    """OLMo 3: a window in three of four layers, and scaled rotation (YaRN) in the others only."""
+    theta = reader.number("rope_theta", 500_000.0)
+    ropes = _ropes(reader, theta, theta)
+    windows = _windows(reader, [(i + 1) % 4 != 0 for i in range(reader.depth())])
+    return _olmo(reader, "olmo3", tuple(Layer(ropes[w is not None], w) for w in windows))
+
+
+def _gemma3(reader: Reader) -> ModelConfig:
+    """Gemma 3, text: norms on both sides, five layers with a window to one without, and a rotation for each of them."""
+    reader.refuse("attention_bias", (False, None))
+    reader.refuse("attn_logit_softcapping", (None,))
+    reader.refuse("final_logit_softcapping", (None,))
+    reader.refuse("use_bidirectional_attention", (False, None))
+    ropes = _ropes(reader, reader.number("rope_theta", 1e6), reader.number("rope_local_base_freq", 1e4))
+    every = reader.size("sliding_window_pattern", 6)
+    windows = _windows(reader, [(i + 1) % every != 0 for i in range(reader.depth())])
+    return _common(
+        reader,
+        "gemma3_text",
+        tuple(Layer(ropes[w is not None], w) for w in windows),
+        head_dim=256,
+        tied=True,
+        activation="gelu_tanh",
+        qk_norm="head",
+        norms="both",
+        norm="one_plus",
+        attention_scale=reader.number("query_pre_attn_scalar", 256) ** -0.5,
+        embedding_scale=reader.size("hidden_size") ** 0.5,
+    )
+
+
+def _phi3(reader: Reader) -> ModelConfig:
+    """Phi-3 and Phi-4: Llama's layers with fused tensors. Of the two sets of factors of `longrope`, the length of the
+    longest text in a batch would decide, so that a text would depend on its neighbours."""
+    reader.refuse("attention_bias", (False, None))
+    depth = reader.depth()
+    windows = _windows(reader, [reader.tree.get("sliding_window") is not None] * depth)
+    return _common(
+        reader, "phi3", _layers(_rope(reader, types=("default",), share=1.0), windows), norm_eps=1e-5, fused=True
+    )
+
+
 FAMILIES: dict[str, Callable[[Reader], ModelConfig]] = {
     "qwen2": _qwen2,
     "qwen3": _qwen3,
@@ -437,6 +545,10 @@ FAMILIES: dict[str, Callable[[Reader], ModelConfig]] = {
     "llama": _llama,
     "mistral": _mistral,
     "smollm3": _smollm3,
+    "olmo2": _olmo2,
+    "olmo3": _olmo3,
+    "gemma3_text": _gemma3,
+    "phi3": _phi3,
 }
 
 
@@ -453,6 +565,13 @@ def from_tree(tree: dict[str, Any], file: str | Path) -> ModelConfig:
     family = tree.get("model_type")
     if not isinstance(family, str) or family not in FAMILIES:
         known = ", ".join(FAMILIES)
+        if isinstance(tree.get("text_config"), dict):
+            raise UserError(
+                f"model type {family!r:.80}, a text model among others, is not supported; save the text model alone, "
+                f"as one of {known}",
+                file=file,
+                field="model_type",
+            )
         raise UserError(
             f"model type {family!r:.80} is not supported; want one of {known}", file=file, field="model_type"
         )

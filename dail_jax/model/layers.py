@@ -44,16 +44,32 @@ def _expand_backward(saved, g):
 _expand.defvjp(lambda z, b: (_expand(z, b), (z, b)), _expand_backward)
 
 
-def rms_norm(x: jax.Array, weight: jax.Array, eps: float, centred: bool = False) -> jax.Array:
-    """Root-mean-square norm over the last axis, in float32; with `centred` it multiplies by 1 + weight."""
+def rms_norm(x: jax.Array, weight: jax.Array, eps: float, kind: str = "cast") -> jax.Array:
+    """Root-mean-square norm in float32, over as many of the last axes as its weight has.
+
+    The weight multiplies what has been cast back to x's type (`cast`), or comes before: `float32`, and `one_plus`, where
+    it is the difference from one. In float32 the former two are the same.
+    """
     y = x.astype(jnp.float32)
-    y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + eps)
-    return ((1 + weight.astype(jnp.float32)) * y).astype(x.dtype) if centred else weight * y.astype(x.dtype)
+    axes = tuple(range(-weight.ndim, 0))
+    y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=axes, keepdims=True) + eps)
+    if kind == "cast":
+        return weight * y.astype(x.dtype)
+    scale = weight.astype(jnp.float32)
+    return ((1 + scale if kind == "one_plus" else scale) * y).astype(x.dtype)
+
+
+def gelu_tanh(x: jax.Array) -> jax.Array:
+    return jax.nn.gelu(x, approximate=True)
+
+
+ACTIVATIONS = {"silu": jax.nn.silu, "gelu_tanh": gelu_tanh}
 
 
 def rotate(x: jax.Array, angles: Angles) -> jax.Array:
-    """RoPE on [B,T,N,H] or [B,T,K,H], with halves paired as in Hugging Face."""
+    """RoPE on [B,T,N,H] or [B,T,K,H], with halves paired as in Hugging Face; dimensions beyond the angles' are left alone."""
     cos, sin = angles
-    size = cos.shape[-1]
-    a, b, rest = jnp.split(x.astype(jnp.float32), (size, 2 * size), axis=-1)
-    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin, rest], axis=-1).astype(x.dtype)
+    turned, rest = jnp.split(x, [2 * cos.shape[-1]], axis=-1)
+    a, b = jnp.split(turned.astype(jnp.float32), 2, axis=-1)
+    turned = jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
+    return jnp.concatenate([turned, rest], axis=-1) if rest.shape[-1] else turned

@@ -216,11 +216,11 @@ def encode(
     Attention stays within rows. Layers are scanned if they are stacked. `remat` names what the backward pass
     recomputes: none, full, or dots (all but matrix products).
     """
-    x, angles = _embed(params, tokens), _angles(positions, cfg)
+    x, angles = _embed(params, tokens, cfg), _angles(positions, cfg)
 
     def step(layer: Layer, x: jax.Array, weights: dict, pair: dict | None) -> jax.Array:
         def attend(q, k, v):
-            return attention.attend(q, k, v, positions, layer.window), None
+            return attention.attend(q, k, v, positions, layer.window, cfg.attention_scale), None
 
         see = {"attention": attend, "deltanet": functools.partial(deltanet.read, positions)}[layer.mixer]
         bound = Bound(cfg, weights, lora and (pair or {}, lora.scale), angles.get(layer.rope))
@@ -231,7 +231,7 @@ def encode(
             x = _remat(step, remat, prevent_cse=True)(layer, x, weights, pair and pair[0])
     else:
         x = _scan(step, x, params["layers"], lora and lora.tree, cfg, remat)
-    return rms_norm(x, params["norm"], cfg.norm_eps, cfg.centred_norms)
+    return rms_norm(x, params["norm"], cfg.norm_eps, cfg.norm)
 
 
 def _scan(step: Callable, x: jax.Array, layers: dict, adapter: dict | None, cfg: ModelConfig, remat: str) -> jax.Array:
@@ -286,18 +286,21 @@ def prefill(
     net has its state at the prompt's end in their place.
     """
     length = positions.max(1) + 1
-    x, angles, kept = _embed(params, tokens), _angles(positions, cfg), []
+    x, angles, kept = _embed(params, tokens, cfg), _angles(positions, cfg), []
     for layer, weights, pair in _each_layer(params, cfg, lora):
 
         def attend(q, k, v, layer=layer):
             # Where devices share a row's tokens, they exchange keys and values, not what these are computed from.
             k, v, slots = constrain(k, "btkh"), constrain(v, "btkh"), slots_of(layer, k.shape[1])
-            return attention.attend(q, k, v, positions, layer.window), (_end(k, length, slots), _end(v, length, slots))
+            return attention.attend(q, k, v, positions, layer.window, cfg.attention_scale), (
+                _end(k, length, slots),
+                _end(v, length, slots),
+            )
 
         see = {"attention": attend, "deltanet": functools.partial(deltanet.read, positions)}[layer.mixer]
         x, new = block(x, Bound(cfg, weights, pair, angles.get(layer.rope)), layer.mixer, layer.mlp, see)
         kept.append(new)
-    return rms_norm(x, params["norm"], cfg.norm_eps, cfg.centred_norms), [k for k, _ in kept], [v for _, v in kept]
+    return rms_norm(x, params["norm"], cfg.norm_eps, cfg.norm), [k for k, _ in kept], [v for _, v in kept]
 
 
 @jax.named_scope("decode_step")
@@ -316,7 +319,7 @@ def decode_step(
     The tokens are stored in slot `slot` of `recent`. Each row sees its token, its earlier ones and its prompt.
     """
     tokens, positions = tokens[:, None], positions[:, None]
-    x, angles, kept = _embed(params, tokens), _angles(positions, cfg), []
+    x, angles, kept = _embed(params, tokens, cfg), _angles(positions, cfg), []
     held = jax.lax.dynamic_update_slice(recent.held, positions, (0, slot))
     live = (positions >= 0)[..., None]
     masks = {
@@ -337,13 +340,13 @@ def decode_step(
                 (k, v, new, 1),
                 (cache.prompt_k[i], cache.prompt_v[i], prompt, cache.entries),
             ]
-            return attention.attend_cached(q, sets), (k, v)
+            return attention.attend_cached(q, sets, cfg.attention_scale), (k, v)
 
         read = functools.partial(deltanet.read_token, positions, (recent.k[i], recent.v[i]))
         see = {"attention": attend, "deltanet": read}[layer.mixer]
         x, stored = block(x, Bound(cfg, weights, pair, angles.get(layer.rope)), layer.mixer, layer.mlp, see)
         kept.append(stored)
-    hidden = rms_norm(x, params["norm"], cfg.norm_eps, cfg.centred_norms)[:, 0]
+    hidden = rms_norm(x, params["norm"], cfg.norm_eps, cfg.norm)[:, 0]
     return hidden, Recent(tuple(k for k, _ in kept), tuple(v for _, v in kept), held)
 
 
@@ -361,12 +364,14 @@ def unembed(params: Params, hidden: jax.Array) -> jax.Array:
 # ---------------------------------------------------------------------------------------------------
 
 
-def _embed(params: Params, tokens: jax.Array) -> jax.Array:
+def _embed(params: Params, tokens: jax.Array, cfg: ModelConfig) -> jax.Array:
     """Embeddings [B,T,D] of tokens [B,T].
 
     Each device looks up its share of D for all rows, so that devices exchange rows rather than the table.
     """
     x = constrain(params["embed"], "vd").at[constrain(tokens, "xt")].get(mode="clip")
+    if cfg.embedding_scale is not None:
+        x = x * jnp.asarray(cfg.embedding_scale, x.dtype)  # rounded like this where the model was trained
     return constrain(constrain(x, "xtd"), "bt_")
 
 

@@ -3,7 +3,7 @@
 `declare(cfg)` lists one `Weight` per name. `axes` is our layout and `torch` is Hugging Face's, both in axis letters (see
 `dail_jax.mesh`); parentheses mark a flattened group: q is `dnh` here and `(nh)d` there. Weights with `{l}` in their
 Hugging Face name exist once per layer and are stacked on a leading L axis. Those of one kind of part (`of`) exist in the
-layers that have this part, and are stacked over these alone.
+layers that have this part, and are stacked over these alone. Weights of one Hugging Face name share a tensor (`tensors`).
 """
 
 from __future__ import annotations
@@ -118,18 +118,35 @@ def _groups(axes: str) -> list[str]:
     return groups
 
 
+# The norms of a block around its mixer and around its MLP, by our names and Hugging Face's.
+BLOCK_NORMS = {
+    "pre": ({"attn_norm": "input"}, {"mlp_norm": "post_attention"}),
+    "post": ({"attn_post_norm": "post_attention"}, {"mlp_post_norm": "post_feedforward"}),
+    "both": (
+        {"attn_norm": "input", "attn_post_norm": "post_attention"},
+        {"mlp_norm": "pre_feedforward", "mlp_post_norm": "post_feedforward"},
+    ),
+}
+
+
 def declare(cfg: ModelConfig) -> dict[str, Weight]:
     """The weights of a model by our names, in the order of the forward pass. Rows of parts that no layer has are left out."""
     layer = "model.layers.{l}."
     attention, net, mlp = layer + "self_attn.", layer + "linear_attn.", layer + "mlp."
-    norm = "zeros" if cfg.centred_norms else "ones"
+    one = "zeros" if cfg.norm == "one_plus" else "ones"  # what a norm's weight is at first
+    q, k, v = ("qkv",) * 3 if cfg.fused else ("q", "k", "v")
+    gate, up = ("gate_up",) * 2 if cfg.fused else ("gate", "up")
     heads = "kh kh ni"
+    around_mixer, around_mlp = (
+        {name: Weight("d", f"{layer}{theirs}_layernorm.weight", "d", init=one) for name, theirs in names.items()}
+        for names in BLOCK_NORMS[cfg.norms]
+    )
     table = {
         "embed": Weight("vd", "model.embed_tokens.weight", "vd"),
-        "attn_norm": Weight("d", layer + "input_layernorm.weight", "d", init=norm),
-        "q": Weight("dnh", attention + "q_proj.weight", "(nh)d", 1, of="attention"),
-        "k": Weight("dkh", attention + "k_proj.weight", "(kh)d", 1, of="attention"),
-        "v": Weight("dkh", attention + "v_proj.weight", "(kh)d", 1, of="attention"),
+        **around_mixer,
+        "q": Weight("dnh", f"{attention}{q}_proj.weight", "(nh)d", 1, of="attention"),
+        "k": Weight("dkh", f"{attention}{k}_proj.weight", "(kh)d", 1, of="attention"),
+        "v": Weight("dkh", f"{attention}{v}_proj.weight", "(kh)d", 1, of="attention"),
         "o": Weight("nhd", attention + "o_proj.weight", "d(nh)", 2, of="attention"),
         "in_qkv": Weight("dky", net + "in_proj_qkv.weight", "(ky)d", 1, of="deltanet", beside=heads),
         "taps": Weight("kyz", net + "conv1d.weight", "(ky)()z", of="deltanet", beside=heads),
@@ -140,15 +157,15 @@ def declare(cfg: ModelConfig) -> dict[str, Weight]:
         "in_z": Weight("dni", net + "in_proj_z.weight", "(ni)d", 1, of="deltanet"),
         "read_norm": Weight("i", net + "norm.weight", "i", init="ones", of="deltanet"),
         "out": Weight("nid", net + "out_proj.weight", "d(ni)", 2, of="deltanet"),
-        "mlp_norm": Weight("d", layer + "post_attention_layernorm.weight", "d", init=norm),
-        "gate": Weight("df", mlp + "gate_proj.weight", "fd", 1, of="dense"),
-        "up": Weight("df", mlp + "up_proj.weight", "fd", 1, of="dense"),
+        **around_mlp,
+        "gate": Weight("df", f"{mlp}{gate}_proj.weight", "fd", 1, of="dense"),
+        "up": Weight("df", f"{mlp}{up}_proj.weight", "fd", 1, of="dense"),
         "down": Weight("fd", mlp + "down_proj.weight", "df", 1, of="dense"),
         "router": Weight("dj", mlp + "gate.weight", "jd", of="experts"),
         "experts_gate": Weight("jdi", mlp + "experts.{j}.gate_proj.weight", "jid", of="experts", each=True),
         "experts_up": Weight("jdi", mlp + "experts.{j}.up_proj.weight", "jid", of="experts", each=True),
         "experts_down": Weight("jid", mlp + "experts.{j}.down_proj.weight", "jdi", of="experts", each=True),
-        "norm": Weight("d", "model.norm.weight", "d", init=norm),
+        "norm": Weight("d", "model.norm.weight", "d", init=one),
     }
     if cfg.qkv_bias:
         table |= {
@@ -157,15 +174,35 @@ def declare(cfg: ModelConfig) -> dict[str, Weight]:
             "v_bias": Weight("kh", attention + "v_proj.bias", "(kh)", init="zeros", of="attention"),
         }
     if cfg.qk_norm:
+        of_q, of_k = ("h", "h") if cfg.qk_norm == "head" else ("nh", "kh")
         table |= {
-            "q_norm": Weight("h", attention + "q_norm.weight", "h", init=norm, of="attention"),
-            "k_norm": Weight("h", attention + "k_norm.weight", "h", init=norm, of="attention"),
+            "q_norm": Weight(of_q, attention + "q_norm.weight", f"({of_q})", init=one, of="attention"),
+            "k_norm": Weight(of_k, attention + "k_norm.weight", f"({of_k})", init=one, of="attention"),
         }
     if cfg.output_gate:
         table["q"] = replace(table["q"], axes="dni", torch="(ni)d")
     if not cfg.tied:
         table["unembed"] = Weight("vd", "lm_head.weight", "vd", place="u_")  # the layout that the loss needs
     return {name: weight for name, weight in table.items() if not weight.layered or weight.layers(cfg)}
+
+
+def tensors(cfg: ModelConfig) -> dict[str, list[str]]:
+    """The weights by the Hugging Face name they have: those of one name are one tensor, their rows one after another."""
+    found: dict[str, list[str]] = {}
+    for name, weight in declare(cfg).items():
+        found.setdefault(weight.hf, []).append(name)
+    return found
+
+
+def places(cfg: ModelConfig) -> dict[str, tuple[tuple[int, ...], slice]]:
+    """By weight: the shape of the tensor that holds it, and which of its rows it is."""
+    table, found = declare(cfg), {}
+    for names in tensors(cfg).values():
+        rows = [table[name].part.torch_shape(cfg)[0] for name in names]
+        for i, name in enumerate(names):
+            whole = (sum(rows), *table[name].part.torch_shape(cfg)[1:])
+            found[name] = (whole, slice(sum(rows[:i]), sum(rows[: i + 1])))
+    return found
 
 
 def tree(cfg: ModelConfig, leaf) -> Params:
