@@ -276,8 +276,8 @@ class Server(Section):
     OpenAI's own fields and no others."""
     concurrency: Count = 64
     """Requests that are open at the same time; each asks for one sample."""
-    timeout: Positive = 600.0
-    """Seconds that a response may take before it is asked for again."""
+    timeout: Positive = 3600.0
+    """Seconds that a response may take before it is asked for again. On a busy server, long ones take many minutes."""
     retries: Natural = 8
     """Times that a request is repeated, after growing pauses, if the connection breaks, the server is overloaded or
     fails, or what it sends is not a response."""

@@ -78,7 +78,7 @@ class StandIn:
                 if fault == "drop":
                     self.connection.shutdown(socket.SHUT_RDWR)
                 elif fault == "slow":
-                    time.sleep(1.0)
+                    time.sleep(5.0)
                     self.send(200, tree)
                 elif fault == "truncate":
                     self.send(200, tree, cut=20)

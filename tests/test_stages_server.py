@@ -267,7 +267,7 @@ def transformers_serve(tmp_path_factory):
             [*command, "--device", "cpu", "--dtype", "float32"], env=environment, stdout=log, stderr=log
         )
     try:
-        for _ in range(600):
+        for _ in range(1800):
             assert process.poll() is None, (home / "log").read_text()
             try:
                 urllib.request.urlopen(f"http://127.0.0.1:{port}/health").close()

@@ -28,6 +28,7 @@ from dail_jax.train import methods
 
 NAME = "offline"  # the sampler's
 FOLDER, DRAWN, SCRIPT = "vllm", "drawn.jsonl", "draw.py"
+ANEW = "export again, delete what was drawn, and draw anew"
 REQUESTS, FORCED = "requests.jsonl", "forced.jsonl"
 
 
@@ -82,11 +83,11 @@ class Offline:
             row = shapes.parse(line.value, Row, self.drawn, line.number)
             request = known.get(row.name)
             if row.settings != self.settings["hash"]:
-                what = "settings", "drawn with another model, adapter, seed or sampling: export again, and draw anew"
+                what = "settings", f"drawn with another model, adapter, seed or sampling: {ANEW}"
             elif request is None:
                 continue  # of the samples while answers are forced, and the other way round
             elif row.prompt_hash != prompt_hash(request.prompts[0]):
-                what = "prompt_hash", "drawn from another prompt: export again, and draw anew"
+                what = "prompt_hash", f"drawn from another prompt: {ANEW}"
             elif row.sample not in request.samples or (row.name, row.sample) in found:
                 what = "sample", f"number {row.sample}, want each of {len(request.samples)} once"
             elif problem := self._ending(row, request.limit):
