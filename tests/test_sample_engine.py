@@ -41,11 +41,11 @@ def params():
     return weights.init(jax.random.key(0), CFG, std=0.4)
 
 
-def sampler(params, mesh, roles=2, slots=8, seed=7, tau=0.3, proposals=2, never=(5,), **kw):
+def sampler(params, mesh, roles=2, slots=8, seed=7, tau=0.3, proposals=2, never=(5,), cfg=CFG, **kw):
     sampling = config_lib.Sampling(**{"temperature": 0.9, "top_p": 0.97, "presence_penalty": 0.3, **kw})
     return engine.Engine(
         params,
-        CFG,
+        cfg,
         mesh,
         stops=(STOP,),
         seed=seed,
