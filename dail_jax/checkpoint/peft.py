@@ -24,7 +24,7 @@ from dail_jax.checkpoint.hf import Tensors, new_folder, put, verify_manifest, wr
 from dail_jax.errors import UserError
 from dail_jax.mesh import is_first
 from dail_jax.model.families import ModelConfig
-from dail_jax.model.lora import Lora, shardings
+from dail_jax.model.lora import Lora, adaptable, shardings
 from dail_jax.model.weights import Weight, declare, places
 from dail_jax.model.weights import tensors as tensors_of
 from dail_jax.provenance import Checksums, digest
@@ -80,7 +80,7 @@ def inspect(folder: Path, cfg: ModelConfig) -> config_lib.LoraConfig:
     table = declare(cfg)
     description = read_description(folder)
     file = folder / "adapter_config.json"
-    by_name = {name: weight.module for name, weight in table.items() if weight.inputs}
+    by_name = {name: weight.module for name, weight in adaptable(cfg).items()}
     unknown = sorted(set(description["target_modules"]) - set(by_name.values()))
     if unknown:
         known = ", ".join(dict.fromkeys(by_name.values()))

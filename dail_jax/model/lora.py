@@ -31,12 +31,20 @@ def axes(weight: Weight) -> dict[str, str]:
     return {"a": "l" + weight.axes[: weight.inputs] + "r", "b": "lr" + weight.axes[weight.inputs :]}
 
 
+def adaptable(cfg: ModelConfig) -> dict[str, Weight]:
+    """The linear maps that may get an adapter, by name.
+
+    Of a model with experts, those of its MLPs may not: peft takes the names of dense layers' modules for experts' too.
+    """
+    return {name: w for name, w in declare(cfg).items() if w.inputs and not (cfg.experts and w.of == "dense")}
+
+
 def targets(cfg: ModelConfig, lora: config_lib.LoraConfig) -> dict[str, Weight]:
     """The linear maps that get an adapter, by name; raises UserError for those that the model does not have."""
-    possible = {name: weight for name, weight in declare(cfg).items() if weight.inputs}
+    possible = adaptable(cfg)
     missing = [name for name in lora.targets if name not in possible]
     if missing:
-        experts = " (experts get no adapters)" if cfg.experts else ""
+        experts = " (its MLPs get no adapters)" if cfg.experts else ""
         raise UserError(
             f"got {', '.join(missing)}, want some of {', '.join(possible)}{experts}: a {cfg.family} has no others",
             field="train.lora.targets",

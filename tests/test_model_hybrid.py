@@ -1,0 +1,304 @@
+"""Qwen3-MoE and Qwen3.5: adapters, folders in every layout, devices, released configurations, refusals."""
+
+import json
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import peft as peft_library
+import pytest
+import torch
+import transformers
+from conftest import mesh_of
+from safetensors.torch import load_file, save_file
+from test_model_parity import DELTA, EXPERTS, SIZES, batch, close, expected
+
+from dail_jax import config as config_lib
+from dail_jax.checkpoint import hf, peft
+from dail_jax.errors import UserError
+from dail_jax.model import families, transformer, weights
+from dail_jax.model import lora as lora_lib
+
+TWO = {**SIZES, "num_hidden_layers": 2}
+NET = {**DELTA, "layer_types": ["linear_attention", "full_attention"], "linear_num_key_heads": 2}
+NET["linear_num_value_heads"] = 4
+KINDS = {
+    "qwen3_5": (
+        lambda: transformers.Qwen3_5ForCausalLM(transformers.Qwen3_5TextConfig(**TWO, **NET)),
+        ("q", "k", "v", "o", "in_qkv", "in_b", "in_a", "in_z", "out", "gate", "up", "down"),
+    ),
+    "qwen3_moe": (
+        lambda: transformers.Qwen3MoeForCausalLM(
+            transformers.Qwen3MoeConfig(
+                **TWO, **{**EXPERTS, "num_experts": 6}, norm_topk_prob=True, mlp_only_layers=[0]
+            )
+        ),
+        ("q", "k", "v", "o"),
+    ),
+}
+
+
+def noise(module):
+    torch.manual_seed(3)
+    with torch.no_grad():
+        for p in module.parameters():
+            p.add_(torch.randn_like(p) * 0.15)
+    return module.eval()
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def model(request, tmp_path_factory, one_device):
+    """(folder, transformers' model, our weights and sizes, an adapter on every linear map that may have one)."""
+    make, targets = KINDS[request.param]
+    folder, theirs = tmp_path_factory.mktemp(request.param), noise(make())
+    theirs.save_pretrained(folder)
+    params, cfg = hf.load(folder, one_device, "float32")
+    settings = config_lib.LoraConfig(rank=3, alpha=6, targets=targets)
+    lora = lora_lib.init(jax.random.key(1), cfg, settings)
+    tree = {
+        name: {side: x + 0.2 * jax.random.normal(jax.random.key(i), x.shape) for side, x in pair.items()}
+        for i, (name, pair) in enumerate(lora.tree.items())
+    }
+    return folder, theirs, params, cfg, settings, lora_lib.Lora(tree, lora.scale)
+
+
+def logits(params, cfg, lora=None):
+    return transformer.unembed(params, transformer.encode(params, *batch(), cfg, lora=lora))
+
+
+def test_peft_loads_the_adapter_with_equal_logits(model, one_device, tmp_path):
+    folder, theirs, params, cfg, settings, lora = model
+    peft.save(tmp_path / "adapter", lora, cfg, settings, str(folder))
+    adapted = peft_library.PeftModel.from_pretrained(type(theirs).from_pretrained(folder), tmp_path / "adapter").eval()
+    want, live = expected(adapted, *batch()), batch()[1] >= 0
+    assert close(logits(params, cfg, lora), want, live) < 1e-4
+    assert np.abs(want - expected(theirs, *batch()))[live].max() > 0.1 * np.abs(want).max()
+    again, found = peft.load(tmp_path / "adapter", cfg, one_device)
+    assert found == settings and jax.tree.all(jax.tree.map(np.array_equal, again.tree, lora.tree))
+    hf.save(tmp_path / "merged", lora_lib.merge(params, lora, cfg), cfg, theirs.config.to_dict())
+    merged = type(theirs).from_pretrained(tmp_path / "merged").eval()
+    assert close(expected(merged, *batch()), want, live) < 1e-4
+
+
+def test_devices_do_not_matter(model):
+    """The gradient in the adapter, with experts and heads divided among devices."""
+    *_, params, cfg, _, lora = model
+    tokens, positions = (np.tile(x[:2], (2, 1)) for x in batch())
+
+    def loss(lora, params):
+        hidden = transformer.encode(params, tokens, positions, cfg, lora=lora, remat="full")
+        return jnp.where((positions >= 0)[..., None], jnp.sin(transformer.unembed(params, hidden)), 0).sum()
+
+    want = jax.jit(jax.grad(loss))(lora, params)
+    mesh = mesh_of(2, 2, 2)
+    with jax.set_mesh(mesh):
+        got = jax.jit(jax.grad(loss))(lora, jax.device_put(params, weights.shardings(cfg, mesh)))
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        assert np.abs(b).max() > 1e-2
+        np.testing.assert_allclose(a, b, atol=2e-4 * float(np.abs(b).max()))
+
+
+def test_experts_in_one_tensor_are_read_as_in_many(one_device, tmp_path):
+    theirs = noise(KINDS["qwen3_moe"][0]())
+    theirs.save_pretrained(tmp_path / "many")
+    fused = {name: x.contiguous().clone() for name, x in theirs.state_dict().items()}
+    assert "model.layers.1.mlp.experts.gate_up_proj" in fused
+    assert "model.layers.1.mlp.experts.5.down_proj.weight" in load_file(tmp_path / "many" / "model.safetensors")
+    (tmp_path / "one").mkdir()
+    (tmp_path / "one" / "config.json").write_text((tmp_path / "many" / "config.json").read_text())
+    save_file(fused, tmp_path / "one" / "model.safetensors")
+    (many, cfg), (one, _) = (hf.load(tmp_path / name, one_device, "float32") for name in ("many", "one"))
+    assert jax.tree.all(jax.tree.map(np.array_equal, many, one))
+    hf.check(tmp_path / "one", cfg)
+    fused["model.layers.1.mlp.experts.down_proj"] = fused["model.layers.1.mlp.experts.down_proj"][:5].clone()
+    save_file(fused, tmp_path / "one" / "model.safetensors")
+    with pytest.raises(UserError, match=r"missing tensors: model.layers.1.mlp.experts.5.down_proj.weight"):
+        hf.load(tmp_path / "one", one_device, "float32")
+
+
+def test_a_multimodal_folder_gives_its_text_model(one_device, tmp_path):
+    """Vision and extra prediction heads are left out, and what is written is a text model that others read."""
+    vision = dict(depth=1, hidden_size=16, num_heads=2, intermediate_size=20, out_hidden_size=24)
+    text = transformers.Qwen3_5TextConfig(**TWO, **NET, eos_token_id=7).to_dict()
+    whole = noise(
+        transformers.Qwen3_5ForConditionalGeneration(
+            transformers.Qwen3_5Config(text_config=text, vision_config={**vision, "num_position_embeddings": 16})
+        )
+    )
+    whole.save_pretrained(tmp_path / "whole")
+    file = tmp_path / "whole" / "model.safetensors"
+    tensors = load_file(file)
+    assert any(name.startswith("model.visual.") for name in tensors)
+    save_file({**tensors, "mtp.fc.weight": torch.ones(3, 2)}, file)
+    params, cfg = hf.load(tmp_path / "whole", one_device, "float32")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "whole").eval()
+    live = batch()[1] >= 0
+    assert close(logits(params, cfg), expected(theirs, *batch()), live) < 1e-4
+    description = json.loads((tmp_path / "whole" / "config.json").read_text())
+    hf.save(tmp_path / "text", params, cfg, description)
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "text")
+    assert type(again) is transformers.Qwen3_5ForCausalLM and again.config.eos_token_id == 7
+    for (name, a), (_, b) in zip(theirs.state_dict().items(), again.state_dict().items(), strict=True):
+        assert torch.equal(a, b), name
+    assert families.read_config(tmp_path / "text") == cfg
+
+
+PATTERN = ["linear_attention"] * 3 + ["full_attention"]
+ROPE = {"mrope_interleaved": True, "mrope_section": [11, 11, 10], "partial_rotary_factor": 0.25, "rope_theta": 10000000}
+
+
+def qwen3_5(width, inner, depth, heads, kv_heads, value_heads, tied):
+    """The config.json of a released Qwen3.5 or Qwen3.6, without what only its vision has."""
+    text = dict(
+        attention_bias=False,
+        attention_dropout=0.0,
+        attn_output_gate=True,
+        dtype="bfloat16",
+        eos_token_id=248044,
+        full_attention_interval=4,
+        head_dim=256,
+        hidden_act="silu",
+        hidden_size=width,
+        intermediate_size=inner,
+        layer_types=PATTERN * (depth // 4),
+        linear_conv_kernel_dim=4,
+        linear_key_head_dim=128,
+        linear_num_key_heads=16,
+        linear_num_value_heads=value_heads,
+        linear_value_head_dim=128,
+        mamba_ssm_dtype="float32",
+        max_position_embeddings=262144,
+        model_type="qwen3_5_text",
+        mtp_num_hidden_layers=1,
+        mtp_use_dedicated_embeddings=False,
+        num_attention_heads=heads,
+        num_hidden_layers=depth,
+        num_key_value_heads=kv_heads,
+        rms_norm_eps=1e-06,
+        rope_parameters={**ROPE, "rope_type": "default"},
+        tie_word_embeddings=tied,
+        vocab_size=248320,
+    )
+    return {
+        "architectures": ["Qwen3_5ForConditionalGeneration"],
+        "model_type": "qwen3_5",
+        "text_config": text,
+        "tie_word_embeddings": tied,
+        "vision_config": {"model_type": "qwen3_5", "depth": 27},
+    }
+
+
+def qwen3_moe(width, inner, each, depth, heads):
+    return dict(
+        architectures=["Qwen3MoeForCausalLM"],
+        attention_bias=False,
+        decoder_sparse_step=1,
+        head_dim=128,
+        hidden_act="silu",
+        hidden_size=width,
+        intermediate_size=inner,
+        max_position_embeddings=40960,
+        max_window_layers=depth,
+        mlp_only_layers=[],
+        model_type="qwen3_moe",
+        moe_intermediate_size=each,
+        norm_topk_prob=True,
+        num_attention_heads=heads,
+        num_experts=128,
+        num_experts_per_tok=8,
+        num_hidden_layers=depth,
+        num_key_value_heads=4,
+        rms_norm_eps=1e-06,
+        rope_scaling=None,
+        rope_theta=1000000.0,
+        router_aux_loss_coef=0.001,
+        sliding_window=None,
+        tie_word_embeddings=False,
+        use_sliding_window=False,
+        vocab_size=151936,
+    )
+
+
+RELEASED = {
+    "Qwen3-30B-A3B": (qwen3_moe(2048, 6144, 768, 48, 32), 30_532_122_624),
+    "Qwen3-235B-A22B": (qwen3_moe(4096, 12288, 1536, 94, 64), 235_093_634_560),
+    "Qwen3.5-0.8B": (qwen3_5(1024, 3584, 24, 8, 2, 16, True), 752_393_024),
+    "Qwen3.5-9B": (qwen3_5(4096, 12288, 32, 16, 4, 32, False), 8_953_803_264),
+    "Qwen3.6-27B": (qwen3_5(5120, 17408, 64, 24, 4, 48, False), 26_895_998_464),
+}
+
+
+@pytest.mark.parametrize("name", RELEASED)
+def test_released_configurations(name):
+    tree, count = RELEASED[name]
+    cfg = families.from_tree(tree, "config.json")
+    assert weights.count(cfg) == count
+    if cfg.deltanet:
+        net, depth = cfg.deltanet, cfg.L
+        assert (net.K, net.H, net.I, net.Z, cfg.period) == (16, 128, 128, 4, 4)
+        assert [layer.mixer for layer in cfg.layers] == (["deltanet"] * 3 + ["attention"]) * (depth // 4)
+        rope = cfg.layers[3].rope
+        assert rope is not None and len(rope.frequencies(cfg.H)[0]) == 32 and rope.theta == 1e7
+        cache = jax.eval_shape(lambda: transformer.empty_cache(cfg, 1, 1024, 1, 32, jnp.bfloat16))
+        held = [sum(math.prod(x[i].shape) * x[i].dtype.itemsize for x in (cache.k, cache.v)) for i in (0, 3)]
+        assert held == [net.N * 128 * 128 * 4 + 3 * (32 + net.N) * 128 * 2, 1024 * 2 * cfg.K * 256 * 2]
+    else:
+        assert cfg.experts == families.Experts(128, tree["moe_intermediate_size"], 8, True)
+        assert cfg.period == 1 and cfg.layers[0].mlp == "experts"
+
+
+def test_a_released_model_is_counted_as_transformers_counts_it():
+    tree = RELEASED["Qwen3.5-0.8B"][0]
+    with torch.device("meta"):
+        theirs = transformers.Qwen3_5ForCausalLM(transformers.Qwen3_5TextConfig(**tree["text_config"]))
+    assert sum(p.numel() for p in theirs.parameters()) == RELEASED["Qwen3.5-0.8B"][1]
+
+
+@pytest.mark.parametrize(
+    ("kind", "change", "words"),
+    [
+        ("qwen3_moe", {"num_experts_per_tok": 9}, "num_experts_per_tok: got 9, want at most the 7 experts"),
+        ("qwen3_moe", {"mlp_only_layers": [3]}, "mlp_only_layers"),
+        ("qwen3_moe", {"mlp_only_layers": ["0"]}, "mlp_only_layers"),
+        ("qwen3_moe", {"decoder_sparse_step": 0}, "decoder_sparse_step"),
+        ("qwen3_moe", {"num_experts": 10**9}, "num_experts"),
+        ("qwen3_moe", {"use_sliding_window": True}, "use_sliding_window"),
+        ("qwen3_moe", {"attention_bias": True}, "attention_bias"),
+        ("qwen3_5_moe", {}, "qwen3_5_moe"),
+        ("qwen3_next", {}, "qwen3_next"),
+        ("qwen3_5_text", {"attn_output_gate": False}, "attn_output_gate"),
+        ("qwen3_5_text", {"output_gate_type": "sigmoid"}, "output_gate_type"),
+        ("qwen3_5_text", {"mamba_ssm_dtype": "bfloat16"}, "mamba_ssm_dtype"),
+        ("qwen3_5_text", {"linear_num_value_heads": 5}, "linear_num_value_heads: got 5, want a multiple"),
+        ("qwen3_5_text", {"layer_types": ["linear_attention"] * 3}, "layer_types: got no full_attention"),
+        ("qwen3_5_text", {"layer_types": ["sliding_attention"] * 3}, "layer_types"),
+        ("qwen3_5_text", {"rope_parameters": {"partial_rotary_factor": 2}}, "partial_rotary_factor"),
+        ("qwen3_5", {}, "text_config"),
+        ("qwen3_5", {"text_config": {"model_type": "qwen3_5_moe_text"}}, "text_config"),
+        ("qwen3_5", {"quantization_config": {"bits": 4}, "text_config": {}}, "quantization_config"),
+    ],
+)
+def test_what_is_not_supported_is_refused_by_name(kind, change, words):
+    own = EXPERTS if kind == "qwen3_moe" else {**DELTA, "layer_types": ["linear_attention", *["full_attention"] * 2]}
+    with pytest.raises(UserError, match=words):
+        families.from_tree({**SIZES, **own, "model_type": kind, **change}, "config.json")
+
+
+@pytest.mark.parametrize(
+    ("kind", "targets", "words"),
+    [
+        ("qwen3_moe", ["q", "gate"], r"got gate, want some of q, k, v, o \(its MLPs get no adapters\)"),
+        ("qwen3_moe", ["in_qkv"], "got in_qkv, want some of q, k, v, o"),
+        (
+            "qwen3",
+            ["q", "out", "in_a"],
+            "got out, in_a, want some of q, k, v, o, gate, up, down: a qwen3 has no others",
+        ),
+    ],
+)
+def test_adapters_on_what_a_model_lacks_are_refused(kind, targets, words):
+    own = EXPERTS if kind == "qwen3_moe" else {}
+    cfg = families.from_tree({**SIZES, **own, "model_type": kind}, "config.json")
+    with pytest.raises(UserError, match=words):
+        lora_lib.init(jax.random.key(0), cfg, config_lib.LoraConfig(rank=2, alpha=2, targets=targets))
