@@ -34,7 +34,7 @@ from dail_jax.sample import decode, engine, mixture
 from dail_jax.train import methods, objectives, optimizer
 from dail_jax.train import step as step_lib
 
-KERNEL_EFFICIENCY = 0.5  # of the peak, assumed for attention kernels
+KERNEL_EFFICIENCY = 0.5  # of the peak, assumed for attention kernels and delta nets
 KERNEL_PASSES = {"forward": 2, "backward": 7}  # [T,T,H] products a splash pass makes
 
 
@@ -51,6 +51,7 @@ class Program:
     unread: float = 0.0  # bytes per device of arguments that need not be read
     tokens: int = 0  # decoding: drawn per call and slot
     weights: float = 0.0  # bytes per device of the base model as training holds it; sampling has its own copy beside it
+    counted: bool = True  # the compiler counts what is computed; of experts, it counts all
 
 
 @dataclass(frozen=True)
@@ -207,32 +208,52 @@ def useful_flops(model: ModelConfig, cfg: config_lib.Train, prompt: int, respons
     table = weights.declare(model)
     compared = len(methods.find(cfg).roles)
     tokens, references = prompt + response, 0 if cached else compared
-    base = sum(len(w.layers(model)) * math.prod(w.shape(model)) for w in table.values() if w.inputs)
+    base = sum(len(w.layers(model)) * work(w, model) for w in table.values())
     adapter = sum(
         len(w.layers(model)) * cfg.lora.rank * (math.prod(s[: w.inputs]) + math.prod(s[w.inputs :]))
         for w in (table[name] for name in cfg.lora.targets)
         for s in [w.shape(model)]
     )
-    # Two products of a query and of a probability by each token that is seen: multiply-adds.
-    attention = sum(2 * model.N * model.H * seen(layer, tokens) for layer in model.layers)
+    attention = sum(mixing(layer, model, tokens) for layer in model.layers)
     layers = tokens * (base * (2 + references) + adapter * 3) + attention * (3 + references)
     return 2 * (layers + response * model.V * model.D * (compared + 2))
 
 
-def seen(layer: Layer, tokens: int) -> float:
-    """How many pairs of a query and a token that it sees a layer's attention has in a row."""
+def work(weight: weights.Weight, model: ModelConfig) -> float:
+    """Multiply-adds of a token with one layer's weight: with those of its experts that it picks."""
+    share = model.experts.top / model.experts.J if weight.each and model.experts else 1
+    return share * math.prod(weight.shape(model)) if weight.inputs or weight.each else 0
+
+
+def mixing(layer: Layer, model: ModelConfig, tokens: int) -> float:
+    """Multiply-adds by which the tokens of a row see each other in a layer.
+
+    In attention, those of a query and of a probability with each token that is seen; in a delta net, those of a key, a
+    correction and a query with the state.
+    """
+    if model.deltanet and layer.mixer == "deltanet":
+        return 3 * model.deltanet.N * model.deltanet.H * model.deltanet.I * tokens
     window = min(layer.window or tokens, tokens)
-    return window * tokens - window**2 / 2
+    return 2 * model.N * model.H * (window * tokens - window**2 / 2)
 
 
 def cost_of_step(config, model: ModelConfig, mesh: Mesh, prompt: int, response: int, cached: bool) -> Cost:
-    """One update, from unrolled models of 1 and 3 layers of each kind, and from one chunk of the loss."""
+    """One update, from unrolled models of 1 and 3 layers of each kind, and from one chunk of the loss.
+
+    Experts count as a dense layer as wide as those that a token picks: the compiler counts all of them, or one round.
+    """
     cfg = config.train
     rows, dtype = cfg.batch_size // cfg.accumulate, jnp.dtype(config.model.dtype)
 
     def of(layers: tuple[Layer, ...]) -> Cost:
         short = dataclasses.replace(model, layers=layers)
-        lowered = lower_step(config, short, mesh, unstacked(short, dtype, mesh), 1, prompt, response, cached)
+        if model.experts and layers[0].mlp == "experts":
+            dense = tuple(dataclasses.replace(layer, mlp="dense") for layer in layers)
+            short = dataclasses.replace(short, layers=dense, F=model.experts.top * model.experts.I)
+        targets = tuple(name for name in cfg.lora.targets if name in lora_lib.adaptable(short))
+        train = cfg.model_copy(update={"lora": cfg.lora.model_copy(update={"targets": targets})})
+        some = config.model_copy(update={"train": train})
+        lowered = lower_step(some, short, mesh, unstacked(short, dtype, mesh), 1, prompt, response, cached)
         return cost_of(lowered.compile())
 
     found = {kind: (of((kind,)), of((kind,) * 3)) for kind in dict.fromkeys(model.layers)}
@@ -243,8 +264,7 @@ def cost_of_step(config, model: ModelConfig, mesh: Mesh, prompt: int, response: 
     chunk = cost_of(lower_loss(cfg, model, dtype, mesh, rows, width).compile())
     references = 0 if cached else len(methods.find(cfg).roles)
     passes = KERNEL_PASSES["forward"] * (1 + references + (cfg.remat != "none")) + KERNEL_PASSES["backward"]
-    pairs = sum(2 * seen(layer, prompt + response) for layer in model.layers)
-    kernels = passes * pairs * model.N * model.H * rows / mesh.size
+    kernels = passes * sum(mixing(layer, model, prompt + response) for layer in model.layers) * rows / mesh.size
     one += chunk * (-(-response // width) - 1)
     if mesh.devices.flat[0].platform != "cpu":
         one += Cost(0, 0, kernels)
@@ -271,6 +291,7 @@ def sampler_programs(config: config_lib.Config, model: ModelConfig, mesh: Mesh) 
     embed = params["embed"]  # looked up, not read, unless it is the unembedding too
     table = 0 if model.tied else math.prod(embed.sharding.shard_shape(embed.shape)) * dtype.itemsize
     lora = lora_lib.abstract(model, train.lora, mesh) if method.trains else None
+    counted = model.experts is None
     jobs = []  # name, settings, samples per prompt, longest prompt, roles, LoRA
     if method.reads_traces(train):
         cfg = config.generate
@@ -304,13 +325,23 @@ def sampler_programs(config: config_lib.Config, model: ModelConfig, mesh: Mesh) 
         def prefill(grid=grid, lora=lora, state=state, prompt=prompt) -> jax.stages.Lowered:
             return lower(mesh, decode.load_prompt, grid, model, params, lora, state, *prompt)
 
-        out.append(Program(f"{label}: prefill {grid.prompt_slots}", "sampler", prefill, state=state, weights=stacked))
+        out.append(
+            Program(
+                f"{label}: prefill {grid.prompt_slots}",
+                "sampler",
+                prefill,
+                state=state,
+                weights=stacked,
+                counted=counted,
+            )
+        )
 
         def step(grid=grid, lora=lora, state=state, rules=rules, sampling=sampling) -> jax.stages.Lowered:
             return lower(mesh, decode.decode, grid, model, params, lora, state, rules, sampling)
 
         title = f"{label}: decode"
-        out.append(Program(title, "sampler", step, state=state, unread=table, tokens=grid.chunk, weights=stacked))
+        more = {"unread": table, "tokens": grid.chunk, "counted": counted}
+        out.append(Program(title, "sampler", step, state=state, weights=stacked, **more))
     return out
 
 
@@ -345,7 +376,7 @@ def measure(program: Program, config: config_lib.Config, mesh: Mesh, known: Chip
 
     text = compiled_lib.hlo_text(compiled)
     moved = None if text is None else compiled_lib.hbm_bytes(text) / max(program.tokens, 1)
-    cost = cost_of(compiled) if program.kind == "sampler" else None
+    cost = cost_of(compiled) if program.kind == "sampler" and program.counted else None
     if program.cost is not None and not quick:
         cost = program.cost()
     estimate = ratio = utilisation = copies = None
