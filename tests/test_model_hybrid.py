@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from test_model_parity import DELTA, EXPERTS, SIZES, batch, close, expected
 
 from dail_jax import config as config_lib
+from dail_jax.ahead import programs
 from dail_jax.checkpoint import hf, peft
 from dail_jax.errors import UserError
 from dail_jax.model import families, transformer, weights
@@ -246,6 +247,14 @@ def test_released_configurations(name):
     else:
         assert cfg.experts == families.Experts(128, tree["moe_intermediate_size"], 8, True)
         assert cfg.period == 1 and cfg.layers[0].mlp == "experts"
+
+
+def test_useful_work_is_that_of_the_experts_that_a_token_picks():
+    moe, hybrid = (families.from_tree(RELEASED[name][0], "config.json") for name in ("Qwen3-30B-A3B", "Qwen3.5-0.8B"))
+    work = sum(len(w.layers(moe)) * programs.work(w, moe) for w in weights.declare(moe).values())
+    assert work == 48 * (2048 * 128 * (32 + 4 + 4 + 32) + 8 * 3 * 2048 * 768)
+    assert programs.mixing(hybrid.layers[0], hybrid, 100) == 100 * 3 * 16 * 128 * 128
+    assert programs.mixing(hybrid.layers[3], hybrid, 100) == 100**2 * 8 * 256
 
 
 def test_a_released_model_is_counted_as_transformers_counts_it():
