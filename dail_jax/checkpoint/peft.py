@@ -77,7 +77,6 @@ def save(
 
 def inspect(folder: Path, cfg: ModelConfig) -> config_lib.LoraConfig:
     """What an adapter is; raises UserError that lists what does not fit the model. Its weights are not read."""
-    table = declare(cfg)
     description = read_description(folder)
     file = folder / "adapter_config.json"
     by_name = {name: weight.module for name, weight in adaptable(cfg).items()}
