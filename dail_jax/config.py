@@ -9,6 +9,7 @@ nowhere else.
 from __future__ import annotations
 
 import io
+import math
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -368,6 +369,8 @@ class LoraConfig(Section):
     """Rank of each adapter."""
     alpha: Positive = 32.0
     """Scale: an adapter's output is multiplied by alpha / rank."""
+    use_rslora: bool = False
+    """Rank-stabilised LoRA (arXiv 2312.03732): multiplied by alpha / sqrt(rank) instead, so that high ranks learn too."""
     targets: tuple[Literal["q", "k", "v", "o", "gate", "up", "down", "in_qkv", "in_z", "in_b", "in_a", "out"], ...] = (
         "q",
         "k",
@@ -384,6 +387,11 @@ class LoraConfig(Section):
         if not self.targets or len(set(self.targets)) != len(self.targets):
             raise ValueError("targets must be a non-empty list without repeats")
         return self
+
+    @property
+    def scale(self) -> float:
+        """What an adapter's output is multiplied by."""
+        return self.alpha / (math.sqrt(self.rank) if self.use_rslora else self.rank)
 
 
 class Optimizer(Section):

@@ -159,18 +159,23 @@ def test_every_field_of_peft_is_read_or_refused(model, lora, one_device, tmp_pat
 
 
 def test_rank_stabilised_adapters_scale_as_peft_does(model, lora, one_device, tmp_path):
+    """Written by us and read by peft, read again, and merged by both."""
     folder, theirs, params, cfg = model
-    peft.save(tmp_path / "a", lora, cfg, LORA, str(folder))
-    (tmp_path / "a" / hf.MANIFEST).unlink()
-    file = tmp_path / "a" / "adapter_config.json"
-    file.write_text(json.dumps({**json.loads(file.read_text()), "use_rslora": True}))
-    again, _ = peft.load(tmp_path / "a", cfg, one_device)
-    assert again.scale == pytest.approx(6 / 3**0.5)
+    stable = LORA.model_copy(update={"use_rslora": True})
+    assert lora_lib.init(jax.random.key(0), cfg, stable).scale == pytest.approx(3**0.5 * lora.scale)
+    peft.save(tmp_path / "a", lora.replace(scale=stable.scale), cfg, stable, str(folder))
+    again, settings = peft.load(tmp_path / "a", cfg, one_device)
+    assert settings == stable and again.scale == stable.scale
     tokens, positions = batch()
     adapted = peft_library.PeftModel.from_pretrained(type(theirs).from_pretrained(folder), tmp_path / "a").eval()
-    hidden = transformer.encode(params, tokens, positions, cfg, lora=again)
+    assert adapted.peft_config["default"].use_rslora
     want = expected(adapted, tokens, positions)
+    hidden = transformer.encode(params, tokens, positions, cfg, lora=again)
     assert close(transformer.unembed(params, hidden), want, positions >= 0) < 1e-4
+    merged = transformer.encode(lora_lib.merge(params, again, cfg), tokens, positions, cfg)
+    other = expected(adapted.merge_and_unload(), tokens, positions)
+    assert close(transformer.unembed(params, merged), other, positions >= 0) < 1e-4
+    assert close(want, other, positions >= 0) < 1e-4
 
 
 def test_an_adapter_of_another_base_model_is_refused(model, lora, tmp_path):

@@ -62,7 +62,7 @@ def save(
         "fan_in_fan_out": False,
         "inference_mode": True,
         "init_lora_weights": True,
-        "use_rslora": False,
+        "use_rslora": lora_config.use_rslora,
         "use_dora": False,
         "modules_to_save": None,
         "target_modules": list(dict.fromkeys(table[name].module for name in lora.tree)),
@@ -85,10 +85,12 @@ def inspect(folder: Path, cfg: ModelConfig) -> config_lib.LoraConfig:
         known = ", ".join(dict.fromkeys(by_name.values()))
         raise UserError(f"got {', '.join(unknown)}, want some of {known}", file=file, field="target_modules")
     targets = [name for name, module in by_name.items() if module in description["target_modules"]]
-    rank, alpha = description["r"], description["lora_alpha"]
-    if description.get("use_rslora"):  # arXiv 2312.03732: alpha / sqrt(rank) instead of alpha / rank
-        alpha *= math.sqrt(rank)
-    lora_config = config_lib.LoraConfig(rank=rank, alpha=alpha, targets=tuple(targets))  # pyright: ignore
+    lora_config = config_lib.LoraConfig(
+        rank=description["r"],
+        alpha=description["lora_alpha"],
+        use_rslora=description.get("use_rslora", False),
+        targets=tuple(targets),  # pyright: ignore[reportArgumentType]
+    )
     with Tensors(folder, WEIGHTS) as source:
         wanted = _shapes(cfg, lora_config)
         for problem, names in (
@@ -165,7 +167,7 @@ def load(folder: str | Path, cfg: ModelConfig, mesh: jax.sharding.Mesh) -> tuple
             tree[name] = pair
     stacked = {n: {s: np.stack(x) for s, x in pair.items()} for n, pair in tree.items()}
     placed = jax.tree.map(put, stacked, shardings(cfg, lora_config, mesh).tree)
-    return Lora(placed, lora_config.alpha / lora_config.rank), lora_config
+    return Lora(placed, lora_config.scale), lora_config
 
 
 def adapter_digest(folder: Path, checksum: Checksums) -> str:

@@ -20,7 +20,7 @@ from dail_jax.model.weights import Weight, declare
 
 @struct.dataclass
 class Lora:
-    """The adapter's weights and its static scale, alpha / rank."""
+    """The adapter's weights and its static scale, `train.lora`'s."""
 
     tree: dict[str, dict[str, jax.Array]]
     scale: float = struct.field(pytree_node=False)
@@ -60,7 +60,7 @@ def init(key: jax.Array, cfg: ModelConfig, lora: config_lib.LoraConfig) -> Lora:
         bound = 1 / math.sqrt(math.prod(shapes["a"][1:-1]))
         a = jax.random.uniform(jax.random.fold_in(key, index), shapes["a"], jnp.float32, -bound, bound)
         tree[name] = {"a": a, "b": jnp.zeros(shapes["b"], jnp.float32)}
-    return Lora(tree, lora.alpha / lora.rank)
+    return Lora(tree, lora.scale)
 
 
 def shardings(cfg: ModelConfig, lora: config_lib.LoraConfig, mesh: jax.sharding.Mesh) -> Lora:
@@ -68,7 +68,7 @@ def shardings(cfg: ModelConfig, lora: config_lib.LoraConfig, mesh: jax.sharding.
         name: {side: mesh_lib.sharding(mesh, letters) for side, letters in axes(weight).items()}
         for name, weight in targets(cfg, lora).items()
     }
-    return Lora(tree, lora.alpha / lora.rank)  # pyright: ignore[reportArgumentType]  (a tree of shardings)
+    return Lora(tree, lora.scale)  # pyright: ignore[reportArgumentType]  (a tree of shardings)
 
 
 def abstract(cfg: ModelConfig, lora: config_lib.LoraConfig, mesh: jax.sharding.Mesh) -> Lora:
