@@ -69,6 +69,9 @@ def _local(path: str) -> str:
 LocalPath = Annotated[str, AfterValidator(_local), WithJsonSchema({"type": "string", "format": "path"})]
 
 
+HubName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*/[A-Za-z0-9][A-Za-z0-9._-]*$")]
+
+
 class Section(BaseModel):
     """A frozen part of the configuration. The docstring below each key is its description."""
 
@@ -599,10 +602,19 @@ class Evaluate(Inference):
 
 
 class Export(Section):
-    """What `export` writes besides the PEFT adapter."""
+    """What `export` writes besides the PEFT adapter, and where it takes it."""
 
     merged: bool = False
     """Whether to write the whole model with the adapter merged into its weights, as `merged/`."""
+    base_model: HubName | None = None
+    """The base model's name on a hub, for the model card; null = by its folder in the hub's cache, if it is there."""
+    license: str | None = None
+    """The licence that the model card names, such as `apache-2.0`; null = none: the choice is yours."""
+    push: HubName | None = None
+    """Repository on a hub that the adapter is uploaded to, as `owner/name`, once there are results; the merged model goes to
+    `owner/name-merged`, an arm's to `owner/name-ARM`. Wants a token (`hf auth login`, or HF_TOKEN); null = none."""
+    private: bool = True
+    """Whether a repository that does not exist yet is made private."""
 
 
 class Pretrain(Section):

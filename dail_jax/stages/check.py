@@ -430,6 +430,15 @@ def _benchmark(s: Subject, benchmark: config_lib.Benchmark) -> Iterator[Finding]
         )
 
 
+def hub(s: Subject) -> Iterator[Finding]:
+    """Where the adapter is taken. A token may still be got while the run goes on."""
+    if s.config.export.push:
+        from huggingface_hub import get_token
+
+        lack = "" if get_token() else "; there is no token yet: `hf auth login`, or HF_TOKEN in the environment"
+        yield "push", f"{s.config.export.push}{', private' * s.config.export.private}{lack}"
+
+
 COMMON = (packages, run_directory)
 MODEL = (model, tokenizer, devices)
 
@@ -438,7 +447,7 @@ CHECKS: dict[str, tuple[Callable[[Subject], Iterator[Finding]], ...]] = {
     "convert": (*COMMON, *MODEL),
     "generate": (*COMMON, *MODEL, server, data, rollouts),
     "train": (*COMMON, *MODEL, data, traces, training),
-    "export": (*COMMON, *MODEL),
+    "export": (*COMMON, *MODEL, hub),
     "evaluate": (*COMMON, *MODEL, server, adapter, benchmarks),
 }
 

@@ -32,7 +32,7 @@ from dail_jax.metrics import Metrics, console, log
 from dail_jax.rundir import Journal, RunDir, json_line, write_atomic
 from dail_jax.sample.sampler import Request, Sampler
 from dail_jax.shapes import Natural, Shape, check_all
-from dail_jax.stages import offline, recipes, samplers
+from dail_jax.stages import card, offline, recipes, samplers
 from dail_jax.stages.drawing import drawing
 from dail_jax.stages.generate import report_usage
 from dail_jax.stages.session import Session, open_session
@@ -93,6 +93,7 @@ def run(config: config_lib.Config, table: bool = True, drawn: Path | None = None
                 finish(config, samples, run_dir.path)
         results = files.read_results(run_dir.path / "results.json")
     if jax.process_index() == 0:
+        card.write(config)
         if table:
             console.print(protocol.table({results["arm"]: results}))
         log(protocol.headline(results))

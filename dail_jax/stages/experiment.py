@@ -55,7 +55,7 @@ def run(config: config_lib.Config) -> None:
         elif stage == "train":
             train.run(one)
         elif stage == "export":
-            export.run(one)
+            export.run(one, push=False)  # the card has no results yet
         else:
             try:
                 evaluate.run(one, table=False)  # the report's has all arms
@@ -66,6 +66,8 @@ def run(config: config_lib.Config) -> None:
         raise UserErrors(waiting)
     log("")
     report.run(config)
+    for one in [arm(config, name) for name in config.arms] or [config]:
+        export.upload(one)
 
 
 def _refuse_empty(config: config_lib.Config, later: Sequence[config_lib.Config]) -> None:
@@ -82,11 +84,10 @@ def arm(config: config_lib.Config, name: str) -> config_lib.Config:
     """An arm's own configuration: in RUN_DIR/NAME, on the parent's traces unless the arm changes how they are made."""
     changes = config.arms[name] or {}
     source = f"arms.{name}"
-    own = config_lib.with_overrides(
-        config,
-        {"arms": {}, "run_dir": str(Path(config.run_dir) / name), "title": None, "about": "", **changes},
-        source,
-    )
+    own = {"arms": {}, "run_dir": str(Path(config.run_dir) / name), "title": None, "about": ""}
+    if config.export.push:
+        own["export.push"] = f"{config.export.push}-{re.sub(r'[^A-Za-z0-9._-]+', '-', name)}"
+    own = config_lib.with_overrides(config, {**own, **changes}, source)
     rationalises = methods.of(own).rationalises
     made = ("seed", "model", "data", "prompts", "generate", *["filters"] * rationalises)
     same = all(getattr(own, section) == getattr(config, section) for section in made)

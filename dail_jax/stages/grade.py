@@ -16,7 +16,7 @@ from dail_jax.errors import UserError
 from dail_jax.evaluate import files, protocol
 from dail_jax.metrics import console, log
 from dail_jax.rundir import RunDir
-from dail_jax.stages import evaluate, experiment, offline, recipes
+from dail_jax.stages import card, evaluate, experiment, offline, recipes
 
 SHOWN = 20  # changed verdicts that are logged one by one
 
@@ -37,6 +37,7 @@ def run(config: config_lib.Config, drawn: str | None = None) -> None:
             rows = files.read_samples(path)
             evaluate.finish(one, rows, folder)
             log_changes(rows, files.read_samples(path), folder)
+        card.write(one)
         results[folder.name] = files.read_results(folder / "results.json")
     console.print(protocol.table(results))
 

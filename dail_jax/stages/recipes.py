@@ -141,7 +141,7 @@ def export(config: config_lib.Config) -> Recipe:
     wanted = ("adapter", "merged") if config.export.merged else ("adapter",)
     return Recipe(
         "export",
-        select(config, "model.dtype"),
+        select(config, "model.dtype", "export.base_model"),
         _model(config),
         outputs=tuple(map(base.Folder, wanted)),
         after=(train(config),),
