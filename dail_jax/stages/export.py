@@ -61,8 +61,9 @@ def weights(config: config_lib.Config) -> None:
                 params = lora_lib.merge(session.params, lora, session.model)
                 hf.save(merged, params, session.model, tree, config.model.tokenizer or config.model.path, stage.made_of)
                 log(f"export: wrote {merged}")
+        if mesh_lib.is_first():
+            card.write(config)
     if mesh_lib.is_first():
-        card.write(config)
         for kind in _kinds(config):
             log(f"export: to serve and to evaluate {kind}/ with vLLM and lm-evaluation-harness:")
             for command in card.commands(config, kind, str(Path(config.run_dir) / kind)):
