@@ -76,8 +76,14 @@ def test_a_card_is_refreshed_until_somebody_writes_their_own(handed, capsys):
     readme.write_text(first)
 
 
-def test_the_commands_name_what_was_written(handed, capsys):
-    config = config_lib.load(handed, ["train.lora.rank=17", "run_dir=runs/a b"])
+def test_the_commands_name_what_was_written(handed, capsys, tmp_path):
+    def of_rank(r):
+        folder = tmp_path / "a b" / "adapter"
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "adapter_config.json").write_text(json.dumps({"r": r}))
+        return config_lib.load(handed, [f"run_dir={tmp_path}/a b"])
+
+    config = of_rank(17)
     serve, grade = map(shlex.split, card.commands(config, "adapter", "runs/a b/adapter"))
     base = config.model.path
     assert serve == [
@@ -96,7 +102,7 @@ def test_the_commands_name_what_was_written(handed, capsys):
     serve, grade = map(shlex.split, card.commands(config, "merged", "owner/name-merged"))
     assert serve == ["vllm", "serve", "owner/name-merged"]
     assert grade[grade.index("--model_args") + 1] == "pretrained=owner/name-merged"
-    (only,) = card.commands(config_lib.load(handed, ["train.lora.rank=513"]), "adapter", "a")
+    (only,) = card.commands(of_rank(513), "adapter", "a")
     assert only.startswith("# vLLM serves adapters up to rank 512")
     cached = config_lib.load(handed, ["model.path=/c/models--Own--Base-1.7B/snapshots/0a1b"])
     assert card.base_model(cached) == "Own/Base-1.7B"

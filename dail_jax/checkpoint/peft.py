@@ -50,7 +50,7 @@ def save(
         for row, layer in enumerate(weight.layers(cfg)):
             a, b = _joined(names, pairs, row, cfg, more * lora_config.rank)
             tensors[weight_name(weight, layer, "a")], tensors[weight_name(weight, layer, "b")] = a, b
-    alpha = more * lora_config.alpha
+    alpha = (math.sqrt(more) if lora_config.use_rslora else more) * lora_config.alpha  # the scale stays the same
     description = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",

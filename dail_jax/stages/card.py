@@ -15,6 +15,7 @@ from typing import Any
 
 import dail_jax
 from dail_jax import config as config_lib
+from dail_jax import strict_json
 from dail_jax.data.prompts import load_template
 from dail_jax.data.records import dataset_hash, read_rows
 from dail_jax.errors import UserError
@@ -87,7 +88,9 @@ def commands(config: config_lib.Config, kind: str, place: str) -> list[str]:
     if kind == "merged":
         serve, arguments = ["vllm", "serve", place], f"pretrained={place}"
     else:
-        rank = next((r for r in VLLM_RANKS if r >= config.train.lora.rank), None)
+        file = Path(config.run_dir) / kind / "adapter_config.json"
+        wanted = strict_json.read_object(file)["r"]
+        rank = next((r for r in VLLM_RANKS if r >= wanted), None)
         if rank is None:
             return [f"# vLLM serves adapters up to rank {VLLM_RANKS[-1]}: set export.merged=true"]
         name = re.sub(r"[^\w.-]+", "-", Path(config.run_dir).name, flags=re.ASCII)
