@@ -6,10 +6,13 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from conftest import mesh_of
 
+from dail_jax import config as config_lib
 from dail_jax.checkpoint import hf
 from dail_jax.errors import UserError
 from dail_jax.model import attention, families, transformer, weights
+from dail_jax.model import lora as lora_lib
 
 SIZES = dict(
     vocab_size=62,
@@ -203,6 +206,31 @@ def test_prefill_and_decode_equal_the_full_forward(pair, found, monkeypatch):
     assert cache.count.tolist() == [8, 8, 6, 8] and tokens.shape[1] == PROMPT + 10
 
 
+@pytest.mark.parametrize("case", ["gemma3", "olmo3"])
+def test_gradients_of_scanned_layers_on_eight_devices_equal_unrolled_ones(case, one_device, tmp_path):
+    make(case, tmp_path)
+    params, cfg = hf.load(tmp_path, one_device, "float32")
+    settings = config_lib.LoraConfig(rank=3, alpha=6)
+    fresh = lora_lib.init(jax.random.key(1), cfg, settings)
+    lora = jax.tree.map(lambda x: x + 0.1 * jax.random.normal(jax.random.key(x.size), x.shape), fresh)
+
+    @jax.jit
+    def gradient(params, lora):
+        def total(lora):
+            hidden = transformer.encode(params, *batch(), cfg, lora=lora, remat="full")
+            return jnp.where(batch()[1][..., None] >= 0, hidden * jnp.arange(cfg.D), 0).sum()
+
+        return jax.grad(total)(lora)
+
+    want, mesh = gradient(weights.unstack(params, cfg), lora), mesh_of(2, 2, 2)
+    spread = jax.device_put((params, lora), (weights.shardings(cfg, mesh), lora_lib.shardings(cfg, settings, mesh)))
+    with jax.set_mesh(mesh):
+        got = gradient(*spread)
+    for x, y in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        assert np.abs(y).max() > 0
+        np.testing.assert_allclose(x, y, atol=2e-4 * np.abs(y).max())
+
+
 def test_round_trip_is_exact(pair, tmp_path):
     model, params, cfg = pair
     hf.save(tmp_path / "out", params, cfg, model.config.to_dict())
@@ -242,14 +270,15 @@ def test_what_is_not_supported_is_refused_by_name(key, value, words):
         families.from_tree(tree, "config.json")
 
 
-def test_long_texts_attend_in_turns(monkeypatch):
+@pytest.mark.parametrize("window", [None, 5])
+def test_long_texts_attend_in_turns(monkeypatch, window):
     """Values and gradients equal those of a single einsum over all queries."""
     q, k, v, g = (jax.random.normal(jax.random.key(i), (2, 21, n, 8)) for i, n in enumerate((4, 2, 2, 4)))
     positions = jnp.stack([jnp.arange(21), jnp.maximum(jnp.arange(21) - 4, -1)])
 
     def run():
         return jax.vjp(
-            lambda *x: jnp.where((positions >= 0)[..., None, None], attention.attend(*x, positions), 0), q, k, v
+            lambda *x: jnp.where((positions >= 0)[..., None, None], attention.attend(*x, positions, window), 0), q, k, v
         )
 
     whole, back = run()

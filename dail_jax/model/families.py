@@ -265,13 +265,13 @@ def _one_rope(
         return Rope(theta, share=given)
     if scaling.get("mscale") or scaling.get("mscale_all_dim"):
         raise UserError("YaRN with mscale is not supported", file=reader.file, field="rope_scaling")
+    factor = reader.number("factor", 1.0, scaling)
+    if kind == "linear":
+        return Rope(theta, kind, factor, share=given)
     trained = scaling if scaling.get("original_max_position_embeddings") is not None else tree
     length = reader.size(
         "max_position_embeddings" if trained is tree else "original_max_position_embeddings", tree=trained
     )
-    factor = reader.number("factor", 1.0, scaling)
-    if kind == "linear":
-        return Rope(theta, kind, factor, share=given)
     attention = None
     if scaling.get("attention_factor") is not None:
         attention = reader.number("attention_factor", 1.0, scaling)
