@@ -201,6 +201,11 @@ def test_rotations_of_layer_types_are_read_in_both_spellings():
         ("google/gemma-3-1b-it", {"use_bidirectional_attention": True}, "use_bidirectional_attention: got True"),
         ("google/gemma-3-1b-it", {"hidden_activation": "relu"}, "hidden_activation: got 'relu'"),
         ("microsoft/phi-4", {"rope_scaling": {"type": "su"}}, "rope type 'su' is not supported; want default"),
+        (
+            "Qwen/Qwen3-8B",
+            {"rope_scaling": {**YARN, "attn_factor": 0.878}},
+            "rope_scaling: attn_factor is read by some",
+        ),
         ("Qwen/Qwen3-8B", {"layer_types": [SLIDES] * 36}, "layer_types: got"),
         (
             "Qwen/Qwen3-8B",

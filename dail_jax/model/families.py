@@ -265,6 +265,12 @@ def _one_rope(
         return Rope(theta, share=given)
     if scaling.get("mscale") or scaling.get("mscale_all_dim"):
         raise UserError("YaRN with mscale is not supported", file=reader.file, field="rope_scaling")
+    if scaling.get("attn_factor") not in (None, 1):
+        raise UserError(
+            "attn_factor is read by some engines and ignored by others: want attention_factor, the factor on cos and sin",
+            file=reader.file,
+            field="rope_scaling",
+        )
     factor = reader.number("factor", 1.0, scaling)
     if kind == "linear":
         return Rope(theta, kind, factor, share=given)
