@@ -651,6 +651,16 @@ class Log(Section):
     """Whether to write TensorBoard event files into the run directory."""
     wandb: str | None = None
     """Project on Weights & Biases; null = none."""
+    profile: dict[Literal["from", "steps"], Count] | None = None
+    """Updates of training to trace with JAX's profiler: `{from: 10, steps: 3}` writes updates 10 to 12 to `profile/` in the run
+    directory, for XProf or TensorBoard; null = none."""
+
+    @field_validator("profile")
+    @classmethod
+    def _both(cls, profile: dict[str, int] | None):
+        if profile is not None and len(profile) < 2:
+            raise ValueError("want both from, the first update, and steps")
+        return profile
 
 
 class Config(Section):
@@ -733,6 +743,9 @@ def load(path: str | Path, overrides: Sequence[str] = (), more: Sequence[str] = 
         lay_over(tree, read_yaml(file))
     for override in overrides:
         key, equals, value = override.partition("=")
+        for name in tree.get("arms") or ():  # which may hold an equals sign itself
+            if override.startswith(f"arms.{name}="):
+                key, value = f"arms.{name}", override.removeprefix(f"arms.{name}=")
         if not equals or not key:
             raise UserError(f"got override {override!r}, want key.sub=value")
         assign(tree, key, parse_yaml(value, f"override {key}"))

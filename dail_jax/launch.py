@@ -47,6 +47,9 @@ STAGES = {
     "env": "versions, devices and mesh: what a bug report needs",
 }
 
+# Stages that compute nothing on a device, and ask JAX all the same which process this is.
+SHOWING = ("report", "compare", "waypoints", "prompts", "grade", "env")
+
 # Arguments of single stages, which are passed on to them by name.
 OWN_ARGUMENTS = ("drawn", "row", "over", "tau", "runs", "out", "explain", "markdown")
 
@@ -154,6 +157,8 @@ def main(argv: list[str] | None = None) -> int:
         if config is not None:
             configure(config.log)
         more = {key: vars(args)[key] for key in OWN_ARGUMENTS if key in args}
+        if args.stage in SHOWING:
+            mesh_lib.all_devices()  # for the error in one line if JAX_PLATFORMS names a platform that is not there
         if config is not None and args.stage != "check":
             from dail_jax.stages import check
 

@@ -9,7 +9,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +41,7 @@ class Metrics:
     def __init__(self, run_dir: Path | None, log: config_lib.Log, stage: str):
         self.path, self.stage = run_dir and run_dir / "metrics.jsonl", stage
         self.rows: list[dict[str, Any]] = []
+        self.profile: dict[Any, int] = log.profile or {}
         self.board: Any = None
         self.wandb: Any = None
         if run_dir is None or jax.process_index() != 0:
@@ -112,6 +113,32 @@ class Metrics:
         self._append(LEFT_OUT, 0, {"by": self.stage, "what": what, "count": count, "of": total})
         if count:
             log(f"{self.stage}: {count} of {total} {what}{detail}")
+
+    @contextlib.contextmanager
+    def profiler(self) -> Iterator[Callable[[int], None]]:
+        """Gives a function to call before each update, with its number from 1: the updates of `log.profile` are traced."""
+        wanted, running = self.profile, False
+
+        def stop() -> None:
+            nonlocal running
+            jax.profiler.stop_trace()
+            running = False
+            log(f"{self.stage}: wrote a trace of its updates to {folder}")
+
+        def before(step: int) -> None:
+            nonlocal running
+            if running and step >= wanted["from"] + wanted["steps"]:
+                stop()
+            if step == wanted["from"]:
+                jax.profiler.start_trace(folder)
+                running = True
+
+        folder = str(self.path.with_name("profile")) if self.path else ""
+        try:
+            yield before if wanted and folder else lambda step: None
+        finally:
+            if running:
+                stop()
 
     def close(self) -> None:
         if self.board is not None:

@@ -64,22 +64,30 @@ def parse_yaml(text: str, source: str | Path) -> Any:
 def assign(tree: dict[str, Any], key: str, value: Any) -> None:
     """Sets a dotted key in a nested dict, in place; list elements by index, as in `benchmarks.0.name`."""
     node: Any = tree
-    parts = key.split(".")
-    for part in parts[:-1]:
+    part, rest = _first_part(node, key)
+    while rest:
         if isinstance(node, list) and part.isdigit() and int(part) < len(node):
             node = node[int(part)]
-            continue
-        if not isinstance(node, dict):
+        elif not isinstance(node, dict):
             raise UserError(f"got override {key!r}, but {part!r} is not inside a section")
-        if node.get(part) is None:
-            node[part] = {}
-        node = node[part]
-    if isinstance(node, list) and parts[-1].isdigit() and int(parts[-1]) < len(node):
-        node[int(parts[-1])] = value
+        else:
+            if node.get(part) is None:
+                node[part] = {}
+            node = node[part]
+        part, rest = _first_part(node, rest)
+    if isinstance(node, list) and part.isdigit() and int(part) < len(node):
+        node[int(part)] = value
     elif isinstance(node, dict):
-        node[parts[-1]] = value
+        node[part] = value
     else:
         raise UserError(f"got override {key!r}, but its parent is not a section")
+
+
+def _first_part(node: Any, key: str) -> tuple[str, str]:
+    """The first part of a dotted key, and the rest. What is there under a name with dots, such as an arm, is one part."""
+    there = [name for name in node if f"{key}.".startswith(f"{name}.")] if isinstance(node, dict) else []
+    part = max(map(str, there), key=len, default=key.partition(".")[0])
+    return part, key[len(part) + 1 :]
 
 
 def included(value: Any) -> Any:

@@ -10,8 +10,8 @@ import tiny
 from test_commands import squeeze
 
 from dail_jax import config as config_lib
+from dail_jax import launch, metrics, provenance
 from dail_jax import mesh as mesh_lib
-from dail_jax import metrics, provenance
 from dail_jax.data import traces
 from dail_jax.errors import UserError
 from dail_jax.report import collect
@@ -225,6 +225,12 @@ def test_a_platform_without_devices(tmp_path, capsys, monkeypatch):
         assert tiny.run("check", path) == 2
         err = capsys.readouterr().err
         assert err.startswith("error: JAX_PLATFORMS=cpu: no device: ") and words in err and err.count("\n") == 1
+        for stage in launch.SHOWING:
+            if stage != "compare":
+                assert tiny.run(stage, path) == 2
+                err = capsys.readouterr().err
+                assert err.startswith("error: JAX_PLATFORMS=cpu: no device: ") and err.count("\n") == 1
+        assert launch.main(["compare", str(path.parent)]) == 2 and "no device: " in capsys.readouterr().err
 
 
 def test_accelerators_that_are_missing(monkeypatch):

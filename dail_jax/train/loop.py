@@ -6,6 +6,7 @@ Kinds of training differ in their feed, which makes the batches.
 from __future__ import annotations
 
 import contextlib
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -83,8 +84,14 @@ def run(trainer: Trainer, feed: Feed, store: Store | None, metrics: Metrics, sta
             state = trainer.init()
         metrics.rewind(step)  # later rows, which will be written again
         saved = step
-        with progress("training", steps, "updates", step) as bar, Interrupt(store is not None) as interrupt:
+        with (
+            progress("training", steps, "updates", step) as bar,
+            metrics.profiler() as profile,
+            Interrupt(store is not None) as interrupt,
+        ):
+            ended = time.monotonic()
             while step < steps:
+                profile(step + 1)
                 batch = feed.next(step, state, interrupt)
                 finite = False
                 if batch is not None:
@@ -93,9 +100,10 @@ def run(trainer: Trainer, feed: Feed, store: Store | None, metrics: Metrics, sta
                     values = {k: np.asarray(v).item() for k, v in out.items() if k not in ("bad_rows", "finite")}
                     rate = np.asarray(trainer.rate(step - 1)).item()
                     metrics.write(step, learning_rate=rate, **batch.figures, **values)
-                    bar.advance(
-                        note=" ".join(f"{k} {v:.3g}" for k, v in {"loss": values["loss"], **batch.figures}.items())
-                    )
+                    seconds, ended = time.monotonic() - ended, time.monotonic()
+                    note = " ".join(f"{k} {v:.3g}" for k, v in {"loss": values["loss"], **batch.figures}.items())
+                    speed = f", {values['tokens'] / max(seconds, 1e-9):,.0f} tokens/s" if "tokens" in values else ""
+                    bar.advance(note=f"{note}, {seconds:.3g} s/update{speed}")
                     finite = bool(out["finite"])
                     if not finite:
                         _skipped(trainer, batch, np.asarray(out["bad_rows"]), int(state.skipped), step, stage)
