@@ -34,9 +34,14 @@ def sampler(stand_in, sampling=None, never=(), scored=False, stops=None, **more)
     return server.Server(cfg, found, stand_in.tokenizer, stops, 7, never, scored)
 
 
+def samples(one, requests):
+    """All samples, which keep the protocol, as they arrive."""
+    return (s for s in checked(one, requests) if s is not None)
+
+
 def drawn(one, requests):
-    """{(name, index): token ids} of all samples, and that they keep the protocol."""
-    return {(s.name, s.sample): s.tokens.tolist() for s in checked(one, requests)}
+    """{(name, index): token ids} of all samples."""
+    return {(s.name, s.sample): s.tokens.tolist() for s in samples(one, requests)}
 
 
 def expected(stand_in, requests, seed=7):
@@ -111,6 +116,17 @@ def test_text_where_a_server_takes_no_ids(requests, capsys):
             sampler(stand_in, {"top_k": 3}, prompts="text")
         with pytest.raises(UserError, match="odd: its prompt is not the same token ids again once it is text"):
             list(one.run([Request("odd", ((41, 54),), (0,), 8)]))  # "rev" and " ", where "rev " is a token
+
+
+@pytest.mark.parametrize("counts", [True, False])
+def test_a_text_that_is_divided_otherwise(counts):
+    """12 tokens are drawn, "rev" and " " in turn, and 6 come of their text: "rev "."""
+    with StandIn(sends_ids=False) as stand_in:
+        stand_in.reply = lambda tokenizer, body: [41, 54] * 6
+        whole = stand_in.completion
+        stand_in.completion = lambda body: {**whole(body), **({} if counts else {"usage": None})}
+        (s,) = samples(sampler(stand_in), [Request("a", (PROMPTS[0],), (0,), 12)])
+        assert s.tokens.tolist() == [38] * 6 and s.finish == "length"
 
 
 # What passes: the fault, and the least that the pauses take in all.
@@ -207,8 +223,8 @@ def test_after_an_error_open_requests_end_and_no_other_begins(requests):
         stand_in.faults = {1: 400}
         found = {}
         with pytest.raises(UserError, match="it answered 400"):
-            for s in sampler(stand_in).run(requests):
-                found.update({} if s is None else {(s.name, s.sample): s.tokens.tolist()})
+            for s in samples(sampler(stand_in), requests):
+                found[s.name, s.sample] = s.tokens.tolist()
         assert len(stand_in.bodies) == 3 and len(found) == 2
         assert found.items() <= expected(stand_in, requests).items()
 
@@ -246,18 +262,18 @@ def test_log_probabilities(sends_ids, requests):
     """They are asked for where they are what tokens are drawn with; ids may stand in place of the tokens."""
     with StandIn(sends_ids=sends_ids) as stand_in:
         one = sampler(stand_in, {"temperature": 1.0, "top_p": 1.0}, scored=True)
-        samples = list(one.run(requests))
-        assert {(s.name, s.sample): s.tokens.tolist() for s in samples} == expected(stand_in, requests)
-        for s in samples:
+        found = list(samples(one, requests))
+        assert {(s.name, s.sample): s.tokens.tolist() for s in found} == expected(stand_in, requests)
+        for s in found:
             assert isinstance(s, ScoredSample)
             np.testing.assert_allclose(s.logq, -0.5 - s.tokens / 64, atol=1e-4)
         assert all(body["logprobs"] == 1 for body in stand_in.bodies) and one.figures()["retokenised"] == 0
         other = sampler(stand_in, {"temperature": 0.5}, scored=True)
-        assert not any(isinstance(s, ScoredSample) for s in other.run(requests))
+        assert not any(isinstance(s, ScoredSample) for s in samples(other, requests))
         assert not any("logprobs" in body for body in stand_in.bodies[5:])
         stand_in.scores = False
         one = sampler(stand_in, {"temperature": 1.0, "top_p": 1.0}, scored=True)
-        assert not any(isinstance(s, ScoredSample) for s in one.run(requests))
+        assert not any(isinstance(s, ScoredSample) for s in samples(one, requests))
 
 
 def test_a_stop_token_that_is_not_sent_is_added(requests):

@@ -363,19 +363,19 @@ class Server:
         if choice.finish_reason == "stop" and (not ids or ids[-1] not in self.stops):
             ids = [*ids, self._stop(choice)]
         kept = ids[:-1] if ids and ids[-1] in self.stops else ids
-        count = usage.completion_tokens if usage.completion_tokens is not None else len(ids)
+        count = usage.completion_tokens  # as the server counts; None where nobody knows
         if given is not None:
-            if count not in (len(ids), len(kept)):
+            if count not in (None, len(ids), len(kept)):
                 raise ValueError(f"it sent {len(ids)} token ids, and counts {count}")
+            if any(token in self.never for token in ids):
+                raise ValueError("it drew a token of sampling.suppress: does it know logit_bias?")
             count = len(ids)
-        if count > job.limit:
+        if count is not None and count > job.limit:
             raise ValueError(f"it drew {count} tokens, and {job.limit} were asked for")
-        if choice.finish_reason == "length" and count < job.limit and kept == ids:
+        if choice.finish_reason == "length" and count is not None and count < job.limit and kept == ids:
             raise ValueError(
                 f"its response was cut after {count} of {job.limit} tokens: want a server with a longer context"
             )
-        if any(token in self.never for token in ids):
-            raise ValueError("it drew a token of sampling.suppress: does it know logit_bias?")
         self._compare_text(choice.text, ids, kept)
         if given is None:
             self._note_retokenised()
