@@ -96,7 +96,7 @@ def load(
     session = open_session(config)
     if adapter is None:
         return Model(session)
-    peft.refuse_other_base(adapter, config.model.path)
+    peft.refuse_other_base(adapter, config.model.path, config.model.quantize)
     lora, shape = peft.load(adapter, session.model, session.mesh)
     config = config.model_copy(update={"train": config.train.model_copy(update={"lora": shape})})
     return Model(dataclasses.replace(session, config=config), lora, "adapter")

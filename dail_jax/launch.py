@@ -43,6 +43,7 @@ STAGES = {
     "select": "the rows that the untrained model never solves -> RUN_DIR/selected.jsonl",
     "sweep": "`run` for every combination of the values given by --over, as arms",
     "calibrate": "traces at several tau: right ones, acceptance, artefacts -> RUN_DIR/calibration.md and plots",
+    "quantization": "what int8 weights change: log-probabilities of expert solutions -> RUN_DIR/quantization.json",
     "config": "the resolved configuration; with --explain KEY, what a key or a section is",
     "env": "versions, devices and mesh: what a bug report needs",
 }
@@ -51,7 +52,7 @@ STAGES = {
 SHOWING = ("report", "compare", "waypoints", "prompts", "grade", "env")
 
 # Arguments of single stages, which are passed on to them by name.
-OWN_ARGUMENTS = ("drawn", "row", "over", "tau", "runs", "out", "explain", "markdown")
+OWN_ARGUMENTS = ("drawn", "row", "over", "tau", "rows", "runs", "out", "explain", "markdown")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -85,6 +86,10 @@ def parser() -> argparse.ArgumentParser:
             )
         if name == "grade":
             sub.add_argument("--import", dest="drawn", metavar="FILE", help="samples that were drawn offline, ungraded")
+        if name == "quantization":
+            sub.add_argument(
+                "--rows", metavar="N", type=int, default=32, help="solutions to read (default: %(default)s)"
+            )
         if name == "sweep":
             sub.add_argument("--over", metavar="KEY=A,B,C", action="append", required=True, help="a key and its values")
         if name == "calibrate":

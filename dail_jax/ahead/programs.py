@@ -115,15 +115,14 @@ def train_programs(config: config_lib.Config, model: ModelConfig, mesh: Mesh) ->
         return []
     rows, (prompt, response) = cfg.batch_size // cfg.accumulate, lengths(config)
     mesh_lib.check_rows(mesh, rows)
-    dtype = jnp.dtype(config.model.dtype)
-    params = weights.abstract(model, dtype, mesh)
+    params = base(config, model, mesh)
     cached = method.caches(cfg)
     share = rows * cfg.accumulate / mesh.size
     useful = share * useful_flops(model, cfg, prompt, response, cached)
     shape = f"{prompt} + {response} tokens"
 
     def loss() -> jax.stages.Lowered:
-        return lower_loss(cfg, model, dtype, mesh, rows, response)
+        return lower_loss(config, model, mesh, rows, response)
 
     def step() -> jax.stages.Lowered:
         return lower_step(config, model, mesh, params, cfg.accumulate, prompt, response, cached)
@@ -143,6 +142,11 @@ def train_programs(config: config_lib.Config, model: ModelConfig, mesh: Mesh) ->
     return out
 
 
+def base(config: config_lib.Config, model: ModelConfig, mesh: Mesh) -> weights.Params:
+    """Abstract weights, exact or quantised as configured."""
+    return weights.abstract(model, jnp.dtype(config.model.dtype), mesh, config.model.quantize)
+
+
 def held(params: weights.Params) -> float:
     """Bytes a device of abstract weights."""
     return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(params))
@@ -158,11 +162,11 @@ def host_array(mesh: Mesh, shape: tuple[int, ...] = (), dtype=jnp.int32) -> jax.
 
 
 def lower_loss(
-    cfg: config_lib.Train, model: ModelConfig, dtype, mesh: Mesh, rows: int, response: int
+    config: config_lib.Config, model: ModelConfig, mesh: Mesh, rows: int, response: int
 ) -> jax.stages.Lowered:
     """The loss and its gradient alone, from final hidden states."""
-    method = methods.find(cfg)
-    states = mesh_array(mesh, "bt_", (rows, response, model.D), dtype)
+    cfg, method = config.train, methods.find(config.train)
+    states = mesh_array(mesh, "bt_", (rows, response, model.D), jnp.dtype(config.model.dtype))
     frozen = dict.fromkeys(method.roles, states)
     tokens = {name: mesh_array(mesh, "bt", (rows, response), kind) for name, kind in method.tokens.items()}
 
@@ -174,7 +178,7 @@ def lower_loss(
         )(hidden)
 
     mask = mesh_array(mesh, "bt", (rows, response), jnp.bool_)
-    unembed = transformer.unembedding(weights.abstract(model, dtype, mesh))
+    unembed = transformer.unembedding(base(config, model, mesh))
     out = (jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec()), mesh_lib.sharding(mesh, "b"))
     options = mesh_lib.compiler_options(mesh)
     return lower(mesh, jax.jit(run, out_shardings=out, compiler_options=options), states, frozen, tokens, mask, unembed)
@@ -243,7 +247,7 @@ def cost_of_step(config, model: ModelConfig, mesh: Mesh, prompt: int, response: 
     Experts count as a dense layer as wide as those that a token picks: the compiler counts all of them, or one round.
     """
     cfg = config.train
-    rows, dtype = cfg.batch_size // cfg.accumulate, jnp.dtype(config.model.dtype)
+    rows = cfg.batch_size // cfg.accumulate
 
     def of(layers: tuple[Layer, ...]) -> Cost:
         short = dataclasses.replace(model, layers=layers)
@@ -253,7 +257,7 @@ def cost_of_step(config, model: ModelConfig, mesh: Mesh, prompt: int, response: 
         targets = tuple(name for name in cfg.lora.targets if name in lora_lib.adaptable(short))
         train = cfg.model_copy(update={"lora": cfg.lora.model_copy(update={"targets": targets})})
         some = config.model_copy(update={"train": train})
-        lowered = lower_step(some, short, mesh, unstacked(short, dtype, mesh), 1, prompt, response, cached)
+        lowered = lower_step(some, short, mesh, unstacked(some, short, mesh), 1, prompt, response, cached)
         return cost_of(lowered.compile())
 
     found = {kind: (of((kind,)), of((kind,) * 3)) for kind in dict.fromkeys(model.layers)}
@@ -261,7 +265,7 @@ def cost_of_step(config, model: ModelConfig, mesh: Mesh, prompt: int, response: 
     first = model.layers[0]
     one = sum((layer[kind] for kind in model.layers), start=found[first][0] + layer[first] * -1)
     width = max(1, min(response, cfg.chunk // rows))
-    chunk = cost_of(lower_loss(cfg, model, dtype, mesh, rows, width).compile())
+    chunk = cost_of(lower_loss(config, model, mesh, rows, width).compile())
     references = 0 if cached else len(methods.find(cfg).roles)
     passes = KERNEL_PASSES["forward"] * (1 + references + (cfg.remat != "none")) + KERNEL_PASSES["backward"]
     kernels = passes * sum(mixing(layer, model, prompt + response) for layer in model.layers) * rows / mesh.size
@@ -276,20 +280,25 @@ def cost_of_step(config, model: ModelConfig, mesh: Mesh, prompt: int, response: 
 # ---------------------------------------------------------------------------------------------------
 
 
-def unstacked(model: ModelConfig, dtype, mesh: Mesh) -> weights.Params:
+def unstacked(config: config_lib.Config, model: ModelConfig, mesh: Mesh) -> weights.Params:
     """Abstract weights with one array per layer."""
-    table, params = weights.declare(model), weights.abstract(model, dtype, mesh)
-    one = {name: mesh_array(mesh, table[name].axes, x.shape[1:], dtype) for name, x in params["layers"].items()}
-    layers = [{name: x for name, x in one.items() if i in table[name].layers(model)} for i in range(model.L)]
+
+    def one(x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        where = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*x.sharding.spec[1:]))
+        return jax.ShapeDtypeStruct(x.shape[1:], x.dtype, sharding=where)
+
+    params = base(config, model, mesh)
+    layers = jax.tree.map(one, params["layers"])
+    table = weights.declare(model)
+    layers = [{name: x for name, x in layers.items() if i in table[name].layers(model)} for i in range(model.L)]
     return {**params, "layers": layers}
 
 
 def sampler_programs(config: config_lib.Config, model: ModelConfig, mesh: Mesh) -> list[Program]:
     """Prefill and decoding of the rollouts (of `generate` and of online training) and of the evaluation."""
     dtype, out, train, method = jnp.dtype(config.model.dtype), [], config.train, methods.of(config)
-    params, stacked = unstacked(model, dtype, mesh), held(weights.abstract(model, dtype, mesh))
-    embed = params["embed"]  # looked up, not read, unless it is the unembedding too
-    table = 0 if model.tied else math.prod(embed.sharding.shard_shape(embed.shape)) * dtype.itemsize
+    params, stacked = unstacked(config, model, mesh), held(base(config, model, mesh))
+    table = 0 if model.tied else held(params["embed"])  # looked up, not read, unless it is the unembedding too
     lora = lora_lib.abstract(model, train.lora, mesh) if method.trains else None
     counted = model.experts is None
     jobs = []  # name, settings, samples per prompt, longest prompt, roles, LoRA

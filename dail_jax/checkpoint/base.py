@@ -28,25 +28,57 @@ PARAMS = "params"
 MANIFEST = "params.sha256.json"
 
 
-def load(folder: Path, mesh: jax.sharding.Mesh, dtype: str) -> tuple[weights.Params, ModelConfig]:
-    """The model in a Hugging Face folder or in one that `convert` made; raises UserError if it is damaged."""
+def load(
+    folder: Path, mesh: jax.sharding.Mesh, dtype: str, quantize: str | None = None
+) -> tuple[weights.Params, ModelConfig]:
+    """The model in a Hugging Face folder or in one that `convert` made.
+
+    Raises UserError if it is damaged, or was converted to other weights than `quantize` asks for.
+    """
     if not (folder / PARAMS).is_dir():
-        return hf.load(folder, mesh, dtype)
+        return hf.load(folder, mesh, dtype, quantize)
     cfg = read_config(folder)
     mesh_lib.from_first(lambda: verify(folder))
-    target = weights.abstract(cfg, jnp.dtype(dtype), mesh)
+    _refuse_other_form(folder, quantize)
+    target = weights.abstract(cfg, jnp.dtype(dtype), mesh, quantize)
     with ocp.StandardCheckpointer() as checkpointer:
         return checkpointer.restore((folder / PARAMS).absolute(), target), cfg
 
 
-def check(folder: Path, cfg: ModelConfig) -> None:
-    """Raises UserError where the weights of a model's folder are missing or of another shape; reads none of them."""
+def check(folder: Path, cfg: ModelConfig, quantize: str | None = None) -> None:
+    """Raises UserError where the weights of a model's folder are missing or of another form; reads none of them."""
     if (folder / PARAMS).is_dir():
         missing = next((name for name in _listed(folder) if not (folder / PARAMS / name).is_file()), None)
         if missing is not None:
             raise UserError(f"missing, but listed in {MANIFEST}", file=folder / PARAMS / missing)
+        _refuse_other_form(folder, quantize)
     else:
         hf.check(folder, cfg)
+
+
+def converted_to(folder: Path) -> str | None:
+    """`int8` if the model in a folder was converted to that; None for exact weights. Raises UserError if it is damaged."""
+    if not (folder / PARAMS).is_dir():
+        return None
+    try:
+        with ocp.StandardCheckpointer() as checkpointer:
+            tree: Any = checkpointer.metadata((folder / PARAMS).absolute()).item_metadata
+        return "int8" if isinstance(tree["embed"], dict) else None
+    except Exception as error:  # whatever Orbax says about a description that is damaged
+        raise UserError(
+            f"damaged: convert the model again ({str(error).splitlines()[0]:.80})", file=folder / PARAMS
+        ) from None
+
+
+def _refuse_other_form(folder: Path, quantize: str | None) -> None:
+    """Raises UserError if converted weights are in int8 and exact ones are wanted, or the other way round."""
+    found = converted_to(folder)
+    if found != quantize:
+        raise UserError(
+            f"holds {found or 'exact'} weights, and model.quantize asks for {quantize or 'exact'} ones: set it to "
+            f"{found or 'null'}, or convert the original model again",
+            file=folder,
+        )
 
 
 def _listed(folder: Path) -> dict[str, str]:

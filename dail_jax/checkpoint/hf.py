@@ -21,6 +21,7 @@ import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
@@ -28,8 +29,9 @@ from dail_jax import mesh as mesh_lib
 from dail_jax import strict_json
 from dail_jax.errors import UserError, want_folder, writing
 from dail_jax.metrics import progress
-from dail_jax.model import weights
+from dail_jax.model import int8, weights
 from dail_jax.model.families import LIMITS, ModelConfig, read_config, text_only
+from dail_jax.model.int8 import Matrix
 from dail_jax.provenance import Checksums, digest, sha256
 from dail_jax.rundir import sync_folder
 
@@ -40,31 +42,39 @@ DTYPES = {"F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
 SHARD_BYTES = 4 << 30
 
 
-def load(folder: str | Path, mesh: jax.sharding.Mesh, dtype: str) -> tuple[weights.Params, ModelConfig]:
+def load(
+    folder: str | Path, mesh: jax.sharding.Mesh, dtype: str, quantize: str | None = None
+) -> tuple[weights.Params, ModelConfig]:
     """The model in a folder, sharded over the mesh. Takes host memory for the largest single weight of one layer.
 
     Raises UserError for weights that are missing, unexpected, of another shape, not finite, damaged or not supported.
     """
     folder, cfg = Path(folder), read_config(folder)
     mesh_lib.from_first(lambda: verify_manifest(folder))
-    layout, places = weights.shardings(cfg, mesh), weights.places(cfg)
+    layout, shapes = weights.shardings(cfg, mesh, quantize), weights.abstract(cfg, dtype, quantize=quantize)
+    places = weights.places(cfg)
     count = sum(len(weight.names(cfg)) for weight in weights.declare(cfg).values())
     with Tensors(folder) as source, progress("loading weights", count, "tensors") as bar:
         _check_names(source, cfg)
 
-        def leaf(name: str, weight: weights.Weight) -> jax.Array:
-            where = (layout["layers"] if weight.layered else layout)[name]
+        def leaf(name: str, weight: weights.Weight) -> Matrix:
+            where, form = ((tree["layers"] if weight.layered else tree)[name] for tree in (layout, shapes))
             names, parts, (shape, rows) = weight.names(cfg), weight.parts(cfg), places[name]
 
-            def read(row: int, where: jax.sharding.Sharding) -> jax.Array:
+            def read(row: int, where: Any) -> Matrix:
                 found = [source.read(tensor, shape, rows) for tensor in names[row * parts : (row + 1) * parts]]
                 bar.advance(parts)
-                return _place(np.stack(found) if weight.each else found[0], weight, cfg, dtype, where)
+                x = weight.from_torch(np.stack(found) if weight.each else found[0], cfg)
+                if not (quantize and weight.channels):
+                    return put(x.astype(dtype), where)
+                channels = [weight.axes.index(axis) for axis in weight.channels]
+                return jax.tree.map(put, int8.quantize(x, channels, dtype), where)
 
             if not weight.layered:
                 return read(0, where)
-            one_layer = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*where.spec[1:]))
-            stack = jax.jit(lambda: jnp.zeros(weights.full_shape(weight, cfg), dtype), out_shardings=where)()
+            one_layer = jax.tree.map(lambda w: NamedSharding(mesh, PartitionSpec(*w.spec[1:])), where)
+            empty = lambda: jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), form)  # noqa: E731
+            stack = jax.jit(empty, out_shardings=where)()
             for row in range(len(names) // parts):
                 stack = _insert(stack, read(row, one_layer), row)
             return stack
@@ -373,18 +383,16 @@ def _check_names(source: Tensors, cfg: ModelConfig) -> None:
             raise UserError(f"{problem} tensors: {', '.join(names[:3])}{more}", file=source.folder)
 
 
-def _place(x: np.ndarray, weight: weights.Weight, cfg: ModelConfig, dtype, where) -> jax.Array:
-    return put(np.ascontiguousarray(weight.from_torch(x, cfg).astype(dtype)), where)
-
-
 def put(x: np.ndarray, where: jax.sharding.Sharding) -> jax.Array:
     """An array that every process holds in full, as a global array with this sharding."""
+    x = np.ascontiguousarray(x)
     return jax.make_array_from_callback(x.shape, where, lambda index: x[index])
 
 
 @functools.partial(jax.jit, donate_argnums=0)
-def _insert(stack: jax.Array, x: jax.Array, index: int) -> jax.Array:
-    return jax.lax.dynamic_update_index_in_dim(stack, x, index, 0)
+def _insert(stack: Matrix, x: Matrix, index: int) -> Matrix:
+    """A stack of layers with one of them replaced."""
+    return jax.tree.map(lambda stack, x: jax.lax.dynamic_update_index_in_dim(stack, x, index, 0), stack, x)
 
 
 def _shards(params: weights.Params, cfg: ModelConfig) -> Iterator[dict[str, Any]]:

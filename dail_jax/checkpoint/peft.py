@@ -20,7 +20,7 @@ from safetensors.numpy import save_file
 from dail_jax import config as config_lib
 from dail_jax import mesh as mesh_lib
 from dail_jax import strict_json
-from dail_jax.checkpoint.hf import Tensors, new_folder, put, verify_manifest, write_manifest
+from dail_jax.checkpoint.hf import PROVENANCE, Tensors, new_folder, put, verify_manifest, write_manifest
 from dail_jax.errors import UserError
 from dail_jax.mesh import is_first
 from dail_jax.model.families import ModelConfig
@@ -232,13 +232,27 @@ def read_description(folder: Path) -> dict[str, Any]:
     return tree
 
 
-def refuse_other_base(folder: str | Path, model: str | Path) -> None:
+def refuse_other_base(folder: str | Path, model: str | Path, quantize: str | None = None) -> None:
     """Raises UserError if an adapter names another base model than the one in the folder `model`.
+
+    Likewise if its provenance says that it was trained on int8 weights and `quantize` asks for exact ones, or the other
+    way round.
 
     An adapter knows its base by name alone: the last part of the two paths, or of the path and the name on the hub, must
     agree. A folder that `convert` made may have any name, so there the two config.json must be equal instead.
     """
-    name, model = read_description(Path(folder)).get("base_model_name_or_path"), Path(model)
+    folder, model = Path(folder), Path(model)
+    try:
+        trained_on = json.loads((folder / PROVENANCE).read_text())["settings"]["model"].get("quantize")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):  # it was not made here
+        trained_on = quantize
+    if trained_on != quantize:
+        raise UserError(
+            f"was trained on {trained_on or 'exact'} weights, and these are {quantize or 'exact'}: set model.quantize to "
+            f"{trained_on or 'null'}",
+            file=folder,
+        )
+    name = read_description(folder).get("base_model_name_or_path")
     if name is None:
         return
     base = Path(name)
@@ -254,7 +268,7 @@ def refuse_other_base(folder: str | Path, model: str | Path) -> None:
             return
     raise UserError(
         f"got an adapter of {name!r:.200}, but the model is {str(model)!r}: where they are the same, make this null",
-        file=Path(folder) / "adapter_config.json",
+        file=folder / "adapter_config.json",
         field="base_model_name_or_path",
     )
 

@@ -5,6 +5,9 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
+from dail_jax.model import int8
+from dail_jax.model.int8 import Int8, Matrix
+
 Angles = tuple[jax.Array, jax.Array]  # cos and sin [B,T,1,H/2], float32; fewer where a part of each head is rotated
 
 
@@ -20,8 +23,10 @@ def linear(x: jax.Array, weights: dict, name: str, pair: tuple[dict, float] | No
     return y
 
 
-def times(x: jax.Array, w: jax.Array) -> jax.Array:
+def times(x: jax.Array, w: Matrix) -> jax.Array:
     """x [B,T,*inputs] times w [*inputs,*outputs]. Inputs are flattened first: with two axes XLA may transpose w."""
+    if isinstance(w, Int8):
+        return int8.times(x, w)
     return jnp.tensordot(x.reshape(*x.shape[:2], -1), w.reshape(-1, *w.shape[x.ndim - 2 :]), 1)
 
 

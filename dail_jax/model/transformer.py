@@ -18,9 +18,10 @@ from flax import struct
 
 from dail_jax import mesh as mesh_lib
 from dail_jax.mesh import constrain
-from dail_jax.model import attention, deltanet
+from dail_jax.model import attention, deltanet, int8
 from dail_jax.model.blocks import Bound, block
 from dail_jax.model.families import Layer, ModelConfig, Rope
+from dail_jax.model.int8 import Int8, Matrix
 from dail_jax.model.layers import Angles, rms_norm
 from dail_jax.model.lora import Lora
 from dail_jax.model.weights import Params, declare, of_layer
@@ -350,7 +351,7 @@ def decode_step(
     return hidden, Recent(tuple(k for k, _ in kept), tuple(v for _, v in kept), held)
 
 
-def unembedding(params: Params) -> jax.Array:
+def unembedding(params: Params) -> Matrix:
     """The matrix [V, D] that projects to logits: the embedding itself where the two are tied."""
     return params.get("unembed", params["embed"])
 
@@ -358,7 +359,7 @@ def unembedding(params: Params) -> jax.Array:
 @jax.named_scope("unembed")
 def unembed(params: Params, hidden: jax.Array) -> jax.Array:
     """Float32 logits [..., V] of hidden states [..., D]."""
-    return jnp.einsum("...d,vd->...v", hidden, unembedding(params), preferred_element_type=jnp.float32)
+    return int8.logits(hidden, unembedding(params))
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -369,10 +370,19 @@ def _embed(params: Params, tokens: jax.Array, cfg: ModelConfig) -> jax.Array:
 
     Each device looks up its share of D for all rows, so that devices exchange rows rather than the table.
     """
-    x = constrain(params["embed"], "vd").at[constrain(tokens, "xt")].get(mode="clip")
+
+    def rows(table: jax.Array, axes: str) -> jax.Array:
+        x = constrain(table, axes).at[constrain(tokens, "xt")].get(mode="clip")
+        return constrain(constrain(x, "xt" + axes[1:]), "bt" + "_" * (x.ndim - 2))
+
+    embed = params["embed"]
+    if isinstance(embed, Int8):
+        x = rows(embed.values, "vd").astype(embed.scale.dtype) * rows(embed.scale, "v")[..., None]
+    else:
+        x = rows(embed, "vd")
     if cfg.embedding_scale is not None:
         x = x * jnp.asarray(cfg.embedding_scale, x.dtype)  # rounded like this where the model was trained
-    return constrain(constrain(x, "xtd"), "bt_")
+    return x
 
 
 def _each_layer(params: Params, cfg: ModelConfig, lora: Lora | None) -> Iterator[tuple[Layer, dict, tuple | None]]:

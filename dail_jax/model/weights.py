@@ -4,6 +4,7 @@
 `dail_jax.mesh`); parentheses mark a flattened group: q is `dnh` here and `(nh)d` there. Weights with `{l}` in their
 Hugging Face name exist once per layer and are stacked on a leading L axis. Those of one kind of part (`of`) exist in the
 layers that have this part, and are stacked over these alone. Weights of one Hugging Face name share a tensor (`tensors`).
+Matrices may be held in int8 (`model.int8`).
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import numpy as np
 from dail_jax import mesh as mesh_lib
 from dail_jax.errors import UserError
 from dail_jax.model.families import ModelConfig
+from dail_jax.model.int8 import Int8
 
 # {"embed", "unembed"?, "norm", "layers": {name: [L, ...]} or a list of L {name: [...]}}; a leaf may be a pytree of arrays
 Params = dict[str, Any]
@@ -35,6 +37,12 @@ class Weight:
     of: str = ""  # the mixer or MLP that it belongs to, by its name in `Layer`; empty: to every layer
     each: bool = False  # Hugging Face has a tensor for every index of its first axis
     beside: str = ""  # what lies side by side in Hugging Face's first axis, where ours puts it together by head
+    rows: str = ""  # the axis of a table's rows, where it is one
+
+    @property
+    def channels(self) -> str:
+        """The axes that its int8 form has a scale for each index of; "" for what stays as it is, such as a norm."""
+        return self.axes[self.inputs :] if self.inputs else self.rows
 
     @property
     def layered(self) -> bool:
@@ -142,7 +150,7 @@ def declare(cfg: ModelConfig) -> dict[str, Weight]:
         for names in BLOCK_NORMS[cfg.norms]
     )
     table = {
-        "embed": Weight("vd", "model.embed_tokens.weight", "vd"),
+        "embed": Weight("vd", "model.embed_tokens.weight", "vd", rows="v"),
         **around_mixer,
         "q": Weight("dnh", f"{attention}{q}_proj.weight", "(nh)d", 1, of="attention"),
         "k": Weight("dkh", f"{attention}{k}_proj.weight", "(kh)d", 1, of="attention"),
@@ -182,7 +190,7 @@ def declare(cfg: ModelConfig) -> dict[str, Weight]:
     if cfg.output_gate:
         table["q"] = replace(table["q"], axes="dni", torch="(ni)d")
     if not cfg.tied:
-        table["unembed"] = Weight("vd", "lm_head.weight", "vd", place="u_")  # the layout that the loss needs
+        table["unembed"] = Weight("vd", "lm_head.weight", "vd", place="u_", rows="v")  # the layout that the loss needs
     return {name: weight for name, weight in table.items() if not weight.layered or weight.layers(cfg)}
 
 
@@ -217,25 +225,35 @@ def full_shape(weight: Weight, cfg: ModelConfig) -> tuple[int, ...]:
     return (len(weight.layers(cfg)), *weight.shape(cfg)) if weight.layered else weight.shape(cfg)
 
 
-def abstract(cfg: ModelConfig, dtype, mesh: jax.sharding.Mesh | None = None) -> Params:
+def abstract(cfg: ModelConfig, dtype, mesh: jax.sharding.Mesh | None = None, quantize: str | None = None) -> Params:
     """Shapes (and shardings) without data: for compiling ahead of time and for restoring."""
-    layout = shardings(cfg, mesh) if mesh is not None else tree(cfg, lambda name, weight: None)
 
     def leaf(name, weight):
-        where = (layout["layers"] if weight.layered else layout)[name]
-        return jax.ShapeDtypeStruct(full_shape(weight, cfg), dtype, sharding=where)
+        shape = full_shape(weight, cfg)
+        if not (quantize and weight.channels):
+            return jax.ShapeDtypeStruct(shape, dtype)
+        scale = shape[: weight.layered] + tuple(weight.size(axis, cfg) for axis in weight.channels)
+        return Int8(jax.ShapeDtypeStruct(shape, jnp.int8), jax.ShapeDtypeStruct(scale, dtype))  # pyright: ignore
 
-    return tree(cfg, leaf)
+    shapes = tree(cfg, leaf)
+    if mesh is None:
+        return shapes
+    place = lambda s, where: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=where)  # noqa: E731
+    return jax.tree.map(place, shapes, shardings(cfg, mesh, quantize))
 
 
-def shardings(cfg: ModelConfig, mesh: jax.sharding.Mesh) -> Params:
-    """The NamedSharding of every weight; raises UserError where an axis does not divide evenly."""
+def shardings(cfg: ModelConfig, mesh: jax.sharding.Mesh, quantize: str | None = None) -> Params:
+    """The NamedSharding of every weight, and of a scale where its channel lies.
+
+    Raises UserError where an axis does not divide evenly, and for experts in int8.
+    """
+    if quantize and cfg.experts is not None:
+        raise UserError(f"got {quantize}, want null: experts are not quantised yet", field="model.quantize")
 
     def leaf(name, weight):
         spread = weight.place and cfg.size(weight.axes[0]) % mesh_lib.axis_size(mesh, weight.place[0]) == 0
-        if spread:
-            return mesh_lib.sharding(mesh, weight.place)
-        for letter in weight.axes:
+        letters, layers = weight.place if spread else weight.axes, "l" * weight.layered
+        for letter in "" if spread else weight.axes:
             parts = mesh_lib.axis_size(mesh, letter)
             if weight.size(letter, cfg) % parts:
                 raise UserError(
@@ -243,7 +261,11 @@ def shardings(cfg: ModelConfig, mesh: jax.sharding.Mesh) -> Params:
                     f"want a multiple of the {parts} devices it is sharded over",
                     field="mesh",
                 )
-        return mesh_lib.sharding(mesh, ("l" if weight.layered else "") + weight.axes)
+        where = mesh_lib.sharding(mesh, layers + letters)
+        if not (quantize and weight.channels):
+            return where
+        channels = "".join(letters[weight.axes.index(axis)] for axis in weight.channels)
+        return Int8(where, mesh_lib.sharding(mesh, layers + channels))  # pyright: ignore
 
     return tree(cfg, leaf)
 

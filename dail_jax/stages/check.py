@@ -237,9 +237,11 @@ def devices(s: Subject) -> Iterator[Finding]:
         yield UserError(problem, field="devices")
     shape = " x ".join(f"{axis} {size}" for axis, size in s.mesh.shape.items())
     yield "devices", f"{s.mesh.size} x {s.mesh.devices.flat[0].device_kind}; mesh {shape}"
-    need = held(weights.abstract(s.model, jnp.dtype(s.config.model.dtype), s.mesh))
+    need = held(weights.abstract(s.model, jnp.dtype(s.config.model.dtype), s.mesh, _form(s)))
     limit = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
-    yield "weights", f"{_size(_weights(s))}; per device {_size(need)}{f' of {_size(limit)}' if limit else ''}"
+    held_in = _form(s) or s.config.model.dtype
+    limited = f" of {_size(limit)}" if limit else ""
+    yield "weights", f"{_size(_weights(s))} in {held_in}; per device {_size(need)}{limited}"
     if limit and need > limit:
         yield UserError(
             f"got {_size(need)} of weights per device, which has {_size(limit)}: spread them over more devices by "
@@ -269,7 +271,7 @@ def model(s: Subject) -> Iterator[Finding]:
     """Its files, by their headers."""
     yield "model", f"{s.config.model.path}: {s.model.family}, {weights.count(s.model):,} weights"
     if not s.server:
-        base.check(Path(s.config.model.path), s.model)
+        base.check(Path(s.config.model.path), s.model, s.config.model.quantize)
 
 
 def server(s: Subject) -> Iterator[Finding]:
@@ -393,12 +395,22 @@ def training(s: Subject) -> Iterator[Finding]:
     yield "training", what + (f"; {len(lengths) - fit} problems do not fit" if fit < len(lengths) else "")
 
 
+def merging(s: Subject) -> Iterator[Finding]:
+    """An adapter is merged into exact weights, whatever it was trained on."""
+    folder, cfg = Path(s.config.model.path), s.config
+    if cfg.export.merged and cfg.model.quantize and base.converted_to(folder) is not None:
+        yield UserError(
+            f"wants exact weights, and {folder} holds int8 ones: name the original model, or make this false",
+            field="export.merged",
+        )
+
+
 def adapter(s: Subject) -> Iterator[Finding]:
     """The adapter that is evaluated."""
     if s.config.evaluate.adapter:
         folder = Path(s.config.evaluate.adapter)
         found = peft.inspect(folder, s.model)
-        peft.refuse_other_base(folder, s.config.model.path)
+        peft.refuse_other_base(folder, s.config.model.path, s.config.model.quantize)
         yield "adapter", f"{folder}: rank {found.rank} on {', '.join(found.targets)}"
 
 
@@ -447,7 +459,7 @@ CHECKS: dict[str, tuple[Callable[[Subject], Iterator[Finding]], ...]] = {
     "convert": (*COMMON, *MODEL),
     "generate": (*COMMON, *MODEL, server, data, rollouts),
     "train": (*COMMON, *MODEL, data, traces, training),
-    "export": (*COMMON, *MODEL, hub),
+    "export": (*COMMON, *MODEL, merging, hub),
     "evaluate": (*COMMON, *MODEL, server, adapter, benchmarks),
 }
 
@@ -661,9 +673,15 @@ def _bytes_of(path: Path) -> int:
     return sum(file.stat().st_size for file in (path, *path.rglob("*")) if file.is_file())
 
 
+def _form(s: Subject) -> str | None:
+    """The form in which a step holds the weights: a merged model is made of exact ones."""
+    return None if s.stage == "export" and s.config.export.merged else s.config.model.quantize
+
+
 def _weights(s: Subject) -> int:
     """Bytes of all weights."""
-    return weights.count(s.model) * jnp.dtype(s.config.model.dtype).itemsize
+    shapes = weights.abstract(s.model, jnp.dtype(s.config.model.dtype), quantize=_form(s))
+    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(shapes))
 
 
 def _size(count: float) -> str:

@@ -27,7 +27,9 @@ def run(config: config_lib.Config) -> None:
             log(f"convert: already done, see {target}")
             return
         load_tokenizer(config.model.tokenizer or source)
-        params, cfg = hf.load(source, mesh, config.model.dtype)
+        params, cfg = hf.load(source, mesh, config.model.dtype, config.model.quantize)
         base.save(target, params, source, stage.made_of)
-    log(f"convert: {weights.count(cfg):,} weights of {cfg.family} in {config.model.dtype}, wrote {target}")
+    log(
+        f"convert: {weights.count(cfg):,} weights of {cfg.family} in {config.model.quantize or config.model.dtype}, wrote {target}"
+    )
     log(f"         use it with model.path={target}")

@@ -23,6 +23,7 @@ from dail_jax.errors import UserError
 from dail_jax.metrics import Metrics, log
 from dail_jax.model import lora as lora_lib
 from dail_jax.model.lora import Lora
+from dail_jax.provenance import select
 from dail_jax.rundir import RunDir
 from dail_jax.stages import card, evaluate, offline, recipes
 from dail_jax.stages.session import Session, open_session
@@ -58,9 +59,10 @@ def weights(config: config_lib.Config) -> None:
             log(f"export: wrote {adapter}")
             if config.export.merged and not mesh_lib.from_first(lambda: base.is_made_of(merged, stage.made_of)):
                 tree = json.loads((Path(config.model.path) / "config.json").read_text())
-                params = lora_lib.merge(session.params, lora, session.model)
+                params = lora_lib.merge(session.in_form(None).params, lora, session.model)
                 hf.save(merged, params, session.model, tree, config.model.tokenizer or config.model.path, stage.made_of)
-                log(f"export: wrote {merged}")
+                trained_on = " (trained on int8 weights, merged into exact ones)" if config.model.quantize else ""
+                log(f"export: wrote {merged}{trained_on}")
         if mesh_lib.is_first():
             card.write(config)
     if mesh_lib.is_first():
@@ -114,7 +116,11 @@ def requests(config: config_lib.Config) -> None:
 
 
 def write_adapter(session: Session, lora: Lora, folder: Path, made_of: dict[str, Any] | None = None) -> None:
-    """A new PEFT folder with a LoRA as `train.lora` describes it; raises UserError if the folder exists."""
+    """A new PEFT folder with a LoRA as `train.lora` describes it; raises UserError if the folder exists.
+
+    Without `made_of`, it says at least which form of the weights the LoRA was trained on.
+    """
+    made_of = made_of or {"settings": select(session.config, *recipes.form(session.config)), "inputs": {}}
     whole = process_allgather(lora, tiled=True) if jax.process_count() > 1 else jax.device_get(lora)
     base_name = card.base_model(session.config) or str(session.config.model.path)
     peft.save(folder, whole, session.model, session.config.train.lora, base_name, made_of)

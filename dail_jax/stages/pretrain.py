@@ -33,6 +33,8 @@ def run(config: config_lib.Config) -> None:
     cfg = config.pretrain
     if cfg is None:
         raise UserError("missing: `pretrain` wants rows and an architecture", field="pretrain")
+    if config.model.quantize is not None:
+        raise UserError(f"got {config.model.quantize}, want null: all weights are trained", field="model.quantize")
     if config.model.tokenizer is None:
         raise UserError("missing: pretraining wants a tokenizer folder", field="model.tokenizer")
     model = families.from_tree(cfg.architecture, "pretrain.architecture")

@@ -40,7 +40,7 @@ PATHS = (
     "evaluate.benchmarks.template",
     "pretrain.rows",
 )
-COMMON = ("seed", "model.dtype", "prompts.opening", "prompts.max_solution_tokens")
+COMMON = ("seed", "prompts.opening", "prompts.max_solution_tokens")
 PROMPT = ("generate.max_prompt_tokens",)  # decides which solutions are cut to fit
 SUMMARY = ("evaluate.ks", "evaluate.bootstrap")  # decide results.json alone
 SERVER = ("url", "concurrency", "timeout", "retries", "key_variable")  # decide nothing: the model's name does
@@ -58,14 +58,14 @@ def traces_path(config: config_lib.Config) -> Path:
 
 
 def convert(config: config_lib.Config) -> Recipe:
-    return Recipe("convert", select(config, "model.dtype"), _model(config), (base.Folder("model"),))
+    return Recipe("convert", select(config, *form(config)), _model(config), (base.Folder("model"),))
 
 
 def generate(config: config_lib.Config, rows: list[Row] | None = None) -> Recipe:
     served = isinstance(config.generate.sampler, config_lib.Server)
     # Without a server, the key is left out: records that were written before it came stay valid.
     free = [f"generate.sampler.{key}" for key in SERVER] if served else ["generate.sampler"]
-    settings = select(config, *COMMON, "data", "generate", without=(*PATHS, "generate.slots", *free))
+    settings = select(config, *form(config), *COMMON, "data", "generate", without=(*PATHS, "generate.slots", *free))
     settings["passes"] = "rationalised" if methods.find(config.train).rationalises else "one"
     filters = select(config, "filters")
     if methods.find(config.train).rationalises:  # the filters decide what the second pass draws
@@ -93,7 +93,9 @@ def train(config: config_lib.Config, rows: list[Row] | None = None) -> Recipe:
     own = reads_traces and not config.traces
     return Recipe(
         "train",
-        select(config, *COMMON, *PROMPT, "data", "waypoints", "filters", "train", without=(*PATHS, *free)),
+        select(
+            config, *form(config), *COMMON, *PROMPT, "data", "waypoints", "filters", "train", without=(*PATHS, *free)
+        ),
         {
             **_model(config),
             **_data(config, rows),
@@ -127,7 +129,7 @@ def evaluate(config: config_lib.Config, tables: Mapping[str, list[Row]] | None =
             inputs[f"evaluate.benchmarks.{one.name}.template"] = _template(one.template, role)
     return Recipe(
         "evaluate",
-        select(config, *COMMON, "train.objective", "evaluate", without=(*PATHS, *SUMMARY, *free)),
+        select(config, *form(config), *COMMON, "train.objective", "evaluate", without=(*PATHS, *SUMMARY, *free)),
         {**_model(config, served), **_templates(config, "student"), **inputs},
         outputs=(Samples(SAMPLES), File(RESULTS, derived=True)),
         partial=DRAWN,
@@ -141,7 +143,7 @@ def export(config: config_lib.Config) -> Recipe:
     wanted = ("adapter", "merged") if config.export.merged else ("adapter",)
     return Recipe(
         "export",
-        select(config, "model.dtype", "export.base_model"),
+        select(config, *form(config), "export.base_model"),
         _model(config),
         outputs=tuple(map(base.Folder, wanted)),
         after=(train(config),),
@@ -151,7 +153,7 @@ def export(config: config_lib.Config) -> Recipe:
 def pretrain(config: config_lib.Config) -> Recipe:
     cfg, target = config.pretrain, str(Path(config.model.path).absolute())
     assert cfg is not None
-    free = ("model.path", "model.title", "pretrain.log_every", "pretrain.save_every")
+    free = ("model.path", "model.title", "model.quantize", "pretrain.log_every", "pretrain.save_every")
     return Recipe(
         "pretrain",
         {**select(config, "seed", "model", "pretrain", without=(*PATHS, *free)), "writes": target},
@@ -189,6 +191,14 @@ def check_traces(config: config_lib.Config) -> None:
 # ---------------------------------------------------------------------------------------------------
 # Inputs
 # ---------------------------------------------------------------------------------------------------
+
+
+def form(config: config_lib.Config) -> tuple[str, ...]:
+    """The keys that decide which weights are computed with, of those in a folder.
+
+    Exact ones are not on record as such: what was recorded before there were others stays valid.
+    """
+    return ("model.dtype", "model.quantize") if config.model.quantize else ("model.dtype",)
 
 
 def _model(config: config_lib.Config, served: bool = False) -> dict[str, Input]:

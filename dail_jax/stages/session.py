@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,7 +34,12 @@ class Session:
     @property
     def params(self) -> weights.Params:
         """The frozen weights; loaded at first use, once per process."""
-        return _weights(self.config.model.path, self.config.model.dtype, self.mesh)
+        return _weights(*_form(self.config), self.mesh)
+
+    def in_form(self, quantize: str | None) -> Session:
+        """The same model with its weights in another form: `int8`, or None for exact ones."""
+        config = config_lib.with_overrides(self.config, {"model.quantize": quantize}, "model.quantize")
+        return dataclasses.replace(self, config=config)
 
     def sampler(
         self,
@@ -48,7 +54,7 @@ class Session:
     ) -> engine.Engine:
         """A sampler of this model; `sampling.suppress` names tokens that are never drawn."""
         return engine.Engine(
-            decoding_weights(self.config.model.path, self.config.model.dtype, self.mesh),
+            decoding_weights(*_form(self.config), self.mesh),
             self.model,
             self.mesh,
             self.stops,
@@ -118,15 +124,20 @@ def prompt_builder(config: config_lib.Config, tokenizer: Tokenizer) -> PromptBui
     return PromptBuilder(tokenizer, config.prompts, config.waypoints, policy, config.generate.max_prompt_tokens)
 
 
-@functools.lru_cache(maxsize=1)
-def _weights(folder: str, dtype: str, mesh: jax.sharding.Mesh) -> weights.Params:
-    return base.load(Path(folder), mesh, dtype)[0]
+def _form(config: config_lib.Config) -> tuple[str, str, str | None]:
+    """Which weights a configuration names, and in which form."""
+    return config.model.path, config.model.dtype, config.model.quantize
 
 
 @functools.lru_cache(maxsize=1)
-def decoding_weights(folder: str, dtype: str, mesh: jax.sharding.Mesh) -> weights.Params:
+def _weights(folder: str, dtype: str, quantize: str | None, mesh: jax.sharding.Mesh) -> weights.Params:
+    return base.load(Path(folder), mesh, dtype, quantize)[0]
+
+
+@functools.lru_cache(maxsize=1)
+def decoding_weights(folder: str, dtype: str, quantize: str | None, mesh: jax.sharding.Mesh) -> weights.Params:
     """The weights with one array per layer, for decoding."""
-    return jax.jit(weights.unstack, static_argnums=1)(_weights(folder, dtype, mesh), read_config(folder))
+    return jax.jit(weights.unstack, static_argnums=1)(_weights(folder, dtype, quantize, mesh), read_config(folder))
 
 
 def release_decoding() -> None:

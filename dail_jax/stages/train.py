@@ -217,7 +217,8 @@ def cache(
         size = f"{need / 2**30:.1f} GiB"
         log(f"train: references would take {size}, above train.references_gib; computing them in every step")
         return None
-    key = f"{session.config.model.dtype} {made_of}"
+    model = session.config.model
+    key = " ".join(filter(None, (model.dtype, model.quantize, made_of)))
     found = references.load(folder / "references", key, examples, d, dtype)
     if found is not None:
         return found

@@ -13,6 +13,8 @@ import jax
 import jax.numpy as jnp
 
 from dail_jax import mesh as mesh_lib
+from dail_jax.model import int8
+from dail_jax.model.int8 import Int8, Matrix
 from dail_jax.train.methods import BoundLoss
 
 Arrays = dict[str, jax.Array]
@@ -26,7 +28,7 @@ def summed(
     frozen: Arrays,
     tokens: Arrays,
     weights: jax.Array,
-    unembed: jax.Array,
+    unembed: Matrix,
 ) -> tuple[jax.Array, Arrays]:
     """(the weighted sum of the loss over tokens, the same sums of its parts), float32, differentiable in `hidden` alone.
 
@@ -57,15 +59,17 @@ def _over_chunks(loss, chunk, hidden, frozen, tokens, weights, unembed):
     b, t, _ = hidden.shape
     width = max(1, min(t, chunk // b))
     count = -(-t // width)
-    unembed = _constrain(unembed, "u_")
+    if isinstance(unembed, Int8):
+        unembed = Int8(_constrain(unembed.values, "u_"), _constrain(unembed.scale, "u"))
+    else:
+        unembed = _constrain(unembed, "u_")
 
     def split(x):  # [B,T,...] -> [count,B,width,...]
         x = jnp.pad(x, [(0, 0), (0, count * width - t)] + [(0, 0)] * (x.ndim - 2))
         return x.reshape(b, count, width, *x.shape[2:]).swapaxes(0, 1)
 
     def logits(states):
-        z = jnp.einsum("btd,vd->btv", _constrain(states, "x__"), unembed, preferred_element_type=jnp.float32)
-        return _constrain(z, "x_u")
+        return _constrain(int8.logits(_constrain(states, "x__"), unembed), "x_u")
 
     @jax.named_scope("loss_chunk")
     def one_chunk(hidden, frozen, tokens, weights):
@@ -79,9 +83,7 @@ def _over_chunks(loss, chunk, hidden, frozen, tokens, weights, unembed):
         value, pull_back, parts = jax.vjp(of_logits, logits(hidden), has_aux=True)
         live = weights > 0
         by_logits = jnp.where(live[..., None], pull_back(weights)[0], 0)
-        gradient = jnp.einsum(
-            "btv,vd->btd", by_logits.astype(unembed.dtype), unembed, preferred_element_type=jnp.float32
-        )
+        gradient = int8.by_states(by_logits, unembed)
         sums = {name: jnp.where(live, x * weights, 0).sum() for name, x in {"loss": value, **parts}.items()}
         return sums, gradient.astype(hidden.dtype)
 
@@ -97,12 +99,12 @@ def _over_chunks(loss, chunk, hidden, frozen, tokens, weights, unembed):
     return (sums.pop("loss"), sums), gradient
 
 
-def cross_entropy(hidden: jax.Array, targets: jax.Array, mask: jax.Array, unembed: jax.Array) -> jax.Array:
+def cross_entropy(hidden: jax.Array, targets: jax.Array, mask: jax.Array, unembed: Matrix) -> jax.Array:
     """The sum of -log p(target) over unmasked tokens, differentiable in `hidden` and `unembed` alike, for pretraining.
 
     hidden [B,T,D], targets and mask [B,T], unembed [V,D].
     """
-    z = jnp.einsum("btd,vd->btv", hidden, unembed, preferred_element_type=jnp.float32)
+    z = int8.logits(hidden, unembed)
     nll = -jnp.take_along_axis(jax.nn.log_softmax(z, axis=-1), targets[..., None], -1)[..., 0]
     return jnp.where(mask, nll, 0).sum()
 
