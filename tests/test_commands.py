@@ -166,7 +166,7 @@ def test_calibrate_measures_traces_by_tau(tmp_path, one, capsys):
     assert "student's tokens %" in squeeze(capsys.readouterr().out)
 
 
-COMMAND = re.compile(r"^#   python -m dail_jax\.launch (\w+) ((?:.*\\\n#)*.*)$", re.MULTILINE)
+COMMAND = re.compile(r"^#   dail (\w+) ((?:.*\\\n#)*.*)$", re.MULTILINE)
 
 
 @pytest.mark.parametrize("path", sorted((tiny.ROOT / "configs" / "paper").glob("*.yaml")), ids=lambda p: p.stem)

@@ -24,7 +24,7 @@ TRAINING = "data"  # the key of the problems that are trained on; others have th
 class ProblemSet:
     """The rows of one dataset that the page shows, by problem_id. `missing` says why there are none."""
 
-    count: int | None = None  # rows in all
+    count: int | None = None  # of expert solutions, in all rows
     missing: str = ""
     rows: dict[str, dict[str, Any]] = field(default_factory=dict)
 
@@ -45,7 +45,7 @@ class Problems:
                 row["set"] = self._add(owner if trace.owner is None else trace.owner, TRAINING, row["problem_id"])
 
     def solutions(self, run: int) -> int | None:
-        """How many problems with solutions a run was given; None if that is not known."""
+        """How many expert solutions a run was given; None if that is not known."""
         return self.sets[self._index(run, TRAINING)[0]].count
 
     def _add(self, run: int, name: str, problem_id: str) -> int:
@@ -69,7 +69,7 @@ class Problems:
                 rows = _read(tree, name)
                 _refuse_others(rows, manifest, name)
                 self._found[key][1].update((clip(row.problem_id, MAX_ANSWER), row) for row in rows)
-                self.sets[-1].count = len(rows)
+                self.sets[-1].count = sum(len(row.views) for row in rows)
             except (UserError, OSError) as error:
                 self.sets[-1].missing = clip(str(error), MAX_ANSWER)
         return self._found[key]

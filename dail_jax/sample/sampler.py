@@ -14,7 +14,7 @@ class Request:
     """A request for samples of one problem.
 
     Attributes:
-      name: unique within a run; with the seed and a sample's index, it determines that sample's randomness.
+      name: with a sample's index, unique within a run; with the seed, both determine that sample's randomness.
       prompts: token ids, one tuple per role; an evaluation has one role.
       samples: the indices of the samples to draw.
       limit: the most tokens to draw per sample, including the stop token.
