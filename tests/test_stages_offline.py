@@ -70,7 +70,7 @@ def test_another_engine_draws_what_ours_draws(tmp_path, pipeline, vllm, capsys):
     assert requests[0]["seeds"] == [seed_of(5, requests[0]["name"], 0)]
     assert tiny.run("evaluate", path) == 2
     err = capsys.readouterr().err
-    assert f"drawn.jsonl: 6 of 6 samples are still to be drawn: python {script}, then dail grade CONFIG --import" in err
+    assert f"drawn.jsonl: 6 of 6 samples are still to be drawn: python {script}, then call again\n" in err
     assert err.count("\n") == 1
 
     script.write_text(script.read_text().replace("BATCH = 1024", "BATCH = 4"))  # as people do

@@ -89,8 +89,7 @@ def commands(config: config_lib.Config, kind: str, place: str) -> list[str]:
         serve, arguments = ["vllm", "serve", place], f"pretrained={place}"
     else:
         file = Path(config.run_dir) / kind / "adapter_config.json"
-        wanted = strict_json.read_object(file)["r"]
-        rank = next((r for r in VLLM_RANKS if r >= wanted), None)
+        rank = vllm_rank(strict_json.read_object(file)["r"])
         if rank is None:
             return [f"# vLLM serves adapters up to rank {VLLM_RANKS[-1]}: set export.merged=true"]
         name = re.sub(r"[^\w.-]+", "-", Path(config.run_dir).name, flags=re.ASCII)
@@ -99,6 +98,11 @@ def commands(config: config_lib.Config, kind: str, place: str) -> list[str]:
         arguments = f"pretrained={base},lora_local_path={place},max_lora_rank={rank}"
     grade = ["lm_eval", "--model", "vllm", "--model_args", arguments, "--tasks", "gsm8k", "--apply_chat_template"]
     return [shlex.join(serve), shlex.join([*grade, "--batch_size", "auto"])]
+
+
+def vllm_rank(rank: int) -> int | None:
+    """What vLLM is to make room for so that an adapter of this rank fits; None if it cannot."""
+    return next((r for r in VLLM_RANKS if r >= rank), None)
 
 
 def repository(config: config_lib.Config, kind: str) -> str | None:

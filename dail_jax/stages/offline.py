@@ -23,6 +23,7 @@ from dail_jax.rundir import RunDir, json_line, write_atomic
 from dail_jax.sample.sampler import Request, Sample
 from dail_jax.sample.server import seed_of
 from dail_jax.shapes import Natural, Shape
+from dail_jax.stages import card
 from dail_jax.stages.session import Session, suppressed
 from dail_jax.train import methods
 
@@ -62,7 +63,7 @@ class Offline:
             write(self.folder, self.settings, requests, FORCED if forced else REQUESTS)
             raise Waiting(
                 f"{missing} of {len(asked)} {'forced answers' if forced else 'samples'} are still to be drawn: "
-                f"python {self.folder / SCRIPT}, then dail grade CONFIG --import {self.folder / DRAWN}",
+                f"python {self.folder / SCRIPT}, then call again",
                 file=self.drawn,
             )
         for request, i in asked:
@@ -138,11 +139,16 @@ def settings_of(session: Session, run_dir: RunDir) -> dict:
         "model": base.model_digest(Path(config.model.path), run_dir.checksum),
         "adapter": adapter and peft.adapter_digest(adapter, run_dir.checksum),
     }
-    rank = peft.inspect(adapter, session.model).rank if adapter else None
+    rank = adapter and card.vllm_rank(peft.inspect(adapter, session.model).rank)
+    if adapter and rank is None:
+        most = card.VLLM_RANKS[-1]
+        raise UserError(
+            f"vLLM takes adapters up to rank {most}: evaluate the merged model (export.merged)", file=adapter
+        )
     return {
         "model": str(Path(config.model.path).absolute()),
         "adapter": shown,
-        "max_lora_rank": rank and max(8, 1 << (rank - 1).bit_length()),  # vLLM wants a power of two
+        "max_lora_rank": rank,
         **drawn,
         "seed": config.seed,
         "hash": provenance.digest([drawn, contents])[:16],
