@@ -175,7 +175,7 @@ def test_what_is_imported_is_compared_with_what_was_asked_for(untrained, tmp_pat
 def test_an_arm_that_waits_holds_up_no_other(tmp_path, monkeypatch, capsys):
     done = []
     for name in ("generate", "train", "export", "report"):
-        monkeypatch.setattr(getattr(experiment, name), "run", lambda config, name=name: done.append(name))
+        monkeypatch.setattr(getattr(experiment, name), "run", lambda config, name=name, **_: done.append(name))
 
     def evaluate(config, table):
         if config.seed == 1:
