@@ -314,7 +314,7 @@ class Model:
             },
         )
         _want_solutions(rows)
-        with jax.set_mesh(session.mesh):
+        with jax.set_mesh(session.sample_mesh):
             metrics = Metrics(None, session.config.log, "generate")
             found = generate.roll_out(session, rows, Journal(None), metrics)
         if rows and not found:
@@ -454,7 +454,7 @@ class Model:
                 field="evaluate.max_prompt_tokens",
             )
         request = Request(f"sample/{text}", (prompt,), tuple(range(n)), cfg.sampling.max_tokens)
-        with jax.set_mesh(session.mesh):
+        with jax.set_mesh(session.sample_mesh):
             sampler = samplers.engine_of(session, self.adapter)(request.limit)
             drawn = evaluate_stage.collect(sampler, [request], Journal(None), "sampling")
         return [
@@ -506,7 +506,7 @@ class Model:
         config = session.config
         names.answer_types(config.evaluate)
         skipped = evaluate_stage.ungradable(config.evaluate, tables)
-        with jax.set_mesh(session.mesh):
+        with jax.set_mesh(session.sample_mesh):
             metrics = Metrics(None, config.log, "evaluate")
             todo = evaluate_stage.problems(session, tables, skipped, metrics)
             open_sampler = samplers.engine_of(session, self.adapter)

@@ -94,7 +94,7 @@ class Model(Section):
     """What the report calls the model; null = its folder's name."""
 
 
-class Mesh(Section):
+class Axes(Section):
     """Devices per mesh axis. The product must be the number of devices; at most one axis may be -1, which takes the
     devices that are left."""
 
@@ -108,10 +108,29 @@ class Mesh(Section):
 
     @model_validator(mode="after")
     def _axes(self):
-        sizes = list(self.model_dump().values())
+        sizes = [self.data, self.fsdp, self.tensor]
         if sizes.count(-1) > 1 or any(s < 1 and s != -1 for s in sizes):
             raise ValueError("axis sizes must be positive, and at most one may be -1")
         return self
+
+
+class Mesh(Axes):
+    """Devices per mesh axis, and other meshes of the same devices for sampling and for training. Sampling wants weights
+    that are split along `tensor`, not gathered for every token; training wants them split along `fsdp`. The frozen
+    weights are laid out anew, on the devices, where one follows the other. No result depends on any of it."""
+
+    sample: Axes | None = None
+    """Devices per axis while sampling; null = as above."""
+    train: Axes | None = None
+    """Devices per axis while training; null = as above."""
+
+    @property
+    def for_sampling(self) -> Axes:
+        return self.sample or self
+
+    @property
+    def for_training(self) -> Axes:
+        return self.train or self
 
 
 class Columns(Section):
@@ -171,6 +190,8 @@ class Dataset(Section):
     """Split of a dataset on the hub; files have none."""
     columns: Columns = Columns()
     """The dataset's names for the fields that are read."""
+    size: Count | None = None
+    """About how many rows it has, for `plan`, which counts them where this is null; it changes nothing else."""
     limit: Count | None = None
     """Rows to read, from the first; of files with weights, rows in all; null = all."""
     hold_out: HoldOut | None = None

@@ -38,6 +38,7 @@ STAGES = {
     "compare": "compares finished runs, problem by problem: tables and a page in --out",
     "pretrain": "all weights of a small model (the embedded micro-world)",
     "compile": "compiles ahead of time for devices that need not be present: memory, FLOPs and whether it fits",
+    "plan": "hours and memory of every stage on devices that need not be present, and what to change where it does not fit",
     "waypoints": "prints the solution, waypoints and final answer of some rows, side by side",
     "prompts": "prints some rows' prompts of all roles as the model sees them, with their tokens",
     "select": "the rows that the untrained model never solves -> RUN_DIR/selected.jsonl",
@@ -52,7 +53,11 @@ STAGES = {
 SHOWING = ("report", "compare", "waypoints", "prompts", "grade", "env")
 
 # Arguments of single stages, which are passed on to them by name.
-OWN_ARGUMENTS = ("drawn", "row", "over", "tau", "rows", "runs", "out", "explain", "markdown")
+OWN_ARGUMENTS = (
+    *("drawn", "row", "over", "tau", "rows", "runs", "out", "explain", "markdown"),
+    *("topology", "json", "quick", "only", "short", "known", "known_only", "at_limit", "prompt_tokens"),
+)
+AHEAD = ("compile", "plan")  # of devices that need not be present
 
 
 def parser() -> argparse.ArgumentParser:
@@ -75,11 +80,38 @@ def parser() -> argparse.ArgumentParser:
         sub.add_argument("--coordinator", metavar="HOST:PORT", help="several processes: where process 0 listens")
         sub.add_argument("--processes", type=int, metavar="N", help="... how many there are")
         sub.add_argument("--process-id", type=int, metavar="I", help="... and which this one is, from 0")
-        if name == "compile":
+        if name in AHEAD:
             sub.add_argument("--topology", default="cpu", help="cpu (default), gpu, or a TPU slice such as v5e:4x4")
-            sub.add_argument("--json", metavar="FILE", help="also write one JSON object per row")
+            sub.add_argument("--json", metavar="FILE", help="also write what was found")
+            sub.add_argument("--short", action="store_true", help="sampling from 1 and 3 layers, extrapolated: fast")
+        if name == "compile":
             sub.add_argument("--quick", action="store_true", help="memory only: compile nothing extra to count FLOPs")
             sub.add_argument("--only", metavar="WORD", default="", help="only programs whose name contains this")
+        if name == "plan":
+            sub.add_argument(
+                "--known",
+                metavar="FILE",
+                action="append",
+                default=[],
+                help="what --json of another plan wrote; its programs are not compiled again",
+            )
+            sub.add_argument(
+                "--known-only", action="store_true", help="compile nothing; what is not known is named and left out"
+            )
+            sub.add_argument(
+                "--at-limit",
+                metavar="SHARE",
+                type=float,
+                default=0.1,
+                help="share of samples that reach their limit (default: %(default)s)",
+            )
+            sub.add_argument(
+                "--prompt-tokens",
+                metavar="N",
+                type=int,
+                default=256,
+                help="length of a benchmark's prompts (default: %(default)s)",
+            )
         if name in ("waypoints", "prompts"):
             sub.add_argument(
                 "--row", metavar="ROW", action="append", default=[], help="a problem_id, or a number from 1"
@@ -129,7 +161,7 @@ def main(argv: list[str] | None = None) -> int:
     os.environ.setdefault("HF_HUB_OFFLINE", "1")  # models and tokenizers are folders
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # such as that there is no PyTorch
-    if args.stage == "compile" and args.topology != "gpu":  # no device is looked for, and libtpu's lock is not taken
+    if args.stage in AHEAD and args.topology != "gpu":  # no device is looked for, and libtpu's lock is not taken
         os.environ.update(
             JAX_PLATFORMS="cpu",
             TPU_SKIP_MDS_QUERY="1",
@@ -168,10 +200,8 @@ def main(argv: list[str] | None = None) -> int:
             from dail_jax.stages import check
 
             check.first(args.stage, config, **{key: more[key] for key in ("over", "tau") if key in more})
-            if args.stage != "compile":  # which only reports on programs, of other devices
+            if args.stage not in AHEAD:  # which only reports on programs, of other devices
                 _keep_programs(config.run_dir)
-        if args.stage == "compile":
-            more = {"topology": args.topology, "out": args.json, "quick": args.quick, "only": args.only}
         _stage(args.stage)(config, **more)
         return 0
     except UserError as error:
@@ -245,7 +275,12 @@ def env(config) -> None:
         shown = ", ".join(f"{k} {v}" for k, v in value.items()) if isinstance(value, dict) else str(value)
         table.add_row(key, shown)
     if config is not None:
-        table.add_row("mesh", str(dict(mesh_lib.make_mesh(config.mesh).shape)))
+        table.add_row(
+            "mesh",
+            mesh_lib.described(
+                *(mesh_lib.make_mesh(one) for one in (config.mesh.for_training, config.mesh.for_sampling))
+            ),
+        )
         table.add_row("run_dir", config.run_dir)
     console.print(table)
 

@@ -8,13 +8,13 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
+from jax.experimental import mesh_utils, multihost_utils
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from dail_jax import config as config_lib
 from dail_jax.errors import UserError
 
-AXES = tuple(config_lib.Mesh.model_fields)
+AXES = tuple(config_lib.Axes.model_fields)
 
 # One letter per array axis, everywhere: upper case in shapes, lower case in einsums and layouts.
 LETTERS = {
@@ -77,20 +77,48 @@ def all_devices() -> list[Any]:
         ) from None
 
 
-def make_mesh(cfg: config_lib.Mesh, devices=None) -> jax.sharding.Mesh:
+def make_mesh(cfg: config_lib.Axes, devices=None) -> jax.sharding.Mesh:
     """The mesh of all AXES over all devices (or `devices`); raises UserError if the sizes do not fit."""
-    devices = np.asarray(all_devices() if devices is None else devices)
+    devices = list(np.asarray(all_devices() if devices is None else devices).flat)
+    sizes = sizes_of(cfg, len(devices), devices[0].device_kind)
+    return jax.sharding.Mesh(_arranged(sizes, devices), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def sizes_of(cfg: config_lib.Axes, devices: int, kind: str) -> list[int]:
+    """The size of each of AXES; raises UserError if their product is not the number of devices."""
     sizes = [getattr(cfg, axis) for axis in AXES]
     if -1 in sizes:
         known = -int(np.prod(sizes))
-        sizes[sizes.index(-1)] = max(devices.size // known, 1)
-    if int(np.prod(sizes)) != devices.size:
+        sizes[sizes.index(-1)] = max(devices // known, 1)
+    if int(np.prod(sizes)) != devices:
         shape = " x ".join(f"{a}={s}" for a, s in zip(AXES, sizes, strict=True))
-        kind = devices.flat[0].device_kind
+        raise UserError(f"got {shape}, want axis sizes whose product is the {devices} devices ({kind})", field="mesh")
+    return sizes
+
+
+def described(train: jax.sharding.Mesh, sample: jax.sharding.Mesh) -> str:
+    """The sizes of the two meshes, in words."""
+    first, second = (" x ".join(f"{axis} {size}" for axis, size in one.shape.items()) for one in (sample, train))
+    return first if first == second else f"{first} for sampling, {second} for training"
+
+
+def _arranged(sizes: list[int], devices: list) -> np.ndarray:
+    """Devices in an array of these sizes, so that neighbours along an axis are close; raises UserError.
+
+    Between slices of TPUs, which only a data-centre network joins, nothing but `data` runs.
+    """
+    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    if sizes[0] % slices:
         raise UserError(
-            f"got {shape}, want axis sizes whose product is the {devices.size} devices ({kind})", field="mesh"
+            f"got data={sizes[0]}, want a multiple of the {slices} slices: no other axis may run between them",
+            field="mesh.data",
         )
-    return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=list(devices.flat))
+    if slices == 1:
+        return mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
+    one = [sizes[0] // slices, *sizes[1:]]
+    return mesh_utils.create_hybrid_device_mesh(
+        one, [slices, *[1] * len(one[1:])], devices, allow_split_physical_axes=True
+    )
 
 
 def spec(axes: str) -> PartitionSpec:

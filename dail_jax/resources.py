@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 from dail_jax.errors import UserError
@@ -24,6 +25,19 @@ def locate(path: str) -> str:
         if name and (root / name).resolve().is_relative_to(root.resolve()) and (root / name).exists():
             return str(root / name)
     raise ValueError(f"want a file that comes with the package: {', '.join(configurations())}, ...")
+
+
+def model(path: str) -> str:
+    """A model's folder, or where it is not here the package's config.json of that model, which is all that compiling needs.
+
+    `models/Qwen3-8B` is `configs/models/qwen3_8b`; a longer name, such as `Qwen2.5-7B-Instruct`, is the longest that it
+    begins with. A path that is neither is returned as it is.
+    """
+    name = re.sub(r"[^a-z0-9]+", "_", Path(path).name.lower())
+    known = [folder for folder in (CONFIGS / "models").iterdir() if name.startswith(folder.name)]
+    if Path(path).is_dir() or not known:
+        return path
+    return str(max(known, key=lambda folder: len(folder.name)))
 
 
 def configurations() -> list[str]:

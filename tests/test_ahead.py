@@ -1,7 +1,9 @@
 """Compiling ahead of time: splash equals the einsum, the table has its rows, the caches stay in place."""
 
+import dataclasses
 import importlib.util
 import json
+import math
 import os
 import subprocess
 import sys
@@ -14,8 +16,10 @@ from conftest import mesh_of
 
 from dail_jax import config as config_lib
 from dail_jax.ahead import chips, compiled, programs
+from dail_jax.ahead import plan as plan_lib
 from dail_jax.errors import UserError
 from dail_jax.model import attention, families
+from dail_jax.stages import plan
 
 MODEL = {
     "model_type": "qwen3",
@@ -28,6 +32,9 @@ MODEL = {
     "head_dim": 128,
     "tie_word_embeddings": False,
 }
+
+
+STEP = "train step, dail, 4 x (96 + 32) tokens"
 
 
 @pytest.fixture
@@ -45,6 +52,7 @@ def config(tmp_path):
                 "samples": 2,
                 "max_prompt_tokens": 32,
                 "sampling": {"max_tokens": 32},
+                "force": {"max_tokens": 8},
                 "benchmarks": [{"name": "b", "rows": {"path": "none.jsonl"}}],
             },
         },
@@ -54,8 +62,8 @@ def config(tmp_path):
 
 def compile_on(config, devices, **kw):
     model = families.read_config(config.model.path)
-    mesh = programs.mesh_lib.make_mesh(config.mesh, devices)
-    return {row.program: row for row in programs.compile_all(config, model, mesh, **kw)}
+    meshes = programs.meshes_of(config.mesh, devices)
+    return {row.program: row for row in programs.compile_all(config, model, *meshes, **kw)}
 
 
 @pytest.mark.parametrize("shape", [None, {"fsdp": 2, "tensor": 2}])
@@ -105,15 +113,17 @@ def test_splash_divides_the_tokens_of_rows_that_are_too_few(monkeypatch):
 def test_the_table_has_every_program_and_its_memory(config):
     rows = compile_on(config, jax.devices()[:4], quick=True)
     assert list(rows) == [
-        "references",
-        "loss",
-        "train step, 96 + 32 tokens",
-        "rollouts, 4 slots x 2 roles: prefill 32",
-        "rollouts, 4 slots x 2 roles: decode",
-        "evaluation, 4 slots x 1 roles: prefill 32",
-        "evaluation, 4 slots x 1 roles: decode",
+        "references, 4 x (96 + 32) tokens",
+        "loss, dail, 4 x 32 tokens",
+        STEP,
+        "rollouts, 4 slots x 2 roles of 32 tokens: prefill 32",
+        "rollouts, 4 slots x 2 roles of 32 tokens after prompts of 32: decode",
+        "evaluation, 4 slots x 1 roles of 32 tokens: prefill 32",
+        "evaluation, 4 slots x 1 roles of 32 tokens after prompts of 32: decode",
+        "forced answers, 4 slots x 1 roles of 8 tokens: prefill 96",
+        "forced answers, 4 slots x 1 roles of 8 tokens after prompts of 96: decode",
     ]
-    step = rows["train step, 96 + 32 tokens"]
+    step = rows[STEP]
     parameters = 2 * (320 * 64 * 2 + 2 * 64 * (4 + 2 + 2 + 4) * 128 + 2 * 3 * 64 * 96)
     assert parameters / 4 < step.arguments_gb * 1e9 < parameters  # sharded by 4, plus the adapter and a batch
     assert step.aliased_gb > 0 and step.bytes > step.arguments_gb * 1e9
@@ -128,13 +138,13 @@ def test_counted_flops_are_the_arithmetic(config):
     changes = {"mesh.fsdp": 1, "mesh.tensor": 1, "train.cache_references": False, "train.remat": "none"}
     plain = config_lib.with_overrides(config, changes, "test")
     model = families.read_config(plain.model.path)
-    useful = 4 * programs.useful_flops(model, plain.train, 96, 32, False)
-    step = compile_on(plain, jax.devices()[:1], only="train")["train step, 96 + 32 tokens"]
+    useful = 4 * programs.useful_flops(model, plain.train, 96, 32, False)[1]
+    step = compile_on(plain, jax.devices()[:1], only=STEP)[STEP]
     assert 0.9 < step.flops / useful < 1.5  # above: softmax, norms, and attention that is not causal in an einsum
 
 
 def test_a_program_that_does_not_fit_says_what_to_change_first(config, monkeypatch):
-    monkeypatch.setitem(chips.CHIPS, "cpu", chips.Chip(1e-6, 1))
+    monkeypatch.setitem(chips.CHIPS, "cpu", chips.Chip(1e-6, 1, 1))
     changes = {"mesh.fsdp": 1, "mesh.tensor": 1}
     one = config_lib.with_overrides(config, changes, "test")
     (loss,) = compile_on(one, jax.devices()[:1], quick=True, only="loss").values()
@@ -146,6 +156,36 @@ def test_a_program_that_does_not_fit_says_what_to_change_first(config, monkeypat
     assert change("train", one, mesh_of(), 1, 2) == "raise train.accumulate (now 1)"
     whole = config_lib.with_overrides(one, {"train.remat": "none"}, "test")
     assert change("train", whole, mesh_of(), 1, 2) == "set train.remat: full"
+
+
+def test_a_plan_is_calls_times_seconds(config):
+    """By hand: every program takes 3 s, 36 s or 360 s; no stage's shapes are compiled for it."""
+    changes = {"data": {"path": "none.jsonl", "size": 40}, "evaluate.benchmarks": [BENCH], "evaluate.budgets": [8, 32]}
+    config = config_lib.with_overrides(config, {**changes, "train.epochs": 2, "filters.keep": "all"}, "test")
+    train, sample = programs.abstract_meshes(config.mesh, 4)
+    model = families.read_config(config.model.path)
+    rows = {}
+    for program in programs.programs_of(config, model, train, sample):
+        seconds = 3.0 if "decode" in program.name else 360.0 if "step" in program.name else 36.0
+        report = programs.ProgramReport(program.name, program.stage, "all", 0, 1, 16, True, "fits", seconds=seconds)
+        rows[plan.key_of(config.model.path, program)] = dataclasses.replace(report, bandwidth_seconds=1.0)
+    lines = plan.lines_of(config, lambda _: (train, sample), rows, plan_lib.Lengths(0.1), 20)
+    hours = {(line.stage, line.part): (line.hours, line.worst, line.memory_bound) for line in lines}
+    mean, occupied = 0.9 / math.log(10), 4 * plan_lib.OCCUPANCY  # 4 slots
+    traces = 40 * 2 * 32 / occupied  # tokens that each slot draws if all are as long as their limit
+    want = {("generate", "traces"): [(40 * 36 + traces * f * s) / 3600 for f, s in ((mean, 3), (1, 3), (mean, 1))]}
+    want["train", "references"] = [80 / 4 * 2 * 36 / 3600] * 3
+    want["train", "updates"] = [2 * 80 / 4 * 360 / 3600] * 3
+    drawn, asked = 50 * 2 * 32 / occupied, 50 * 2
+    prefills = 50 * 36 + sum(asked * 0.1 ** (cut / 32) * 36 * size / 96 for cut, size in ((8, 48), (32, 96)))
+    answers = [asked * 0.1 ** (cut / 32) * 8 * mean * 3 / occupied for cut in (8, 32)]
+    assert hours["evaluate", "b"][0] == pytest.approx((prefills + drawn * mean * 3 + sum(answers)) / 3600)
+    assert hours["evaluate", "b"][1] > hours["evaluate", "b"][0] > hours["evaluate", "b"][2]
+    for key, figures in want.items():
+        assert hours[key] == pytest.approx(figures), key
+
+
+BENCH = {"name": "b", "rows": {"path": "none.jsonl", "size": 50}}
 
 
 def test_topologies_that_do_not_exist_are_one_line():
@@ -192,6 +232,6 @@ def test_the_command_compiles_for_devices_that_are_not_there(config, tmp_path):
     )
     assert done.returncode == 0, done.stderr
     rows = [json.loads(line) for line in out.read_text().splitlines()]
-    assert [row["program"] for row in rows] == ["train step, 96 + 32 tokens"]
+    assert [row["program"] for row in rows] == [STEP]
     assert (rows[0]["verdict"], rows[0]["hbm_gb"]) == (("fits", 16) if tpu else ("compiles", None))
     assert ("TPU v5 lite" if tpu else "cpu") in done.stdout

@@ -20,7 +20,7 @@ def test_same_seed_same_files(tmp_path, pipeline):
 
 
 def test_other_devices_same_traces(tmp_path, pipeline, monkeypatch):
-    path = tiny.write(tmp_path / "r", mesh={"data": 2, "fsdp": 1, "tensor": 1})
+    path = tiny.write(tmp_path / "r", mesh={"sample": {"data": 1, "tensor": 2}, "train": {"data": 1, "fsdp": 2}})
     with tiny.alone(), monkeypatch.context() as patch:
         patch.setattr(mesh_lib, "make_mesh", functools.partial(mesh_lib.make_mesh, devices=jax.devices()[:2]))
         assert tiny.run("generate", path) == 0 and tiny.run("train", path) == 0

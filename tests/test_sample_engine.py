@@ -13,6 +13,7 @@ import pytest
 from conftest import mesh_of
 
 from dail_jax import config as config_lib
+from dail_jax import mesh as mesh_lib
 from dail_jax.errors import UserError
 from dail_jax.model import families, transformer, weights
 from dail_jax.sample import decode, engine, mixture
@@ -201,6 +202,35 @@ def test_devices_do_not_matter(params, reference, shape):
     with jax.set_mesh(mesh):
         sharded = jax.device_put(params, weights.shardings(CFG, mesh))
         same(collect(sampler(sharded, mesh, slots=8), requests()), reference, exact=False)
+
+
+def test_weights_move_between_meshes_without_a_second_copy(params):
+    """From training's mesh to sampling's and back: equal bits, and never more than one weight of all layers twice."""
+    train, sample = mesh_of(fsdp=2), mesh_of(tensor=2)
+
+    def held(tree):
+        """Bytes on all devices, of arrays that share memory once."""
+        parts = [s.data for x in jax.tree.leaves(tree) for s in x.addressable_shards]
+        return sum({x.unsafe_buffer_pointer(): x.nbytes for x in parts}.values())
+
+    before = held(jax.live_arrays())
+    placed = jax.device_put(params, weights.shardings(CFG, train))
+    size, largest, most, put = held(placed), params["layers"]["gate"].nbytes, [], jax.device_put
+
+    def watched(*args):
+        out = put(*args)
+        most.append(held(jax.live_arrays()) - before)
+        return out
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(jax, "device_put", watched)
+        unstacked = weights.moved(placed, CFG, sample, stacked=False)
+        assert not placed and isinstance(unstacked["layers"], list)
+        assert unstacked["layers"][1]["gate"].sharding.is_equivalent_to(mesh_lib.sharding(sample, "df"), 2)
+        back = weights.moved(unstacked, CFG, train, stacked=True)
+    assert size < max(most) <= size + 2 * largest < 1.4 * size
+    for got, want in zip(jax.tree.leaves(back), jax.tree.leaves(params), strict=True):
+        assert got.sharding.mesh == train and np.asarray(got).tobytes() == np.asarray(want).tobytes()
 
 
 def test_slots_go_on_while_the_longest_samples_run(params, one_device):

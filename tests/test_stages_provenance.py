@@ -228,7 +228,7 @@ def test_references_follow_the_weights(tmp_path, pipeline, monkeypatch, other_mo
     before = contents(tmp_path / "run")
     shutil.rmtree(tmp_path / "m")
     shutil.copytree(other_model, tmp_path / "m")
-    session._weights.cache_clear()  # as a new process would
+    session._held = None  # as a new process would
     assert tiny.run("train", path) == 130
     fresh = tiny.write(tmp_path / "fresh", traces=str(pipeline / "traces.jsonl"), model__path=str(tmp_path / "m"))
     assert tiny.run("train", fresh) == 130

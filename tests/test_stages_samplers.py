@@ -53,7 +53,7 @@ def test_evaluation_wants_no_more_than_the_protocol(tmp_path, monkeypatch, capsy
         raise AssertionError("the engine or the weights were touched")
 
     monkeypatch.setattr(engine.Engine, "__post_init__", never)
-    monkeypatch.setattr(session, "_weights", never)
+    monkeypatch.setattr(session, "frozen", never)
     hard = {"name": "hard", "rows": {"path": str(tiny.ASSETS / "hard.jsonl"), "limit": 3}}
     path = tiny.write(
         tmp_path / "run", train__objective="none", evaluate__sampler="oracle", evaluate__benchmarks=[hard]

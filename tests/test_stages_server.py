@@ -42,7 +42,7 @@ def no_weights(monkeypatch):
         raise AssertionError("the engine or the weights were touched")
 
     monkeypatch.setattr(engine.Engine, "__post_init__", never)
-    monkeypatch.setattr(session, "_weights", never)
+    monkeypatch.setattr(session, "frozen", never)
 
 
 HARD = [{"name": "hard", "rows": {"path": str(tiny.ASSETS / "hard.jsonl"), "limit": 3}}]

@@ -15,19 +15,20 @@ KNOWN = "cpu, gpu, or a TPU slice such as v5e:4x4, v5p:2x2x4, v6e:4x4"
 
 @dataclass(frozen=True)
 class Chip:
-    """What one device has: HBM in GB (1e9 bytes) and its bfloat16 peak in TFLOP/s."""
+    """What one device has: HBM in GB (1e9 bytes), its bfloat16 peak in TFLOP/s, and the HBM's bandwidth in GB/s."""
 
     hbm: float
     peak: float
+    bandwidth: float
 
 
 CHIPS = {  # by a part of JAX's device kind; the first that fits counts
-    "TPU v5 lite": Chip(16, 197),
-    "TPU v5": Chip(95, 459),
-    "TPU v6 lite": Chip(32, 918),
-    "H200": Chip(141, 989),
-    "H100": Chip(80, 989),
-    "A100": Chip(80, 312),
+    "TPU v5 lite": Chip(16, 197, 819),
+    "TPU v5": Chip(95, 459, 2765),
+    "TPU v6 lite": Chip(32, 918, 1640),
+    "H200": Chip(141, 989, 4800),
+    "H100": Chip(80, 989, 3350),
+    "A100": Chip(80, 312, 2039),
 }
 
 

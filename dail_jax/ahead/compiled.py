@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,25 +25,50 @@ _ARRAY = re.compile(r"(\w+)\[([\d,]*)\](\{[^}]*\})?")
 
 
 @dataclass(frozen=True)
-class Cost:
-    """FLOPs and the compiler's seconds of one run on one device; `kernels` are FLOPs that it does not see."""
+class Figures:
+    """What one run takes on one device; they add up over layers.
 
-    flops: float
-    seconds: float
+    Attributes:
+      flops, seconds: the compiler's. `kernels` are FLOPs that it does not see.
+      arguments, temporaries, fresh, aliased: memory in bytes; `fresh` are results that reuse no argument.
+      moved: bytes to and from main memory (`hbm_bytes`); NaN where the program's text is not to be had.
+    """
+
+    flops: float = 0.0
+    seconds: float = 0.0
     kernels: float = 0.0
+    arguments: float = 0.0
+    temporaries: float = 0.0
+    fresh: float = 0.0
+    aliased: float = 0.0
+    moved: float = 0.0
 
-    def __add__(self, other: Cost) -> Cost:
-        return Cost(*(a + b for a, b in zip(dataclasses.astuple(self), dataclasses.astuple(other), strict=True)))
+    def __add__(self, other: Figures) -> Figures:
+        return Figures(*(a + b for a, b in zip(dataclasses.astuple(self), dataclasses.astuple(other), strict=True)))
 
-    def __mul__(self, factor: float) -> Cost:
-        return Cost(*(factor * x for x in dataclasses.astuple(self)))
+    def __mul__(self, factor: float) -> Figures:
+        return Figures(*(factor * x for x in dataclasses.astuple(self)))
+
+    @property
+    def peak(self) -> float:
+        """Bytes of memory."""
+        return self.arguments + self.temporaries + max(self.fresh, 0.0)
 
 
-def cost_of(compiled: jax.stages.Compiled) -> Cost:
+def figures_of(compiled: jax.stages.Compiled) -> Figures:
     """What the compiler counts. An operation that it cannot time is -1 s, so whole negative seconds are left out."""
     cost: Any = compiled.cost_analysis()
-    seconds = cost.get("optimal_seconds", 0.0)
-    return Cost(cost.get("flops", 0.0), seconds - min(math.floor(seconds), 0))
+    memory: Any = compiled.memory_analysis()
+    seconds, text = cost.get("optimal_seconds", 0.0), hlo_text(compiled)
+    return Figures(
+        flops=cost.get("flops", 0.0),
+        seconds=seconds - min(math.floor(seconds), 0),
+        arguments=memory.argument_size_in_bytes,
+        temporaries=memory.temp_size_in_bytes,
+        fresh=memory.output_size_in_bytes - memory.alias_size_in_bytes,
+        aliased=memory.alias_size_in_bytes,
+        moved=math.nan if text is None else hbm_bytes(text),
+    )
 
 
 def hlo_text(compiled: jax.stages.Compiled) -> str | None:
@@ -53,9 +79,9 @@ def hlo_text(compiled: jax.stages.Compiled) -> str | None:
         return None
 
 
-def copies_of(text: str, arrays: list[jax.Array]) -> int:
-    """How many operations of a program copy an array as large as one of these, a device's part of them."""
-    shapes = {",".join(map(str, x.sharding.shard_shape(x.shape))) for x in arrays}
+def copies_of(text: str, parts: Sequence[tuple[int, ...]]) -> int:
+    """How many operations of a program copy an array of one of these shapes, a device's part."""
+    shapes = {",".join(map(str, part)) for part in parts}
     return sum(len(re.findall(rf"= \w+\[{shape}\]\S* (?:copy|transpose)\(", text)) for shape in shapes)
 
 

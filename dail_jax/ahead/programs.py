@@ -1,31 +1,34 @@
 """Compiles the real programs of a configuration for devices that are not here, and says what they would need.
 
 Memory is the compiler's own and exact. Bytes are main memory's, read off the compiled program (`compiled`). The
-compiler counts a loop's body once in FLOPs and time, so for the train step these come from short unrolled models,
-of 1 and 3 layers of each kind, extrapolated to the real depth, plus the attention kernels by arithmetic, since it does not look
-into them. For decoding, everything is one token's. Useful FLOPs, what utilisation is measured in, are arithmetic:
-products of the forward passes and of the gradient by activations, causal attention, and nothing twice.
+compiler counts a loop's body once in FLOPs and time, so where layers are scanned these come from two short unrolled
+models, of 1 and 3 layers, extrapolated to the real depth; attention kernels are added by arithmetic, since the compiler
+does not look into them. Where a program's layers are unrolled, as in sampling, all of its figures can be extrapolated so,
+memory too (`short`): compiling at full depth takes minutes. For decoding, everything is one token's. Useful FLOPs, what
+utilisation is measured in, are arithmetic: products of the forward passes and of the gradient by activations, causal
+attention, and nothing twice.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import re
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh
+from jax.sharding import AbstractMesh, Mesh
 
 from dail_jax import config as config_lib
 from dail_jax import mesh as mesh_lib
 from dail_jax.ahead import compiled as compiled_lib
-from dail_jax.ahead.chips import Chip, chip
-from dail_jax.ahead.compiled import Cost, copies_of, cost_of
+from dail_jax.ahead.chips import chip
+from dail_jax.ahead.compiled import Figures, copies_of, figures_of
 from dail_jax.data.batches import pad
 from dail_jax.model import lora as lora_lib
 from dail_jax.model import transformer, weights
@@ -34,31 +37,59 @@ from dail_jax.sample import decode, engine, mixture
 from dail_jax.train import methods, objectives, optimizer
 from dail_jax.train import step as step_lib
 
+ASKING = 16  # tokens that ask for an answer, about
 KERNEL_EFFICIENCY = 0.5  # of the peak, assumed for attention kernels and delta nets
 KERNEL_PASSES = {"forward": 2, "backward": 7}  # [T,T,H] products a splash pass makes
 
 
+Lower = Callable[[ModelConfig], jax.stages.Lowered]
+
+
 @dataclass(frozen=True)
 class Program:
-    """One program: how to lower it, whose memory it is, and its useful FLOPs a device (0: not measured so)."""
+    """One program of a stage.
+
+    Attributes:
+      stage: generate, train or evaluate.
+      kind: train, loss or sampler: what to change first where it does not fit.
+      model: what it runs; `lower` takes it, or one that differs in layers.
+      useful: useful FLOPs a device; 0 where they are not counted.
+      kernels: FLOPs a device of attention kernels.
+      cost: how to count operations, where loops hide them; None: as `short` does where layers are unrolled.
+      unrolled: whether its layers are.
+      caches: the shapes, a device's part, of donated caches, which must stay in place.
+      unread: bytes a device of arguments that need not be read.
+      tokens: decoding: drawn per call and slot.
+      counted: whether the compiler counts what is computed; of experts, it counts all.
+    """
 
     name: str
-    kind: str  # train, loss or sampler
-    lower: Callable[[], jax.stages.Lowered]
+    stage: str
+    kind: str
+    model: ModelConfig
+    mesh: Mesh
+    lower: Lower
     useful: float = 0.0
-    cost: Callable[[], Cost] | None = None  # how to count what its loops hide
-    state: decode.DecodeState | None = None  # donated: its caches must stay in place
-    unread: float = 0.0  # bytes per device of arguments that need not be read
-    tokens: int = 0  # decoding: drawn per call and slot
-    weights: float = 0.0  # bytes per device of the base model as training holds it; sampling has its own copy beside it
-    counted: bool = True  # the compiler counts what is computed; of experts, it counts all
+    kernels: float = 0.0
+    cost: Callable[[], Figures] | None = None
+    unrolled: bool = False
+    caches: tuple[tuple[int, ...], ...] = ()
+    unread: float = 0.0
+    tokens: int = 0
+    counted: bool = True
 
 
 @dataclass(frozen=True)
 class ProgramReport:
-    """What a program needs. GB are 1e9 bytes per device; None where it is not known."""
+    """What a program needs. GB are 1e9 bytes per device; None where it is not known.
+
+    `seconds` is a call's time by the compiler's model, a token's for decoding; `bandwidth_seconds` is what main memory
+    alone takes for `bytes`. `layers` says how many layers were compiled: "all", or "1 and 3" and extrapolated.
+    """
 
     program: str
+    stage: str
+    layers: str
     compile_seconds: float
     peak_gb: float | None
     hbm_gb: float | None
@@ -70,20 +101,41 @@ class ProgramReport:
     flops: float | None = None
     bytes: float | None = None
     seconds: float | None = None
+    bandwidth_seconds: float | None = None
     utilisation: float | None = None
     bytes_over_ideal: float | None = None
     cache_copies: int | None = None
 
 
+def meshes_of(cfg: config_lib.Mesh, devices) -> tuple[Mesh, Mesh]:
+    """The meshes of training and of sampling."""
+    return mesh_lib.make_mesh(cfg.for_training, devices), mesh_lib.make_mesh(cfg.for_sampling, devices)
+
+
+def abstract_meshes(cfg: config_lib.Mesh, devices: int) -> tuple[Any, Any]:
+    """The same of so many devices that are not even described: enough for names and shapes."""
+    train, sample = (mesh_lib.sizes_of(one, devices, "devices") for one in (cfg.for_training, cfg.for_sampling))
+    return AbstractMesh(tuple(train), mesh_lib.AXES), AbstractMesh(tuple(sample), mesh_lib.AXES)
+
+
+def programs_of(config: config_lib.Config, model: ModelConfig, train: Mesh, sample: Mesh) -> list[Program]:
+    """Every program of every stage; none is lowered yet, so the meshes may be abstract."""
+    return [*train_programs(config, model, train), *sampler_programs(config, model, sample)]
+
+
 def compile_all(
-    config: config_lib.Config, model: ModelConfig, mesh: Mesh, quick: bool = False, only: str = ""
+    config: config_lib.Config,
+    model: ModelConfig,
+    train: Mesh,
+    sample: Mesh,
+    quick: bool = False,
+    only: str = "",
+    short: bool = False,
 ) -> Iterator[ProgramReport]:
     """The table's rows, one program at a time; `quick` leaves out the extra programs that count operations."""
-    known = chip(mesh.devices.flat[0])
-    programs = [*train_programs(config, model, mesh), *sampler_programs(config, model, mesh)]
-    for program in programs:
+    for program in programs_of(config, model, train, sample):
         if only in program.name:
-            yield measure(program, config, mesh, known, quick)
+            yield measure(program, config, quick, short)
 
 
 def lower(mesh: Mesh, jitted, *args) -> jax.stages.Lowered:
@@ -109,37 +161,80 @@ def lengths(config: config_lib.Config) -> tuple[int, int]:
     return pad(cfg.max_tokens - response, cfg.bucket), pad(response, cfg.bucket)
 
 
+class TrainNames(NamedTuple):
+    loss: str
+    step: str
+    references: str
+
+
+def train_names(config: config_lib.Config) -> TrainNames:
+    """The names of training's programs."""
+    method, (prompt, response) = methods.of(config), lengths(config)
+    rows = config.train.batch_size // config.train.accumulate
+    shape = f"{rows} x ({prompt} + {response}) tokens"
+    times = f"{config.train.accumulate} x " if config.train.accumulate > 1 else ""
+    return TrainNames(
+        f"loss, {method.name}, {rows} x {response} tokens",
+        f"train step, {method.name}, {times}{shape}",
+        f"references, {shape}",
+    )
+
+
 def train_programs(config: config_lib.Config, model: ModelConfig, mesh: Mesh) -> list[Program]:
     cfg, method = config.train, methods.of(config)
     if not method.trains:
         return []
     rows, (prompt, response) = cfg.batch_size // cfg.accumulate, lengths(config)
     mesh_lib.check_rows(mesh, rows)
-    params = base(config, model, mesh)
-    cached = method.caches(cfg)
-    share = rows * cfg.accumulate / mesh.size
-    useful = share * useful_flops(model, cfg, prompt, response, cached)
-    shape = f"{prompt} + {response} tokens"
+    cached, share, names = method.caches(cfg), rows / mesh.size, train_names(config)
 
-    def loss() -> jax.stages.Lowered:
+    def loss(model: ModelConfig) -> jax.stages.Lowered:
         return lower_loss(config, model, mesh, rows, response)
 
-    def step() -> jax.stages.Lowered:
-        return lower_step(config, model, mesh, params, cfg.accumulate, prompt, response, cached)
+    def step(model: ModelConfig) -> jax.stages.Lowered:
+        return lower_step(config, model, mesh, base(config, model, mesh), cfg.accumulate, prompt, response, cached)
 
-    def cost() -> Cost:
+    def states(model: ModelConfig, params=None) -> jax.stages.Lowered:
+        tokens = mesh_array(mesh, "bt", (rows, prompt + response), jnp.int32)
+        params = base(config, model, mesh) if params is None else params
+        return lower(mesh, step_lib.make_states(mesh), model, cfg.remat, params, None, tokens, tokens, response)
+
+    def cost_of_states() -> Figures:
+        kernels = KERNEL_PASSES["forward"] * kernel_flops(model, prompt + response) * share
+
+        def of(short: ModelConfig) -> Figures:
+            short = without_experts(short)
+            return figures_of(states(short, unstacked(config, short, mesh)).compile())
+
+        return extrapolated(model, of) + Figures(kernels=kernels)
+
+    def cost_of_update() -> Figures:
         return cost_of_step(config, model, mesh, prompt, response, cached)
 
+    forward, update = useful_flops(model, cfg, prompt, response, cached)
+    make = functools.partial(Program, stage="train", model=model, mesh=mesh)
     out = [
-        Program("loss", "loss", loss),
-        Program(f"train step, {shape}", "train", step, useful, cost, weights=held(params)),
+        make(names.loss, kind="loss", lower=loss),
+        make(
+            names.step,
+            kind="train",
+            lower=step,
+            useful=share * cfg.accumulate * update,
+            cost=cost_of_update,
+        ),
     ]
     if cached:
-        states = step_lib.make_states(mesh)
-        tokens = mesh_array(mesh, "bt", (rows, prompt + response), jnp.int32)
-        args = (model, cfg.remat, params, None, tokens, tokens, response)
-        out.insert(0, Program("references", "train", lambda: lower(mesh, states, *args), weights=held(params)))
+        out.insert(0, make(names.references, kind="train", lower=states, useful=share * forward, cost=cost_of_states))
     return out
+
+
+def extrapolated(model: ModelConfig, of: Callable[[ModelConfig], Figures]) -> Figures:
+    """A model's figures from those of models of 1 and of 3 layers of each kind."""
+    short = lambda kind, count: dataclasses.replace(model, layers=(kind,) * count)  # noqa: E731
+    found = {kind: (of(short(kind, 1)), of(short(kind, 3))) for kind in dict.fromkeys(model.layers)}
+    layer = {kind: (three + one * -1) * 0.5 for kind, (one, three) in found.items()}
+    first = model.layers[0]
+    return sum((layer[kind] for kind in model.layers), start=found[first][0] + layer[first] * -1)
 
 
 def base(config: config_lib.Config, model: ModelConfig, mesh: Mesh) -> weights.Params:
@@ -207,8 +302,11 @@ def lower_step(
     return lower(mesh, step_lib.make_update(step_lib.spec_of(model, cfg), tx, layout), params, state, batch)
 
 
-def useful_flops(model: ModelConfig, cfg: config_lib.Train, prompt: int, response: int, cached: bool) -> float:
-    """Of one row: products with weights and adapters, causal attention, and the head; nothing twice."""
+def useful_flops(
+    model: ModelConfig, cfg: config_lib.Train, prompt: int, response: int, cached: bool
+) -> tuple[float, float]:
+    """Of one row, in a forward pass without adapter or head, and in an update: products with weights and adapters, causal
+    attention, and the head; nothing twice."""
     table = weights.declare(model)
     compared = len(methods.find(cfg).roles)
     tokens, references = prompt + response, 0 if cached else compared
@@ -220,7 +318,7 @@ def useful_flops(model: ModelConfig, cfg: config_lib.Train, prompt: int, respons
     )
     attention = sum(mixing(layer, model, tokens) for layer in model.layers)
     layers = tokens * (base * (2 + references) + adapter * 3) + attention * (3 + references)
-    return 2 * (layers + response * model.V * model.D * (compared + 2))
+    return 2 * (tokens * base + attention), 2 * (layers + response * model.V * model.D * (compared + 2))
 
 
 def work(weight: weights.Weight, model: ModelConfig) -> float:
@@ -241,37 +339,40 @@ def mixing(layer: Layer, model: ModelConfig, tokens: int) -> float:
     return 2 * model.N * model.H * (window * tokens - window**2 / 2)
 
 
-def cost_of_step(config, model: ModelConfig, mesh: Mesh, prompt: int, response: int, cached: bool) -> Cost:
-    """One update, from unrolled models of 1 and 3 layers of each kind, and from one chunk of the loss.
+def without_experts(model: ModelConfig) -> ModelConfig:
+    """A short model with a dense layer as wide as the experts that a token picks: the compiler counts all of them, or one
+    round."""
+    if not (model.experts and model.layers[0].mlp == "experts"):
+        return model
+    dense = tuple(dataclasses.replace(layer, mlp="dense") for layer in model.layers)
+    return dataclasses.replace(model, layers=dense, F=model.experts.top * model.experts.I)
 
-    Experts count as a dense layer as wide as those that a token picks: the compiler counts all of them, or one round.
-    """
+
+def kernel_flops(model: ModelConfig, tokens: int) -> float:
+    """Of one product of queries with keys, or of probabilities with values, over all layers and one row."""
+    return sum(mixing(layer, model, tokens) for layer in model.layers)
+
+
+def cost_of_step(config, model: ModelConfig, mesh: Mesh, prompt: int, response: int, cached: bool) -> Figures:
+    """One update, from short unrolled models, and from one chunk of the loss."""
     cfg = config.train
     rows = cfg.batch_size // cfg.accumulate
 
-    def of(layers: tuple[Layer, ...]) -> Cost:
-        short = dataclasses.replace(model, layers=layers)
-        if model.experts and layers[0].mlp == "experts":
-            dense = tuple(dataclasses.replace(layer, mlp="dense") for layer in layers)
-            short = dataclasses.replace(short, layers=dense, F=model.experts.top * model.experts.I)
+    def of(short: ModelConfig) -> Figures:
+        short = without_experts(short)
         targets = tuple(name for name in cfg.lora.targets if name in lora_lib.adaptable(short))
         train = cfg.model_copy(update={"lora": cfg.lora.model_copy(update={"targets": targets})})
         some = config.model_copy(update={"train": train})
         lowered = lower_step(some, short, mesh, unstacked(some, short, mesh), 1, prompt, response, cached)
-        return cost_of(lowered.compile())
+        return figures_of(lowered.compile())
 
-    found = {kind: (of((kind,)), of((kind,) * 3)) for kind in dict.fromkeys(model.layers)}
-    layer = {kind: (three + one * -1) * 0.5 for kind, (one, three) in found.items()}
-    first = model.layers[0]
-    one = sum((layer[kind] for kind in model.layers), start=found[first][0] + layer[first] * -1)
     width = max(1, min(response, cfg.chunk // rows))
-    chunk = cost_of(lower_loss(config, model, mesh, rows, width).compile())
+    chunk = figures_of(lower_loss(config, model, mesh, rows, width).compile())
     references = 0 if cached else len(methods.find(cfg).roles)
     passes = KERNEL_PASSES["forward"] * (1 + references + (cfg.remat != "none")) + KERNEL_PASSES["backward"]
-    kernels = passes * sum(mixing(layer, model, prompt + response) for layer in model.layers) * rows / mesh.size
-    one += chunk * (-(-response // width) - 1)
+    one = extrapolated(model, of) + chunk * (-(-response // width) - 1)
     if mesh.devices.flat[0].platform != "cpu":
-        one += Cost(0, 0, kernels)
+        one += Figures(kernels=passes * kernel_flops(model, prompt + response) * rows / mesh.size)
     return one * cfg.accumulate
 
 
@@ -294,64 +395,116 @@ def unstacked(config: config_lib.Config, model: ModelConfig, mesh: Mesh) -> weig
     return {**params, "layers": layers}
 
 
-def sampler_programs(config: config_lib.Config, model: ModelConfig, mesh: Mesh) -> list[Program]:
-    """Prefill and decoding of the rollouts (of `generate` and of online training) and of the evaluation."""
-    dtype, out, train, method = jnp.dtype(config.model.dtype), [], config.train, methods.of(config)
-    params, stacked = unstacked(config, model, mesh), held(base(config, model, mesh))
-    table = 0 if model.tied else held(params["embed"])  # looked up, not read, unless it is the unembedding too
-    lora = lora_lib.abstract(model, train.lora, mesh) if method.trains else None
-    counted = model.experts is None
-    jobs = []  # name, settings, samples per prompt, longest prompt, roles, LoRA
+@dataclass(frozen=True)
+class Job:
+    """What a stage draws: settings, samples per prompt, tokens per prompt at most, tokens per sample, roles."""
+
+    name: str
+    stage: str
+    slots: int
+    samples: int
+    prompt: int
+    limit: int
+    roles: int
+    sampling: config_lib.Sampling
+    adapted: bool
+
+    def grid(self, mesh) -> decode.Grid:
+        return engine.grid_of(mesh, self.slots, self.roles, self.limit, self.samples, engine.bucket(self.prompt))
+
+
+def jobs_of(config: config_lib.Config) -> list[Job]:
+    """All that is drawn with our sampler, at its longest."""
+    train, method, out = config.train, methods.of(config), []
     if method.reads_traces(train):
         cfg = config.generate
         roles = 1 if cfg.tau in (0.0, 1.0) or method.rationalises else 2
-        jobs.append(("rollouts", cfg, cfg.samples, cfg.max_prompt_tokens, roles, None))
-    if method.source == "samples":
-        prompt = min(train.online.max_prompt_tokens, train.max_tokens - train.online.sampling.max_tokens)
-        jobs.append(("online rollouts", train.online, train.online.group, prompt, 1, lora))
-    if config.evaluate.benchmarks:
-        cfg = config.evaluate
-        jobs.append(("evaluation", cfg, cfg.samples, cfg.max_prompt_tokens, 1, lora))
-    for name, cfg, samples, longest, roles, lora in jobs:
-        sampling = mixture.sampling_params(cfg.sampling)
-        limit = cfg.longest if isinstance(cfg, config_lib.Evaluate) else cfg.sampling.max_tokens
-        sampler = engine.Engine(params, model, mesh, (), 0, cfg.slots, limit, sampling, roles, lora)
-        grid = sampler.grid(samples, engine.bucket(longest))
-        made = lower(mesh, decode.empty, grid, model, dtype).compile()
-        shapes = jax.eval_shape(lambda grid=grid: decode.empty(grid, model, dtype))
-        state = jax.tree.map(
-            lambda s, where: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=where), shapes, made.output_shardings
-        )
-        rules, sampling = jax.tree.map(lambda x: host_array(mesh, x.shape, x.dtype), (sampler.rules, sampling))
-        prompt = (
-            host_array(mesh, (grid.roles, grid.prompt_slots)),
-            host_array(mesh, (grid.roles,)),
-            host_array(mesh),
-            host_array(mesh),
-        )
-        label = f"{name}, {grid.slots} slots x {grid.roles} roles"
-
-        def prefill(grid=grid, lora=lora, state=state, prompt=prompt) -> jax.stages.Lowered:
-            return lower(mesh, decode.load_prompt, grid, model, params, lora, state, *prompt)
-
+        limit = cfg.sampling.max_tokens
         out.append(
-            Program(
-                f"{label}: prefill {grid.prompt_slots}",
-                "sampler",
-                prefill,
-                state=state,
-                weights=stacked,
-                counted=counted,
+            Job(
+                "rollouts",
+                "generate",
+                cfg.slots,
+                cfg.samples,
+                cfg.max_prompt_tokens,
+                limit,
+                roles,
+                cfg.sampling,
+                False,
             )
         )
-
-        def step(grid=grid, lora=lora, state=state, rules=rules, sampling=sampling) -> jax.stages.Lowered:
-            return lower(mesh, decode.decode, grid, model, params, lora, state, rules, sampling)
-
-        title = f"{label}: decode"
-        more = {"unread": table, "tokens": grid.chunk, "counted": counted}
-        out.append(Program(title, "sampler", step, state=state, weights=stacked, **more))
+    if method.source == "samples":
+        cfg = train.online
+        prompt = min(cfg.max_prompt_tokens, train.max_tokens - cfg.sampling.max_tokens)
+        limit = cfg.sampling.max_tokens
+        out.append(Job("online rollouts", "train", cfg.slots, cfg.group, prompt, limit, 1, cfg.sampling, True))
+    if config.evaluate.benchmarks:
+        cfg, prompt = config.evaluate, config.evaluate.max_prompt_tokens
+        make = functools.partial(Job, stage="evaluate", slots=cfg.slots, roles=1, sampling=cfg.sampling)
+        out.append(make("evaluation", samples=cfg.samples, prompt=prompt, limit=cfg.longest, adapted=method.trains))
+        if cfg.force is not None:
+            asked = prompt + cfg.cuts[-1] + ASKING
+            out.append(
+                make("forced answers", samples=1, prompt=asked, limit=cfg.force.max_tokens, adapted=method.trains)
+            )
     return out
+
+
+def names_of(job: Job, mesh: Mesh) -> tuple[str, str]:
+    """The names of a job's prefill and of its decoding."""
+    grid = job.grid(mesh)
+    label = f"{job.name}, {grid.slots} slots x {grid.roles} roles of {grid.max_tokens} tokens"
+    return f"{label}: prefill {grid.prompt_slots}", f"{label} after prompts of {grid.prompt_slots}: decode"
+
+
+def sampler_programs(config: config_lib.Config, model: ModelConfig, mesh: Mesh) -> list[Program]:
+    """Prefill and decoding of the rollouts (of `generate` and of online training), of the evaluation and of its forced
+    answers."""
+    dtype, out = jnp.dtype(config.model.dtype), []
+    for job in jobs_of(config):
+        grid = job.grid(mesh)
+
+        def arguments(model: ModelConfig, grid=grid, job=job) -> tuple:
+            lora = lora_lib.abstract(model, config.train.lora, mesh) if job.adapted else None
+            return grid, model, unstacked(config, model, mesh), lora, abstract_state(grid, model, dtype, mesh)
+
+        def prefill(model: ModelConfig, grid=grid, arguments=arguments) -> jax.stages.Lowered:
+            prompt = host_array(mesh, (grid.roles, grid.prompt_slots)), host_array(mesh, (grid.roles,))
+            return lower(mesh, decode.load_prompt, *arguments(model), *prompt, host_array(mesh), host_array(mesh))
+
+        def step(model: ModelConfig, job=job, arguments=arguments) -> jax.stages.Lowered:
+            rules = host_array(mesh, (model.V,), jnp.float32), host_array(mesh, (model.V,), bool)
+            sampling = jax.tree.map(lambda x: host_array(mesh, x.shape, x.dtype), mixture.sampling_params(job.sampling))
+            return lower(mesh, decode.decode, *arguments(model), decode.TokenRules(*rules), sampling)  # pyright: ignore
+
+        make = functools.partial(Program, stage=job.stage, kind="sampler", model=model, mesh=mesh, unrolled=True)
+        counted = model.experts is None
+        forward, _ = useful_flops(model, config.train, grid.prompt_slots, 0, True)
+        rows = grid.roles / mesh.size
+        kernels = KERNEL_PASSES["forward"] * kernel_flops(model, grid.prompt_slots) * rows
+        caches, table = cache_shapes(grid, model, dtype, mesh), 0.0
+        if not model.tied:
+            table = held(base(config, model, mesh)["embed"])  # looked up, not read, unless it is the unembedding too
+        name, decodes = names_of(job, mesh)
+        out.append(make(name, lower=prefill, useful=forward * rows, kernels=kernels, caches=caches, counted=counted))
+        out.append(make(decodes, lower=step, caches=caches, unread=table, tokens=grid.chunk, counted=counted))
+    return out
+
+
+def abstract_state(grid: decode.Grid, model: ModelConfig, dtype, mesh: Mesh) -> decode.DecodeState:
+    """Shapes and shardings of the state of a grid."""
+    made = lower(mesh, decode.empty, grid, model, dtype).compile()
+    shapes = jax.eval_shape(lambda: decode.empty(grid, model, dtype))
+    return jax.tree.map(
+        lambda s, where: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=where), shapes, made.output_shardings
+    )
+
+
+def cache_shapes(grid: decode.Grid, model: ModelConfig, dtype, mesh) -> tuple[tuple[int, ...], ...]:
+    """A device's part of the caches of keys."""
+    shapes = jax.eval_shape(lambda: decode.empty(grid, model, dtype)).cache
+    layout = mesh_lib.sharding(mesh, "bk__")
+    return tuple({layout.shard_shape(x.shape) for x in (*shapes.k, *shapes.prompt_k)})
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -359,61 +512,66 @@ def sampler_programs(config: config_lib.Config, model: ModelConfig, mesh: Mesh) 
 # ---------------------------------------------------------------------------------------------------
 
 
-def measure(program: Program, config: config_lib.Config, mesh: Mesh, known: Chip | None, quick: bool) -> ProgramReport:
+def skipped(program: Program) -> ProgramReport:
+    """Of a program that was not compiled."""
+    known = chip(program.mesh.devices.flat[0])
+    return ProgramReport(program.name, program.stage, "none", 0.0, None, known and known.hbm, None, "not compiled")
+
+
+def measure(program: Program, config: config_lib.Config, quick: bool = False, short: bool = False) -> ProgramReport:
     """Compiles one program and reads what the compiler says; running out of memory is an answer too."""
-    started = time.monotonic()
-    hbm = known and known.hbm
+    started, known = time.monotonic(), chip(program.mesh.devices.flat[0])
+    short, hbm = short and program.unrolled, known and known.hbm
+    report = functools.partial(
+        ProgramReport, program=program.name, stage=program.stage, layers="1 and 3" if short else "all", hbm_gb=hbm
+    )
+    copies = None
     try:
-        compiled = program.lower().compile()
+        if short:
+            figures = extrapolated(program.model, lambda model: figures_of(program.lower(model).compile()))
+        else:
+            compiled = program.lower(program.model).compile()
+            figures, text = figures_of(compiled), compiled_lib.hlo_text(compiled)
+            copies = None if text is None or not program.caches else copies_of(text, program.caches)
     except jax.errors.JaxRuntimeError as error:
         used = re.search(r"Used ([\d.]+)([GM]) of", str(error))
         if "RESOURCE_EXHAUSTED" not in str(error):
-            raise
+            why = f"not compiled: {str(error).splitlines()[0]}"
+            return report(compile_seconds=time.monotonic() - started, peak_gb=None, fits=None, verdict=why)
         peak = float(used[1]) * (2**30 if used[2] == "G" else 2**20) / 1e9 if used else None
-        held_gb = program.weights / 1e9
-        advice = first_change(program.kind, config, mesh, held_gb, (hbm or 0) - held_gb)
-        return ProgramReport(program.name, time.monotonic() - started, peak, hbm, False, f"does not fit: {advice}")
+        verdict = f"does not fit: {first_change(program.kind, config, program.mesh, 0, 1)}"
+        return report(compile_seconds=time.monotonic() - started, peak_gb=peak, fits=False, verdict=verdict)
     seconds = time.monotonic() - started
-    memory: Any = compiled.memory_analysis()
-    arguments, temporaries = memory.argument_size_in_bytes / 1e9, memory.temp_size_in_bytes / 1e9
-    fresh = (memory.output_size_in_bytes - memory.alias_size_in_bytes) / 1e9
-    peak = arguments + temporaries + max(fresh, 0) + (program.weights / 1e9 if program.kind == "sampler" else 0)
-    fits = None if known is None else peak <= known.hbm
-    verdict = {None: "compiles", True: "fits"}.get(fits) or (
-        "does not fit: " + first_change(program.kind, config, mesh, arguments, temporaries)
-    )
+    fits = None if known is None else figures.peak / 1e9 <= known.hbm
+    change = first_change(program.kind, config, program.mesh, figures.arguments, figures.temporaries)
+    verdict = {None: "compiles", True: "fits"}.get(fits) or f"does not fit: {change}"
 
-    text = compiled_lib.hlo_text(compiled)
-    moved = None if text is None else compiled_lib.hbm_bytes(text) / max(program.tokens, 1)
-    cost = cost_of(compiled) if program.kind == "sampler" and program.counted else None
-    if program.cost is not None and not quick:
-        cost = program.cost()
-    estimate = ratio = utilisation = copies = None
-    if cost is not None and mesh.devices.flat[0].platform == "tpu" and known is not None:
-        estimate = cost.seconds + cost.kernels / (known.peak * 1e12 * KERNEL_EFFICIENCY)
-        utilisation = program.useful / (estimate * known.peak * 1e12) if program.useful else None
-    if program.state is not None and text is not None:
-        copies = copies_of(text, [*program.state.cache.k, *program.state.cache.prompt_k])
-    if program.tokens and moved is not None:
-        ratio = moved / (memory.argument_size_in_bytes - program.unread)
-    flops = cost and cost.flops + cost.kernels
-    aliased = memory.alias_size_in_bytes / 1e9
-    return ProgramReport(
-        program.name,
-        seconds,
-        peak,
-        hbm,
-        fits,
-        verdict,
-        arguments,
-        temporaries,
-        aliased,
-        flops,
-        moved,
-        estimate,
-        utilisation,
-        ratio,
-        copies,
+    counted = None
+    if program.unrolled and program.counted:
+        counted = figures + Figures(kernels=program.kernels)
+    elif program.cost is not None and not quick:
+        counted = program.cost()
+    moved = None if math.isnan(figures.moved) else figures.moved / max(program.tokens, 1)
+    estimate = None
+    if counted is not None and known is not None and program.mesh.devices.flat[0].platform == "tpu":
+        estimate = counted.seconds + counted.kernels / (known.peak * 1e12 * KERNEL_EFFICIENCY)
+    useful = program.useful if estimate else 0.0
+    ratio = moved / (figures.arguments - program.unread) if program.tokens and moved is not None else None
+    return report(
+        compile_seconds=seconds,
+        peak_gb=figures.peak / 1e9,
+        fits=fits,
+        verdict=verdict,
+        arguments_gb=figures.arguments / 1e9,
+        temporaries_gb=figures.temporaries / 1e9,
+        aliased_gb=figures.aliased / 1e9,
+        flops=counted and counted.flops + counted.kernels,
+        bytes=moved,
+        seconds=estimate,
+        bandwidth_seconds=moved / (known.bandwidth * 1e9) if known is not None and moved is not None else None,
+        utilisation=useful / (estimate * known.peak * 1e12) if useful and estimate and known is not None else None,
+        bytes_over_ideal=ratio,
+        cache_copies=copies,
     )
 
 

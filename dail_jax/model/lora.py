@@ -79,6 +79,11 @@ def abstract(cfg: ModelConfig, lora: config_lib.LoraConfig, mesh: jax.sharding.M
     )
 
 
+def moved(lora: Lora, mesh: jax.sharding.Mesh) -> Lora:
+    """The same adapter on another mesh of the same devices, split along the axes of the same names."""
+    return jax.tree.map(lambda x: jax.device_put(x, jax.sharding.NamedSharding(mesh, x.sharding.spec)), lora)
+
+
 def merge(params: dict, lora: Lora, cfg: ModelConfig) -> dict:
     """The stacked weights with the adapter merged in: summed in float32, in the weights' own dtype."""
     table, layers = declare(cfg), dict(params["layers"])

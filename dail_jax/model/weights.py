@@ -9,6 +9,7 @@ Matrices may be held in int8 (`model.int8`).
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass, replace
 from typing import Any
@@ -306,6 +307,48 @@ def unstack(params: Params, cfg: ModelConfig) -> Params:
     if isinstance(layers, list):
         return params
     return {**params, "layers": [of_layer(layers, i, cfg) for i in range(cfg.L)]}
+
+
+def moved(
+    params: Params, cfg: ModelConfig, mesh: jax.sharding.Mesh, stacked: bool, quantize: str | None = None
+) -> Params:
+    """The same weights on another mesh of the same devices, stacked or with one array per layer.
+
+    It goes from device to device and empties `params` on its way, so that where nobody else holds these arrays no more
+    than one weight of all layers exists twice.
+    """
+    layout, layers = shardings(cfg, mesh, quantize), params.pop("layers")
+    out = {name: jax.device_put(params.pop(name), layout[name]) for name in list(params)}
+    ours: Any = {} if stacked else [{} for _ in cfg.layers]
+    for name, weight in declare(cfg).items():
+        if not weight.layered:
+            continue
+        where, having = layout["layers"][name], weight.layers(cfg)
+        if isinstance(layers, dict):
+            parts = jax.device_put(layers.pop(name), where)
+            parts = parts if stacked else _split(parts, len(having))
+        else:
+            one = jax.tree.map(
+                lambda w: jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*w.spec[1:])), where
+            )
+            parts = [jax.device_put(layers[i].pop(name), one) for i in having]
+            parts = _stack(*parts) if stacked else parts
+        if stacked:
+            ours[name] = parts
+        else:
+            for i, part in zip(having, parts, strict=True):
+                ours[i][name] = part
+    return {**out, "layers": ours}
+
+
+@jax.jit
+def _stack(*parts):
+    return jax.tree.map(lambda *xs: jnp.stack(xs), *parts)
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _split(stacked, count: int):
+    return [jax.tree.map(lambda x, i=i: x[i], stacked) for i in range(count)]
 
 
 def count(cfg: ModelConfig) -> int:

@@ -98,24 +98,8 @@ class Engine:
         self.key = jax.random.key_data(jax.random.key(self.seed, impl="threefry2x32"))
 
     def grid(self, samples: int, prompt_slots: int) -> decode.Grid:
-        """The shapes for requests of up to `samples` samples.
-
-        A block has one slot per sample of a prompt, and room for more prompts, whose samples start as others end:
-        while a prompt's longest sample runs, the others hold enough work to fill every slot three times. There is room
-        for fewer where prompts would take over a quarter of the memory of the slots' own tokens; where not even 2 fit,
-        blocks are twice as wide.
-        """
-        shards = axis_size(self.mesh, "b")
-        share = max(self.slots // shards, 1)
-        if samples == 1:
-            return decode.Grid(self.roles, share * shards, 1, 1, prompt_slots, self.max_tokens, CHUNK)
-        for wide in (samples, 2 * samples):
-            blocks = max(share // wide, 1)
-            width = share // blocks
-            entries = min(1 - (-3 * width // samples), -(-width * self.max_tokens // (4 * prompt_slots)) - 1)
-            if entries >= 2:
-                break
-        return decode.Grid(self.roles, blocks * shards, width, max(entries, 2), prompt_slots, self.max_tokens, CHUNK)
+        """The shapes for requests of up to `samples` samples."""
+        return grid_of(self.mesh, self.slots, self.roles, self.max_tokens, samples, prompt_slots)
 
     def figures(self) -> dict[str, float]:
         """Metrics on what was drawn and at what cost; empty if nothing was drawn."""
@@ -218,6 +202,35 @@ class Engine:
                     grid, self.cfg, self.params, self.lora, state, tokens, lengths, block, index
                 )
         return None, state
+
+
+def grid_of(
+    mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh,
+    slots: int,
+    roles: int,
+    max_tokens: int,
+    samples: int,
+    prompt_slots: int,
+) -> decode.Grid:
+    """The shapes for requests of up to `samples` samples.
+
+    A block has one slot per sample of a prompt, and room for more prompts, whose samples start as others end: while a
+    prompt's longest sample runs, the others hold enough work to fill every slot three times. There is room for fewer
+    where prompts would take over a quarter of the memory of the slots' own tokens; where not even 2 fit, blocks are
+    twice as wide.
+    """
+    shards = axis_size(mesh, "b")
+    share = max(slots // shards, 1)
+    if samples == 1:
+        return decode.Grid(roles, share * shards, 1, 1, prompt_slots, max_tokens, CHUNK)
+    blocks, width, entries = 1, share, 0
+    for wide in (samples, 2 * samples):
+        blocks = max(share // wide, 1)
+        width = share // blocks
+        entries = min(1 - (-3 * width // samples), -(-width * max_tokens // (4 * prompt_slots)) - 1)
+        if entries >= 2:
+            break
+    return decode.Grid(roles, blocks * shards, width, max(entries, 2), prompt_slots, max_tokens, CHUNK)
 
 
 def _refuse_broken(running: list[tuple[_Entry, int] | None], status: np.ndarray, length: np.ndarray) -> None:

@@ -127,7 +127,12 @@ class Subject:
 
     @property
     def mesh(self) -> jax.sharding.Mesh:
-        return self._once("mesh", ["mesh"], lambda: mesh_lib.make_mesh(self.config.mesh))
+        """The mesh of training."""
+        return self._once("mesh", ["mesh"], lambda: mesh_lib.make_mesh(self.config.mesh.for_training))
+
+    @property
+    def sample_mesh(self) -> jax.sharding.Mesh:
+        return self._once("sample_mesh", ["mesh"], lambda: mesh_lib.make_mesh(self.config.mesh.for_sampling))
 
     @property
     def model(self) -> ModelConfig:
@@ -235,9 +240,12 @@ def devices(s: Subject) -> Iterator[Finding]:
         return
     if problem := _missing_accelerator(found):
         yield UserError(problem, field="devices")
-    shape = " x ".join(f"{axis} {size}" for axis, size in s.mesh.shape.items())
-    yield "devices", f"{s.mesh.size} x {s.mesh.devices.flat[0].device_kind}; mesh {shape}"
-    need = held(weights.abstract(s.model, jnp.dtype(s.config.model.dtype), s.mesh, _form(s)))
+    yield (
+        "devices",
+        f"{s.mesh.size} x {s.mesh.devices.flat[0].device_kind}; mesh {mesh_lib.described(s.mesh, s.sample_mesh)}",
+    )
+    dtype = jnp.dtype(s.config.model.dtype)
+    need = max(held(weights.abstract(s.model, dtype, mesh, _form(s))) for mesh in (s.mesh, s.sample_mesh))
     limit = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
     held_in = _form(s) or s.config.model.dtype
     limited = f" of {_size(limit)}" if limit else ""

@@ -11,38 +11,46 @@ from rich.table import Table
 
 from dail_jax import config as config_lib
 from dail_jax import mesh as mesh_lib
-from dail_jax import rundir
+from dail_jax import resources, rundir
 from dail_jax.ahead import chips, programs
 from dail_jax.metrics import console, log
 from dail_jax.model.families import read_config
 
 
 def run(
-    config: config_lib.Config, topology: str = "cpu", out: str | None = None, quick: bool = False, only: str = ""
+    config: config_lib.Config,
+    topology: str = "cpu",
+    out: str | None = None,
+    quick: bool = False,
+    only: str = "",
+    short: bool = False,
 ) -> None:
     if config.model.dtype == "float32":  # as every stage does
         jax.config.update("jax_default_matmul_precision", "highest")
-    model = read_config(config.model.path)
+    folder = resources.model(config.model.path)
+    model = read_config(folder)
     devices = chips.devices(topology)
-    mesh = mesh_lib.make_mesh(config.mesh, devices)
-    shape = " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
-    log(f"compile: {config.model.path} for {len(devices)} {devices[0].device_kind} ({topology}), mesh {shape}")
+    train, sample = programs.meshes_of(config.mesh, devices)
+    shape = mesh_lib.described(train, sample)
+    log(f"compile: {folder} for {len(devices)} {devices[0].device_kind} ({topology}), mesh {shape}")
     rows = []
-    for row in programs.compile_all(config, model, mesh, quick, only):
+    for row in programs.compile_all(config, model, train, sample, quick, only, short):
         log(f"  {row.program}: {row.compile_seconds:.0f} s, {row.verdict}")
         rows.append(row)
     console.print(table(rows))
-    kernels = f"{programs.KERNEL_EFFICIENCY:.0%}"
-    log(
-        "GB per device; sampling's peak includes the weights that training holds. FLOPs, bytes and time are per update, "
-        "or per token for decoding. Time: the compiler's model, plus "
-        f"attention kernels at {kernels} of the peak. Utilisation: useful FLOPs, by arithmetic, in that time; of "
-        "decoding, bytes moved over bytes that must be read."
-    )
+    log(LEGEND)
     if out:
-        common = {"topology": topology, "model": config.model.path, "mesh": dict(mesh.shape)}
+        common = {"topology": topology, "model": folder, "mesh": shape}
         lines = [json.dumps({**common, **dataclasses.asdict(row)}) + "\n" for row in rows]
         rundir.write_atomic(Path(out), "".join(lines))
+
+
+LEGEND = (
+    "GB per device. FLOPs, bytes and times are per call, or per token for decoding. The first time is the compiler's "
+    f"model, plus attention kernels at {programs.KERNEL_EFFICIENCY:.0%} of the peak; the second is what main memory alone "
+    "takes for the bytes moved. Utilisation: useful FLOPs, by arithmetic, in the first; of decoding, bytes moved over "
+    "bytes that must be read."
+)
 
 
 def table(rows: list[programs.ProgramReport]) -> Table:
@@ -54,7 +62,7 @@ def table(rows: list[programs.ProgramReport]) -> Table:
         "peak / HBM",
         "TFLOP",
         "GB moved",
-        "time",
+        "time; memory's",
         "utilisation",
         "verdict",
     )
@@ -73,7 +81,7 @@ def table(rows: list[programs.ProgramReport]) -> Table:
             memory,
             number(row.flops and row.flops / 1e12, ".3g"),
             number(row.bytes and row.bytes / 1e9, ".3g"),
-            number(row.seconds and row.seconds * 1e3, ".3g", " ms"),
+            "; ".join(number(x and x * 1e3, ".3g", " ms") for x in (row.seconds, row.bandwidth_seconds) if x),
             used,
             row.verdict,
         )

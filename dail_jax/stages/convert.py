@@ -21,7 +21,7 @@ def run(config: config_lib.Config) -> None:
     source, target = Path(config.model.path), Path(config.run_dir) / "model"
     if (source / base.PARAMS).is_dir():
         raise UserError("has been converted already", file=source)
-    mesh = mesh_lib.make_mesh(config.mesh)
+    mesh = mesh_lib.make_mesh(config.mesh.for_training)
     with RunDir(config) as run_dir, run_dir.stage(recipes.convert(config)) as stage, jax.set_mesh(mesh):
         if stage.done or mesh_lib.from_first(lambda: base.is_made_of(target, stage.made_of)):
             log(f"convert: already done, see {target}")

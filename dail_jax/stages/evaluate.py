@@ -81,7 +81,7 @@ def run(config: config_lib.Config, table: bool = True, drawn: Path | None = None
                 finish(config, read_drawn(run_dir.path), run_dir.path)
             else:
                 session = open_session(config)
-                with jax.set_mesh(session.mesh):
+                with jax.set_mesh(session.sample_mesh):
                     metrics = Metrics(run_dir.path, config.log, "evaluate")
                     found = samplers.find(cfg.sampler)
                     open_sampler = offline.opened(session, run_dir, drawn) if drawn else found(session, run_dir)

@@ -46,7 +46,7 @@ def run(config: config_lib.Config) -> None:
             drawn = traces_lib.read(traces_path(config))
         else:
             session = open_session(config)
-            with jax.set_mesh(session.mesh):
+            with jax.set_mesh(session.sample_mesh):
                 metrics = Metrics(run_dir.path, config.log, "generate")
                 work = rationalise if methods.of(config).rationalises else roll_out
                 finished = work(session, rows, Journal(run_dir.path / JOURNAL), metrics)

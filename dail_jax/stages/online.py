@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import jax
 import numpy as np
 
 from dail_jax import mesh as mesh_lib
@@ -206,7 +207,6 @@ class Rounds:
         rounds = -(-cfg.epochs * len(self.tasks) // online.problems)
         self.steps = rounds * self.per_round
         self.local = mesh_lib.local_rows(session.mesh, cfg.batch_size // cfg.accumulate)
-        self.sampler = session.sampler(online.sampling, slots=online.slots, max_tokens=online.sampling.max_tokens)
         self.resources = contextlib.ExitStack()
         self.grader = self.resources.enter_context(Grader())
         log(
@@ -218,16 +218,18 @@ class Rounds:
         """Nothing to do: a round follows from its number and the state."""
 
     def next(self, step: int, state: Any, interrupt: Interrupt) -> loop.Batch | None:
-        cfg = self.session.config.train
+        session, cfg = self.session, self.session.config.train
         number, place = divmod(step, self.per_round)
         if place == 0:
-            self.sampler.lora = state.lora  # the shapes stay the same, so nothing is compiled again
-            drawn = rollout_round(self.session, self.method, self.sampler, self.grader, self.tasks, number, interrupt)
+            sampling, slots = cfg.online.sampling, cfg.online.slots
+            with jax.set_mesh(session.sample_mesh):
+                sampler = session.sampler(sampling, slots=slots, max_tokens=sampling.max_tokens, lora=state.lora)
+                drawn = rollout_round(session, self.method, sampler, self.grader, self.tasks, number, interrupt)
             if drawn is None:
                 return None
             self.examples, self.figures = drawn
             # Spreads each group over several updates, since a single problem makes a poor gradient.
-            order = np.random.default_rng((self.session.config.seed, number)).permutation(len(self.examples))
+            order = np.random.default_rng((session.config.seed, number)).permutation(len(self.examples))
             self.order = order.reshape(self.per_round, cfg.accumulate, -1)
             self.assemble = batches.Assemble(
                 self.examples, cfg.bucket, cfg.accumulate, self.local, self.method.prompted

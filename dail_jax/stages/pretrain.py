@@ -44,7 +44,7 @@ def run(config: config_lib.Config) -> None:
         )
     if cfg.init is not None and families.read_config(cfg.init) != model:
         raise UserError("got another architecture, want pretrain.architecture", file=cfg.init, field="pretrain.init")
-    mesh = mesh_lib.make_mesh(config.mesh)
+    mesh = mesh_lib.make_mesh(config.mesh.for_training)
     target = Path(config.model.path)
     with RunDir(config) as run_dir, run_dir.stage(recipes.pretrain(config)) as stage, jax.set_mesh(mesh):
         if stage.done or mesh_lib.from_first(lambda: base.is_made_of(target, stage.made_of)):

@@ -40,6 +40,8 @@ PATHS = (
     "evaluate.benchmarks.template",
     "pretrain.rows",
 )
+# Only `plan` reads these.
+EXPECTED = ("data.size", "evaluate.benchmarks.rows.size")
 COMMON = ("seed", "prompts.opening", "prompts.max_solution_tokens")
 PROMPT = ("generate.max_prompt_tokens",)  # decides which solutions are cut to fit
 SUMMARY = ("evaluate.ks", "evaluate.bootstrap")  # decide results.json alone
@@ -65,7 +67,9 @@ def generate(config: config_lib.Config, rows: list[Row] | None = None) -> Recipe
     served = isinstance(config.generate.sampler, config_lib.Server)
     # Without a server, the key is left out: records that were written before it came stay valid.
     free = [f"generate.sampler.{key}" for key in SERVER] if served else ["generate.sampler"]
-    settings = select(config, *form(config), *COMMON, "data", "generate", without=(*PATHS, "generate.slots", *free))
+    settings = select(
+        config, *form(config), *COMMON, "data", "generate", without=(*PATHS, *EXPECTED, "generate.slots", *free)
+    )
     settings["passes"] = "rationalised" if methods.find(config.train).rationalises else "one"
     filters = select(config, "filters")
     if methods.find(config.train).rationalises:  # the filters decide what the second pass draws
@@ -94,7 +98,15 @@ def train(config: config_lib.Config, rows: list[Row] | None = None) -> Recipe:
     return Recipe(
         "train",
         select(
-            config, *form(config), *COMMON, *PROMPT, "data", "waypoints", "filters", "train", without=(*PATHS, *free)
+            config,
+            *form(config),
+            *COMMON,
+            *PROMPT,
+            "data",
+            "waypoints",
+            "filters",
+            "train",
+            without=(*PATHS, *EXPECTED, *free),
         ),
         {
             **_model(config),
@@ -129,7 +141,9 @@ def evaluate(config: config_lib.Config, tables: Mapping[str, list[Row]] | None =
             inputs[f"evaluate.benchmarks.{one.name}.template"] = _template(one.template, role)
     return Recipe(
         "evaluate",
-        select(config, *form(config), *COMMON, "train.objective", "evaluate", without=(*PATHS, *SUMMARY, *free)),
+        select(
+            config, *form(config), *COMMON, "train.objective", "evaluate", without=(*PATHS, *EXPECTED, *SUMMARY, *free)
+        ),
         {**_model(config, served), **_templates(config, "student"), **inputs},
         outputs=(Samples(SAMPLES), File(RESULTS, derived=True)),
         partial=DRAWN,
@@ -156,7 +170,7 @@ def pretrain(config: config_lib.Config) -> Recipe:
     free = ("model.path", "model.title", "model.quantize", "pretrain.log_every", "pretrain.save_every")
     return Recipe(
         "pretrain",
-        {**select(config, "seed", "model", "pretrain", without=(*PATHS, *free)), "writes": target},
+        {**select(config, "seed", "model", "pretrain", without=(*PATHS, *EXPECTED, *free)), "writes": target},
         {
             "pretrain.rows": Input(cfg.rows, lambda checksum: checksum(cfg.rows)),
             "model.tokenizer": _tokenizer(config),

@@ -1,9 +1,8 @@
-"""What several stages need: the mesh, the frozen model, its tokenizer and the prompts of the roles."""
+"""What several stages need: the meshes, the frozen model, its tokenizer and the prompts of the roles."""
 
 from __future__ import annotations
 
 import dataclasses
-import functools
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,8 +13,10 @@ from dail_jax import mesh as mesh_lib
 from dail_jax.checkpoint import base
 from dail_jax.data.prompts import PromptBuilder
 from dail_jax.errors import UserError
+from dail_jax.model import lora as lora_lib
 from dail_jax.model import weights
 from dail_jax.model.families import ModelConfig, read_config
+from dail_jax.model.lora import Lora
 from dail_jax.sample import engine, mixture, server
 from dail_jax.text import Tokenizer, load_tokenizer, stop_ids
 
@@ -25,7 +26,8 @@ class Session:
     """A model, its tokenizer and its prompts. Open one with `open_session`."""
 
     config: config_lib.Config
-    mesh: jax.sharding.Mesh
+    mesh: jax.sharding.Mesh  # of training, which adapters live on
+    sample_mesh: jax.sharding.Mesh
     model: ModelConfig
     tokenizer: Tokenizer
     prompts: PromptBuilder
@@ -33,8 +35,8 @@ class Session:
 
     @property
     def params(self) -> weights.Params:
-        """The frozen weights; loaded at first use, once per process."""
-        return _weights(*_form(self.config), self.mesh)
+        """The frozen weights as training wants them; loaded at first use, once per process."""
+        return frozen(*_form(self.config), self.mesh, stacked=True)
 
     def in_form(self, quantize: str | None) -> Session:
         """The same model with its weights in another form: `int8`, or None for exact ones."""
@@ -50,20 +52,23 @@ class Session:
         tau: float = 0.0,
         proposals: int = 1,
         roles: int = 1,
-        lora=None,
+        lora: Lora | None = None,
     ) -> engine.Engine:
-        """A sampler of this model; `sampling.suppress` names tokens that are never drawn."""
+        """A sampler of this model; `sampling.suppress` names tokens that are never drawn.
+
+        While one exists, so do the weights in the layout of sampling: let it go before training goes on.
+        """
         return engine.Engine(
-            decoding_weights(*_form(self.config), self.mesh),
+            frozen(*_form(self.config), self.sample_mesh, stacked=False),
             self.model,
-            self.mesh,
+            self.sample_mesh,
             self.stops,
             self.config.seed,
             slots,
             max_tokens,
             mixture.sampling_params(sampling, tau, proposals),
             roles,
-            lora,
+            lora and lora_lib.moved(lora, self.sample_mesh),
             suppressed(self.tokenizer, sampling),
             min(self.tokenizer.size, self.model.V),
         )
@@ -80,10 +85,10 @@ def open_session(config: config_lib.Config) -> Session:
     """Reads everything about a model except its weights; raises UserError."""
     if config.model.dtype == "float32":  # otherwise GPUs and TPUs multiply in fewer bits
         jax.config.update("jax_default_matmul_precision", "highest")
-    mesh = mesh_lib.make_mesh(config.mesh)
+    mesh, sample_mesh = (mesh_lib.make_mesh(one) for one in (config.mesh.for_training, config.mesh.for_sampling))
     model, tokenizer = read_config(config.model.path), load_tokenizer(tokenizer_folder(config))
     stops = stops_of(config, model, tokenizer)
-    return Session(config, mesh, model, tokenizer, prompt_builder(config, tokenizer), stops)
+    return Session(config, mesh, sample_mesh, model, tokenizer, prompt_builder(config, tokenizer), stops)
 
 
 def tokenizer_folder(config: config_lib.Config) -> str:
@@ -129,17 +134,33 @@ def _form(config: config_lib.Config) -> tuple[str, str, str | None]:
     return config.model.path, config.model.dtype, config.model.quantize
 
 
-@functools.lru_cache(maxsize=1)
-def _weights(folder: str, dtype: str, quantize: str | None, mesh: jax.sharding.Mesh) -> weights.Params:
-    return base.load(Path(folder), mesh, dtype, quantize)[0]
+@dataclass
+class _Held:
+    """The frozen weights in one layout, of which they exist only once."""
+
+    form: tuple[str, str, str | None]
+    mesh: jax.sharding.Mesh
+    stacked: bool
+    params: weights.Params
 
 
-@functools.lru_cache(maxsize=1)
-def decoding_weights(folder: str, dtype: str, quantize: str | None, mesh: jax.sharding.Mesh) -> weights.Params:
-    """The weights with one array per layer, for decoding."""
-    return jax.jit(weights.unstack, static_argnums=1)(_weights(folder, dtype, quantize, mesh), read_config(folder))
+_held: _Held | None = None
 
 
-def release_decoding() -> None:
-    """Releases the copy of the weights that only sampling uses."""
-    decoding_weights.cache_clear()
+def frozen(folder: str, dtype: str, quantize: str | None, mesh: jax.sharding.Mesh, stacked: bool) -> weights.Params:
+    """The weights of a model on a mesh, stacked over layers or with one array per layer.
+
+    Loaded once per process; afterwards they only change their layout, on the devices. Callers hold them no longer than
+    they need them, since the layout before is let go only when nobody holds it.
+    """
+    global _held
+    form = folder, dtype, quantize
+    if _held is None or (_held.form, set(_held.mesh.devices.flat)) != (form, set(mesh.devices.flat)):
+        _held = None
+        _held = _Held(form, mesh, True, base.load(Path(folder), mesh, dtype, quantize)[0])
+    if (_held.mesh, _held.stacked) != (mesh, stacked):
+        params, _held = _held.params, None
+        with jax.ensure_compile_time_eval():  # a loss may be asked for while JAX traces
+            params = weights.moved(params, read_config(folder), mesh, stacked, quantize)
+        _held = _Held(form, mesh, stacked, params)
+    return jax.tree.map(lambda x: x, _held.params)  # a tree of the caller's own, which no change of layout empties

@@ -24,7 +24,7 @@ from dail_jax.rundir import Interrupt, RunDir, json_line, write_atomic
 from dail_jax.stages import drops, recipes
 from dail_jax.stages.online import Rounds
 from dail_jax.stages.recipes import rows_of, traces_path
-from dail_jax.stages.session import Session, open_session, release_decoding
+from dail_jax.stages.session import Session, open_session
 from dail_jax.train import loop, methods, optimizer, references
 from dail_jax.train import step as step_lib
 
@@ -160,7 +160,6 @@ class Epochs:
     """
 
     def __init__(self, session: Session, method: methods.Method, examples: list[Example], folder: Path, weights: str):
-        release_decoding()
         config, cfg = session.config, session.config.train
         self.workers, self.examples, self.accumulate, self.folder = cfg.workers, examples, cfg.accumulate, folder
         self.plan = batches.Plan(examples, cfg.batch_size, cfg.epochs, config.seed)
