@@ -66,8 +66,8 @@ def compile_on(config, devices, **kw):
     return {row.program: row for row in programs.compile_all(config, model, *meshes, **kw)}
 
 
-@pytest.mark.parametrize("shape", [None, {"fsdp": 2, "tensor": 2}])
-def test_splash_equals_the_einsum_with_padding_on_either_side(shape):
+@pytest.mark.parametrize(("shape", "window"), [(None, 40), ({"fsdp": 2, "tensor": 2}, None)])
+def test_splash_equals_the_einsum_with_padding_on_either_side(shape, window):
     b, t, n, k, h = 2, 150, 4, 2, 16
     keys = jax.random.split(jax.random.key(0), 4)
     q, key, v, w = (jax.random.normal(x, (b, t, heads, h)) for x, heads in zip(keys, (n, k, k, n), strict=True))
@@ -78,7 +78,7 @@ def test_splash_equals_the_einsum_with_padding_on_either_side(shape):
 
     def outputs(fn):
         def loss(q, key, v):
-            out = jnp.where(live, fn(q, key, v, jnp.asarray(positions)), 0)
+            out = jnp.where(live, fn(q, key, v, jnp.asarray(positions), window, 0.3), 0)
             return (out * w).sum(), out
 
         return jax.jit(jax.grad(loss, (0, 1, 2), has_aux=True))(q, key, v)

@@ -231,6 +231,17 @@ def test_gradients_of_scanned_layers_on_eight_devices_equal_unrolled_ones(case, 
         np.testing.assert_allclose(x, y, atol=2e-4 * np.abs(y).max())
 
 
+def test_scaled_embeddings_are_rounded_as_in_transformers():
+    """In bfloat16 the scale itself is rounded, to 9.8125 for a width of 96."""
+    config = transformers.Gemma3TextConfig(**SIZES | dict(hidden_size=96, pad_token_id=None))
+    theirs = transformers.Gemma3ForCausalLM(config).bfloat16().model.embed_tokens
+    cfg = families.from_tree(config.to_dict(), "config.json")
+    embed = jnp.asarray(theirs.weight.detach().float().numpy(), jnp.bfloat16)
+    ours = transformer._embed({"embed": embed}, batch()[0], cfg)
+    with torch.no_grad():
+        assert np.array_equal(np.asarray(ours, np.float32), theirs(torch.tensor(batch()[0])).float().numpy())
+
+
 def test_round_trip_is_exact(pair, tmp_path):
     model, params, cfg = pair
     hf.save(tmp_path / "out", params, cfg, model.config.to_dict())
