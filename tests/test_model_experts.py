@@ -74,7 +74,7 @@ def close(got, want):
 
 @pytest.mark.parametrize("way", ["tiles", "ragged"])
 def test_values_and_gradients_equal_the_einsum(monkeypatch, wanted, way):
-    monkeypatch.setattr(attention, "_target", lambda: {"tiles": "cpu", "ragged": "tpu"}[way])
+    monkeypatch.setattr(attention, "target", lambda: {"tiles": "cpu", "ragged": "tpu"}[way])
     close(jax.jit(jax.value_and_grad(lambda *args: jnp.sin(ours(*args)).sum(), (0, 1, 2)))(*drawn()), wanted)
 
 

@@ -30,10 +30,10 @@ def attend(
     It runs the splash kernel on a TPU, cuDNN's flash attention on a GPU in half precision, and otherwise an einsum with
     a float32 softmax. The choice depends on the mesh that the program is compiled for, not on the host.
     """
-    target = _target()
-    if target == "tpu":
+    platform = target()
+    if platform == "tpu":
         return splash(q, k, v, positions, window, scale)
-    if target == "gpu" and q.dtype in (jnp.bfloat16, jnp.float16):
+    if platform == "gpu" and q.dtype in (jnp.bfloat16, jnp.float16):
         q, k, v = (constrain(x, "b_nh") for x in (q, k, v))  # cuDNN takes no parts of rows
         mask = causal_mask(positions, positions, window)[:, None]
         return jax.nn.dot_product_attention(q, k, v, mask=mask, scale=scale, implementation="cudnn")
@@ -171,7 +171,7 @@ def _sum_in_order(x: jax.Array) -> jax.Array:
     return sum((x[..., i, :] for i in range(1, x.shape[-2])), start=x[..., 0, :])
 
 
-def _target() -> str:
+def target() -> str:
     """The platform (cpu, tpu, gpu) of the current mesh, or of the default backend if there is no mesh."""
     mesh = jax.sharding.get_abstract_mesh()
     device = None if mesh.empty else mesh.abstract_device

@@ -52,7 +52,7 @@ def apply(x: jax.Array, picked: jax.Array, weights: jax.Array, experts: Experts)
 
 def _apply(x: jax.Array, picked: jax.Array, weights: jax.Array, experts: Experts) -> jax.Array:
     """`apply` with some of the experts: those picked that are not among them, by index, add nothing."""
-    ragged = attention._target() == "tpu"
+    ragged = attention.target() == "tpu"
     (b, t, d), top, j = x.shape, picked.shape[-1], experts[0].shape[0]
     tokens = jnp.repeat(x.reshape(-1, d), top, 0)  # one row for each pick
     size = 1 if ragged else min(TILE, max(8, 1 << (len(tokens) // j).bit_length()))
