@@ -129,6 +129,10 @@ BROKEN = {
         lambda t: ["train.objective=none", "evaluate.adapter=mine"],
         "mine/adapter_config.json: not found: want a PEFT adapter folder",
     ),
+    "form": (
+        lambda t: ["evaluate.sampler=offline", "model.quantize=int8"],
+        "evaluate.sampler: draws from exact weights, and model.quantize asks for int8 ones: want `engine`, or exact weights",
+    ),
     "sampler": (lambda t: ["evaluate.sampler=vllm"], "evaluate.sampler: got 'vllm', want one of engine"),
     "package": (lambda t: ["log.wandb=mine"], "log.wandb: want wandb: pip install 'dail_jax[wandb]'"),
     "arm": (lambda t: ["arms.a={train.gama: 1}"], "arms.a:train.gama: unknown key; did you mean 'gamma'?"),

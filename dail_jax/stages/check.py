@@ -49,6 +49,7 @@ from dail_jax.stages import (
     generate,
     golds,
     names,
+    offline,
     recipes,
     samplers,
     select,
@@ -282,6 +283,17 @@ def model(s: Subject) -> Iterator[Finding]:
         base.check(Path(s.config.model.path), s.model, s.config.model.quantize)
 
 
+def form(s: Subject) -> Iterator[Finding]:
+    """What draws elsewhere has exact weights, and int8 ones are not mixed with them."""
+    elsewhere = s.server is not None or (s.stage == "evaluate" and s.config.evaluate.sampler == offline.NAME)
+    if s.config.model.quantize and elsewhere:
+        yield UserError(
+            f"draws from exact weights, and model.quantize asks for {s.config.model.quantize} ones: want `engine`, or "
+            "exact weights",
+            field=f"{s.stage}.sampler",
+        )
+
+
 def server(s: Subject) -> Iterator[Finding]:
     """Whether the server has the model, and room for prompts and responses."""
     cfg, section = s.server, s.config.generate if s.stage == "generate" else s.config.evaluate
@@ -465,10 +477,10 @@ MODEL = (model, tokenizer, devices)
 # What is looked at before a stage starts, besides `registered`, and `room` for all of a command's stages together.
 CHECKS: dict[str, tuple[Callable[[Subject], Iterator[Finding]], ...]] = {
     "convert": (*COMMON, *MODEL),
-    "generate": (*COMMON, *MODEL, server, data, rollouts),
+    "generate": (*COMMON, *MODEL, form, server, data, rollouts),
     "train": (*COMMON, *MODEL, data, traces, training),
     "export": (*COMMON, *MODEL, merging, hub),
-    "evaluate": (*COMMON, *MODEL, server, adapter, benchmarks),
+    "evaluate": (*COMMON, *MODEL, form, server, adapter, benchmarks),
 }
 
 
