@@ -1,13 +1,20 @@
 """Configurations: what is wrong is said in one line, with file, line or key, and the nearest known key."""
 
+import functools
 import itertools
+import json
 import re
 from pathlib import Path
 
 import pytest
 
 from dail_jax import config as config_lib
+from dail_jax import resources
+from dail_jax.ahead import plan as plan_lib
+from dail_jax.ahead import programs
 from dail_jax.errors import UserError
+from dail_jax.model import families
+from dail_jax.stages import plan
 from dail_jax.train import methods
 
 CONFIGS = Path(__file__).parent.parent / "configs"
@@ -241,6 +248,30 @@ def test_presets_for_real_models_have_a_base_arm_and_say_what_they_cost(path):
         assert "none" in {arm.train.objective for arm in arms} and len(arms) > 1
     header = " ".join(line.removeprefix("#").strip() for line in itertools.takewhile(_is_comment, text.splitlines()))
     assert re.search(r"Hardware.*\b\d+ (chips|GPUs?)\b.*Memory: .*\d GB.*Hours, by estimate\b.*\d chip-hours", header)
+
+
+@pytest.mark.parametrize("path", sorted((CONFIGS.parent / "docs/measured/plans").glob("*.json")), ids=lambda p: p.stem)
+def test_presets_fit_by_their_plans_and_say_what_these_say(path):
+    """The stored plan has every program that the preset has now; all fit; hours follow; the header has its figures."""
+    stored, preset = json.loads(path.read_text()), CONFIGS / f"{path.stem}.yaml"
+    config = config_lib.load(preset)
+    meshes = functools.partial(programs.abstract_meshes, devices=stored["chips"])
+    wanted = set()
+    for own in plan.arms_of(config).values():
+        folder = resources.model(own.model.path)
+        for program in programs.programs_of(own, families.read_config(folder), *meshes(own.mesh)):
+            wanted |= {plan.key_of(folder, program)} if program.kind != "loss" else set()
+    rows = plan.reports_of([str(path)], stored["topology"])
+    assert set(rows) == wanted and all(row.fits and row.seconds for row in rows.values())
+    lines = plan.lines_of(config, meshes, rows, plan_lib.Lengths(stored["at_limit"]), stored["prompt_tokens"])
+    assert sum(line.hours for line in lines) == pytest.approx(stored["hours"], rel=0.02)
+    assert sum(line.worst for line in lines) == pytest.approx(stored["worst_hours"], rel=0.02)
+    text = " ".join(
+        line.removeprefix("# ") for line in itertools.takewhile(_is_comment, preset.read_text().splitlines())
+    )
+    hours, worst, chips = stored["hours"], stored["worst_hours"], stored["chips"]
+    assert f"Memory: {stored['peak_gb']:.0f} GB per chip" in text and f"({stored['topology']}, " in text
+    assert f"estimate: {hours:.1f}, which is {hours * chips:.0f} chip-hours; {worst:.1f}, {worst * chips:.0f}" in text
 
 
 def _is_comment(line: str) -> bool:
