@@ -5,9 +5,9 @@
     python benchmarks/phase.py --tables                                    from what was measured
 
 The base is the embedded model, trained further on prompts that say, in tenths, which share of the steps that owe work
-their response leaves out, so that one base serves every point. A point is what student, privileged student and negative
-reference are told: s1p8n9 says 0.1, 0.8 and 0.9. A role that is told nothing, as all are in s-p-n-, is the embedded model's
-own, so that the student never takes a shortcut and the privileged student seldom does. All points have the same traces, with other prompts.
+their response leaves out. A point is what student, privileged student and negative reference are told: s1p8n9 says 0.1,
+0.8 and 0.9. A role that is told nothing, as all are in s-p-n-, is the embedded model's own, so that the student never takes
+a shortcut and the privileged student seldom does. All points have the same traces, under other prompts.
 
 A decision is a token of a trace where a step that owes column work goes on with it, or is cut short. A point's prediction
 needs no training: it follows from what the two frozen roles expect there. What is measured is the trained student's own
