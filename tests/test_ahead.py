@@ -2,11 +2,13 @@
 
 import dataclasses
 import importlib.util
+import itertools
 import json
 import math
 import os
 import subprocess
 import sys
+import types
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +17,7 @@ import pytest
 from conftest import mesh_of
 
 from dail_jax import config as config_lib
+from dail_jax import mesh as mesh_lib
 from dail_jax.ahead import chips, compiled, programs
 from dail_jax.ahead import plan as plan_lib
 from dail_jax.errors import UserError
@@ -186,6 +189,18 @@ def test_a_plan_is_calls_times_seconds(config):
 
 
 BENCH = {"name": "b", "rows": {"path": "none.jsonl", "size": 50}}
+
+
+def test_meshes_split_physical_axes_and_run_between_slices_along_data_alone():
+    two = [types.SimpleNamespace(slice_index=i // 4) for i in range(8)]
+    with pytest.raises(UserError, match=r"mesh.data: got data=1, want a multiple of the 2 slices"):
+        mesh_lib._arranged([1, 1, 8], two)
+    pytest.importorskip("libtpu")
+    devices = chips.devices("v6e:4x4")
+    for sizes in itertools.product((1, 2, 4, 8, 16), repeat=3):
+        if math.prod(sizes) == len(devices):
+            shape = dict(zip(mesh_lib.AXES, sizes, strict=True))
+            assert {**mesh_lib.make_mesh(config_lib.Axes(**shape), devices).shape} == shape
 
 
 def test_topologies_that_do_not_exist_are_one_line():
