@@ -348,7 +348,7 @@ def updates(bench: Bench) -> Iterator[Row]:
                 unit="ms",
                 beside=None if tiny or cached else torch_update(bench, cfg, prompt, response),
             )
-            useful = cfg.batch_size * programs.useful_flops(bench.model, cfg, prompt, response, cached)
+            useful = cfg.batch_size * programs.useful_flops(bench.model, cfg, prompt, response, cached)[1]
             if "flops" in bench.found:
                 yield dict(name=f"{name}: useful / product", value=useful / took / bench.found["flops"], unit="share")
 

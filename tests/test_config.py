@@ -172,8 +172,11 @@ def test_null_takes_an_arm_away(tmp_path):
 
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda p: p.stem)
 def test_shipped_configurations_load(path):
-    overlay = "\nrun_dir:" not in path.read_text()
-    config = config_lib.load(CONFIGS / "qwen3_8b_reasoning.yaml", (), [str(path)]) if overlay else config_lib.load(path)
+    base = re.search(r"laid over (\w+\.yaml)", path.read_text())
+    if base is None and "\nrun_dir:" in path.read_text():
+        config = config_lib.load(path)
+    else:
+        config = config_lib.load(CONFIGS / (base[1] if base else "qwen3_8b_reasoning.yaml"), (), [str(path)])
     assert re.search(r"\bdail [a-z]+ ", path.read_text().split("\nrun_dir:")[0])  # the command that runs it
     for name, changes in config.arms.items():
         config_lib.with_overrides(config, {"arms": {}, **changes}, f"arms.{name}")

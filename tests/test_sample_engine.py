@@ -260,7 +260,7 @@ def test_one_role_draws_from_its_own_softmax(params, one_device):
             ids, positions = np.zeros((1, 96), np.int32), np.full((1, 96), -1, np.int32)
             ids[0, : n + len(x.tokens)] = [*request.prompts[0], *x.tokens]
             positions[0, : n + len(x.tokens)] = np.arange(n + len(x.tokens))
-            logits = transformer.unembed(params, jitted_encode(params, ids, positions)[0])
+            logits = transformer.unembed(params, jitted_encode(params, ids, positions, CFG)[0])
             logp = np.asarray(jax.nn.log_softmax(logits))
             np.testing.assert_allclose(x.logq, logp[n - 1 + np.arange(len(x.tokens)), x.tokens], atol=1e-4)
             assert x.by_student.all()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import json
+import json as json_lib
 from pathlib import Path
 
 import jax
@@ -20,7 +20,7 @@ from dail_jax.model.families import read_config
 def run(
     config: config_lib.Config,
     topology: str = "cpu",
-    out: str | None = None,
+    json: str | None = None,
     quick: bool = False,
     only: str = "",
     short: bool = False,
@@ -39,10 +39,10 @@ def run(
         rows.append(row)
     console.print(table(rows))
     log(LEGEND)
-    if out:
+    if json:
         common = {"topology": topology, "model": folder, "mesh": shape}
-        lines = [json.dumps({**common, **dataclasses.asdict(row)}) + "\n" for row in rows]
-        rundir.write_atomic(Path(out), "".join(lines))
+        lines = [json_lib.dumps({**common, **dataclasses.asdict(row)}) + "\n" for row in rows]
+        rundir.write_atomic(Path(json), "".join(lines))
 
 
 LEGEND = (
