@@ -53,7 +53,7 @@ def test_fresh_adapter_is_a_no_op(model):
     assert (np.asarray(with_it) == np.asarray(without)).all()
 
 
-@pytest.mark.parametrize("case", ["qwen3", "gemma3", "phi3"])
+@pytest.mark.parametrize("case", ["qwen3", "mistral", "smollm3", "olmo2", "olmo3", "gemma3", "phi3"])
 def test_peft_loads_the_adapter_with_equal_logits(case, model, one_device, tmp_path):
     """Adapted and merged, and read again: the same pairs or, where a module holds several weights, the same function."""
     folder, theirs, params, cfg = model if case == "qwen3" else opened(case, tmp_path / case, one_device)

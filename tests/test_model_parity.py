@@ -206,7 +206,7 @@ def test_prefill_and_decode_equal_the_full_forward(pair, found, monkeypatch):
     assert cache.count.tolist() == [8, 8, 6, 8] and tokens.shape[1] == PROMPT + 10
 
 
-@pytest.mark.parametrize("case", ["gemma3", "olmo3"])
+@pytest.mark.parametrize("case", ["mistral", "smollm3", "olmo2", "olmo3", "gemma3", "phi3"])
 def test_gradients_of_scanned_layers_on_eight_devices_equal_unrolled_ones(case, one_device, tmp_path):
     make(case, tmp_path)
     params, cfg = hf.load(tmp_path, one_device, "float32")
