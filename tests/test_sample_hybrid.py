@@ -106,11 +106,10 @@ def test_devices_and_slots_do_not_matter(model, reference):
         dense.same(dense.collect(sampler((cfg, sharded), mesh, slots=12), requests()), reference, exact=False)
 
 
+@pytest.mark.parametrize("model", ["qwen3_5"], indirect=True)
 def test_a_prompt_keeps_one_state_and_a_row_one(model):
     """States are float32, of the prompt's end; only attention has slots for tokens."""
     cfg, _ = model
-    if not cfg.deltanet:
-        pytest.skip("it has no states")
     grid = decode.Grid(roles=2, blocks=3, width=4, entries=2, prompt_slots=32, max_tokens=20, chunk=4)
     cache = jax.eval_shape(lambda: decode.empty(grid, cfg, jnp.bfloat16)).cache
     assert cache.states == (0,)
