@@ -1,4 +1,7 @@
-"""config.json as released: the fields that matter, read to the right number of parameters, or refused by name."""
+"""config.json as released, read to the right number of parameters, or refused by name."""
+
+import json
+from pathlib import Path
 
 import pytest
 
@@ -42,49 +45,44 @@ def sizes(kind, vocabulary, width, inner, depth, heads, kv_heads, theta, **more)
 LLAMA_8B = sizes(
     "llama", 128256, 4096, 14336, 32, 32, 8, 5e5, rope_scaling=LLAMA3, attention_bias=False, mlp_bias=False
 )
-QWEN_7B = sizes("qwen2", 152064, 3584, 18944, 28, 28, 4, 1e6, **SWITCHED_OFF)
+
+
+def released(name):
+    """A checkpoint's config.json with all of its fields, as its authors published it."""
+    return json.loads((Path(__file__).parent / "released" / f"{name.replace('/', '--')}.json").read_text())
+
+
+QWEN_7B, PHI4 = released("Qwen/Qwen2.5-7B-Instruct"), released("microsoft/phi-4")
 QWEN3 = dict(head_dim=128, attention_bias=False, use_sliding_window=False, sliding_window=None, max_window_layers=36)
-PHI4 = sizes("phi3", 100352, 5120, 17920, 40, 40, 10, 250000, sliding_window=None, rope_scaling=None)
-RELEASED = {  # parameters as published
-    "Qwen/Qwen2.5-7B-Instruct": (QWEN_7B, 7_615_616_512),
+FILES = {  # parameters as published
+    "Qwen/Qwen2.5-7B-Instruct": 7_615_616_512,
+    "deepseek-ai/DeepSeek-R1-Distill-Qwen-7B": 7_615_616_512,
+    "Qwen/Qwen3-0.6B": 596_049_920,
+    "Qwen/Qwen3-8B": 8_190_735_360,
+    "meta-llama/Meta-Llama-3.1-8B": 8_030_261_248,
+    "meta-llama/Llama-3.2-1B-Instruct": 1_235_814_400,
+    "HuggingFaceTB/SmolLM2-1.7B": 1_711_376_384,
+    "HuggingFaceTB/SmolLM3-3B": 3_075_098_624,
+    "mistralai/Mistral-7B-Instruct-v0.3": 7_248_023_552,
+    "allenai/OLMo-2-0425-1B": 1_484_916_736,
+    "allenai/Olmo-3.1-32B-Instruct": 32_233_522_176,
+    "google/gemma-3-1b-it": 999_885_952,
+    "microsoft/phi-4": 14_659_507_200,
+}
+FIELDS = {  # those that matter, of further checkpoints
     "Qwen/Qwen2.5-1.5B-Instruct": (
         sizes("qwen2", 151936, 1536, 8960, 28, 12, 2, 1e6, tie_word_embeddings=True, **SWITCHED_OFF),
         1_543_714_304,
     ),
-    "deepseek-ai/DeepSeek-R1-Distill-Qwen-7B": ({**QWEN_7B, "rope_theta": 1e4, "use_mrope": False}, 7_615_616_512),
     "deepseek-ai/DeepSeek-R1-Distill-Llama-8B": (LLAMA_8B, 8_030_261_248),
-    "Qwen/Qwen3-8B": (sizes("qwen3", 151936, 4096, 12288, 36, 32, 8, 1e6, **QWEN3), 8_190_735_360),
-    "Qwen/Qwen3-0.6B": (
-        sizes("qwen3", 151936, 1024, 3072, 28, 16, 8, 1e6, **{**QWEN3, "tie_word_embeddings": True}),
-        596_049_920,
-    ),
     "Qwen/Qwen3-4B-Thinking-2507": (
         sizes("qwen3", 151936, 2560, 9728, 36, 32, 8, 5e6, **{**QWEN3, "tie_word_embeddings": True}),
         4_022_468_096,
     ),
-    "meta-llama/Llama-3.1-8B-Instruct": (LLAMA_8B, 8_030_261_248),
-    "meta-llama/Llama-3.2-1B-Instruct": (
-        sizes("llama", 128256, 2048, 8192, 16, 32, 8, 5e5, head_dim=64, rope_scaling={**LLAMA3, "factor": 32.0})
-        | {"tie_word_embeddings": True},
-        1_235_814_400,
-    ),
     "nvidia/Llama-3.1-Nemotron-Nano-8B-v1": (LLAMA_8B, 8_030_261_248),
-    "HuggingFaceTB/SmolLM2-1.7B-Instruct": (
-        sizes("llama", 49152, 2048, 8192, 24, 32, 32, 130000, pretraining_tp=1) | {"tie_word_embeddings": True},
-        1_711_376_384,
-    ),
-    "HuggingFaceTB/SmolLM3-3B": (
-        sizes("smollm3", 128256, 2048, 11008, 36, 16, 4, 5e6, no_rope_layers=[1, 1, 1, 0] * 9, no_rope_layer_interval=4)
-        | {"use_sliding_window": False, "layer_types": [FULL] * 36, "tie_word_embeddings": True},
-        3_075_098_624,
-    ),
     "mistralai/Mistral-7B-v0.1": (
         sizes("mistral", 32000, 4096, 14336, 32, 32, 8, 1e4, sliding_window=4096),
         7_241_732_096,
-    ),
-    "mistralai/Mistral-7B-Instruct-v0.3": (
-        sizes("mistral", 32768, 4096, 14336, 32, 32, 8, 1e6, sliding_window=None),
-        7_248_023_552,
     ),
     "mistralai/Mistral-Nemo-Instruct-2407": (
         sizes("mistral", 131072, 5120, 14336, 40, 32, 8, 1e6, head_dim=128, sliding_window=None),
@@ -100,21 +98,17 @@ RELEASED = {  # parameters as published
         | {"layer_types": [SLIDES, SLIDES, SLIDES, FULL] * 8},
         7_298_011_136,
     ),
-    "google/gemma-3-1b-it": (
-        sizes("gemma3_text", 262144, 1152, 6912, 26, 4, 1, 1e6, head_dim=256, rope_local_base_freq=10000)
-        | {"sliding_window": 512, "sliding_window_pattern": 6, "query_pre_attn_scalar": 256, "rope_scaling": None}
-        | {"hidden_activation": "gelu_pytorch_tanh", "attn_logit_softcapping": None, "tie_word_embeddings": True},
-        999_885_952,
-    ),
-    "microsoft/phi-4": (PHI4, 14_659_507_200),
     "microsoft/Phi-4-reasoning": ({**PHI4, "rope_theta": 500000}, 14_659_507_200),
     "microsoft/Phi-3-mini-4k-instruct": (
         sizes("phi3", 32064, 3072, 8192, 32, 32, 32, 1e4, sliding_window=2047, rope_scaling=None),
         3_821_079_552,
     ),
 }
+RELEASED = {name: (released(name), count) for name, count in FILES.items()} | FIELDS
 LONG = {"type": "longrope", "short_factor": [1.0] * 48, "long_factor": [1.0] * 48}
 REFUSED = {
+    "Qwen/Qwen3-32B-FP8": (released("Qwen/Qwen3-32B-FP8"), "quantization_config: got"),
+    "Qwen/Qwen3.5-35B-A3B": (released("Qwen/Qwen3.5-35B-A3B"), "model type 'qwen3_5_moe', a text model among others"),
     "microsoft/Phi-4-mini-instruct": (
         sizes("phi3", 200064, 3072, 8192, 32, 24, 8, 1e4, rope_scaling=LONG, partial_rotary_factor=0.75),
         "rope_scaling: rope type 'longrope' is not supported; want default",
@@ -174,7 +168,7 @@ def test_layers_are_described_one_by_one():
     assert of("mistralai/Mistral-7B-v0.1")[1] == [4096] * 32 and of("Qwen/Qwen3-8B")[0].period == 1
     switched = {**QWEN_7B, "use_sliding_window": True, "max_window_layers": 20}
     layers = families.from_tree(switched, "config.json").layers
-    assert [layer.window for layer in layers] == [None] * 20 + [4096] * 8
+    assert [layer.window for layer in layers] == [None] * 20 + [131072] * 8
 
 
 def test_rotations_of_layer_types_are_read_in_both_spellings():
@@ -213,7 +207,7 @@ def test_rotations_of_layer_types_are_read_in_both_spellings():
             "full_attention: one rotation for each type",
         ),
         ("mistralai/Mistral-7B-v0.1", {"layer_types": [SLIDES, FULL] * 16}, "layer_types: got"),
-        ("meta-llama/Llama-3.1-8B-Instruct", {"partial_rotary_factor": 0.5}, "partial_rotary_factor: got 0.5"),
+        ("meta-llama/Meta-Llama-3.1-8B", {"partial_rotary_factor": 0.5}, "partial_rotary_factor: got 0.5"),
     ],
 )
 def test_what_a_family_does_not_support_is_refused_by_name(name, change, words):

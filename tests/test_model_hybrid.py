@@ -12,6 +12,7 @@ import torch
 import transformers
 from conftest import mesh_of
 from safetensors.torch import load_file, save_file
+from test_model_families import released
 from test_model_parity import DELTA, EXPERTS, SIZES, batch, close, expected
 
 from dail_jax import config as config_lib
@@ -146,87 +147,22 @@ def test_a_multimodal_folder_gives_its_text_model(one_device, tmp_path):
 
 
 PATTERN = ["linear_attention"] * 3 + ["full_attention"]
-ROPE = {"mrope_interleaved": True, "mrope_section": [11, 11, 10], "partial_rotary_factor": 0.25, "rope_theta": 10000000}
 
 
-def qwen3_5(width, inner, depth, heads, kv_heads, value_heads, tied):
-    """The config.json of a released Qwen3.5 or Qwen3.6, without what only its vision has."""
-    text = dict(
-        attention_bias=False,
-        attention_dropout=0.0,
-        attn_output_gate=True,
-        dtype="bfloat16",
-        eos_token_id=248044,
-        full_attention_interval=4,
-        head_dim=256,
-        hidden_act="silu",
-        hidden_size=width,
-        intermediate_size=inner,
-        layer_types=PATTERN * (depth // 4),
-        linear_conv_kernel_dim=4,
-        linear_key_head_dim=128,
-        linear_num_key_heads=16,
-        linear_num_value_heads=value_heads,
-        linear_value_head_dim=128,
-        mamba_ssm_dtype="float32",
-        max_position_embeddings=262144,
-        model_type="qwen3_5_text",
-        mtp_num_hidden_layers=1,
-        mtp_use_dedicated_embeddings=False,
-        num_attention_heads=heads,
-        num_hidden_layers=depth,
-        num_key_value_heads=kv_heads,
-        rms_norm_eps=1e-06,
-        rope_parameters={**ROPE, "rope_type": "default"},
-        tie_word_embeddings=tied,
-        vocab_size=248320,
-    )
-    return {
-        "architectures": ["Qwen3_5ForConditionalGeneration"],
-        "model_type": "qwen3_5",
-        "text_config": text,
-        "tie_word_embeddings": tied,
-        "vision_config": {"model_type": "qwen3_5", "depth": 27},
-    }
+def smallest():
+    """Qwen3.5-0.8B, by its sizes: a tied model with as many key heads as value heads."""
+    tree = released("Qwen/Qwen3.5-9B")
+    sizes = dict(hidden_size=1024, intermediate_size=3584, num_hidden_layers=24, num_attention_heads=8)
+    sizes |= dict(num_key_value_heads=2, linear_num_value_heads=16, layer_types=PATTERN * 6, tie_word_embeddings=True)
+    return {**tree, "text_config": tree["text_config"] | sizes, "tie_word_embeddings": True}
 
 
-def qwen3_moe(width, inner, each, depth, heads):
-    return dict(
-        architectures=["Qwen3MoeForCausalLM"],
-        attention_bias=False,
-        decoder_sparse_step=1,
-        head_dim=128,
-        hidden_act="silu",
-        hidden_size=width,
-        intermediate_size=inner,
-        max_position_embeddings=40960,
-        max_window_layers=depth,
-        mlp_only_layers=[],
-        model_type="qwen3_moe",
-        moe_intermediate_size=each,
-        norm_topk_prob=True,
-        num_attention_heads=heads,
-        num_experts=128,
-        num_experts_per_tok=8,
-        num_hidden_layers=depth,
-        num_key_value_heads=4,
-        rms_norm_eps=1e-06,
-        rope_scaling=None,
-        rope_theta=1000000.0,
-        router_aux_loss_coef=0.001,
-        sliding_window=None,
-        tie_word_embeddings=False,
-        use_sliding_window=False,
-        vocab_size=151936,
-    )
-
-
-RELEASED = {
-    "Qwen3-30B-A3B": (qwen3_moe(2048, 6144, 768, 48, 32), 30_532_122_624),
-    "Qwen3-235B-A22B": (qwen3_moe(4096, 12288, 1536, 94, 64), 235_093_634_560),
-    "Qwen3.5-0.8B": (qwen3_5(1024, 3584, 24, 8, 2, 16, True), 752_393_024),
-    "Qwen3.5-9B": (qwen3_5(4096, 12288, 32, 16, 4, 32, False), 8_953_803_264),
-    "Qwen3.6-27B": (qwen3_5(5120, 17408, 64, 24, 4, 48, False), 26_895_998_464),
+RELEASED = {  # parameters as published, of the text model alone
+    "Qwen/Qwen3-30B-A3B": (released("Qwen/Qwen3-30B-A3B"), 30_532_122_624),
+    "Qwen/Qwen3-235B-A22B": (released("Qwen/Qwen3-235B-A22B"), 235_093_634_560),
+    "Qwen/Qwen3.5-0.8B": (smallest(), 752_393_024),
+    "Qwen/Qwen3.5-9B": (released("Qwen/Qwen3.5-9B"), 8_953_803_264),
+    "Qwen/Qwen3.5-27B": (released("Qwen/Qwen3.5-27B"), 26_895_998_464),
 }
 
 
@@ -250,7 +186,9 @@ def test_released_configurations(name):
 
 
 def test_useful_work_is_that_of_the_experts_that_a_token_picks():
-    moe, hybrid = (families.from_tree(RELEASED[name][0], "config.json") for name in ("Qwen3-30B-A3B", "Qwen3.5-0.8B"))
+    moe, hybrid = (
+        families.from_tree(RELEASED[name][0], "config.json") for name in ("Qwen/Qwen3-30B-A3B", "Qwen/Qwen3.5-0.8B")
+    )
     work = sum(len(w.layers(moe)) * programs.work(w, moe) for w in weights.declare(moe).values())
     assert work == 48 * (2048 * 128 * (32 + 4 + 4 + 32) + 8 * 3 * 2048 * 768)
     assert programs.mixing(hybrid.layers[0], hybrid, 100) == 100 * 3 * 16 * 128 * 128
@@ -258,10 +196,10 @@ def test_useful_work_is_that_of_the_experts_that_a_token_picks():
 
 
 def test_a_released_model_is_counted_as_transformers_counts_it():
-    tree = RELEASED["Qwen3.5-0.8B"][0]
+    tree = RELEASED["Qwen/Qwen3.5-0.8B"][0]
     with torch.device("meta"):
         theirs = transformers.Qwen3_5ForCausalLM(transformers.Qwen3_5TextConfig(**tree["text_config"]))
-    assert sum(p.numel() for p in theirs.parameters()) == RELEASED["Qwen3.5-0.8B"][1]
+    assert sum(p.numel() for p in theirs.parameters()) == RELEASED["Qwen/Qwen3.5-0.8B"][1]
 
 
 @pytest.mark.parametrize(

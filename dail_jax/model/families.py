@@ -345,7 +345,6 @@ def _common(
     key, value = ACTIVATIONS[activation]
     reader.refuse(key, (value,), value)
     reader.refuse("quantization_config", (None,))
-    reader.refuse("pretraining_tp", (None, 1))
     d, n = reader.size("hidden_size"), reader.size("num_attention_heads")
     k = reader.size("num_key_value_heads", n)
     if n % k:
