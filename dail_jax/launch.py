@@ -43,7 +43,7 @@ STAGES = {
     "prompts": "prints some rows' prompts of all roles as the model sees them, with their tokens",
     "select": "the rows that the untrained model never solves -> RUN_DIR/selected.jsonl",
     "sweep": "`run` for every combination of the values given by --over, as arms",
-    "calibrate": "traces at several tau: right ones, acceptance, artefacts -> RUN_DIR/calibration.md and plots",
+    "calibrate": "is the privileged student a teacher? each role alone, and traces at several tau -> RUN_DIR/calibration.md and plots",
     "quantization": "what int8 weights change: log-probabilities of expert solutions -> RUN_DIR/quantization.json",
     "config": "the resolved configuration; with --explain KEY, what a key or a section is",
     "env": "versions, devices and mesh: what a bug report needs",
@@ -90,10 +90,10 @@ def parser() -> argparse.ArgumentParser:
         if name == "plan":
             sub.add_argument(
                 "--known",
-                metavar="FILE",
+                metavar="PATH",
                 action="append",
                 default=[],
-                help="what --json of another plan wrote; its programs are not compiled again",
+                help="what --json of other plans wrote, a file or a folder; its programs are not compiled again",
             )
             sub.add_argument(
                 "--known-only", action="store_true", help="compile nothing; what is not known is named and left out"

@@ -10,8 +10,10 @@ import tiny
 
 from dail_jax import config as config_lib
 from dail_jax import launch
+from dail_jax.data.prompts import PromptBuilder
 from dail_jax.errors import UserError
-from dail_jax.stages import experiment
+from dail_jax.evaluate.passk import Difference
+from dail_jax.stages import calibrate, experiment, recipes
 from dail_jax.text import load_tokenizer
 from dail_jax.train import methods
 
@@ -147,23 +149,67 @@ def test_arms_share_traces_where_they_are_made_alike(tmp_path):
     assert got == {"nll": shared, "tau": None, "star": None, "grpo": None, "nurl": shared}
 
 
-def test_calibrate_measures_traces_by_tau(tmp_path, one, capsys):
+def test_calibrate_measures_roles_and_traces_by_tau(tmp_path, one, capsys):
     path = tiny.write(tmp_path / "r", data__limit=4, filters__artefacts=["add"])
     rows = {row["problem_id"]: row["answer"] for row in tiny.lines(tiny.ASSETS / "train.jsonl")}
-    assert tiny.run("calibrate", path, "--tau", "0.6,0.99") == 0
+    assert tiny.run("calibrate", path, "--tau", "0,0.6,0.99") == 0
     found = json.loads((tmp_path / "r" / "calibration.json").read_text())
-    assert list(found) == ["0.6", "0.99"]
-    for tau, x in found.items():
-        traces = tiny.lines(tmp_path / "r" / f"tau={tau}" / "traces.jsonl")
+    assert list(found["tau"]) == ["0", "0.6", "0.99"] and list(found["roles"]) == [
+        "student",
+        "privileged",
+        "negative",
+    ]
+    assert found["tau"]["0"] == found["roles"]["student"]
+    named = {"tau=0.6": found["tau"]["0.6"], "tau=0.99": found["tau"]["0.99"], **found["roles"]}
+    for name, x in named.items():
+        traces = tiny.lines(tmp_path / "r" / name / "traces.jsonl")
         assert x["traces"] == len(traces) == 8
         assert x["student's tokens"]["mean"] == pytest.approx(sum(t["acceptance"] for t in traces) / 8)
         right = [f"\\boxed{{{rows[t['problem_id']]}}}" in t["text"] for t in traces]
         assert x["right"]["mean"] == sum(right) / 8
         assert x["artefacts"]["mean"] == sum("add" in t["text"] for t in traces) / 8
-    assert found["0.6"]["student's tokens"]["mean"] > found["0.99"]["student's tokens"]["mean"]
-    assert (tmp_path / "r" / "calibration.md").read_text().count("\n") == 6
+    writers = [named[name]["student's tokens"]["mean"] for name in ("student", "tau=0.6", "tau=0.99", "privileged")]
+    assert writers == sorted(writers, reverse=True) and writers[0] == 1 and writers[-1] == 0
+    shares = [found["roles"][role]["right"]["mean"] for role in ("student", "privileged")]
+    assert found["gain"]["mean"] == pytest.approx(shares[1] - shares[0])
+    said = (tmp_path / "r" / "calibration.md").read_text()
+    assert said.count("\n") == 15 and "The privileged student is" in said
     assert (tmp_path / "r" / "plots" / "tau.png").read_bytes().startswith(b"\x89PNG")
     assert "student's tokens %" in squeeze(capsys.readouterr().out)
+
+
+def test_calibrate_draws_the_negative_reference_from_its_own_prompt(tmp_path, one):
+    """The prompt of the role that is drawn in the privileged student's place."""
+    path = tiny.write(tmp_path / "r", data__limit=2)
+    config = config_lib.load(path)
+    step = next(step for step in calibrate.steps(config, "0.5") if step.arm == "negative")
+    rows = recipes.rows_of(config)
+    tokenizer = load_tokenizer(config.model.path)
+    of = [PromptBuilder(tokenizer, own.prompts, own.waypoints).build_all(rows) for own in (config, step.config)]
+    assert [x.negative for x in of[0]] == [x.privileged for x in of[1]] != [x.privileged for x in of[0]]
+
+
+@pytest.mark.parametrize(
+    ("student", "privileged", "interval", "words"),
+    [
+        (
+            0.05,
+            0.6,
+            (0.5, 0.6),
+            "is a teacher: right in 60.0% of its samples, the student alone in 5.0% .difference 55.0 ",
+        ),
+        (
+            0.5,
+            0.55,
+            (0.01, 0.09),
+            "is hardly better than the student: .* DAIL has no teacher here. Show it the solution",
+        ),
+        (0.05, 0.05, (-0.05, 0.05), "is no better, as far as these samples tell, than the student"),
+    ],
+)
+def test_whether_there_is_a_teacher_is_said_in_plain_words(student, privileged, interval, words):
+    gain = Difference(privileged - student, *interval, 0.5, 1, 1, 0)
+    assert re.match(f"The privileged student {words}", calibrate.verdict(student, privileged, gain))
 
 
 COMMAND = re.compile(r"^#   dail (\w+) ((?:.*\\\n#)*.*)$", re.MULTILINE)

@@ -19,7 +19,6 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from importlib import resources
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -348,18 +347,20 @@ def _template(path: str | None, role: str) -> Template:
     return load_template(path, role)
 
 
+def packaged(role: str) -> str:
+    """The file of the package's own template of a role."""
+    return str(Path(__file__).parent / "templates" / f"{role}.txt")
+
+
 def load_template(path: str | None, role: str) -> Template:
     """A role's template from a file, or the package's own; raises UserError with the line at fault."""
-    if path is None:
-        source = f"templates/{role}.txt"
-        text = resources.files("dail_jax.data").joinpath(source).read_text("utf-8")
-    else:
-        try:
-            source, text = path, Path(path).read_text(encoding="utf-8-sig")
-        except FileNotFoundError:
-            raise UserError("no such template", file=path) from None
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"cannot be read as UTF-8 text: {error}", file=path) from None
+    source = path or packaged(role)
+    try:
+        text = Path(source).read_text(encoding="utf-8-sig")
+    except FileNotFoundError:
+        raise UserError("no such template", file=source) from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot be read as UTF-8 text: {error}", file=source) from None
     allowed = ALLOWED[role]
     for match in _PLACEHOLDER.finditer(text):
         if match[1] not in allowed or (match[2] is not None and match[1] not in ("waypoints", "hint")):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import importlib.metadata
+import itertools
 import json as json_lib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -82,7 +83,7 @@ def run(
         if row.fits is False or row.seconds is None:
             log(f"{model}, {row.program}: {row.verdict}")
     if json:
-        rundir.write_atomic(Path(json), report(topology, devices, rows, lines, at_limit, prompt_tokens))
+        rundir.write_atomic(Path(json), report(topology, devices, rows, found, lines, at_limit, prompt_tokens))
 
 
 def arms_of(config: config_lib.Config) -> dict[str, config_lib.Config]:
@@ -144,8 +145,8 @@ def table(lines: Sequence[Line], chips_: int) -> Table:
     return shown
 
 
-def report(topology: str, devices, rows, lines: Sequence[Line], at_limit: float, prompt: int) -> str:
-    """The plan as a file, from which `--known` and the tests of the presets read."""
+def report(topology: str, devices, rows, known, lines: Sequence[Line], at_limit: float, prompt: int) -> str:
+    """The plan as a file, from which `--known` and the tests of the presets read; without programs that were known."""
     versions = {name: importlib.metadata.version(name) for name in ("jax", "libtpu")} if "v" in topology[:1] else {}
     tree = {
         "topology": topology,
@@ -160,7 +161,9 @@ def report(topology: str, devices, rows, lines: Sequence[Line], at_limit: float,
         "memory_bound_hours": round(sum(line.memory_bound for line in lines), 2),
         "lines": [_rounded(dataclasses.asdict(line)) for line in lines],
         "programs": [
-            {"model": model, "key": key, **_rounded(dataclasses.asdict(row))} for (model, key), row in rows.items()
+            {"model": model, "key": key, **_rounded(dataclasses.asdict(row))}
+            for (model, key), row in rows.items()
+            if (model, key) not in known
         ],
     }
     return json_lib.dumps(tree, indent=1) + "\n"
@@ -170,10 +173,11 @@ def _rounded(tree: dict) -> dict:
     return {k: float(f"{v:.4g}") if isinstance(v, float) else v for k, v in tree.items()}
 
 
-def reports_of(files: Sequence[str], topology: str) -> dict[tuple[str, str], ProgramReport]:
-    """The programs of earlier plans for this topology."""
+def reports_of(paths: Sequence[str], topology: str) -> dict[tuple[str, str], ProgramReport]:
+    """The programs of earlier plans for this topology, from files and folders of them."""
     found = {}
-    for file in files:
+    files = [sorted(Path(path).glob("*.json")) if Path(path).is_dir() else [Path(path)] for path in paths]
+    for file in itertools.chain(*files):
         tree = strict_json.read_object(file)
         if tree["topology"] == topology:
             for one in tree["programs"]:
