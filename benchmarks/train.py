@@ -46,7 +46,9 @@ def main() -> None:
         from pathlib import Path
 
         with tempfile.TemporaryDirectory() as folder:
-            cache = references.compute(Path(folder), "bench", spec, params, mesh, examples, BATCH, cfg.bucket)
+            cache = references.compute(
+                Path(folder), "bench", spec, params, mesh, examples, BATCH, cfg.bucket, cfg.shapes
+            )
             plan = np.arange(BATCH)
             uncached = batches.Assemble(examples, cfg.bucket, 1, local, tuple(LENGTHS)).map(plan)
             cached = batches.Assemble(examples, cfg.bucket, 1, local, ("student",), spec.roles, cache).map(plan)

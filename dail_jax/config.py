@@ -494,8 +494,10 @@ class Train(Section):
     max_tokens: Count = 2048
     """Tokens of prompt and response together; longer examples are dropped and counted."""
     bucket: Count = 64
-    """Prompts and responses are padded to multiples of this many tokens. Smaller values pad less and compile more
-    programs."""
+    """Prompts and responses are padded to multiples of this many tokens."""
+    shapes: Count = 8
+    """The most widths that batches are padded to: of these multiples, those that pad least. Each is a program to compile,
+    and the frozen roles' states have as many again. More widths pad less; losses agree up to rounding."""
     chunk: Count = 1024
     """Response tokens whose logits exist at one time. Fewer take less memory and more time."""
     remat: Literal["none", "full", "dots"] = "full"

@@ -8,9 +8,9 @@ longest prompt plus its longest response:
               . p p p p p p p r r
     slice         [W-T-1 : W-1]          predicts the last T tokens; the mask marks those of the response
 
-Widths are multiples of `bucket`, and all shapes of a batch follow from the width of its first role, so that there is
-one program per width. Examples of similar length share a batch, so little of it is padding. The order is a pure function
-of (seed, epoch), so resuming needs only the number of the next batch.
+Widths are multiples of `bucket`, of which `chosen_widths` takes a few, and all shapes of a batch follow from the width of
+its first role, so that there is one program per width. Examples of similar length share a batch, so little of it is
+padding. The order is a pure function of (seed, epoch), so resuming needs only the number of the next batch.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import grain
@@ -87,9 +87,33 @@ class Plan:
         batches = [np.pad(b, (0, self.batch_size - len(b)), constant_values=-1) for b in batches]
         return [batches[i] for i in rng.permutation(len(batches))]
 
+    def widths(self, bucket: int, most: int) -> tuple[int, ...]:
+        """The `chosen_widths` of all batches."""
+        return chosen_widths([self.lengths[self[i][self[i] >= 0]].max() for i in range(len(self))], bucket, most)
+
 
 def pad(count: int, to: int) -> int:
     return -(-count // to) * to
+
+
+def chosen_widths(lengths: Sequence[int], bucket: int, most: int) -> tuple[int, ...]:
+    """At most `most` multiples of `bucket`, rising, that pad batches with these longest rows least.
+
+    A batch takes the first that it fits in. Exact, by dynamic programming over the widths that occur.
+    """
+    found, counts = np.unique([pad(int(n), bucket) for n in lengths], return_counts=True)
+    before = np.concatenate([[0], counts.cumsum()])
+    padded = (before - before[:, None])[:, 1:] * found  # [i,j]: batches i up to j alone, all as wide as the last
+    padded = np.where(np.arange(len(before))[:, None] <= np.arange(len(found)), padded, np.inf)
+    least, splits = padded[0], []  # of the batches up to j, with one width
+    for _ in range(min(most, len(found)) - 1):
+        total = np.concatenate([[np.inf], least])[:, None] + padded
+        splits.append(total.argmin(0))
+        least = total.min(0)
+    ends = [len(found)]
+    for split in reversed(splits):
+        ends.append(split[ends[-1] - 1])
+    return tuple(int(found[end - 1]) for end in reversed(ends))
 
 
 @dataclass(frozen=True)
@@ -97,7 +121,8 @@ class Assemble(grain.transforms.Map):
     """Indices of a batch -> arrays of the rows that this process holds.
 
     Returns {rows [A,B] int32, mask, targets, logq and advantage [A,B,T] (the last two if the examples have them), and
-    tokens and positions [A,B,W] for each of `roles`}, where A micro-batches of B local rows make an update.
+    tokens and positions [A,B,W] for each of `roles`}, where A micro-batches of B local rows make an update. `widths` are
+    those that a batch may have in its first role, from `chosen_widths`; by default, all multiples of `bucket`.
     `references(role, index)` returns final states [T,D], which are added as [A,B,T,D] under `ref_ROLE`.
     """
 
@@ -108,6 +133,7 @@ class Assemble(grain.transforms.Map):
     roles: tuple[str, ...]
     cached: tuple[str, ...] = ()
     references: Callable[[str, int], np.ndarray] | None = None
+    widths: tuple[int, ...] = ()
 
     def map(self, element: np.ndarray) -> dict[str, np.ndarray]:
         chosen = np.asarray(element)
@@ -150,16 +176,21 @@ class Assemble(grain.transforms.Map):
         return out
 
     def shapes(self, live: np.ndarray) -> tuple[int, dict[str, int]]:
-        """T and each role's W: room for every example that is no wider in the first role than the widest of `live`.
+        """T and each role's W: room for every example that fits into the width of `live` in the first role.
 
         They depend on that width alone, so that the batches of one width share one program.
         """
-        lengths = self.lengths[self.roles[0]]
+        first, *others = self.roles
+        lengths = self.lengths[first]
         width = pad(int(lengths[live].max()), self.bucket)
+        width = next((one for one in self.widths if one >= width), width)
         inside = lengths <= width
         # At most one less than the width: the state before a response predicts its first token.
         t = min(pad(int(self.lengths["response"][inside].max()), self.bucket), width - 1)
-        return t, {r: pad(max(t + 1, int(self.lengths[r][inside].max())), self.bucket) for r in self.roles}
+        return t, {
+            first: width,
+            **{r: pad(max(t + 1, int(self.lengths[r][inside].max())), self.bucket) for r in others},
+        }
 
     @functools.cached_property
     def lengths(self) -> dict[str, np.ndarray]:

@@ -1,7 +1,7 @@
 """What each stage is made of and what it makes: the one place that lists the settings and files that decide an output.
 
-Settings that change no result are left out: where files are, how often to save, where metrics go. So are `mesh` and
-`slots`: other devices and batches give the same traces, and losses that agree up to rounding.
+Settings that change no result are left out: where files are, how often to save, where metrics go. So are `mesh`,
+`slots` and `train.shapes`: other devices and batches give the same traces, and losses that agree up to rounding.
 """
 
 from __future__ import annotations
@@ -87,7 +87,9 @@ def generate(config: config_lib.Config, rows: list[Row] | None = None) -> Recipe
 
 def train(config: config_lib.Config, rows: list[Row] | None = None) -> Recipe:
     method = methods.find(config.train)
-    free = [f"train.{k}" for k in ("save_every", "keep_checkpoints", "references_gib", "workers", "online.slots")]
+    free = [
+        f"train.{k}" for k in ("save_every", "keep_checkpoints", "references_gib", "workers", "shapes", "online.slots")
+    ]
     if method.source != "samples":  # nothing is drawn; records that were written before it came stay valid
         free.append("train.online.max_prompt_tokens")
     roles = list(method.prompted)

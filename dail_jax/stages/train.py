@@ -171,18 +171,20 @@ class Epochs:
             "steps": self.steps,
         }
         local = mesh_lib.local_rows(session.mesh, cfg.batch_size // cfg.accumulate)
-        self.assemble = batches.Assemble(examples, cfg.bucket, cfg.accumulate, local, method.prompted)
+        widths = self.plan.widths(cfg.bucket, cfg.shapes)
+        self.assemble = batches.Assemble(examples, cfg.bucket, cfg.accumulate, local, method.prompted, widths=widths)
         made_of = f"{weights} {self.identity['examples']}"
         self.cached = cache(session, method, examples, folder, made_of) if method.caches(cfg) else None
         if self.cached is not None:
             self.assemble = batches.Assemble(
-                examples, cfg.bucket, cfg.accumulate, local, ("student",), method.roles, self.cached
+                examples, cfg.bucket, cfg.accumulate, local, ("student",), method.roles, self.cached, widths
             )
         self.batches: Any = None
         self.names = np.array([e.name for e in examples] + [""])  # index -1 marks an empty row, which has no name
         log(
             f"train: {method.name} on {len(examples)} examples, {self.steps} updates of {cfg.batch_size}; "
-            f"{batches.padding_share(self.plan, self.assemble):.0%} of trained positions are padding"
+            f"{batches.padding_share(self.plan, self.assemble):.0%} of trained positions are padding, in "
+            f"{len(widths)} widths up to {widths[-1]} tokens"
         )
 
     def restore(self, step: int, saved: Mapping[str, Any]) -> None:
@@ -231,6 +233,7 @@ def cache(
         examples,
         cfg.batch_size // cfg.accumulate,
         cfg.bucket,
+        cfg.shapes,
     )
 
 

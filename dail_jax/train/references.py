@@ -119,16 +119,18 @@ def compute(
     examples: list[batches.Example],
     rows: int,
     bucket: int,
+    most: int,
 ) -> References:
-    """Makes the cache anew, `rows` examples at a time in order of length.
+    """Makes the cache anew, `rows` examples at a time in order of length, with at most `most` programs.
 
     Each process writes the states that its own devices hold.
     """
+    local = mesh_lib.local_rows(mesh, rows)
+    orders, widths = schedule(examples, spec.roles, rows, bucket, most)
     assembles = {
-        role: batches.Assemble(examples, bucket, 1, mesh_lib.local_rows(mesh, rows), (prompt_of(role),))
-        for role in spec.roles
+        role: batches.Assemble(examples, bucket, 1, local, (prompt_of(role),), widths=widths) for role in spec.roles
     }
-    orders = {role: _batches(assemble.lengths[prompt_of(role)], rows) for role, assemble in assembles.items()}
+    longest = batches.pad(max(len(e.response) for e in examples), bucket)
     writers = mesh_lib.from_all(mesh_lib.owned_rows(mesh, rows))
     parts = {
         role: [sorted(i for i in order[:, owned].ravel().tolist() if i >= 0) for owned in writers]
@@ -152,7 +154,8 @@ def compute(
                     )
                     for name in ("tokens", "positions")
                 )
-                got = states(spec.model, spec.remat, params, None, tokens, positions, batch["mask"].shape[-1])
+                length = min(longest, tokens.shape[-1] - 1)  # by width alone, so that roles share programs
+                got = states(spec.model, spec.remat, params, None, tokens, positions, length)
                 with writing(path), open(path, "r+b") as file:
                     for shard in (one for one in got.addressable_shards if one.replica_id == 0):
                         for index, x in zip(chosen[shard.index[0]], np.asarray(shard.data), strict=True):
@@ -169,6 +172,16 @@ def compute(
     manifest = json.dumps({"key": key, "files": files, "parts": parts})
     mesh_lib.from_first(lambda: write_atomic(folder / "manifest.json", manifest))
     return references
+
+
+def schedule(
+    examples: Sequence[batches.Example], roles: Sequence[str], rows: int, bucket: int, most: int
+) -> tuple[dict[str, np.ndarray], tuple[int, ...]]:
+    """Each role's `_batches`, and the widths, at most `most`, that those of all roles are padded to."""
+    lengths = {role: np.array([len(e.prompts[prompt_of(role)]) + len(e.response) for e in examples]) for role in roles}
+    orders = {role: _batches(of_role, rows) for role, of_role in lengths.items()}
+    longest = [lengths[role][chosen[chosen >= 0]].max() for role, order in orders.items() for chosen in order]
+    return orders, batches.chosen_widths(longest, bucket, most)
 
 
 def _batches(lengths: np.ndarray, rows: int) -> np.ndarray:
