@@ -30,7 +30,7 @@ from rich.text import Text
 
 from dail_jax import config as config_lib
 from dail_jax import mesh as mesh_lib
-from dail_jax import resources
+from dail_jax import resources, storage
 from dail_jax.checkpoint import peft
 from dail_jax.data import batches, records
 from dail_jax.data import traces as traces_lib
@@ -82,7 +82,7 @@ def load(
     Raises UserError if anything about them is wrong.
     """
     path = str(source)
-    if Path(path).is_dir():
+    if Path(path).is_dir() or storage.is_remote(path):
         tree: dict[str, Any] = {"run_dir": ".", "model": {"path": path}}  # nothing is written to it
     else:
         file = resources.configuration(path)
@@ -96,6 +96,7 @@ def load(
     session = open_session(config)
     if adapter is None:
         return Model(session)
+    adapter = storage.folder(adapter)
     peft.refuse_other_base(adapter, config.model.path, config.model.quantize)
     lora, shape = peft.load(adapter, session.model, session.mesh)
     config = config.model_copy(update={"train": config.train.model_copy(update={"lora": shape})})

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import io
 import math
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -31,7 +30,7 @@ from pydantic import (
 )
 from ruamel.yaml import YAML
 
-from dail_jax import resources
+from dail_jax import resources, storage
 from dail_jax.errors import UserError
 from dail_jax.strict_yaml import as_user_error, assign, included, lay_over, parse_yaml, read_yaml
 
@@ -52,21 +51,21 @@ Natural = Annotated[int, BeforeValidator(_not_bool), Field(ge=0)]
 Seed = Annotated[Natural, Field(lt=1 << 32)]  # all that JAX takes of it
 
 
-REMOTE = "want a path on this machine: remote storage is not supported"
-
-
-def is_remote(path: str) -> bool:
-    """Whether a path is a URL such as `gs://bucket/run`, of which the file system would make a folder `gs:`."""
-    return re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", path) is not None
-
-
 def _local(path: str) -> str:
-    if is_remote(path):
-        raise ValueError(REMOTE)
+    if storage.is_remote(path):
+        raise ValueError(storage.LOCAL)
     return resources.locate(path)
 
 
-LocalPath = Annotated[str, AfterValidator(_local), WithJsonSchema({"type": "string", "format": "path"})]
+def _readable(path: str) -> str:
+    if storage.is_remote(path) and not storage.is_known(path):
+        raise ValueError(storage.WANTED)
+    return path.rstrip("/") if storage.is_remote(path) else resources.locate(path)
+
+
+_PATH = WithJsonSchema({"type": "string", "format": "path"})
+LocalPath = Annotated[str, AfterValidator(_local), _PATH]
+ReadPath = Annotated[str, AfterValidator(_readable), _PATH]  # what is read, which may be on an object store
 
 
 HubName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*/[A-Za-z0-9][A-Za-z0-9._-]*$")]
@@ -81,14 +80,14 @@ class Section(BaseModel):
 class Model(Section):
     """The frozen base model: a Hugging Face folder with config.json, safetensors and a tokenizer."""
 
-    path: LocalPath
+    path: ReadPath
     """The model's folder."""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """Type of the weights and of the computation. bfloat16 halves memory; float32 is for small models and for tests."""
     quantize: Literal["int8"] | None = None
     """How the matrices are held: int8, with one scale per output channel, takes half the memory of bfloat16 and changes
     log-probabilities a little (`dail quantization` says how much); null = exactly, in `dtype`."""
-    tokenizer: LocalPath | None = None
+    tokenizer: ReadPath | None = None
     """A folder with another tokenizer; null = the model's own."""
     title: str | None = None
     """What the report calls the model; null = its folder's name."""
@@ -168,7 +167,7 @@ class HoldOut(Section):
 class Source(Section):
     """One of several files."""
 
-    path: LocalPath
+    path: ReadPath
     """The file, or the name on the hub or of another source."""
     weight: Positive | None = None
     """The file's share of all rows, relative to the other weights (docs/data.md); null = all its rows. Either every file
@@ -179,7 +178,7 @@ class Dataset(Section):
     """A dataset: a .jsonl or .parquet file or several, `hub:NAME` through the extra `hub`, or a source of your own."""
 
     path: Annotated[
-        Annotated[LocalPath, Tag("[one]")] | Annotated[tuple[Source, ...], Tag("[several]")],
+        Annotated[ReadPath, Tag("[one]")] | Annotated[tuple[Source, ...], Tag("[several]")],
         Discriminator(lambda value: "[several]" if isinstance(value, (list, tuple)) else "[one]"),
     ]
     """The file; or `hub:NAME` or `hub:NAME:SUBSET` for a dataset on the hub, or another SOURCE:NAME; or a list of these,
@@ -231,15 +230,15 @@ class Data(Dataset):
 class Prompts(Section):
     """Templates of the roles' prompts, and how long a solution in them may be."""
 
-    student: LocalPath | None = None
+    student: ReadPath | None = None
     """Template file of the student's prompt; null = the package's own."""
-    privileged: LocalPath | None = None
+    privileged: ReadPath | None = None
     """Template file of the privileged student's prompt, which shows the solution; null = the package's own."""
-    negative: LocalPath | None = None
+    negative: ReadPath | None = None
     """Template file of the negative reference's prompt, which shows the waypoints; null = the package's own."""
-    expert: LocalPath | None = None
+    expert: ReadPath | None = None
     """Template file of the reply that SFT imitates; null = the solution as it is."""
-    hint: LocalPath | None = None
+    hint: ReadPath | None = None
     """Template file of the student's prompt with a hint, for nurl; null = the package's own."""
     opening: str = ""
     """Text that the assistant's turn starts with, such as `"<think>\\n"` for a thinking model."""
@@ -552,7 +551,7 @@ class Benchmark(Section):
     """Name in tables and result files."""
     rows: Dataset
     """The problems, with their gold answers."""
-    template: LocalPath | None = None
+    template: ReadPath | None = None
     """Template file of the prompt; null = the student's, or with choices the package's own for these."""
     answer: str = "math"
     """Name of the answer type: math, integer, choice, none (nothing is graded), or one of your own. `choice` shows
@@ -575,7 +574,7 @@ class Evaluate(Inference):
     """How tokens are drawn; the defaults are those of the paper's evaluation."""
     benchmarks: tuple[Annotated[Benchmark, BeforeValidator(included)], ...] = ()
     """The evaluation sets."""
-    adapter: LocalPath | None = None
+    adapter: ReadPath | None = None
     """A PEFT folder to evaluate, with `train.objective: none`; null = what this run trained."""
     sampler: Annotated[str | Server, BeforeValidator(_sampler)] = "engine"
     """What draws the samples: `engine`, which is ours; a server; `offline`, a script for vLLM that `export` writes and
@@ -646,11 +645,11 @@ class Export(Section):
 class Pretrain(Section):
     """Training all weights of a small model on rows with `prompt` and `response`."""
 
-    rows: LocalPath
+    rows: ReadPath
     """A .jsonl file of rows with `prompt` and `response`."""
     architecture: dict[str, Any]
     """The config.json of the model to train."""
-    init: LocalPath | None = None
+    init: ReadPath | None = None
     """A Hugging Face folder of this architecture, whose weights training starts from; null = random weights."""
     steps: Count = 1000
     """Updates."""
@@ -712,7 +711,7 @@ class Config(Section):
     """The negative reference's waypoints."""
     generate: Generate = Generate()
     """Mixed policy rollouts."""
-    traces: LocalPath | None = None
+    traces: ReadPath | None = None
     """A traces.jsonl made elsewhere; null = this run's own."""
     filters: Filters = Filters()
     """Which traces are trained on."""

@@ -246,6 +246,22 @@ def from_all(value: Any) -> list[Any]:
     return [json.loads(bytes(np.asarray(one[:size], np.uint8))) for one, size in zip(found, sizes, strict=True)]
 
 
+def share(count: int) -> slice:
+    """Which of `count` rows are this process's, where all share them in their order; the last ones may have fewer."""
+    size = -(-count // jax.process_count())
+    start = min(size * jax.process_index(), count)
+    return slice(start, min(start + size, count))
+
+
+def joined(mine: np.ndarray, count: int) -> np.ndarray:
+    """All of `count` rows, of which every process brings its `share`."""
+    if jax.process_count() == 1:
+        return mine
+    size = -(-count // jax.process_count())
+    padded = np.pad(mine, [(0, size - len(mine)), *[(0, 0)] * (mine.ndim - 1)])
+    return multihost_utils.process_allgather(padded, tiled=True)[:count]
+
+
 def from_first(work: Callable[[], Any]) -> Any:
     """Calls `work` in the first process only; its result (JSON) is returned, or its UserError raised, in all of them."""
     if jax.process_count() == 1:

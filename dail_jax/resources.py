@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+from dail_jax import storage
 from dail_jax.errors import UserError
 
 PREFIX = "pkg:"
@@ -36,7 +37,7 @@ def model(path: str) -> str:
     name = re.sub(r"[^a-z0-9]+", "_", Path(path).name.lower())
     known = [folder for folder in (CONFIGS / "models").iterdir() if name.startswith(folder.name)]
     if Path(path).is_dir() or not known:
-        return path
+        return str(storage.model(path))
     return str(max(known, key=lambda folder: len(folder.name)))
 
 

@@ -43,9 +43,9 @@ BAD = {
     "gamm: 1": "c.yaml:gamm: unknown key; did you mean 'train.gamma'?",
     "evaluate: {benchmarks: [{name: a, rows: {pth: x}}]}": "c.yaml:evaluate.benchmarks.0.rows.pth: unknown key; did you mean 'path'?",
     # URLs, of which the file system would make folders
-    "traces: s3://bucket/t.jsonl": "c.yaml:traces: got 's3://bucket/t.jsonl', want a path on this machine: remote storage is not supported",
-    "data: {path: file:///rows.jsonl}": "c.yaml:data.path: got 'file:///rows.jsonl', want a path on this machine: remote storage is not supported",
-    "prompts: {negative: hf://a/b}": "c.yaml:prompts.negative: got 'hf://a/b', want a path on this machine: remote storage is not supported",
+    "traces: s3://bucket": "c.yaml:traces: got 's3://bucket', want a path on this machine, or a URL such as gs://bucket/name (or s3://, az://)",
+    "data: {path: file:///rows.jsonl}": "c.yaml:data.path: got 'file:///rows.jsonl', want a path on this machine, or a URL such as gs://bucket/name (or s3://, az://)",
+    "prompts: {negative: hf://a/b}": "c.yaml:prompts.negative: got 'hf://a/b', want a path on this machine, or a URL such as gs://bucket/name (or s3://, az://)",
     # duplicates
     "seed: 1\nseed: 2": 'c.yaml:4: not valid YAML: found duplicate key "seed" with value "2" (original value: "1")',
     "train: {gamma: 0.1, gamma: 0.2}": 'c.yaml:3: not valid YAML: found duplicate key "gamma" with value "0.2" (original value: "0.1")',
@@ -183,12 +183,13 @@ def test_shipped_configurations_load(path):
     assert not re.search(r"[\s:'\"]/\w", path.read_text())  # no place on anyone's machine
 
 
-def test_a_remote_run_directory_is_refused(tmp_path):
-    for key in ("run_dir", "model.path", "model.tokenizer"):
-        message = complaint(tmp_path, BASE, f"{key}=gs://bucket/x")
-        assert message == (
-            f"c.yaml:{key}: got 'gs://bucket/x', want a path on this machine: remote storage is not supported"
-        )
+def test_what_is_read_may_be_on_a_store(tmp_path):
+    for key in ("model.path", "model.tokenizer", "data.path", "prompts.hint", "evaluate.adapter", "traces"):
+        section, _, name = key.rpartition(".")
+        config = load(tmp_path, BASE, f"{key}=gs://bucket/x/")
+        assert getattr(getattr(config, section) if section else config, name) == "gs://bucket/x"
+    message = complaint(tmp_path, BASE, "run_dir=gs://bucket/x")
+    assert message == "c.yaml:run_dir: got 'gs://bucket/x', want a path on this machine, where it is written"
     assert load(tmp_path, BASE, "data.path=hub:org/name").data.path == "hub:org/name"
 
 

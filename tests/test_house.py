@@ -14,6 +14,7 @@ FILES = sorted(LIBRARY.rglob("*.py"))
 # Who may import whom, besides the ground floor, which is for all. A room may always import itself.
 GROUND = {
     "errors",
+    "storage",
     "resources",
     "strict_json",
     "worker",
@@ -50,6 +51,7 @@ MAY["__main__"] = {"launch"}
 # The ground floor's own order: a file imports only what stands before it.
 ORDER = (
     "errors",
+    "storage",
     "resources",
     "strict_json",
     "worker",

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
 from dail_jax import mesh as mesh_lib
+from dail_jax import storage
 from dail_jax.checkpoint import hf
 from dail_jax.checkpoint.store import as_one_line
 from dail_jax.errors import UserError
@@ -102,18 +103,23 @@ def verify(folder: Path, checksum: Callable[[Path], str] = sha256) -> None:
 def model_digest(folder: Path, checksum: Checksums) -> str:
     """One digest of what determines the model in a folder: its configuration and its weights.
 
-    Weights that the folder's manifest lists are not read here: loading compares them with the manifest.
+    Weights that the folder's manifest lists are not read here: loading compares them with the manifest. Those on an
+    object store are known by the store's own mark of their contents, its ETag.
     """
     read_config(folder)
     files = _configs(folder)
     tensors = [folder / MANIFEST] if (folder / PARAMS).is_dir() else hf.shards(folder)
+    remote = storage.objects(folder)
     for file in tensors:
-        if not file.is_file():
+        if not file.is_file() and file.name not in remote:
             raise UserError("not found, want the model's weights", file=file)
-    return digest(
-        {file.name: checksum(file) for file in files}
-        | {file.name: hf.listed_digest(folder, file.name) or checksum(file) for file in tensors}
-    )
+
+    def of_tensors(file: Path) -> str:
+        if file.name in remote:
+            return f"{remote[file.name].size} bytes, version {remote[file.name].version}"
+        return hf.listed_digest(folder, file.name) or checksum(file)
+
+    return digest({file.name: checksum(file) for file in files} | {file.name: of_tensors(file) for file in tensors})
 
 
 def config_digest(folder: Path, checksum: Checksums) -> str:

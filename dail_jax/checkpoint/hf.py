@@ -1,5 +1,9 @@
 """Hugging Face model folders <-> parameter trees, tensor by tensor, by the declarations in `model.weights`.
 
+Several processes share the reading: of every tensor, each reads some rows, from a disk or by ranges from an object
+store, and gets the others over the network between the devices. So the files are read once, however many hosts and
+whatever the mesh.
+
 Reading trusts nothing: names in the index must stay inside the folder; safetensors checks the headers; this module
 checks that every tensor is present, finite, and of the right shape and dtype. A `MANIFEST.sha256` beside the weights is
 verified first. Folders are written under a temporary name and renamed when they are complete.
@@ -7,8 +11,11 @@ verified first. Folders are written under a temporary name and renamed when they
 
 from __future__ import annotations
 
+import collections
+import concurrent.futures
 import contextlib
 import functools
+import itertools
 import json
 import os
 import shutil
@@ -19,14 +26,15 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import ml_dtypes
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from dail_jax import mesh as mesh_lib
-from dail_jax import strict_json
+from dail_jax import storage, strict_json
+from dail_jax.checkpoint import ranges
+from dail_jax.checkpoint.ranges import DTYPES
 from dail_jax.errors import UserError, want_folder, writing
 from dail_jax.metrics import progress
 from dail_jax.model import int8, weights
@@ -38,14 +46,14 @@ from dail_jax.rundir import sync_folder
 INDEX = "model.safetensors.index.json"
 MANIFEST = "MANIFEST.sha256"
 PROVENANCE = "provenance.json"
-DTYPES = {"F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
 SHARD_BYTES = 4 << 30
+AHEAD = 4  # tensors that are read while those before them go to the devices
 
 
 def load(
     folder: str | Path, mesh: jax.sharding.Mesh, dtype: str, quantize: str | None = None
 ) -> tuple[weights.Params, ModelConfig]:
-    """The model in a folder, sharded over the mesh. Takes host memory for the largest single weight of one layer.
+    """The model in a folder, sharded over the mesh. Takes host memory for a few weights of one layer.
 
     Raises UserError for weights that are missing, unexpected, of another shape, not finite, damaged or not supported.
     """
@@ -56,13 +64,17 @@ def load(
     count = sum(len(weight.names(cfg)) for weight in weights.declare(cfg).values())
     with Tensors(folder) as source, progress("loading weights", count, "tensors") as bar:
         _check_names(source, cfg)
+        wanted = [
+            (tensor, *places[name]) for name, weight in weights.declare(cfg).items() for tensor in weight.names(cfg)
+        ]
+        tensors = source.shared(wanted)
 
         def leaf(name: str, weight: weights.Weight) -> Matrix:
             where, form = ((tree["layers"] if weight.layered else tree)[name] for tree in (layout, shapes))
-            names, parts, (shape, rows) = weight.names(cfg), weight.parts(cfg), places[name]
+            parts = weight.parts(cfg)
 
-            def read(row: int, where: Any) -> Matrix:
-                found = [source.read(tensor, shape, rows) for tensor in names[row * parts : (row + 1) * parts]]
+            def read(where: Any) -> Matrix:
+                found = list(itertools.islice(tensors, parts))
                 bar.advance(parts)
                 x = weight.from_torch(np.stack(found) if weight.each else found[0], cfg)
                 if not (quantize and weight.channels):
@@ -71,15 +83,17 @@ def load(
                 return jax.tree.map(put, int8.quantize(x, channels, dtype), where)
 
             if not weight.layered:
-                return read(0, where)
+                return read(where)
             one_layer = jax.tree.map(lambda w: NamedSharding(mesh, PartitionSpec(*w.spec[1:])), where)
             empty = lambda: jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), form)  # noqa: E731
             stack = jax.jit(empty, out_shardings=where)()
-            for row in range(len(names) // parts):
-                stack = _insert(stack, read(row, one_layer), row)
+            for row in range(len(weight.layers(cfg))):
+                stack = _insert(stack, read(one_layer), row)
             return stack
 
-        return weights.tree(cfg, leaf), cfg
+        params = weights.tree(cfg, leaf)
+        source.raise_problem()
+        return params, cfg
 
 
 def check(folder: Path, cfg: ModelConfig) -> None:
@@ -203,6 +217,8 @@ def verify_manifest(folder: Path, checksum: Callable[[Path], str] = sha256) -> N
         listed, _, name = line.partition("  ")
         if not name or Path(name).name != name:
             raise UserError("got a line that is not `HASH  NAME`", file=manifest, row=number)
+        if name in storage.objects(folder):  # which vouches for the bytes that it holds
+            continue
         if not (folder / name).is_file():
             raise UserError(f"missing, but listed in {MANIFEST}", file=folder / name)
         if checksum(folder / name) != listed:
@@ -233,11 +249,18 @@ def tokenizer_digest(folder: Path, checksum: Checksums) -> str:
 
 def shards(folder: Path, single: str = "model.safetensors", index: str = INDEX) -> list[Path]:
     """The files of a folder that hold its tensors; raises UserError if there are none or the index is not usable."""
-    if (folder / single).exists():
+    remote = storage.objects(folder)
+    if (folder / single).exists() or single in remote:
         return [folder / single]
     path = folder / index
     if not path.exists():
-        pickles = [p.name for p in folder.glob("*.bin")] + [p.name for p in folder.glob("*.pt")]
+        if any(name.startswith("params/") for name in remote):
+            raise UserError(
+                "converted weights are read from a file system: on a store, want the Hugging Face folder itself",
+                file=folder,
+            )
+        names = [*(p.name for p in folder.iterdir()), *remote]
+        pickles = [name for name in names if name.endswith(".bin")] + [name for name in names if name.endswith(".pt")]
         if pickles:
             raise UserError(
                 f"only pickle weights ({pickles[0]}): convert them with transformers' "
@@ -280,7 +303,8 @@ class Stored:
         if self.part is None:
             return self.view[rows]
         expert, own = self.part
-        return self.view[expert, own.start : own.stop][rows]
+        mine = own[rows]
+        return self.view[expert, mine.start : mine.stop]
 
     def parts(self) -> dict[str, Stored]:
         """By names of the text model: the tensor, or each expert's where it is [J,2I,D] of gates and ups, or [J,D,I]."""
@@ -302,7 +326,7 @@ FUSED = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)} 
 
 
 class Tensors:
-    """The tensors of a safetensors folder, single or sharded, read one at a time through a memory map.
+    """The tensors of a safetensors folder, single or sharded, read through a memory map or by ranges from a store.
 
     Names are those of a text model alone, and experts have a tensor each, however the folder has them.
     """
@@ -310,6 +334,7 @@ class Tensors:
     def __init__(self, folder: Path, single: str = "model.safetensors", index: str = INDEX):
         self.folder, self.files = folder, contextlib.ExitStack()
         self.where: dict[str, Stored] = {}
+        self.problem: UserError | None = None
         for file in shards(folder, single, index):
             for tensor in self._open(file):
                 for name, part in tensor.parts().items():
@@ -324,6 +349,9 @@ class Tensors:
         self.files.close()
 
     def _open(self, file: Path) -> Iterable[Stored]:
+        if file.name in (remote := storage.objects(self.folder)):
+            handle = ranges.Tensors(remote[file.name])
+            return [Stored(file, handle, name) for name in handle.tensors]
         if file.exists() and not file.is_file():  # opening a FIFO would block forever
             raise UserError("cannot be read: it is not a regular file", file=file)
         try:
@@ -356,6 +384,39 @@ class Tensors:
         if not np.isfinite(x).all():
             raise UserError("got NaN or infinity, want finite weights", file=self.where[name].file, field=name)
         return x
+
+    def shared(self, wanted: Iterable[tuple[str, tuple[int, ...], slice]]) -> Iterator[np.ndarray]:
+        """Some rows of each of the tensors, by name, shape and rows, in this order; all processes must ask for the same.
+
+        Each process reads its share of the rows, a few tensors ahead, and gets the others' from them. What one cannot
+        read is zero, and an error in all of them once `raise_problem` is called; a single process raises it at once.
+        """
+        with concurrent.futures.ThreadPoolExecutor(AHEAD) as pool:
+            reading: collections.deque = collections.deque()
+            for name, shape, rows in wanted:
+                mine = range(shape[0])[rows]
+                reading.append((len(mine), pool.submit(self._mine, name, shape, mine[mesh_lib.share(len(mine))])))
+                if len(reading) > AHEAD:
+                    count, found = reading.popleft()
+                    yield mesh_lib.joined(found.result(), count)
+            for count, found in reading:
+                yield mesh_lib.joined(found.result(), count)
+
+    def _mine(self, name: str, shape: tuple[int, ...], rows: range) -> np.ndarray:
+        try:
+            if self.problem is None:
+                return self.read(name, shape, slice(rows.start, rows.stop))
+        except UserError as error:
+            if jax.process_count() == 1:
+                raise
+            self.problem = error
+        return np.zeros((len(rows), *shape[1:]), DTYPES.get(self.where[name].view.get_dtype(), np.float32))
+
+    def raise_problem(self) -> None:
+        """Raises UserError if any process could not read something."""
+        first = next(filter(None, mesh_lib.from_all(self.problem and str(self.problem))), None)
+        if first is not None:
+            raise self.problem or UserError(first)
 
 
 def _is_cache_link(path: Path, root: Path) -> bool:

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from dail_jax import config, provenance, strict_json
+from dail_jax import config, provenance, storage, strict_json
 from dail_jax.data.chats import Message
 from dail_jax.data.records import Row
 from dail_jax.data.waypoints import final_answer, waypoints
@@ -356,7 +356,7 @@ def load_template(path: str | None, role: str) -> Template:
     """A role's template from a file, or the package's own; raises UserError with the line at fault."""
     source = path or packaged(role)
     try:
-        text = Path(source).read_text(encoding="utf-8-sig")
+        text = storage.file(source).read_text(encoding="utf-8-sig")
     except FileNotFoundError:
         raise UserError("no such template", file=source) from None
     except (OSError, UnicodeDecodeError) as error:

@@ -18,7 +18,7 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from dail_jax import config, strict_json
+from dail_jax import config, storage, strict_json
 from dail_jax.data import chats
 from dail_jax.data.chats import Message
 from dail_jax.errors import UserError
@@ -332,7 +332,7 @@ def _raw_rows(file: str, cfg: config.Dataset) -> Iterator[tuple[int, Any]]:
     source, colon, _ = file.partition(":")
     if colon and source in SOURCES:
         return enumerate(SOURCES[source](cfg), 1)
-    path = Path(file)
+    path = storage.file(file)
     readers = {".jsonl": _from_lines, ".parquet": _from_parquet}
     if path.suffix not in readers:
         names = ", ".join(f"{name}:..." for name in SOURCES)
@@ -342,7 +342,7 @@ def _raw_rows(file: str, cfg: config.Dataset) -> Iterator[tuple[int, Any]]:
     with open(path, "rb") as opened:
         if opened.read(200).startswith(b"version https://git-lfs"):
             raise UserError("got a git-LFS pointer, want the file itself: it was not downloaded", file=file)
-    return readers[path.suffix](file, cfg)
+    return readers[path.suffix](str(path), cfg)
 
 
 def _from_lines(file: str, cfg: config.Dataset) -> Iterator[tuple[int, Any]]:

@@ -26,7 +26,7 @@ from rich.text import Text
 
 from dail_jax import config as config_lib
 from dail_jax import mesh as mesh_lib
-from dail_jax import provenance
+from dail_jax import provenance, storage
 from dail_jax.ahead.programs import held
 from dail_jax.checkpoint import base, peft
 from dail_jax.data import traces as traces_lib
@@ -138,8 +138,9 @@ class Subject:
     @property
     def model(self) -> ModelConfig:
         def read() -> ModelConfig:
-            want_folder(Path(self.config.model.path), "a model")
-            return read_config(self.config.model.path)
+            folder = storage.model(self.config.model.path)
+            want_folder(folder, "a model")
+            return read_config(folder)
 
         return self._once("model", ["model.path"], read)
 
@@ -280,7 +281,7 @@ def model(s: Subject) -> Iterator[Finding]:
     """Its files, by their headers."""
     yield "model", f"{s.config.model.path}: {s.model.family}, {weights.count(s.model):,} weights"
     if not s.server:
-        base.check(Path(s.config.model.path), s.model, s.config.model.quantize)
+        base.check(storage.model(s.config.model.path), s.model, s.config.model.quantize)
 
 
 def form(s: Subject) -> Iterator[Finding]:
@@ -417,7 +418,7 @@ def training(s: Subject) -> Iterator[Finding]:
 
 def merging(s: Subject) -> Iterator[Finding]:
     """An adapter is merged into exact weights, whatever it was trained on."""
-    folder, cfg = Path(s.config.model.path), s.config
+    folder, cfg = storage.model(s.config.model.path), s.config
     if cfg.export.merged and cfg.model.quantize and base.converted_to(folder) is not None:
         yield UserError(
             f"wants exact weights, and {folder} holds int8 ones: name the original model, or make this false",
@@ -428,10 +429,10 @@ def merging(s: Subject) -> Iterator[Finding]:
 def adapter(s: Subject) -> Iterator[Finding]:
     """The adapter that is evaluated."""
     if s.config.evaluate.adapter:
-        folder = Path(s.config.evaluate.adapter)
+        folder = storage.folder(s.config.evaluate.adapter)
         found = peft.inspect(folder, s.model)
         peft.refuse_other_base(folder, s.config.model.path, s.config.model.quantize)
-        yield "adapter", f"{folder}: rank {found.rank} on {', '.join(found.targets)}"
+        yield "adapter", f"{s.config.evaluate.adapter}: rank {found.rank} on {', '.join(found.targets)}"
 
 
 def benchmarks(s: Subject) -> Iterator[Finding]:

@@ -8,6 +8,7 @@ from pathlib import Path
 import jax
 
 from dail_jax import config as config_lib
+from dail_jax import storage
 from dail_jax.errors import UserError
 from dail_jax.report.collect import setting
 from dail_jax.stages import report
@@ -17,8 +18,8 @@ def run(config: config_lib.Config | None, runs: list[str], out: str) -> None:
     """Compares run directories; one with arms stands for all of its arms. `config` is not used."""
     if jax.process_index() != 0:
         return
-    if remote := [path for path in (*runs, out) if config_lib.is_remote(path)]:
-        raise UserError(f"got {remote[0]!r}, {config_lib.REMOTE}")
+    if remote := [path for path in (*runs, out) if storage.is_remote(path)]:
+        raise UserError(f"got {remote[0]!r}, {storage.LOCAL}")
     folders: list[Path] = []
     for path in map(Path, runs):
         found = [path] if (path / "results.json").exists() else sorted(p.parent for p in path.glob("*/results.json"))
@@ -34,4 +35,4 @@ def run(config: config_lib.Config | None, runs: list[str], out: str) -> None:
     tree = config_lib.read_yaml(path) if path.exists() else {}
     tokenizer = setting(tree, "model.tokenizer") or setting(tree, "model.path")
     title = " and ".join(dict.fromkeys(runs))
-    report.show(dict(zip(names, folders, strict=True)), Path(out), title, None, Path(tokenizer) if tokenizer else None)
+    report.show(dict(zip(names, folders, strict=True)), Path(out), title, None, report.tokenizer_folder(tokenizer))

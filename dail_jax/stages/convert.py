@@ -8,17 +8,18 @@ import jax
 
 from dail_jax import config as config_lib
 from dail_jax import mesh as mesh_lib
+from dail_jax import storage
 from dail_jax.checkpoint import base, hf
 from dail_jax.errors import UserError
 from dail_jax.metrics import log
 from dail_jax.model import weights
 from dail_jax.rundir import RunDir
-from dail_jax.stages import recipes
+from dail_jax.stages import recipes, session
 from dail_jax.text import load_tokenizer
 
 
 def run(config: config_lib.Config) -> None:
-    source, target = Path(config.model.path), Path(config.run_dir) / "model"
+    source, target = storage.model(config.model.path), Path(config.run_dir) / "model"
     if (source / base.PARAMS).is_dir():
         raise UserError("has been converted already", file=source)
     mesh = mesh_lib.make_mesh(config.mesh.for_training)
@@ -26,7 +27,7 @@ def run(config: config_lib.Config) -> None:
         if stage.done or mesh_lib.from_first(lambda: base.is_made_of(target, stage.made_of)):
             log(f"convert: already done, see {target}")
             return
-        load_tokenizer(config.model.tokenizer or source)
+        load_tokenizer(session.tokenizer_folder(config))
         params, cfg = hf.load(source, mesh, config.model.dtype, config.model.quantize)
         base.save(target, params, source, stage.made_of)
     log(

@@ -18,6 +18,7 @@ from jax.experimental.multihost_utils import process_allgather
 
 from dail_jax import config as config_lib
 from dail_jax import mesh as mesh_lib
+from dail_jax import storage
 from dail_jax.checkpoint import base, hf, peft
 from dail_jax.errors import UserError
 from dail_jax.metrics import Metrics, log
@@ -26,7 +27,7 @@ from dail_jax.model.lora import Lora
 from dail_jax.provenance import select
 from dail_jax.rundir import RunDir
 from dail_jax.stages import card, evaluate, offline, recipes
-from dail_jax.stages.session import Session, open_session
+from dail_jax.stages.session import Session, open_session, tokenizer_folder
 from dail_jax.stages.train import trained_lora
 from dail_jax.train import methods
 
@@ -58,9 +59,9 @@ def weights(config: config_lib.Config) -> None:
                 write_adapter(session, lora, adapter, stage.made_of)
             log(f"export: wrote {adapter}")
             if config.export.merged and not mesh_lib.from_first(lambda: base.is_made_of(merged, stage.made_of)):
-                tree = json.loads((Path(config.model.path) / "config.json").read_text())
+                tree = json.loads((storage.model(config.model.path) / "config.json").read_text())
                 params = lora_lib.merge(session.in_form(None).params, lora, session.model)
-                hf.save(merged, params, session.model, tree, config.model.tokenizer or config.model.path, stage.made_of)
+                hf.save(merged, params, session.model, tree, tokenizer_folder(config), stage.made_of)
                 trained_on = " (trained on int8 weights, merged into exact ones)" if config.model.quantize else ""
                 log(f"export: wrote {merged}{trained_on}")
         if mesh_lib.is_first():

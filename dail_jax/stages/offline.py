@@ -15,7 +15,7 @@ import numpy as np
 from pydantic import Field
 
 from dail_jax import mesh as mesh_lib
-from dail_jax import provenance, shapes, strict_json
+from dail_jax import provenance, shapes, storage, strict_json
 from dail_jax.checkpoint import base, peft
 from dail_jax.data.traces import prompt_hash
 from dail_jax.errors import UserError, Waiting
@@ -121,7 +121,7 @@ def settings_of(session: Session, run_dir: RunDir) -> dict:
     """What settings.json holds: everything that decides samples besides their prompts, and its hash."""
     config = session.config
     cfg, sampling = config.evaluate, config.evaluate.sampling
-    adapter = Path(cfg.adapter).absolute() if cfg.adapter else None
+    adapter = storage.folder(cfg.adapter).absolute() if cfg.adapter else None
     shown = str(adapter) if adapter else None
     if adapter is None and methods.of(config).trains:
         adapter, shown = run_dir.path / "adapter", "../adapter"
@@ -136,7 +136,7 @@ def settings_of(session: Session, run_dir: RunDir) -> dict:
     }
     contents = {
         "seed": config.seed,
-        "model": base.model_digest(Path(config.model.path), run_dir.checksum),
+        "model": base.model_digest(storage.model(config.model.path), run_dir.checksum),
         "adapter": adapter and peft.adapter_digest(adapter, run_dir.checksum),
     }
     rank = adapter and card.vllm_rank(peft.inspect(adapter, session.model).rank)
@@ -146,7 +146,7 @@ def settings_of(session: Session, run_dir: RunDir) -> dict:
             f"vLLM takes adapters up to rank {most}: evaluate the merged model (export.merged)", file=adapter
         )
     return {
-        "model": str(Path(config.model.path).absolute()),
+        "model": path if storage.is_remote(path := config.model.path) else str(Path(path).absolute()),
         "adapter": shown,
         "max_lora_rank": rank,
         **drawn,

@@ -17,7 +17,7 @@ import optax
 
 from dail_jax import config as config_lib
 from dail_jax import mesh as mesh_lib
-from dail_jax import strict_json
+from dail_jax import storage, strict_json
 from dail_jax.checkpoint import base, hf
 from dail_jax.checkpoint.store import Store
 from dail_jax.errors import UserError
@@ -42,9 +42,11 @@ def run(config: config_lib.Config) -> None:
         raise UserError(
             "a mixture of experts is not supported: nothing here balances its experts", field="pretrain.architecture"
         )
-    if cfg.init is not None and families.read_config(cfg.init) != model:
+    if cfg.init is not None and families.read_config(storage.model(cfg.init)) != model:
         raise UserError("got another architecture, want pretrain.architecture", file=cfg.init, field="pretrain.init")
     mesh = mesh_lib.make_mesh(config.mesh.for_training)
+    if storage.is_remote(config.model.path):
+        raise UserError(f"got {config.model.path!r}, which is written: {storage.LOCAL}", field="model.path")
     target = Path(config.model.path)
     with RunDir(config) as run_dir, run_dir.stage(recipes.pretrain(config)) as stage, jax.set_mesh(mesh):
         if stage.done or mesh_lib.from_first(lambda: base.is_made_of(target, stage.made_of)):
@@ -59,7 +61,7 @@ def run(config: config_lib.Config) -> None:
         kept.close()
         cast = jax.tree.map(lambda w: w.astype(config.model.dtype), params)
         tree = {**cfg.architecture, "dtype": config.model.dtype}
-        hf.save(target, cast, model, tree, config.model.tokenizer, stage.made_of)
+        hf.save(target, cast, model, tree, storage.model(config.model.tokenizer), stage.made_of)
         metrics.close()
         log(f"pretrain: wrote {target}")
 
@@ -69,14 +71,14 @@ def initial(cfg: config_lib.Pretrain, model: families.ModelConfig, seed: int, me
     if cfg.init is None:
         init = jax.jit(weights.init, static_argnums=1, out_shardings=weights.shardings(model, mesh))
         return init(jax.random.key(seed), model)
-    return base.load(Path(cfg.init), mesh, "float32")[0]
+    return base.load(storage.model(cfg.init), mesh, "float32")[0]
 
 
 def read(cfg: config_lib.Pretrain, tokenizer_path: str, model: families.ModelConfig) -> list[tuple[np.ndarray, int]]:
     """(token ids of prompt + response + end, prompt length) of every row that fits; raises UserError by row."""
-    tokenizer = load_tokenizer(tokenizer_path)
+    tokenizer = load_tokenizer(storage.model(tokenizer_path))
     numbers, texts = [], []
-    for line in strict_json.read_lines(cfg.rows):
+    for line in strict_json.read_lines(storage.file(cfg.rows)):
         row = strict_json.as_object(line.value, cfg.rows, line.number)
         for field in ("prompt", "response"):
             if not isinstance(row.get(field), str):

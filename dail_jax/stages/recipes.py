@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from dail_jax import config as config_lib
+from dail_jax import storage
 from dail_jax.checkpoint import base, hf, peft, store
 from dail_jax.data.prompts import load_template
 from dail_jax.data.records import Row, dataset_hash, read_rows
@@ -56,7 +57,7 @@ def rows_of(config: config_lib.Config) -> list[Row]:
 
 
 def traces_path(config: config_lib.Config) -> Path:
-    return Path(config.traces or Path(config.run_dir) / TRACES)
+    return storage.file(config.traces or Path(config.run_dir) / TRACES)
 
 
 def convert(config: config_lib.Config) -> Recipe:
@@ -133,8 +134,10 @@ def evaluate(config: config_lib.Config, tables: Mapping[str, list[Row]] | None =
     free = ["evaluate.slots", *(f"evaluate.benchmarks.{key}" for key in ("pool", "title", "about"))]
     free += [f"evaluate.sampler.{key}" for key in SERVER] if served else []
     if cfg.adapter:
-        adapter = Path(cfg.adapter)
-        inputs["evaluate.adapter"] = Input(cfg.adapter, lambda checksum: peft.adapter_digest(adapter, checksum))
+        adapter = cfg.adapter
+        inputs["evaluate.adapter"] = Input(
+            adapter, lambda checksum: peft.adapter_digest(storage.folder(adapter), checksum)
+        )
     for one in cfg.benchmarks:
         known = tables[one.name] if tables else None
         inputs[f"evaluate.benchmarks.{one.name}.rows"] = Input(one.rows.shown_path, _rows_of(one, known))
@@ -174,7 +177,7 @@ def pretrain(config: config_lib.Config) -> Recipe:
         "pretrain",
         {**select(config, "seed", "model", "pretrain", without=(*PATHS, *EXPECTED, *free)), "writes": target},
         {
-            "pretrain.rows": Input(cfg.rows, lambda checksum: checksum(cfg.rows)),
+            "pretrain.rows": Input(cfg.rows, lambda checksum: checksum(storage.file(cfg.rows))),
             "model.tokenizer": _tokenizer(config),
             **({"pretrain.init": _weights(cfg.init)} if cfg.init else {}),
         },
@@ -223,13 +226,13 @@ def _model(config: config_lib.Config, served: bool = False) -> dict[str, Input]:
 
 
 def _weights(path: str, served: bool = False) -> Input:
-    folder, digest = Path(path), base.config_digest if served else base.model_digest
-    return Input(path, lambda checksum: digest(folder, checksum))
+    digest = base.config_digest if served else base.model_digest
+    return Input(path, lambda checksum: digest(storage.model(path), checksum))
 
 
 def _tokenizer(config: config_lib.Config) -> Input:
     folder = config.model.tokenizer or config.model.path
-    return Input(folder, lambda checksum: hf.tokenizer_digest(Path(folder), checksum))
+    return Input(folder, lambda checksum: hf.tokenizer_digest(storage.model(folder), checksum))
 
 
 def _data(config: config_lib.Config, rows: list[Row] | None) -> dict[str, Input]:

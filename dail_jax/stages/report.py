@@ -9,6 +9,7 @@ from typing import Any
 import jax
 
 from dail_jax import config as config_lib
+from dail_jax import storage
 from dail_jax.errors import UserError
 from dail_jax.evaluate import files, protocol
 from dail_jax.metrics import console, log
@@ -26,9 +27,17 @@ def run(config: config_lib.Config) -> None:
     if not any((folder / "run.json").exists() for folder in (root, *runs.values())):
         raise UserError("nothing to report: run a stage first", file=root)
     traces = traces_path(config)
-    folder = Path(config.model.tokenizer or config.model.path)
+    folder = tokenizer_folder(config.model.tokenizer or config.model.path)
     title, tree = config.title or root.name, config.model_dump(mode="json")
     show(runs, root, title, traces if traces.exists() else None, folder, tree)
+
+
+def tokenizer_folder(path: str | None) -> Path | None:
+    """The folder of a tokenizer that a configuration names; None where it cannot be had, which costs a page some texts."""
+    try:
+        return storage.model(path) if path else None
+    except UserError:
+        return None
 
 
 def show(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from dail_jax import config as config_lib
+from dail_jax import storage
 from dail_jax.checkpoint import peft
 from dail_jax.errors import registered
 from dail_jax.model.lora import Lora
@@ -20,7 +21,10 @@ Open = Callable[[Session, RunDir], Callable[[int], Sampler]]
 def ours(session: Session, run_dir: RunDir) -> Callable[[int], Sampler]:
     """`sample.engine` with the adapter that `evaluate.adapter` names or that this run has trained."""
     cfg = session.config.evaluate
-    lora = peft.load(cfg.adapter, session.model, session.mesh)[0] if cfg.adapter else trained_lora(session, run_dir)
+    if cfg.adapter:
+        lora = peft.load(storage.folder(cfg.adapter), session.model, session.mesh)[0]
+    else:
+        lora = trained_lora(session, run_dir)
     return engine_of(session, lora)
 
 

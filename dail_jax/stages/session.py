@@ -10,6 +10,7 @@ import jax
 
 from dail_jax import config as config_lib
 from dail_jax import mesh as mesh_lib
+from dail_jax import storage
 from dail_jax.checkpoint import base
 from dail_jax.data.prompts import PromptBuilder
 from dail_jax.errors import UserError
@@ -86,13 +87,13 @@ def open_session(config: config_lib.Config) -> Session:
     if config.model.dtype == "float32":  # otherwise GPUs and TPUs multiply in fewer bits
         jax.config.update("jax_default_matmul_precision", "highest")
     mesh, sample_mesh = (mesh_lib.make_mesh(one) for one in (config.mesh.for_training, config.mesh.for_sampling))
-    model, tokenizer = read_config(config.model.path), load_tokenizer(tokenizer_folder(config))
+    model, tokenizer = read_config(storage.model(config.model.path)), load_tokenizer(tokenizer_folder(config))
     stops = stops_of(config, model, tokenizer)
     return Session(config, mesh, sample_mesh, model, tokenizer, prompt_builder(config, tokenizer), stops)
 
 
-def tokenizer_folder(config: config_lib.Config) -> str:
-    return config.model.tokenizer or config.model.path
+def tokenizer_folder(config: config_lib.Config) -> Path:
+    return storage.model(config.model.tokenizer or config.model.path)
 
 
 def stops_of(config: config_lib.Config, model: ModelConfig, tokenizer: Tokenizer) -> tuple[int, ...]:
@@ -102,7 +103,7 @@ def stops_of(config: config_lib.Config, model: ModelConfig, tokenizer: Tokenizer
             f"got token ids up to {tokenizer.size - 1}, want below the model's {model.V} embedding rows",
             file=tokenizer_folder(config),
         )
-    stops = stop_ids(config.model.path, tokenizer)
+    stops = stop_ids(storage.model(config.model.path), tokenizer)
     if stops[-1] >= model.V:
         raise UserError(
             f"got the end token {stops[-1]}, want one below the model's {model.V} embedding rows",
@@ -157,10 +158,10 @@ def frozen(folder: str, dtype: str, quantize: str | None, mesh: jax.sharding.Mes
     form = folder, dtype, quantize
     if _held is None or (_held.form, set(_held.mesh.devices.flat)) != (form, set(mesh.devices.flat)):
         _held = None
-        _held = _Held(form, mesh, True, base.load(Path(folder), mesh, dtype, quantize)[0])
+        _held = _Held(form, mesh, True, base.load(storage.model(folder), mesh, dtype, quantize)[0])
     if (_held.mesh, _held.stacked) != (mesh, stacked):
         params, _held = _held.params, None
         with jax.ensure_compile_time_eval():  # a loss may be asked for while JAX traces
-            params = weights.moved(params, read_config(folder), mesh, stacked, quantize)
+            params = weights.moved(params, read_config(storage.model(folder)), mesh, stacked, quantize)
         _held = _Held(form, mesh, stacked, params)
     return jax.tree.map(lambda x: x, _held.params)  # a tree of the caller's own, which no change of layout empties
