@@ -587,7 +587,7 @@ def _objective(method: str | None, gamma: float | None, kl: str | None, reduce: 
 
 def _slots(cfg: config_lib.Inference, samples: int) -> int:
     """Enough slots for these samples; of few different numbers, since each number has programs of its own."""
-    return min(cfg.slots, max(8, 1 << max(samples - 1, 0).bit_length()))
+    return min(cfg.slot_count, max(8, 1 << max(samples - 1, 0).bit_length()))
 
 
 def _as_row(one: Row | Trace, method: methods.Method) -> Row:

@@ -113,23 +113,39 @@ class Axes(Section):
         return self
 
 
+def _axes(value: Any) -> Any:
+    """A mapping as a section, so that what is wrong inside of it is found there."""
+    if not isinstance(value, (dict, Axes)) and value not in (None, "auto"):
+        raise ValueError("want devices per axis, or auto")
+    return Axes.model_validate(value) if isinstance(value, dict) else value
+
+
 class Mesh(Axes):
     """Devices per mesh axis, and other meshes of the same devices for sampling and for training. Sampling wants weights
     that are split along `tensor`, not gathered for every token; training wants them split along `fsdp`. The frozen
-    weights are laid out anew, on the devices, where one follows the other. No result depends on any of it."""
+    weights are laid out anew, on the devices, where one follows the other. No result depends on any of it. `mesh: auto`
+    makes both of them `auto`."""
 
-    sample: Axes | None = None
-    """Devices per axis while sampling; null = as above."""
-    train: Axes | None = None
-    """Devices per axis while training; null = as above."""
+    sample: Annotated[Axes | Literal["auto"] | None, BeforeValidator(_axes)] = None
+    """Devices per axis while sampling; null = as above; auto = those that fit and sample fastest, by estimate."""
+    train: Annotated[Axes | Literal["auto"] | None, BeforeValidator(_axes)] = None
+    """Devices per axis while training; null = as above; auto = those that fit and exchange least, by estimate."""
 
     @property
     def for_sampling(self) -> Axes:
-        return self.sample or self
+        return self._chosen(self.sample)
 
     @property
     def for_training(self) -> Axes:
-        return self.train or self
+        return self._chosen(self.train)
+
+    def _chosen(self, own: Axes | str | None) -> Axes:
+        assert not isinstance(own, str), "a mesh that is auto is chosen before it is made (stages.layout)"
+        return own or self
+
+
+def _both(value: Any) -> Any:
+    return {"sample": "auto", "train": "auto"} if value == "auto" else value
 
 
 class Columns(Section):
@@ -328,13 +344,18 @@ def _engine_or_server(value: Any) -> Any:
 class Inference(Section):
     """What everything that draws samples has in common: `generate`, `evaluate`, and online training."""
 
-    slots: Count = 64
+    slots: Count | Literal["auto"] = 64
     """Responses drawn at the same time. More use the device better and take memory for their caches; the samples are
-    the same whatever the number."""
+    the same whatever the number. auto = as many as fit and have work, by estimate."""
     max_prompt_tokens: Count = 4096
     """Tokens per prompt at most; problems with a longer prompt are skipped and counted."""
     sampling: Sampling = Sampling()
     """How tokens are drawn; by default from the model's own distribution."""
+
+    @property
+    def slot_count(self) -> int:
+        assert not isinstance(self.slots, str), "slots that are auto are chosen before they are used (stages.layout)"
+        return self.slots
 
 
 class Generate(Inference):
@@ -701,7 +722,7 @@ class Config(Section):
     """Seed of everything that is random; 3407 is the paper's."""
     model: Model
     """The frozen base model."""
-    mesh: Mesh = Mesh()
+    mesh: Annotated[Mesh, BeforeValidator(_both)] = Mesh()
     """How devices share the work."""
     data: Data | None = None
     """The training problems with their expert solutions; null = none, for stages that need none."""

@@ -59,6 +59,9 @@ OWN_ARGUMENTS = (
 )
 AHEAD = ("compile", "plan")  # of devices that need not be present
 
+# Stages that need no mesh, or choose one themselves.
+UNLAID = (*AHEAD, "config", *(stage for stage in SHOWING if stage != "env"))
+
 
 def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(prog="dail", description=__doc__.split("\n")[0])  # pyright: ignore
@@ -196,6 +199,10 @@ def main(argv: list[str] | None = None) -> int:
         more = {key: vars(args)[key] for key in OWN_ARGUMENTS if key in args}
         if args.stage in SHOWING:
             mesh_lib.all_devices()  # for the error in one line if JAX_PLATFORMS names a platform that is not there
+        if config is not None and args.stage not in UNLAID:
+            from dail_jax.stages import layout
+
+            config = layout.settled(config, _steps(args.stage, config, more), keep=args.stage not in ("check", "env"))
         if config is not None and args.stage != "check":
             from dail_jax.stages import check
 
@@ -230,6 +237,17 @@ def main(argv: list[str] | None = None) -> int:
             traceback.print_exc()
         _leave(several, 1)
         raise
+
+
+def _steps(command: str, config, more: dict) -> list[tuple]:
+    """The stages, with their configurations, that one layout is to serve: those of a whole run, whatever the command."""
+    from dail_jax.stages import check
+
+    if command == "pretrain":  # whose model is yet to be made
+        return []
+    more = {key: more[key] for key in ("over", "tau") if key in more}
+    steps = check.steps_of(command if command in ("sweep", "calibrate", "select") else "run", config, **more)
+    return [(step.stage, step.config) for step in steps]
 
 
 def _keep_programs(run_dir: str) -> None:

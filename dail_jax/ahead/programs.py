@@ -242,7 +242,7 @@ def base(config: config_lib.Config, model: ModelConfig, mesh: Mesh) -> weights.P
     return weights.abstract(model, jnp.dtype(config.model.dtype), mesh, config.model.quantize)
 
 
-def held(params: weights.Params) -> float:
+def held(params: Any) -> float:
     """Bytes a device of abstract weights."""
     return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(params))
 
@@ -408,6 +408,7 @@ class Job:
     roles: int
     sampling: config_lib.Sampling
     adapted: bool
+    key: str  # of its slots
 
     def grid(self, mesh) -> decode.Grid:
         return engine.grid_of(mesh, self.slots, self.roles, self.limit, self.samples, engine.bucket(self.prompt))
@@ -424,23 +425,26 @@ def jobs_of(config: config_lib.Config) -> list[Job]:
             Job(
                 "rollouts",
                 "generate",
-                cfg.slots,
+                cfg.slot_count,
                 cfg.samples,
                 cfg.max_prompt_tokens,
                 limit,
                 roles,
                 cfg.sampling,
                 False,
+                "generate.slots",
             )
         )
     if method.source == "samples":
         cfg = train.online
         prompt = min(cfg.max_prompt_tokens, train.max_tokens - cfg.sampling.max_tokens)
         limit = cfg.sampling.max_tokens
-        out.append(Job("online rollouts", "train", cfg.slots, cfg.group, prompt, limit, 1, cfg.sampling, True))
+        slots, key = cfg.slot_count, "train.online.slots"
+        out.append(Job("online rollouts", "train", slots, cfg.group, prompt, limit, 1, cfg.sampling, True, key))
     if config.evaluate.benchmarks:
         cfg, prompt = config.evaluate, config.evaluate.max_prompt_tokens
-        make = functools.partial(Job, stage="evaluate", slots=cfg.slots, roles=1, sampling=cfg.sampling)
+        slots, key = cfg.slot_count, "evaluate.slots"
+        make = functools.partial(Job, stage="evaluate", slots=slots, roles=1, sampling=cfg.sampling, key=key)
         out.append(make("evaluation", samples=cfg.samples, prompt=prompt, limit=cfg.longest, adapted=method.trains))
         if cfg.force is not None:
             asked = prompt + cfg.cuts[-1] + ASKING

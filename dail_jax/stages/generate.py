@@ -112,7 +112,7 @@ def sampler_of(session: Session, roles: int) -> Sampler:
         return session.served(cfg.sampler, cfg.sampling, scored=True)
     return session.sampler(
         cfg.sampling,
-        slots=cfg.slots,
+        slots=cfg.slot_count,
         max_tokens=cfg.sampling.max_tokens,
         tau=cfg.tau,
         proposals=cfg.proposals,

@@ -221,7 +221,7 @@ class Rounds:
         session, cfg = self.session, self.session.config.train
         number, place = divmod(step, self.per_round)
         if place == 0:
-            sampling, slots = cfg.online.sampling, cfg.online.slots
+            sampling, slots = cfg.online.sampling, cfg.online.slot_count
             with jax.set_mesh(session.sample_mesh):
                 sampler = session.sampler(sampling, slots=slots, max_tokens=sampling.max_tokens, lora=state.lora)
                 drawn = rollout_round(session, self.method, sampler, self.grader, self.tasks, number, interrupt)
