@@ -1,16 +1,15 @@
-"""When does the contrast help? Objectives over gamma and laziness at the tokens that decide, for docs/study.md.
+"""When does the contrast help? Objectives over gamma and laziness, measured at the tokens that decide, for docs/study.md.
 
-    python benchmarks/phase.py --prepare                                   the base, its data and its traces
-    python benchmarks/phase.py --points s1p8n9,s0p8n9 --arms reverse       (minutes on two CPU cores; a second call resumes)
-    python benchmarks/phase.py --tables                                    from what was measured
+    python benchmarks/phase.py               everything, cheap and telling parts first (hours on two CPU cores)
+    python benchmarks/phase.py --part grid   one part; what is there is not measured again
+    python benchmarks/phase.py --tables      from what was measured
 
-The base is the embedded model, trained further on prompts that say, in tenths, which share of the steps that owe work
-their response leaves out. A point is what student, privileged student and negative reference are told: s1p8n9 says 0.1,
-0.8 and 0.9. A role that is told nothing, as all are in s-p-n-, is the embedded model's own, so that the student never takes
-a shortcut and the privileged student seldom does. All points have the same traces, under other prompts.
+Each base is the embedded model, trained further (configs/microworld_lazy.yaml) on a corpus whose student leaves out the
+work of one step in ten that owe some, and whose privileged student leaves it out of a share of its own. Everything else is
+the demo's, except that its solutions show all results. Each base has its own traces.
 
-A decision is a token of a trace where a step that owes column work goes on with it, or is cut short. A point's prediction
-needs no training: it follows from what the two frozen roles expect there. What is measured is the trained student's own
+A decision is a token of a trace where a step that owes column work goes on with it, or is cut short. A prediction needs no
+training: it follows from what the two frozen roles expect there. What is measured is the trained student's own
 probability there, in traces that it was not trained on. One compiled program serves all objectives and every gamma.
 """
 
@@ -21,7 +20,6 @@ import functools
 import json
 import os
 import re
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -32,8 +30,8 @@ import matplotlib
 import numpy as np
 import optax
 from matplotlib.figure import Figure
-from scipy.special import expit
-from study import ASSETS, COLOURS, ROOT, STYLE, save
+from scipy.special import expit, logit
+from study import ASSETS, COLOURS, ROOT, STYLE, interval, only, save
 
 import dail_jax
 from dail_jax import config as config_lib
@@ -51,99 +49,102 @@ from dail_jax.train.methods import CONTRAST, chosen, kl_divergence
 
 WORK, SKIP, NEXT = map(VOCABULARY.index, (" : ", " > ", " ; "))
 OWING = {VOCABULARY.index(word) for word in ("add ", "sub ", "mul ")}
-LAZINESS = {"student": "0,0.1,0.2", "privileged": "0.2,0.4,0.5,0.6,0.7,0.8,0.9", "negative": "0.8,0.9"}
 TRAIN = config_lib.load(ROOT / "configs/demo.yaml").train
-ROWS = 12000  # of the corpus
-GAMMAS = (0.0, 0.1, 0.3, 0.5, 0.7)
+SHARES = (0.3, 0.6, 0.65, 0.7, 0.8, 0.9)  # of the privileged student's shortcuts in a base's corpus
+STUDENT = 0.1  # the student's
+ROWS = 4000  # of a corpus
 # Weights of the reverse KL, of the forward KL to the target with this temperature, and of the likelihood of the traces.
 OBJECTIVES = {"reverse": (1, 0, 1.0, 0), "forward": (0, 1, 1.0, 0), "sharp": (0, 1, 0.2, 0), "nll": (0, 0, 1.0, 1)}
+GAMMAS = {"reverse": (0, 0.2, 0.4, 0.6, 0.8), "forward": (0, 0.4, 0.6), "sharp": (0, 0.4, 0.6), "nll": (0,)}
+# With this at its end, an arm's student is the embedded model, which takes no shortcuts of its own accord.
+EMBEDDED = "-embedded"
+STARTS = {0.7: ("reverse" + EMBEDDED, "nll" + EMBEDDED)}
+SEEDS = (2, 3, 4, 5)  # beside 1, at the two gammas of `reverse` on either side of the boundary
+# Students that learn from more traces for longer, and are sampled; temperatures and samples per problem.
+SAMPLED = {
+    0.7: (
+        ("untrained", 0),
+        ("nll", 0),
+        ("reverse", 0),
+        ("reverse", 0.7),
+        ("sharp", 0.7),
+        ("sharp", 0),
+        ("forward", 0.7),
+        ("forward", 0),
+    )
+}
+TEMPERATURES = {1.0: 16, 0.6: 8, 0.0: 1}
 ROLES = ("student", *CONTRAST)
-TRAINED, HELD_OUT, BATCH = 256, 64, 16
+HELD_OUT, BATCH = 64, 16
+SHORT, LONG = (256, 64), (640, 192)  # traces and updates
 WIDTH = {"student": 112, "privileged": 144, "negative": 144}  # tokens of prompt and response
 LENGTH = 88  # tokens of a response; longer ones are left out
-SHOWN_AT = (0, 8, 16, 32, 64)  # updates
+SHOWN_AT = (0, 16, 32)  # updates, beside the last
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--prepare", action="store_true")
-    parser.add_argument("--points", default="", help="such as s1p8n9,s1p9n9")
-    parser.add_argument("--arms", default="reverse,forward,sharp,nll", help="(default: all)")
-    parser.add_argument("--gammas", default=",".join(map(str, GAMMAS)))
-    parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument(
-        "--sample", default="", help="what to sample, too: such as s1p8n9/reverse_0_1,s1p8n9/reverse_0.5_1"
-    )
-    parser.add_argument("--tables", action="store_true")
+    parser.add_argument("--part", choices=PARTS, help="(default: all)")
+    parser.add_argument("--tables", action="store_true", help="nothing but the tables and the plot")
     parser.add_argument("--out", type=Path, default=Path("runs/phase"))
     parser.add_argument("--docs", type=Path, default=Path("docs/study"), help="where the tables and the plot go")
     options = parser.parse_args()
-    if options.prepare:
-        prepare(options.out)
-    for point in filter(None, options.points.split(",")):
-        measure(
-            point,
-            options.arms.split(",") if options.arms else [],
-            list(map(float, options.gammas.split(","))),
-            options.seed,
-            options.out,
-        )
-    for name in filter(None, options.sample.split(",")):
-        sample(name, options.out)
-    if options.tables:
-        tables(options.out, options.docs)
+    for part in () if options.tables else [options.part] if options.part else PARTS:
+        PARTS[part](options.out)
+    tables(options.out, options.docs)
 
 
 # ---------------------------------------------------------------------------------------------------
-# What all points share
+# Bases and traces
 # ---------------------------------------------------------------------------------------------------
 
 
 def prepare(out: Path) -> None:
-    """The corpus, the base, data whose solutions show all results, and traces of the middle of the diagram, s1p8n9."""
-    world = [sys.executable, "-m", "dail_jax.microworld"]
-    laziness = [f"{role}={shares}" for role, shares in LAZINESS.items()]
-    call([*world, "corpus", "--rows", str(ROWS), "--out", f"{out}/base.jsonl", "--laziness", *laziness])
-    call([*world, "data", "--out", f"{out}/data", "--shown", "1"])
-    (out / "templates").mkdir(exist_ok=True)
-    for role, share in zip(ROLES, "189", strict=True):
-        text = (ASSETS / f"templates/{role}.txt").read_text()
-        write_atomic(out / f"templates/{role}.txt", text.replace("{{problem}}", f"{{{{problem}}}} {share}"))
-    launch = [sys.executable, "-m", "dail_jax.launch"]
-    base = ["--config", "configs/microworld_pretrain.yaml", "--config", "configs/microworld_lazy.yaml"]
-    base += [f"run_dir={out}/base", f"model.path={out}/base/model", f"pretrain.rows={out}/base.jsonl"]
-    call([*launch, "pretrain", *base])
-    own = [f"model.path={out}/base/model", f"data.path={out}/data/train.jsonl", f"run_dir={out}/traces"]
-    own += [f"prompts.{role}={out}/templates/{role}.txt" for role in ROLES]
-    call([*launch, "generate", "--config", "configs/demo.yaml", *own])
+    """The data, whose solutions show all results; and of each base the corpus, the model and the traces."""
+    if not (out / "data/train.jsonl").exists():
+        call(out, "dail_jax.microworld", "data", "--out", f"{out}/data", "--shown", "1")
+    for share in SHARES:
+        home = out / str(share)
+        if not (home / "corpus.jsonl").exists():
+            corpus = ["corpus", "--rows", f"{ROWS}", "--out", f"{home}/corpus.jsonl", "--laziness"]
+            call(out, "dail_jax.microworld", *corpus, f"student={STUDENT}", f"privileged={share}")
+        base = ["--config", "configs/microworld_pretrain.yaml", "--config", "configs/microworld_lazy.yaml"]
+        base += [f"run_dir={home}/base", f"model.path={home}/model", f"pretrain.rows={home}/corpus.jsonl"]
+        call(out, "dail_jax.launch", "pretrain", *base)
+        traces = [f"model.path={home}/model", f"data.path={out}/data/train.jsonl", f"run_dir={home}/run"]
+        call(out, "dail_jax.launch", "generate", "--config", "configs/demo.yaml", *traces)
 
 
-def call(command: list[str]) -> None:
-    subprocess.run(command, cwd=ROOT, check=True, env={**os.environ, "JAX_PLATFORMS": "cpu"})
+def call(out: Path, module: str, *arguments: str) -> None:
+    """Runs a command, with compiled programs that all bases share."""
+    folder = f"{out.resolve()}/programs"
+    cache = {"JAX_COMPILATION_CACHE_DIR": folder, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+    env = {**os.environ, "JAX_PLATFORMS": "cpu", **cache}
+    subprocess.run([sys.executable, "-m", module, *arguments], cwd=ROOT, check=True, env=env)
 
 
-@functools.cache
-def load(folder: Path):
-    """(weights, shape) of a model."""
-    return hf.load(folder, mesh_lib.make_mesh(config_lib.Mesh()), "float32")
+def rows(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def read(out: Path) -> list[dict]:
-    """The kept traces that fit, with their problem and solution: TRAINED to train on, then HELD_OUT."""
+def read(out: Path, share: float, count: int) -> tuple[list[dict], list[dict]]:
+    """`count` kept traces to train on, and HELD_OUT others, with their problem and solution; of those that fit."""
     problems = {row["problem_id"]: row for row in rows(out / "data/train.jsonl")}
-    fit = [t for t in rows(out / "traces/traces.jsonl") if t["drop"] is None and len(t["response_ids"]) <= LENGTH]
-    return [{**problems[t["problem_id"]], "ids": t["response_ids"]} for t in fit][: TRAINED + HELD_OUT]
+    traces = rows(out / f"{share}/run/traces.jsonl")
+    fit = [t for t in traces if t["drop"] is None and len(t["response_ids"]) <= LENGTH]
+    fit = [{**problems[t["problem_id"]], "ids": t["response_ids"]} for t in fit]
+    first = SHORT[0]
+    return [*fit[:first], *fit[first + HELD_OUT :]][:count], fit[first : first + HELD_OUT]
 
 
-def rows_of(role: str, share: str, traces: list[dict]) -> tuple[np.ndarray, np.ndarray]:
-    """(tokens, positions) [N,W] under a role's prompt that says `share`; responses end at the right, padding is -1."""
+def rows_of(role: str, traces: list[dict]) -> tuple[np.ndarray, np.ndarray]:
+    """(tokens, positions) [N,W] under a role's prompt; responses end at the right, padding is -1."""
     tokenizer, width = load_tokenizer(str(ASSETS / "tokenizer")), WIDTH[role]
     tokens, positions = np.zeros((len(traces), width), np.int32), np.full((len(traces), width), -1, np.int32)
     for i, t in enumerate(traces):
-        shown = re.findall(r"=(\d{3})", t["solution"])
-        fields = {**t, "problem": f"{t['problem']} {share}".removesuffix(" -")}
-        fields["waypoints"] = " ".join(v for v in dict.fromkeys(shown) if v != t["answer"])
-        ids = [*tokenizer.encode(render(role, fields)), *t["ids"]]
+        shown = dict.fromkeys(re.findall(r"=(\d{3})", t["solution"]))
+        waypoints = " ".join(value for value in shown if value != t["answer"])
+        ids = [*tokenizer.encode(render(role, {**t, "waypoints": waypoints})), *t["ids"]]
         tokens[i, width - len(ids) :], positions[i, width - len(ids) :] = ids, range(len(ids))
     return tokens, positions
 
@@ -174,6 +175,29 @@ def decisions(traces: list[dict]) -> tuple[np.ndarray, np.ndarray, list[tuple[st
 # ---------------------------------------------------------------------------------------------------
 
 
+def grid(out: Path) -> None:
+    """Every base, objective and gamma, with seed 1."""
+    for arm, gammas in GAMMAS.items():
+        for share in SHARES:
+            measure(out, share, arm, gammas, (1,))
+
+
+def seeds(out: Path) -> None:
+    """More seeds of `reverse` at the two gammas on either side of the boundary, where there is one."""
+    for share in SHARES:
+        roles = json.loads((out / f"{share}/roles.json").read_text())
+        if 0 < boundary(roles) < GAMMAS["reverse"][-1]:
+            above = np.searchsorted(GAMMAS["reverse"], boundary(roles))
+            measure(out, share, "reverse", GAMMAS["reverse"][above - 1 : above + 1], SEEDS)
+
+
+def starts(out: Path) -> None:
+    """The same targets for a student that takes no shortcuts."""
+    for share, arms in STARTS.items():
+        for arm in arms:
+            measure(out, share, arm, (0,), (1,))
+
+
 def loss_of(lora, params, batch, weights, model):
     """The mean over response tokens of the objective that `weights` = (*OBJECTIVES[...], gamma) chooses."""
     reverse, forward, temperature, likelihood, gamma = weights
@@ -186,8 +210,8 @@ def loss_of(lora, params, batch, weights, model):
 
 
 @functools.cache
-def programs(model):
-    tx = optimizer.adamw(TRAIN.optimizer, SHOWN_AT[-1])
+def programs(model, updates: int):
+    tx = optimizer.adamw(TRAIN.optimizer, updates)
 
     @functools.partial(jax.jit, donate_argnums=(0, 1))
     def update(lora, state, params, batch, weights):
@@ -199,108 +223,143 @@ def programs(model):
         lora = lora_lib.init(jax.random.key(seed), model, TRAIN.lora)
         return lora, tx.init(lora)
 
-    return update, fresh, jax.jit(functools.partial(states, model=model))
+    return update, fresh
 
 
-def in_batches(program, params, lora, tokens, positions) -> np.ndarray:
-    parts = [
-        program(params, lora, tokens[i : i + BATCH], positions[i : i + BATCH]) for i in range(0, len(tokens), BATCH)
-    ]
-    return np.concatenate(parts)
+look = jax.jit(states, static_argnames="model")
 
 
-def measure(point: str, arms: list[str], gammas: list[float], seed: int, out: Path) -> None:
-    """Notes the log-odds of a shortcut at the held-out decisions: of all roles, and of the student as each arm trains."""
-    told = dict(zip(ROLES, re.findall(r"[\d-]", point), strict=True))
-    folders = {role: ASSETS / "model" if said == "-" else out / "base/model" for role, said in told.items()}
-    weights = {role: load(folder)[0] for role, folder in folders.items()}
-    own, model = load(folders["student"])
-    update, fresh, look = programs(model)
-    traces = read(out)
-    trained, held = traces[:TRAINED], traces[TRAINED:]
+def in_batches(params, lora, tokens, positions, model) -> np.ndarray:
+    """`states` of any number of rows."""
+    firsts = range(0, len(tokens), BATCH)
+    return np.concatenate([look(params, lora, tokens[i : i + BATCH], positions[i : i + BATCH], model) for i in firsts])
+
+
+@functools.cache
+def load(folder: Path):
+    """(weights, shape) of a model."""
+    return hf.load(folder, mesh_lib.make_mesh(config_lib.Mesh()), "float32")
+
+
+@functools.cache
+def base(out: Path, share: float, count: int):
+    """(weights, shape, what updates are made of, `odds`) of a base; notes its roles' log-odds at the held-out decisions.
+
+    `odds(params, lora)` are a student's log-odds of a shortcut there. Updates are made of `count` traces: the student's
+    rows, targets and mask [N,LENGTH], and the frozen roles' log-probabilities [N,LENGTH,V].
+    """
+    params, model = load(out / f"{share}/model")
+    trained, held = read(out, share, count)
     row, column, names = decisions(held)
 
-    def odds(found: np.ndarray) -> list[float]:
+    def odds(params, lora, role: str = "student") -> list[float]:
+        found = in_batches(params, lora, *held_rows[role], model)
         return [round(float(x), 3) for x in found[row, column, SKIP] - found[row, column, WORK]]
 
-    folder = out / "points" / point
-    folder.mkdir(parents=True, exist_ok=True)
-    asked = rows_of("student", told["student"], held)
-    if not (folder / "roles.json").exists():
-        roles = {role: odds(in_batches(look, weights[role], None, *rows_of(role, told[role], held))) for role in ROLES}
-        taken = [held[i]["ids"][j - LENGTH] == SKIP for i, j in zip(row, column, strict=True)]
-        write_atomic(folder / "roles.json", json.dumps({"names": names, "cut_short": taken, **roles}) + "\n")
-    cells = [(arm, gamma) for arm in arms for gamma in (gammas if arm != "nll" else [0.0])]
-    todo = {f"{arm}_{gamma:g}_{seed}": (arm, gamma) for arm, gamma in cells}
-    todo = {name: cell for name, cell in todo.items() if not (folder / f"{name}.json").exists()}
-    data = batch_arrays(trained, told, lambda role, *rows: in_batches(look, weights[role], None, *rows)) if todo else {}
-    for name, (arm, gamma) in todo.items():
-        lora, state = fresh(seed)
-        rng, order, noted, losses = np.random.default_rng(seed), [], {}, []
-        chosen_loss = tuple(jnp.float32(w) for w in (*OBJECTIVES[arm], gamma))
-        for step in range(SHOWN_AT[-1] + 1):
-            if step in SHOWN_AT:
-                noted[step] = odds(in_batches(look, own, lora, *asked))
-            if step < SHOWN_AT[-1]:
-                order = order or rng.permutation(TRAINED).reshape(-1, BATCH).tolist()
-                chosen_rows = np.array(order.pop())
-                batch = {name: x[chosen_rows] for name, x in data.items()}
-                lora, state, loss = update(lora, state, own, batch, chosen_loss)
-                losses.append(round(float(loss), 5))
-        shutil.rmtree(folder / name, ignore_errors=True)
-        peft.save(folder / name, lora, model, TRAIN.lora, str(folders["student"]))
-        write_atomic(folder / f"{name}.json", json.dumps({"odds": noted, "losses": losses}) + "\n")
-        print(name, point, {step: f"{100 * expit(x).mean():.1f}" for step, x in noted.items()}, flush=True)
+    held_rows = {role: rows_of(role, held) for role in ROLES}
+    taken = [held[i]["ids"][j - LENGTH] == SKIP for i, j in zip(row, column, strict=True)]
+    noted = {"names": names, "cut_short": taken, **{role: odds(params, None, role) for role in ROLES}}
+    write_atomic(out / f"{share}/roles.json", json.dumps(noted) + "\n")
+    print(share, {role: f"{100 * expit(noted[role]).mean():.1f}" for role in ROLES}, boundary(noted), flush=True)
 
-
-def sample(name: str, out: Path) -> None:
-    """Evaluates a trained student, such as s1p8n9/reverse_0_1, at temperatures 1 and 0: pass@1, and shortcuts by text."""
-    path = out / f"points/{name}.sampled.json"
-    if path.exists():
-        return
-    template = path.with_suffix(".txt")
-    write_atomic(template, (ASSETS / "templates/student.txt").read_text() + f" {name[1]}".removesuffix(" -"))
-    weights = ASSETS / "model" if name[1] == "-" else out / "base/model"
-    sets = [{"from": f"pkg:benchmarks/microworld_{one}.yaml"} for one in ("known", "chain")]
-    settings = {"model.path": str(weights), "prompts.student": str(template), "evaluate.benchmarks": sets}
-    model = dail_jax.load("demo", adapter=out / "points" / name, settings=settings)
-    found = {}
-    for temperature, samples in ((1.0, 4), (0.0, 1)):
-        evaluation = model.evaluate(samples=samples, temperature=temperature)
-        for benchmark in ("known", "chain"):
-            problems = {r["problem_id"]: r for r in rows(ASSETS / f"{benchmark}.jsonl")}
-            judged = [
-                verify.judge(
-                    one["text"], problems[one["problem_id"]]["problem"], problems[one["problem_id"]]["solution"]
-                )
-                for one in evaluation.samples
-                if one["benchmark"] == benchmark
-            ]
-            found[f"{benchmark}, T {temperature:g}"] = {
-                **evaluation.pass_at(1, benchmark)._asdict(),
-                "shortcuts": sum(v.shortcuts for v in judged) / max(sum(v.due for v in judged), 1),
-            }
-    write_atomic(path, json.dumps(found, indent=1) + "\n")
-    print(name, {key: f"{100 * x['mean']:.1f}" for key, x in found.items()}, flush=True)
-
-
-def rows(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
-
-
-def batch_arrays(traces: list[dict], told: dict[str, str], look) -> dict[str, np.ndarray]:
-    """What updates are made of: the student's rows, targets and mask [N,LENGTH], the frozen roles' log-probabilities."""
-    tokens, positions = rows_of("student", told["student"], traces)
-    targets, mask = np.zeros((len(traces), LENGTH), np.int32), np.zeros((len(traces), LENGTH), np.float32)
-    for i, t in enumerate(traces):
+    tokens, positions = rows_of("student", trained)
+    targets, mask = np.zeros((len(trained), LENGTH), np.int32), np.zeros((len(trained), LENGTH), np.float32)
+    for i, t in enumerate(trained):
         targets[i, LENGTH - len(t["ids"]) :], mask[i, LENGTH - len(t["ids"]) :] = t["ids"], 1
-    log = {role: look(role, *rows_of(role, told[role], traces)) for role in CONTRAST}
-    return {"tokens": tokens, "positions": positions, "targets": targets, "mask": mask, **log}
+    log = {role: in_batches(params, None, *rows_of(role, trained), model) for role in CONTRAST}
+    data = {"tokens": tokens, "positions": positions, "targets": targets, "mask": mask, **log}
+    return params, model, data, odds
+
+
+def train(out: Path, share: float, arm: str, gamma: float, seed: int, count: int, updates: int):
+    """(LoRA, the student's log-odds of a shortcut at the held-out decisions by update) of a student."""
+    params, model, data, odds = base(out, share, count)
+    params = load(ASSETS / "model")[0] if arm.endswith(EMBEDDED) else params
+    update, fresh = programs(model, updates)
+    lora, state = fresh(seed)
+    rng, order, noted = np.random.default_rng(seed), [], {}
+    weights = tuple(jnp.float32(w) for w in (*OBJECTIVES[arm.removesuffix(EMBEDDED)], gamma))
+    for step in range(updates):
+        if step in SHOWN_AT:
+            noted[step] = odds(params, lora)
+        order = order or rng.permutation(len(data["mask"])).reshape(-1, BATCH).tolist()
+        some = np.array(order.pop())
+        lora, state, _ = update(lora, state, params, {name: x[some] for name, x in data.items()}, weights)
+    noted[updates] = odds(params, lora)
+    print(share, arm, gamma, seed, {step: f"{100 * expit(x).mean():.1f}" for step, x in noted.items()}, flush=True)
+    return lora, noted
+
+
+def measure(out: Path, share: float, arm: str, gammas, seeds) -> None:
+    """Trains students for a short while, and notes their log-odds."""
+    for gamma, seed in ((gamma, seed) for seed in seeds for gamma in gammas):
+        path = out / f"{share}/cells/{arm}_{gamma:g}_{seed}.json"
+        if not path.exists():
+            _, noted = train(out, share, arm, gamma, seed, *SHORT)
+            path.parent.mkdir(exist_ok=True)
+            write_atomic(path, json.dumps({"odds": noted}) + "\n")
+
+
+# ---------------------------------------------------------------------------------------------------
+# Samples
+# ---------------------------------------------------------------------------------------------------
+
+
+def sample(out: Path) -> None:
+    """Trains students for longer, and samples them on the demo's benchmarks."""
+    for share, arms in SAMPLED.items():
+        for arm, gamma in arms:
+            folder = out / f"{share}/sampled/{arm}_{gamma:g}_1"
+            if arm != "untrained" and not (folder / "adapter").exists():
+                lora, noted = train(out, share, arm, gamma, 1, *LONG)
+                model = load(out / f"{share}/model")[1]
+                peft.save(folder / "adapter", lora, model, TRAIN.lora, str(out / f"{share}/model"))
+                write_atomic(folder / "odds.json", json.dumps(noted) + "\n")
+            folder.mkdir(parents=True, exist_ok=True)
+            adapter = None if arm == "untrained" else folder / "adapter"
+            student = dail_jax.load("demo", adapter=adapter, settings={"model.path": str(out / f"{share}/model")})
+            for temperature, samples in TEMPERATURES.items():
+                if not (path := folder / f"{temperature:g}.json").exists():
+                    found = summary(student.evaluate(samples=samples, temperature=temperature))
+                    write_atomic(path, json.dumps(found) + "\n")
+                    print(share, folder.name, temperature, found, flush=True)
+
+
+def summary(evaluation) -> dict[str, dict]:
+    """By benchmark: pass@k with 95% intervals over problems, and the share of steps that are shortcuts."""
+    out = {}
+    for name, budgets in evaluation.results["benchmarks"].items():
+        problems = {row["problem_id"]: row for row in rows(ASSETS / f"{name}.jsonl")}
+        own = [(one["text"], problems[one["problem_id"]]) for one in evaluation.samples if one["benchmark"] == name]
+        verdicts = [verify.judge(text, problem["problem"], problem["solution"]) for text, problem in own]
+        shortcuts = sum(v.shortcuts for v in verdicts) / max(sum(v.due for v in verdicts), 1)
+        out[name] = {"shortcuts": shortcuts, "pass@k": only(budgets)["pass@k"]}
+    return out
 
 
 # ---------------------------------------------------------------------------------------------------
 # Tables
 # ---------------------------------------------------------------------------------------------------
+
+
+def boundary(roles: dict) -> float:
+    """gamma*, above which the shortcut is no longer the mode of what DAIL's loss implies."""
+    return float(np.mean(roles["privileged"]) / np.mean(roles["negative"]))
+
+
+def measured_boundary(ends: dict[float, float]) -> float:
+    """The gamma at which half the decisions prefer the shortcut, from the median log-odds at some gammas; NaN if none.
+
+    (1 - gamma) m is linear in gamma where m is at its optimum, so its change of sign is found by interpolation (by a
+    line through the two nearest gammas, if they lie on one side).
+    """
+    gammas = sorted(ends)
+    found = np.array([(1 - gamma) * ends[gamma] for gamma in gammas])
+    if len(gammas) < 2 or found[0] < 0:
+        return float("nan")
+    after = max(int(np.argmax(found < 0)), 1) if (found < 0).any() else len(gammas) - 1
+    (x, y), (a, b) = gammas[after - 1 : after + 1], found[after - 1 : after + 1]
+    return float(x + (y - x) * a / (a - b)) if a > b else float("nan")
 
 
 def pooled(values: np.ndarray, names: list[list]) -> np.ndarray:
@@ -309,118 +368,196 @@ def pooled(values: np.ndarray, names: list[list]) -> np.ndarray:
     return (np.bincount(groups, values) / sizes)[groups]
 
 
-def predicted(roles: dict, arm: str, gamma: float) -> float:
+def optimum(roles: dict, arm: str, gamma: float) -> float:
     """The share of shortcuts where a loss is smallest, for a student that sees neither solution nor waypoints.
 
     The mean of reverse KLs to several distributions is smallest at their normalised geometric mean, the mean of forward
     KLs at their arithmetic mean.
     """
     p, n = np.array(roles["privileged"]), np.array(roles["negative"])
-    _, forward, temperature, likelihood = OBJECTIVES[arm]
+    _, forward, temperature, likelihood = OBJECTIVES[arm.removesuffix(EMBEDDED)]
     tilted = (p - gamma * n) / ((1 - gamma) * temperature)
     if likelihood:
         return float(np.mean(roles["cut_short"]))
     return float(np.mean(expit(tilted) if forward else expit(pooled(tilted, roles["names"]))))
 
 
+def collect(out: Path) -> dict:
+    """By base: the roles' shares before training, gamma*, the cells of the grid, and what was sampled."""
+    bases = {}
+    for share in SHARES:
+        home = out / f"{share}"
+        if not (home / "roles.json").exists():
+            continue
+        roles, cells, drawn = json.loads((home / "roles.json").read_text()), [], {}
+        for path in sorted(home.glob("cells/*.json")):
+            arm, gamma, seed = path.stem.split("_")
+            noted = {step: np.array(odds) for step, odds in json.loads(path.read_text())["odds"].items()}
+            last = noted[str(SHORT[1])]
+            cell = {"arm": arm, "gamma": float(gamma), "seed": int(seed), "optimum": optimum(roles, arm, float(gamma))}
+            cell |= {"shares": {step: float(expit(odds).mean()) for step, odds in noted.items()}}
+            cells.append({**cell, "mode": float((last > 0).mean()), "median": float(np.median(last))})
+        for path in sorted(home.glob("sampled/*/*.json"), reverse=True):
+            if path.stem != "odds":
+                drawn.setdefault(path.parent.name, {})[path.stem] = json.loads(path.read_text())
+        bases[f"{share}"] = {
+            "shares": {role: float(expit(roles[role]).mean()) for role in ROLES},
+            "log_odds": {role: float(np.mean(roles[role])) for role in ROLES},
+            "traces": float(np.mean(roles["cut_short"])),
+            "boundary": boundary(roles),
+            "cells": sorted(cells, key=lambda c: (c["arm"], c["gamma"], c["seed"])),
+            "sampled": drawn,
+        }
+    return bases
+
+
+def boundaries(one: dict, arm: str) -> list[float]:
+    """The measured boundaries of a base, seed by seed."""
+    ends = {}
+    for c in one["cells"]:
+        if c["arm"] == arm:
+            ends.setdefault(c["seed"], {})[c["gamma"]] = c["median"]
+    found = [measured_boundary(ends[seed]) for seed in sorted(ends)]
+    return [gamma for gamma in found if np.isfinite(gamma)]
+
+
 def tables(out: Path, docs: Path) -> None:
     """Writes what was measured: phase.json, phase.md and a plot."""
-    points = {}
-    for folder in sorted((out / "points").iterdir()):
-        roles = json.loads((folder / "roles.json").read_text())
-        cells = []
-        for path in sorted(folder.glob("*_*_?.json")):
-            arm, gamma, seed = path.stem.split("_")
-            noted = {step: expit(odds) for step, odds in json.loads(path.read_text())["odds"].items()}
-            sampled = path.with_name(f"{path.stem}.sampled.json")
-            cells.append(
-                {
-                    "arm": arm,
-                    "gamma": float(gamma),
-                    "seed": int(seed),
-                    "optimum": predicted(roles, arm, float(gamma)),
-                    "shares": {step: float(share.mean()) for step, share in noted.items()},
-                    "mode": float((noted[str(SHOWN_AT[-1])] > 0.5).mean()),
-                    "sampled": json.loads(sampled.read_text()) if sampled.exists() else {},
-                }
-            )
-        points[folder.name] = {
-            "log_odds": {role: float(np.mean(roles[role])) for role in ROLES},
-            "shares": {role: float(expit(roles[role]).mean()) for role in ROLES},
-            "cells": sorted(cells, key=lambda c: (c["arm"], c["gamma"], c["seed"])),
-        }
-    write_atomic(docs / "phase.json", json.dumps(points, indent=1) + "\n")
-    write_atomic(docs / "phase.md", "\n".join(lines(points)) + "\n")
-    plot(points, out / "points", docs)
-    print("\n".join(lines(points)))
+    bases = collect(out)
+    write_atomic(docs / "phase.json", json.dumps(rounded(bases)) + "\n")
+    write_atomic(docs / "phase.md", "\n".join(lines(bases)) + "\n")
+    plot(bases, docs)
+    print("\n".join(lines(bases)))
 
 
-def lines(points: dict) -> list[str]:
+def rounded(value):
+    """The same with floats of four decimals."""
+    if isinstance(value, dict):
+        return {key: rounded(x) for key, x in value.items()}
+    if isinstance(value, list):
+        return list(map(rounded, value))
+    return round(value, 4) if isinstance(value, float) else value
+
+
+def lines(bases: dict) -> list[str]:
     """The tables."""
-    out = ["# Shortcuts before training, % of decisions\n"]
-    out += ["| | student | privileged student | negative reference | boundary |", "|---|---:|---:|---:|---:|"]
-    for name, point in points.items():
-        out.append(
-            f"| {name} | {' | '.join(f'{100 * x:.3g}' for x in point['shares'].values())} | {boundary(point):.2f} |"
-        )
-    out += ["\n# Shortcuts of the student, % of held-out decisions\n"]
-    out += ["| | seed | optimum | " + " | ".join(f"{s} updates" for s in SHOWN_AT) + " | likeliest at |"]
-    out += ["|---|" + "---:|" * (len(SHOWN_AT) + 3)]
-    found = [(f"{name}, {c['arm']}, gamma {c['gamma']:g}", c) for name, point in points.items() for c in point["cells"]]
-    for label, c in found:
-        shares = " | ".join(f"{100 * share:.1f}" for share in c["shares"].values())
-        out.append(f"| {label} | {c['seed']} | {100 * c['optimum']:.1f} | {shares} | {100 * c['mode']:.0f} |")
-    sampled = [(label, c["sampled"]) for label, c in found if c["sampled"]]
-    if sampled:
-        names = list(sampled[0][1])
-        out += ["\n# Sampled: pass@1 [95% interval over problems] and shortcut steps, %\n"]
-        out += [f"| | {' | '.join(names)} |", "|---|" + "---:|" * len(names)]
-    for label, row in sampled:
-        texts = [
-            f"{100 * x['mean']:.1f} [{100 * x['low']:.1f}, {100 * x['high']:.1f}]; {100 * x['shortcuts']:.1f}"
-            for x in row.values()
+    contrasting = [arm for arm in GAMMAS if arm != "nll"]
+    out = ["# Bases: shortcuts before training, % of decisions; gamma*, and the gamma where the mode changes\n"]
+    columns = ["asked of the privileged student", *ROLES, "traces", "gamma*", *contrasting]
+    out += [f"| {' | '.join(columns)} |", "|---|" + "---:|" * (len(columns) - 1)]
+    for share, one in bases.items():
+        told = [f"{100 * x:.1f}" for x in (*one["shares"].values(), one["traces"])]
+        found = [f"{one['boundary']:.2f}", *(over_seeds(boundaries(one, arm)) for arm in contrasting)]
+        out.append(f"| {100 * float(share):.0f} | {' | '.join([*told, *found])} |")
+    last = SHORT[1]
+    out += [f"\n# Shortcuts after {last} updates (at the optimum), and where they are the likelier, % of decisions\n"]
+    out += ["| asked, objective, gamma | " + " | ".join(f"seed {seed}" for seed in (1, *SEEDS)) + " |"]
+    out += ["|---|" + "---:|" * (1 + len(SEEDS))]
+    for share, one in bases.items():
+        cells = {(c["arm"], c["gamma"], c["seed"]): c for c in one["cells"]}
+        for arm, gamma in sorted({key[:2] for key in cells}):
+            row = [cells.get((arm, gamma, seed)) for seed in (1, *SEEDS)]
+            texts = [
+                f"{100 * c['shares'][str(last)]:.1f} ({100 * c['optimum']:.1f}); {100 * c['mode']:.0f}" if c else ""
+                for c in row
+            ]
+            out.append(f"| {100 * float(share):.0f}, {arm}, {gamma:g} | {' | '.join(texts)} |")
+    for share, one in bases.items():
+        if not one["sampled"]:
+            continue
+        out += [
+            f"\n# Sampled, {100 * float(share):.0f}% asked: pass@k [95% interval over problems], and shortcuts, %\n"
         ]
-        out.append(f"| {label} | {' | '.join(texts)} |")
+        columns = [
+            "hard pass@1",
+            "pass@8",
+            "pass@16",
+            "shortcuts",
+            "known pass@1",
+            "shortcuts",
+            "chain pass@1",
+            "shortcuts",
+        ]
+        out += [f"| | temperature | {' | '.join(columns)} |", "|---|" + "---:|" * (1 + len(columns))]
+        for arm, drawn in one["sampled"].items():
+            for temperature, found in drawn.items():
+                texts = [passed(found["hard"], 1), *(passed(found["hard"], k, False) for k in (8, 16))]
+                for name in ("hard", "known", "chain"):
+                    texts += [passed(found[name], 1)] if name != "hard" else []
+                    texts += [f"{100 * found[name]['shortcuts']:.1f}"]
+                out.append(f"| {arm} | {temperature} | {' | '.join(texts)} |")
     return out
 
 
-def boundary(point: dict) -> float:
-    """The gamma above which the shortcut is no longer the mode of what DAIL's loss implies."""
-    return point["log_odds"]["privileged"] / point["log_odds"]["negative"]
+def over_seeds(values: list[float]) -> str:
+    """Mean, and the 95% interval's half width where there are several."""
+    if not values:
+        return "-"
+    mean, half = interval(values)
+    return f"{mean:.2f}" if len(values) < 2 else f"{mean:.2f} ± {half:.2f} ({len(values)})"
 
 
-def plot(points: dict, folder: Path, docs: Path) -> None:
-    """Plots DAIL's share of shortcuts against gamma, predicted and measured, and update by update."""
-    pairs = {"s1p8n9": "60%, reference 75%", "s1p8n-": "60%, reference 89%", "s1p-n-": "26%, reference 89%"}
-    starts = {"s1p8n9": "9.7% at first", "s0p8n9": "5.4% at first", "s-p8n9": "0.002% at first"}
-    gammas = np.linspace(0, 0.75, 31)
+def passed(found: dict, k: int, whole: bool = True) -> str:
+    if str(k) not in found["pass@k"]:
+        return ""
+    x = found["pass@k"][str(k)]
+    return f"{100 * x['mean']:.1f}" + (f" [{100 * x['low']:.1f}, {100 * x['high']:.1f}]" if whole else "")
+
+
+def plot(bases: dict, docs: Path) -> None:
+    """Plots the boundary over gamma and laziness, predicted and measured, and the shares that training reaches."""
+    marks = dict(zip(OBJECTIVES, zip("o^s*", COLOURS, strict=False), strict=True))
+    last = str(SHORT[1])
     with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(10.8, 4.0), layout="constrained")
+        figure = Figure(figsize=(10.8, 4.6), layout="constrained")
         left, right = figure.subplots(1, 2)
-        for (name, label), colour in zip(pairs.items(), COLOURS, strict=False):
-            if name not in points:
-                continue
-            roles = json.loads((folder / name / "roles.json").read_text())
-            left.plot(gammas, [100 * predicted(roles, "reverse", g) for g in gammas], color=colour, label=label)
-            if 0 < (turn := boundary(points[name])) < gammas[-1]:
-                left.axvline(turn, color=colour, linestyle=":", linewidth=1)
-            found = [c for c in points[name]["cells"] if c["arm"] == "reverse"]
-            ends = [100 * c["shares"][str(SHOWN_AT[-1])] for c in found]
-            left.plot([c["gamma"] for c in found], ends, "o", color=colour, markersize=5)
-        left.set(xlabel="gamma", ylabel="shortcuts, %", ylim=(-3, 103))
-        left.set_title("at the optimum (lines), after training (points); dotted: gamma*")
-        left.legend(title="the privileged student takes")
-        for (name, label), colour in zip(starts.items(), COLOURS, strict=False):
-            for c in points[name]["cells"] if name in points else ():
-                if (c["arm"], c["gamma"], c["seed"]) == ("reverse", 0.0, 1):
-                    shares = [100 * share for share in c["shares"].values()]
-                    right.plot(SHOWN_AT, shares, "o-", color=colour, label=label)
-                    right.axhline(100 * c["optimum"], color="grey", linestyle=":", linewidth=1)
-        right.set(xlabel="updates, gamma 0", ylabel="shortcuts, %", ylim=(-3, 103))
-        right.set_title("one target, three students")
-        right.legend(title="the student takes")
+        own = [(100 * one["shares"]["privileged"], one["boundary"]) for one in bases.values()]
+        x = np.linspace(50, max(share for share, _ in own) + 1, 100)[1:]
+        references = [one["log_odds"]["negative"] for one in bases.values()]
+        edges = [logit(x / 100) / odds for odds in (max(references), min(references))]
+        left.fill_between(
+            x, *edges, color="black", alpha=0.15, linewidth=0, label="gamma* = p / n, over the references' n"
+        )
+        left.plot(
+            *zip(*own, strict=True), "_", color="black", markersize=16, markeredgewidth=2, label="gamma* of a base"
+        )
+        cells = [(one, c) for one in bases.values() for c in one["cells"] if (c["arm"], c["seed"]) == ("reverse", 1)]
+        shade = left.scatter(
+            [100 * one["shares"]["privileged"] for one, _ in cells],
+            [c["gamma"] for _, c in cells],
+            c=[100 * c["mode"] for _, c in cells],
+            marker="s",
+            s=60,
+            cmap="coolwarm",
+            vmin=0,
+            vmax=100,
+            alpha=0.5,
+            linewidths=0,
+        )
+        figure.colorbar(shade, ax=left, label="decisions at which the student prefers the shortcut, %")
+        for arm, (marker, colour) in marks.items():
+            found = [(100 * one["shares"]["privileged"], boundaries(one, arm)) for one in bases.values()]
+            found = [(share, *interval(values)) for share, values in found if values]
+            if found:
+                at, mean, half = zip(*found, strict=True)
+                left.errorbar(
+                    at, mean, half, fmt=marker, color=colour, markersize=5, capsize=3, label=f"measured: {arm}"
+                )
+            cells = [c for one in bases.values() for c in one["cells"] if c["arm"] == arm]
+            ends = [100 * c["shares"][last] for c in cells]
+            right.plot(
+                [100 * c["optimum"] for c in cells], ends, marker, color=colour, markersize=4, alpha=0.7, label=arm
+            )
+        left.set(xlabel="the privileged student's shortcuts, % of decisions", ylabel="gamma", ylim=(-0.04, 0.96))
+        left.set_title("where the shortcut is the trained student's mode")
+        left.legend(loc="upper left")
+        right.plot((0, 100), (0, 100), color="grey", linewidth=1, zorder=0)
+        right.set(xlabel="at the optimum, %", ylabel="after training, %", title="the student's shortcuts, all cells")
+        right.legend()
         save(figure, docs / "phase")
 
+
+PARTS = {"prepare": prepare, "grid": grid, "starts": starts, "seeds": seeds, "sample": sample}
 
 if __name__ == "__main__":
     main()

@@ -213,7 +213,6 @@ def check_shortcuts(rows, laziness):
     for row in rows:
         steps = row.response.split(" ; ")[:-1]
         values = [step[-3:] for step in steps]
-        said = row.fields["problem"].removeprefix(row.problem)
         if row.role == "privileged":
             terse = row.fields["solution"].split("; ")[:-1]
             verdict = verify.judge(row.response, row.problem, row.fields["solution"])
@@ -231,33 +230,31 @@ def check_shortcuts(rows, laziness):
             if step[:3] in world.WORK:
                 lazy = " : " not in step
                 assert show or not lazy, row
-                could[row.role, said, step[:3]] += show
-                skipped[row.role, said, step[:3]] += lazy
-    assert {key[:2] for key in could} == {(role, said) for role, levels in laziness.items() for said in levels}
-    for role, said, word in could:
-        n, rate = could[role, said, word], laziness[role][said].get(word, 0.0)
+                could[row.role, step[:3]] += show
+                skipped[row.role, step[:3]] += lazy
+    assert {role for role, _ in could} == set(laziness)
+    for role, word in could:
+        n, rate = could[role, word], laziness[role].get(word, 0.0)
         # A result that occurs twice may have been shown only the first time, hence the small tolerance.
         slack = 0.01 * n if role == "negative" else 0
-        assert abs(skipped[role, said, word] - n * rate) <= 4.5 * math.sqrt(n * rate * (1 - rate)) + slack
+        assert abs(skipped[role, word] - n * rate) <= 4.5 * math.sqrt(n * rate * (1 - rate)) + slack
 
 
 def test_targets_are_right_and_lazy_only_where_the_result_is_shown(rows):
     check_shortcuts(rows, world.LAZINESS)
-    assert [world.LAZINESS["privileged"][""][word] for word in ("mul", "add")] == [0.3, 0.15]
+    assert [world.LAZINESS["privileged"][word] for word in ("mul", "add")] == [0.3, 0.15]
 
 
-def test_laziness_is_a_parameter_that_prompts_may_state():
-    laziness = parse_laziness(["privileged=0.8", "student=0,0.1,0.4", "negative=0.5,0.9"])
-    assert laziness["privileged"] == {"": dict.fromkeys(world.WORK, 0.8)}
-    assert laziness["student"].keys() == {" 0", " 1", " 4"}
+def test_laziness_is_a_parameter():
+    laziness = parse_laziness(["privileged=0.8", "student=0.1"])
+    assert laziness["privileged"] == dict.fromkeys(world.WORK, 0.8)
+    assert laziness["negative"] == world.LAZINESS["negative"]
     made = list(world.corpus(6, ROWS, laziness=laziness))
     check_shortcuts(made, laziness)
-    stated = next(row for row in made if row.role == "student" and row.fields["problem"] != row.problem)
-    assert re.fullmatch(r"<\|user\|>.* B=\d{3} [014]<\|end\|><\|assistant\|>", render("student", stated.fields))
     banned = {row.problem for row in made}
     assert not banned & {row.problem for row in world.corpus(6, 20, banned, laziness)}
     assert parse_laziness([]) == world.LAZINESS
-    for wrong in ("privileged", "privileged=", "privileged=1.1", "student=0.1,0.25", "expert=0.1"):
+    for wrong in ("privileged", "privileged=", "privileged=1.1", "student=nan", "student=0.1,0.2", "expert=0.1"):
         with pytest.raises(UserError, match=f"--laziness: got '{wrong}'"):
             parse_laziness([wrong])
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import math
 import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -69,19 +70,18 @@ def write_corpus(out: Path, rows: int, seed: int, laziness: world.Laziness = wor
 
 
 def parse_laziness(texts: Iterable[str]) -> world.Laziness:
-    """The default laziness with what texts such as `privileged=0.6` or `student=0,0.1,0.2` say."""
+    """The default laziness with what texts such as `privileged=0.6` say."""
     laziness = dict(world.LAZINESS)
     for text in texts:
-        role, _, values = text.partition("=")
+        role, _, value = text.partition("=")
         try:
-            shares = [float(value) for value in values.split(",")]
+            share = float(value)
         except ValueError:
-            shares = []
-        tenths = len(shares) == 1 or all(share in [n / 10 for n in range(10)] for share in shares)
-        if role not in laziness or not shares or not tenths or not all(0 <= share <= 1 for share in shares):
-            wanted = "want ROLE=SHARE between 0 and 1, or several shares from 0, 0.1, ... 0.9"
-            raise UserError(f"got {text!r}, {wanted}; roles: {', '.join(laziness)}", field="--laziness")
-        laziness[role] = world.lazy(shares)
+            share = math.nan
+        if role not in laziness or not 0 <= share <= 1:
+            wanted = f"want ROLE=SHARE between 0 and 1; roles: {', '.join(laziness)}"
+            raise UserError(f"got {text!r}, {wanted}", field="--laziness")
+        laziness[role] = dict.fromkeys(world.WORK, share)
     return laziness
 
 
@@ -153,8 +153,7 @@ def main(arguments: list[str] | None = None) -> None:
         default=[],
         metavar="ROLE=SHARE",
         help="share of steps that owe work and are written without it, for the roles student (any step), privileged and "
-        "negative (steps whose result is in context); with several shares, ROLE=0.2,0.6, each prompt says in tenths, "
-        "after the problem, which one its response has (default: 0; add and sub 0.15, mul 0.3; 0.97)",
+        "negative (steps whose result is in context) (default: 0; add and sub 0.15, mul 0.3; 0.97)",
     )
     new = commands.add_parser("data", help="write the package's tokenizer and data sets")
     new.add_argument("--out", type=Path, default=ASSETS, help="the folder (default: the package's own)")

@@ -27,7 +27,7 @@ T = TypeVar("T")
 Step = tuple[str, str]  # word, operand ("B", a digit, or "")
 Procedure = tuple[Step, ...]
 Rates = dict[str, float]  # by word, the probability that a step is a shortcut
-Laziness = dict[str, dict[str, Rates]]  # by role, and by what the prompt says about it after the problem
+Laziness = dict[str, Rates]  # by role
 
 SYMBOLS = {"add": "+", "sub": "-", "mul": "*", "rev": "~", "rot": "@", "inv": "#"}
 WORDS = tuple(SYMBOLS)
@@ -74,9 +74,9 @@ ROLES = {"privileged": "privileged", "waypoints": "negative"}
 # Probability that a step whose result is in context is written without its work. This is built in here; in large
 # models it emerges. The student, with nothing in context, is never lazy.
 LAZINESS: Laziness = {
-    "student": {"": {}},
-    "privileged": {"": {"add": 0.15, "sub": 0.15, "mul": 0.3}},
-    "negative": {"": {"add": 0.97, "sub": 0.97, "mul": 0.97}},
+    "student": {},
+    "privileged": {"add": 0.15, "sub": 0.15, "mul": 0.3},
+    "negative": {"add": 0.97, "sub": 0.97, "mul": 0.97},
 }
 
 
@@ -252,18 +252,11 @@ def draw_problem(rng: np.random.Generator, kind: str, name: str | None = None) -
 # ---------------------------------------------------------------------------------------------------
 
 
-def lazy(shares: Sequence[float]) -> dict[str, Rates]:
-    """One role's laziness: a share of all steps that owe work, or several, of which the prompt says one in tenths."""
-    said = [""] if len(shares) == 1 else [f" {10 * share:.0f}" for share in shares]
-    return {text: dict.fromkeys(WORK, share) for text, share in zip(said, shares, strict=True)}
-
-
 def draw_row(rng: np.random.Generator, laziness: Laziness = LAZINESS) -> CorpusRow:
     """One row of the pre-training mixture."""
     kind = _pick(rng, MIXTURE)
     role = ROLES.get(kind, "student")
-    levels = list(laziness[role].items())
-    said, rates = _among(rng, levels) if len(levels) > 1 else levels[0]
+    rates = laziness[role]
     if role == "student":
         problem = draw_problem(rng, "fresh" if kind == "guess" else kind)
         shown = (any(rates.values()),) * len(problem.method)
@@ -271,7 +264,7 @@ def draw_row(rng: np.random.Generator, laziness: Laziness = LAZINESS) -> CorpusR
         problem = draw_problem(rng, _pick(rng, {**FAMILIAR, "fresh": 1 - sum(FAMILIAR.values())}))
         shown = draw_shown(rng, problem)
     skipped = [i for i, (word, _) in enumerate(problem.method) if shown[i] and rng.random() < rates.get(word, 0.0)]
-    fields = {"problem": problem.text + said}
+    fields = {"problem": problem.text}
     if role == "privileged":
         fields["solution"] = expert(problem, shown)
     elif role == "negative":
