@@ -126,11 +126,8 @@ def test_a_choice_is_kept_and_taken_again(tmp_path, capsys):
     assert math.prod(session.mesh.shape.values()) == 8
 
 
-def test_traces_do_not_depend_on_it(tmp_path, pipeline, capsys):
-    """`check` prints the choice and writes nothing; `generate` on it, here eight devices, makes the traces of one."""
+def test_check_prints_the_choice_and_writes_nothing(tmp_path, capsys):
     path = tiny.write(tmp_path / "run", mesh="auto", generate__slots="auto", evaluate__slots="auto")
     assert tiny.run("check", path) == 0 and not (tmp_path / "run").exists()
-    assert "auto, for 8 x cpu: mesh.sample data" in capsys.readouterr().out
-    assert tiny.run("generate", path) == 0
-    assert (tmp_path / "run" / layout_stage.FILE).is_file()
-    assert (tmp_path / "run" / "traces.jsonl").read_bytes() == (pipeline / "traces.jsonl").read_bytes()
+    out = capsys.readouterr().out
+    assert "auto, for 8 x cpu: mesh.sample data" in out and "mesh data" in out

@@ -68,7 +68,7 @@ def settled(
         return config
     found = layout.devices_of(mesh_lib.all_devices() if devices is None else devices)
     chosen = Chosen.model_validate(mesh_lib.from_first(lambda: _chosen(config, steps, found, devices is None)))
-    values = {key: value for key, value in chosen.values.items() if key in keys}
+    values = {key: chosen.values[key] for key in keys if key in chosen.values}
     log("; ".join([f"auto, for {found.count} x {found.kind}: {_words(values)}", *_peaks(chosen, found)]))
     if keep:
         mesh_lib.from_first(lambda: _write(Path(config.run_dir), chosen))
