@@ -175,8 +175,11 @@ class Progress:
             self.bar.update(self.task, advance=amount, note=f"{rate:.3g} {self.unit}/s {note}")
         elif now - self.logged >= self.every:
             self.logged = now
-            times = f"{_clock(now - self.started)} elapsed, {_clock((self.total - self.done) / max(rate, 1e-9))} left"
-            parts = [f"{self.done} / {self.total} {self.unit}", f"{rate:.3g} {self.unit}/s", note, times]
+            speed, left = "", ""
+            if rate:  # something has been done
+                speed, left = f"{rate:.3g} {self.unit}/s", f"{_clock((self.total - self.done) / rate)} left"
+            elapsed = f"{_clock(now - self.started)} elapsed"
+            parts = [f"{self.done} / {self.total} {self.unit}", speed, note, elapsed, left]
             log(f"{self.label}: {', '.join(part for part in parts if part)}")
 
 

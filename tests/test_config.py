@@ -2,14 +2,13 @@
 
 import functools
 import itertools
-import json
 import re
 from pathlib import Path
 
 import pytest
 
 from dail_jax import config as config_lib
-from dail_jax import resources
+from dail_jax import launch, resources
 from dail_jax.ahead import plan as plan_lib
 from dail_jax.ahead import programs
 from dail_jax.errors import UserError
@@ -254,28 +253,37 @@ def test_presets_for_real_models_have_a_base_arm_and_say_what_they_cost(path):
     assert re.search(r"Hardware.*\b\d+ (chips|GPUs?)\b.*Memory: .*\d GB.*Hours, by estimate\b.*\d chip-hours", header)
 
 
-@pytest.mark.parametrize("path", sorted((CONFIGS.parent / "docs/measured/plans").glob("*.json")), ids=lambda p: p.stem)
-def test_presets_fit_by_their_plans_and_say_what_these_say(path):
-    """The stored plan has every program that the preset has now; all fit; hours follow; the header has its figures."""
-    stored, preset = json.loads(path.read_text()), CONFIGS / f"{path.stem}.yaml"
-    config = config_lib.load(preset)
-    meshes = functools.partial(programs.abstract_meshes, devices=stored["chips"])
-    wanted = set()
+RUN = re.compile(r"^#   dail run ((?:.*\\\n#)*.*)$", re.MULTILINE)
+RUNS = [
+    pytest.param(path, words.replace("\\\n#", " ").split(), id=f"{path.stem}-{i}")
+    for path in REAL
+    for i, words in enumerate(RUN.findall(path.read_text()))
+]
+
+
+@pytest.mark.parametrize(("path", "words"), RUNS)
+def test_presets_fit_by_the_stored_plans_and_say_what_these_say(path, words, monkeypatch):
+    """For each command in a preset's header the stored plans have every program, all fit, and the header has the sums."""
+    monkeypatch.chdir(CONFIGS.parent)
+    args = launch.parse(["run", *(word for word in words if not word.endswith(("=DIR", "=FILE")))])
+    config = config_lib.load(args.config[0], args.overrides, args.config[1:])
+    topology = re.search(r"\((v\de:(\d)x(\d)), ", Path(args.config[0]).read_text())
+    assert topology is not None
+    chips = int(topology[2]) * int(topology[3])
+    known = plan.reports_of([str(CONFIGS.parent / "docs/measured/plans")], topology[1])
+    meshes, rows = functools.partial(programs.abstract_meshes, devices=chips), {}
     for own in plan.arms_of(config).values():
         folder = resources.model(own.model.path)
         for program in programs.programs_of(own, families.read_config(folder), *meshes(own.mesh)):
-            wanted |= {plan.key_of(folder, program)} if program.kind != "loss" else set()
-    rows = plan.reports_of([str(path)], stored["topology"])
-    assert set(rows) == wanted and all(row.fits and row.seconds for row in rows.values())
-    lines = plan.lines_of(config, meshes, rows, plan_lib.Lengths(stored["at_limit"]), stored["prompt_tokens"])
-    assert sum(line.hours for line in lines) == pytest.approx(stored["hours"], rel=0.02)
-    assert sum(line.worst for line in lines) == pytest.approx(stored["worst_hours"], rel=0.02)
-    text = " ".join(
-        line.removeprefix("# ") for line in itertools.takewhile(_is_comment, preset.read_text().splitlines())
-    )
-    hours, worst, chips = stored["hours"], stored["worst_hours"], stored["chips"]
-    assert f"Memory: {stored['peak_gb']:.0f} GB per chip" in text and f"({stored['topology']}, " in text
-    assert f"estimate: {hours:.1f}, which is {hours * chips:.0f} chip-hours; {worst:.1f}, {worst * chips:.0f}" in text
+            if program.kind != "loss":
+                rows[plan.key_of(folder, program)] = known[plan.key_of(folder, program)]
+    assert all(row.fits and row.seconds for row in rows.values())
+    lines = plan.lines_of(config, meshes, rows, plan_lib.Lengths(0.1), 256)
+    hours, worst = (sum(getattr(line, name) for line in lines) for name in ("hours", "worst"))
+    peak = max(row.peak_gb for row in rows.values())
+    text = " ".join(line.removeprefix("# ") for line in itertools.takewhile(_is_comment, path.read_text().splitlines()))
+    assert f"{peak:.0f} GB per chip" in text
+    assert f"{hours:.1f}, which is {hours * chips:.0f} chip-hours; {worst:.1f}, {worst * chips:.0f}" in text
 
 
 def _is_comment(line: str) -> bool:

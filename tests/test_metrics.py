@@ -21,9 +21,13 @@ def test_progress_is_a_line_now_and_then(capsys, monkeypatch):
     with metrics.progress("training", 160, "updates", done=100) as bar:
         for now in (110.0, 120.0, 131.0, 140.0, 162.0):  # noqa: B007
             bar.advance(2, note="loss 0.300")
+    with metrics.progress("generating", 40, "traces") as bar:
+        now = 192.5
+        bar.advance(0)
     assert capsys.readouterr().out.splitlines() == [
         "training: 106 / 160 updates, 0.194 updates/s, loss 0.300, 0:00:31 elapsed, 0:04:39 left",
         "training: 110 / 160 updates, 0.161 updates/s, loss 0.300, 0:01:02 elapsed, 0:05:10 left",
+        "generating: 0 / 40 traces, 0:00:30 elapsed",  # how long the rest takes, nobody knows yet
     ]
 
 
