@@ -347,6 +347,11 @@ class Inference(Section):
     slots: Count | Literal["auto"] = 64
     """Responses drawn at the same time. More use the device better and take memory for their caches; the samples are
     the same whatever the number. auto = as many as fit and have work, by estimate."""
+    pages: Annotated[Number, Field(gt=0, le=1)] | None = None
+    """Lets keys and values lie in pages, which samples take as they grow: a token reads its own text and not the room for
+    the longest, and the pages are this share of what all slots' longest texts would fill. Where none is left, the
+    youngest samples are given up and drawn again, the same. null = every slot has room for the longest. For TPUs, and
+    models with heads of 128 channels (docs/performance.md)."""
     max_prompt_tokens: Count = 4096
     """Tokens per prompt at most; problems with a longer prompt are skipped and counted."""
     sampling: Sampling = Sampling()

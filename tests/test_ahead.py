@@ -137,6 +137,38 @@ def test_the_table_has_every_program_and_its_memory(config):
             assert row.aliased_gb * 1e9 >= caches and row.cache_copies == 0
 
 
+def test_pages_are_counted_by_the_texts_that_they_hold(config):
+    """By hand: two layers of one head a device, keys and values of 128 bfloat16, two rows a device."""
+    changed = config_lib.with_overrides(config, {"evaluate.pages": 0.5, "evaluate.sampling.max_tokens": 1000}, "test")
+    model = families.read_config(changed.model.path)
+    _, mesh = programs.meshes_of(changed.mesh, jax.devices()[:4])
+    found = {p.name: p for p in programs.sampler_programs(changed, model, mesh)}
+    name = "evaluation, 4 slots x 1 roles of 1000 tokens, pages 0.5 after prompts of 32: decode"
+    token, rows, text = 2 * 2 * 128 * 2, 2, 32 + 0.32 * 1000
+    held = (1 + 4 + rows * 9) * 64 * token  # one of no row, four prompts, and 1 + 500 / 64 pages each
+    assert found[name].fetched == pytest.approx(rows * (text + 512 / 2 + 1) * token)
+    table = 320 * 64 * 2 / 4
+    assert found[name].unread == pytest.approx(table + held - rows * text * token)
+    assert found[name].caches == ((23, 64, 2, 128),)
+    row = programs.measure(found[name], changed, quick=True)
+    assert row.aliased_gb * 1e9 >= 2 * 23 * 64 * 2 * 128 * 2 and row.cache_copies == 0
+    assert found["forced answers, 4 slots x 1 roles of 8 tokens, pages 0.5: prefill 1536"].fetched == 0
+
+
+def test_a_token_reads_no_pool_that_a_kernel_is_given():
+    text = "\n".join(
+        (
+            "ENTRY %main (p: bf16[1000]) -> bf16[1000] {",
+            "  %p = bf16[1000]{0} parameter(0)",
+            '  %write_pages.3 = bf16[1000]{0} custom-call(%p), custom_call_target="tpu_custom_call"',
+            "  %ragged_paged_attention_kernel.1 = bf16[1000]{0} custom-call(%write_pages.3)",
+            "  ROOT %other = bf16[1000]{0} custom-call(%write_pages.3)",
+            "}",
+        )
+    )
+    assert compiled.hbm_bytes(text) == 4000
+
+
 def test_counted_flops_are_the_arithmetic(config):
     changes = {"mesh.fsdp": 1, "mesh.tensor": 1, "train.cache_references": False, "train.remat": "none"}
     plain = config_lib.with_overrides(config, changes, "test")

@@ -15,7 +15,7 @@ from conftest import mesh_of
 from dail_jax import config as config_lib
 from dail_jax import mesh as mesh_lib
 from dail_jax.errors import UserError
-from dail_jax.model import families, transformer, weights
+from dail_jax.model import families, pages, transformer, weights
 from dail_jax.sample import decode, engine, mixture
 from dail_jax.sample import sampler as sampler_lib
 
@@ -42,7 +42,7 @@ def params():
     return weights.init(jax.random.key(0), CFG, std=0.4)
 
 
-def sampler(params, mesh, roles=2, slots=8, seed=7, tau=0.3, proposals=2, never=(5,), cfg=CFG, **kw):
+def sampler(params, mesh, roles=2, slots=8, seed=7, tau=0.3, proposals=2, never=(5,), cfg=CFG, pages=None, **kw):
     sampling = config_lib.Sampling(**{"temperature": 0.9, "top_p": 0.97, "presence_penalty": 0.3, **kw})
     return engine.Engine(
         params,
@@ -55,6 +55,7 @@ def sampler(params, mesh, roles=2, slots=8, seed=7, tau=0.3, proposals=2, never=
         sampling=mixture.sampling_params(sampling, tau, proposals),
         roles=roles,
         never=never,
+        pages=pages,
     )
 
 
@@ -137,17 +138,21 @@ def test_equals_the_naive_loop(params, one_device, reference):
             assert 5 not in tokens
 
 
-def test_windows_equal_the_naive_loop():
-    """Rings go round, prompts are cut to their ends; on four devices, with norms that take all heads at once."""
+@pytest.mark.parametrize("share", [None, 0.5])
+def test_windows_equal_the_naive_loop(share, monkeypatch):
+    """Rings go round, prompts are cut to their ends; on four devices, with norms that take all heads at once. Of pages,
+    only the layer without a window has any."""
+    monkeypatch.setattr(pages, "PAGE", 8)
     rope, mesh = families.Rope(10_000.0), mesh_of(data=2, tensor=2)
     layers = (families.Layer(rope, 10), families.Layer(None), families.Layer(rope, 10))
     cfg = dataclasses.replace(CFG, layers=layers, qk_norm="heads", norms="post")
     params = weights.init(jax.random.key(3), cfg, std=0.4)
     with jax.set_mesh(mesh):
-        s = sampler(jax.device_put(params, weights.shardings(cfg, mesh)), mesh, cfg=cfg, slots=4)
+        s = sampler(jax.device_put(params, weights.shardings(cfg, mesh)), mesh, cfg=cfg, slots=4, pages=share)
         got = collect(s, [dataclasses.replace(requests()[2], samples=(0, 1))])
     state = jax.eval_shape(lambda: decode.empty(s.grid(2, 32), cfg, jnp.float32))
-    assert [x.shape[2] for x in state.cache.k] == [16, 32, 16]
+    assert [x if x is None else x.shape[2] for x in state.cache.k] == [16, None if share else 32, 16]
+    assert [x is not None for x in state.cache.pools] == [False, share is not None, False]
     for (_, sample), one in got.items():
         tokens, logq = naive(params, s, requests()[2], sample)
         assert one.tokens.tolist() == tokens

@@ -98,12 +98,14 @@ def test_neighbours_order_and_restarts_do_not_matter(model, one_device, referenc
     dense.same(got, {k: v for k, v in reference.items() if k[0] in ("p1", "p2", "p3") and k[1] > 0})
 
 
-def test_devices_and_slots_do_not_matter(model, reference):
+@pytest.mark.parametrize("share", [None, 0.5])
+def test_devices_slots_and_pages_do_not_matter(model, reference, share):
+    """Layers with states keep them, beside others whose keys lie in pages."""
     cfg, params = model
     mesh = mesh_of(2, 1, 2)
     with jax.set_mesh(mesh):
-        sharded = jax.device_put(params, weights.shardings(cfg, mesh))
-        dense.same(dense.collect(sampler((cfg, sharded), mesh, slots=12), requests()), reference, exact=False)
+        s = sampler((cfg, jax.device_put(params, weights.shardings(cfg, mesh))), mesh, slots=12, pages=share)
+        dense.same(dense.collect(s, requests()), reference, exact=False)
 
 
 @pytest.mark.parametrize("model", ["qwen3_5"], indirect=True)

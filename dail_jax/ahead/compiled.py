@@ -2,7 +2,8 @@
 
 The compiler's own "bytes accessed" counts a loop's body once, and on a TPU also what stays in fast memory (`S(1)` in
 a layout). Here loops are multiplied out and only main memory counts: what instructions read and write, of slices and
-gathers only the slice, of updates in place only the update.
+gathers only the slice, of updates in place only the update. What a kernel fetches of an array that it is given whole is not
+in the text: KERNELS count as nothing here, and `programs` adds what they fetch.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import jax
 
 WIDTHS = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s16": 2, "u16": 2, "s32": 4, "u32": 4, "f32": 4, "f64": 8}
 FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "partition-id", "iota"}
+KERNELS = ("ragged_paged_attention", "write_pages")  # fetch what they need of an operand themselves
 SLICING = {"dynamic-slice", "slice", "gather"}
 _HEAD = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{\s*$")
 _LINE = re.compile(r"^\s+(ROOT )?%?([\w.\-]+) = (.+?) ([\w\-]+)\((.*)$")
@@ -135,7 +137,7 @@ def _traffic(computations: dict[str, list[Op]], name: str) -> float:
     types = {op.name: op.type for op in computations[name]}
     total = 0.0
     for op in computations[name]:
-        if op.kind in FREE or op.kind.endswith("-done"):
+        if op.kind in FREE or op.kind.endswith("-done") or op.name.startswith(KERNELS):
             continue
         if op.kind == "while":
             total += _trips(computations, op) * _traffic(computations, op.called("body") or "")

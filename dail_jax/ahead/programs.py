@@ -4,7 +4,9 @@ Memory is the compiler's own and exact. Bytes are main memory's, read off the co
 compiler counts a loop's body once in FLOPs and time, so where layers are scanned these come from two short unrolled
 models, of 1 and 3 layers, extrapolated to the real depth; attention kernels are added by arithmetic, since the compiler
 does not look into them. Where a program's layers are unrolled, as in sampling, all of its figures can be extrapolated so,
-memory too (`short`): compiling at full depth takes minutes. For decoding, everything is one token's. Useful FLOPs, what
+memory too (`short`): compiling at full depth takes minutes. For decoding, everything is one token's. Where keys lie in
+pages, what the attention kernel fetches follows from the rows' lengths, which no compiler knows: it is added by arithmetic,
+for rows whose prompts are at their longest and whose texts are as long as they are on average. Useful FLOPs, what
 utilisation is measured in, are arithmetic: products of the forward passes and of the gradient by activations, causal
 attention, and nothing twice.
 """
@@ -31,14 +33,15 @@ from dail_jax.ahead.chips import chip
 from dail_jax.ahead.compiled import Figures, copies_of, figures_of
 from dail_jax.data.batches import pad
 from dail_jax.model import lora as lora_lib
-from dail_jax.model import transformer, weights
+from dail_jax.model import pages, transformer, weights
 from dail_jax.model.families import Layer, ModelConfig
-from dail_jax.sample import decode, engine, mixture
+from dail_jax.sample import decode, engine, mixture, pool
 from dail_jax.train import methods, objectives, optimizer
 from dail_jax.train import step as step_lib
 
 ASKING = 16  # tokens that ask for an answer, about
 KERNEL_EFFICIENCY = 0.5  # of the peak, assumed for attention kernels and delta nets
+LIVE = 0.32  # of its limit, what a running sample has drawn on average if lengths are as in `plan`
 KERNEL_PASSES = {"forward": 2, "backward": 7}  # [T,T,H] products a splash pass makes
 
 
@@ -59,6 +62,7 @@ class Program:
       unrolled: whether its layers are.
       caches: the shapes, a device's part, of donated caches, which must stay in place.
       unread: bytes a device of arguments that need not be read.
+      fetched: bytes a device that kernels move for a token.
       tokens: decoding: drawn per call and slot.
       counted: whether the compiler counts what is computed; of experts, it counts all.
     """
@@ -75,6 +79,7 @@ class Program:
     unrolled: bool = False
     caches: tuple[tuple[int, ...], ...] = ()
     unread: float = 0.0
+    fetched: float = 0.0
     tokens: int = 0
     counted: bool = True
 
@@ -409,9 +414,11 @@ class Job:
     sampling: config_lib.Sampling
     adapted: bool
     key: str  # of its slots
+    pages: float | None = None
 
     def grid(self, mesh) -> decode.Grid:
-        return engine.grid_of(mesh, self.slots, self.roles, self.limit, self.samples, engine.bucket(self.prompt))
+        size = engine.bucket(self.prompt)
+        return engine.grid_of(mesh, self.slots, self.roles, self.limit, self.samples, size, self.pages)
 
 
 def jobs_of(config: config_lib.Config) -> list[Job]:
@@ -433,6 +440,7 @@ def jobs_of(config: config_lib.Config) -> list[Job]:
                 cfg.sampling,
                 False,
                 "generate.slots",
+                cfg.pages,
             )
         )
     if method.source == "samples":
@@ -440,11 +448,15 @@ def jobs_of(config: config_lib.Config) -> list[Job]:
         prompt = min(cfg.max_prompt_tokens, train.max_tokens - cfg.sampling.max_tokens)
         limit = cfg.sampling.max_tokens
         slots, key = cfg.slot_count, "train.online.slots"
-        out.append(Job("online rollouts", "train", slots, cfg.group, prompt, limit, 1, cfg.sampling, True, key))
+        out.append(
+            Job("online rollouts", "train", slots, cfg.group, prompt, limit, 1, cfg.sampling, True, key, cfg.pages)
+        )
     if config.evaluate.benchmarks:
         cfg, prompt = config.evaluate, config.evaluate.max_prompt_tokens
         slots, key = cfg.slot_count, "evaluate.slots"
-        make = functools.partial(Job, stage="evaluate", slots=slots, roles=1, sampling=cfg.sampling, key=key)
+        make = functools.partial(
+            Job, stage="evaluate", slots=slots, roles=1, sampling=cfg.sampling, key=key, pages=cfg.pages
+        )
         out.append(make("evaluation", samples=cfg.samples, prompt=prompt, limit=cfg.longest, adapted=method.trains))
         if cfg.force is not None:
             asked = prompt + cfg.cuts[-1] + ASKING
@@ -458,6 +470,7 @@ def names_of(job: Job, mesh: Mesh) -> tuple[str, str]:
     """The names of a job's prefill and of its decoding."""
     grid = job.grid(mesh)
     label = f"{job.name}, {grid.slots} slots x {grid.roles} roles of {grid.max_tokens} tokens"
+    label += f", pages {job.pages:g}" if grid.pages else ""
     return f"{label}: prefill {grid.prompt_slots}", f"{label} after prompts of {grid.prompt_slots}: decode"
 
 
@@ -474,12 +487,15 @@ def sampler_programs(config: config_lib.Config, model: ModelConfig, mesh: Mesh) 
 
         def prefill(model: ModelConfig, grid=grid, arguments=arguments) -> jax.stages.Lowered:
             prompt = host_array(mesh, (grid.roles, grid.prompt_slots)), host_array(mesh, (grid.roles,))
-            return lower(mesh, decode.load_prompt, *arguments(model), *prompt, host_array(mesh), host_array(mesh))
+            first = host_array(mesh, (grid.roles,)) if grid.pages else None
+            place = host_array(mesh), host_array(mesh), first
+            return lower(mesh, decode.load_prompt, *arguments(model), *prompt, *place)
 
-        def step(model: ModelConfig, job=job, arguments=arguments) -> jax.stages.Lowered:
+        def step(model: ModelConfig, job=job, grid=grid, arguments=arguments) -> jax.stages.Lowered:
             rules = host_array(mesh, (model.V,), jnp.float32), host_array(mesh, (model.V,), bool)
             sampling = jax.tree.map(lambda x: host_array(mesh, x.shape, x.dtype), mixture.sampling_params(job.sampling))
-            return lower(mesh, decode.decode, *arguments(model), decode.TokenRules(*rules), sampling)  # pyright: ignore
+            table = host_array(mesh, pool.table_shape(grid)) if grid.pages else None
+            return lower(mesh, decode.decode, *arguments(model), decode.TokenRules(*rules), sampling, table)  # pyright: ignore
 
         make = functools.partial(Program, stage=job.stage, kind="sampler", model=model, mesh=mesh, unrolled=True)
         counted = model.experts is None
@@ -489,10 +505,23 @@ def sampler_programs(config: config_lib.Config, model: ModelConfig, mesh: Mesh) 
         caches, table = cache_shapes(grid, model, dtype, mesh), 0.0
         if not model.tied:
             table = held(base(config, model, mesh)["embed"])  # looked up, not read, unless it is the unembedding too
+        live, fetched, whole = paged_bytes(grid, model, dtype, mesh)
         name, decodes = names_of(job, mesh)
         out.append(make(name, lower=prefill, useful=forward * rows, kernels=kernels, caches=caches, counted=counted))
-        out.append(make(decodes, lower=step, caches=caches, unread=table, tokens=grid.chunk, counted=counted))
+        make = functools.partial(make, unread=table + whole - live, fetched=fetched)
+        out.append(make(decodes, lower=step, caches=caches, tokens=grid.chunk, counted=counted))
     return out
+
+
+def paged_bytes(grid: decode.Grid, model: ModelConfig, dtype, mesh) -> tuple[float, float, float]:
+    """Bytes a device of the keys and values in pages: of texts as they are on average, of what a token fetches of them,
+    and of all pages."""
+    layers = sum(map(pages.is_paged, model.layers)) if grid.pages else 0
+    heads = model.K // mesh_lib.axis_size(mesh, "k") if model.K % mesh_lib.axis_size(mesh, "k") == 0 else model.K
+    token, shards = layers * 2 * heads * model.H * dtype.itemsize, mesh_lib.axis_size(mesh, "b")
+    rows, text = grid.slots * grid.roles / shards, grid.prompt_slots + LIVE * grid.max_tokens
+    fetched = text + pages.KEYS / 2 + 1  # the last block is fetched whole; and the new token is written
+    return rows * text * token, rows * fetched * token, grid.pages / shards * grid.page * token
 
 
 def abstract_state(grid: decode.Grid, model: ModelConfig, dtype, mesh: Mesh) -> decode.DecodeState:
@@ -508,7 +537,9 @@ def cache_shapes(grid: decode.Grid, model: ModelConfig, dtype, mesh) -> tuple[tu
     """A device's part of the caches of keys."""
     shapes = jax.eval_shape(lambda: decode.empty(grid, model, dtype)).cache
     layout = mesh_lib.sharding(mesh, "bk__")
-    return tuple({layout.shard_shape(x.shape) for x in (*shapes.k, *shapes.prompt_k)})
+    found = {layout.shard_shape(x.shape) for x in jax.tree.leaves((shapes.k, shapes.prompt_k))}
+    layout = mesh_lib.sharding(mesh, "b_k_")
+    return tuple(found | {layout.shard_shape(x.shape) for x in jax.tree.leaves(shapes.pools)})
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -555,10 +586,15 @@ def measure(program: Program, config: config_lib.Config, quick: bool = False, sh
         counted = figures + Figures(kernels=program.kernels)
     elif program.cost is not None and not quick:
         counted = program.cost()
-    moved = None if math.isnan(figures.moved) else figures.moved / max(program.tokens, 1)
+    tpu = (
+        program.mesh.devices.flat[0].platform == "tpu"
+    )  # elsewhere an einsum reads pages, and its bytes are in the text
+    fetched = program.fetched if tpu else 0.0
+    moved = None if math.isnan(figures.moved) else figures.moved / max(program.tokens, 1) + fetched
     estimate = None
-    if counted is not None and known is not None and program.mesh.devices.flat[0].platform == "tpu":
+    if counted is not None and known is not None and tpu:
         estimate = counted.seconds + counted.kernels / (known.peak * 1e12 * KERNEL_EFFICIENCY)
+        estimate += fetched / (known.bandwidth * 1e9)
     useful = program.useful if estimate else 0.0
     ratio = moved / (figures.arguments - program.unread) if program.tokens and moved is not None else None
     return report(

@@ -18,7 +18,7 @@ from flax import struct
 
 from dail_jax import mesh as mesh_lib
 from dail_jax.mesh import constrain
-from dail_jax.model import attention, deltanet, int8
+from dail_jax.model import attention, deltanet, int8, pages
 from dail_jax.model.blocks import Bound, block
 from dail_jax.model.families import Layer, ModelConfig, Rope
 from dail_jax.model.int8 import Int8, Matrix
@@ -37,6 +37,9 @@ class Cache:
     (`entries`) side by side: `row_prompt` gives the one that each row continues. A layer with a window has slots for
     what a query may still see (`slots_of`): its own tokens go round in a ring, and of a prompt it has the end.
 
+    Where keys and values lie in pages, `pools` holds those of the layers that `pages.is_paged` names, rows' and prompts'
+    alike. Of such layers the other arrays are None.
+
     Attributes:
       k, v: L arrays [B, K, S, H], the rows' own tokens from slot 0 on, with RoPE already applied to the keys. Of a
         delta net, the two parts of the rows' states.
@@ -45,16 +48,18 @@ class Cache:
         the third axis E times as long.
       prompt_length: [G, E] int32, in tokens; 0 for an entry that holds no prompt.
       row_prompt: [B] int32.
+      pools: L pools of pages, or None.
       states: the layers that have a state.
     """
 
-    k: tuple[jax.Array, ...]
-    v: tuple[jax.Array, ...]
+    k: tuple[Any, ...]
+    v: tuple[Any, ...]
     count: jax.Array
-    prompt_k: tuple[jax.Array, ...]
-    prompt_v: tuple[jax.Array, ...]
+    prompt_k: tuple[Any, ...]
+    prompt_v: tuple[Any, ...]
     prompt_length: jax.Array
     row_prompt: jax.Array
+    pools: pages.Pools
     states: tuple[int, ...] = struct.field(pytree_node=False, default=())
 
     @property
@@ -86,16 +91,19 @@ class Recent:
     """The newest tokens of B rows, which `commit` moves to the cache.
 
     Here all rows write to the same slot, and the cache is only read: on a TPU, writing each row at its own position is
-    a loop over rows, too slow to run for every token.
+    a loop over rows, too slow to run for every token. Pages have a kernel for it: their pools are here as long as they are
+    written to.
 
     Attributes:
-      k, v: L arrays [B, K, C, H]. Of a delta net, the state after the newest token.
+      k, v: L arrays [B, K, C, H]. Of a delta net, the state after the newest token. None where there are pages.
       held: [B, C] int32, the position of the token in each slot, -1 if the slot is empty.
+      pools: the cache's.
     """
 
-    k: tuple[jax.Array, ...]
-    v: tuple[jax.Array, ...]
+    k: tuple[Any, ...]
+    v: tuple[Any, ...]
     held: jax.Array
+    pools: pages.Pools
 
 
 def slots_of(layer: Layer, slots: int) -> int:
@@ -104,16 +112,28 @@ def slots_of(layer: Layer, slots: int) -> int:
 
 
 def empty_cache(
-    cfg: ModelConfig, rows: int, slots: int, blocks: int, prompt_slots: int, dtype, entries: int = 1
+    cfg: ModelConfig,
+    rows: int,
+    slots: int,
+    blocks: int,
+    prompt_slots: int,
+    dtype,
+    entries: int = 1,
+    paged: tuple[int, int] | None = None,
 ) -> Cache:
     """An empty cache. `slots` must hold a row's own tokens, plus room for one `Recent` after the last of them.
 
-    `prompt_slots` are those of one of the `entries` of a prompt buffer.
+    `prompt_slots` are those of one of the `entries` of a prompt buffer. `paged` is how many pages there are and how many
+    tokens one has; None: no layer is paged.
     """
 
-    def make(rows: int, slots: int, times: int = 1) -> tuple[tuple[jax.Array, ...], tuple[jax.Array, ...]]:
+    def make(rows: int, slots: int, times: int = 1) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
         k, v = [], []
         for layer in cfg.layers:
+            if paged and pages.is_paged(layer):
+                k.append(None)
+                v.append(None)
+                continue
             shapes, types = ((rows, cfg.K, slots_of(layer, slots), cfg.H),) * 2, (dtype, dtype)
             if cfg.deltanet and layer.mixer == "deltanet":
                 shapes, types = deltanet.shapes(cfg.deltanet, rows), (dtype, jnp.float32)
@@ -130,6 +150,7 @@ def empty_cache(
         prompt_v=prompt_v,
         prompt_length=jnp.zeros((blocks, entries), jnp.int32),
         row_prompt=jnp.zeros(rows, jnp.int32),
+        pools=pages.empty(cfg, *paged, dtype) if paged else (None,) * cfg.L,
         states=tuple(i for i, layer in enumerate(cfg.layers) if layer.mixer == "deltanet"),
     )
 
@@ -162,13 +183,13 @@ def begin(cache: Cache, chosen: jax.Array, entry: jax.Array) -> Cache:
 def empty_recent(cache: Cache, slots: int) -> Recent:
     """Room for `slots` tokens of every row of a cache."""
 
-    def make(own: tuple) -> tuple:
-        shape = lambda x: (*x.shape[:2], slots, x.shape[3])  # noqa: E731
-        return tuple(
-            x if i in cache.states else constrain(jnp.zeros(shape(x), x.dtype), "bk__") for i, x in enumerate(own)
-        )
+    def one(i: int, x: jax.Array | None) -> jax.Array | None:
+        if x is None or i in cache.states:
+            return x
+        return constrain(jnp.zeros((*x.shape[:2], slots, x.shape[3]), x.dtype), "bk__")
 
-    return Recent(make(cache.k), make(cache.v), jnp.full((len(cache.count), slots), -1, jnp.int32))
+    k, v = (tuple(one(i, x) for i, x in enumerate(own)) for own in (cache.k, cache.v))
+    return Recent(k, v, jnp.full((len(cache.count), slots), -1, jnp.int32), cache.pools)
 
 
 def commit(cache: Cache, recent: Recent) -> Cache:
@@ -188,19 +209,19 @@ def commit(cache: Cache, recent: Recent) -> Cache:
 
         return jax.lax.fori_loop(0, count.shape[0], move, own)
 
-    grown = [i for i in range(len(cache.k)) if i not in cache.states]
+    grown = [i for i, x in enumerate(cache.k) if x is not None and i not in cache.states]
     old, new = ([x[i] for x in (pair.k, pair.v) for i in grown] for pair in (cache, recent))
     mesh = jax.sharding.get_abstract_mesh()
-    if not mesh.empty:
+    if grown and not mesh.empty:
         arrays = mesh_lib.fitting(mesh, "bk__", old[0].shape)
         counts = mesh_lib.fitting(mesh, "b", cache.count.shape)
         local = jax.shard_map(local, in_specs=(arrays, arrays, counts), out_specs=arrays, check_vma=False)
-    own = local(old, new, cache.count)
+    own = local(old, new, cache.count) if grown else []
     k, v = list(recent.k), list(recent.v)  # of a delta net, the newest state is all that there is
     for row, i in enumerate(grown):
         k[i], v[i] = own[row], own[len(grown) + row]
     count = cache.count + (recent.held >= 0).sum(1, dtype=jnp.int32)
-    return replace(cache, k=tuple(k), v=tuple(v), count=count)
+    return replace(cache, k=tuple(k), v=tuple(v), count=count, pools=recent.pools)
 
 
 def encode(
@@ -314,13 +335,15 @@ def decode_step(
     recent: Recent,
     slot: jax.Array | int,
     lora: Lora | None = None,
+    table: jax.Array | None = None,
 ) -> tuple[jax.Array, Recent]:
     """Final hidden states [B,D] of one token [B] per row at positions [B], -1 where a row has ended.
 
-    The tokens are stored in slot `slot` of `recent`. Each row sees its token, its earlier ones and its prompt.
+    The tokens are stored in slot `slot` of `recent`, or in the pages that `table` [B,W] lists. Each row sees its token,
+    its earlier ones and its prompt.
     """
     tokens, positions = tokens[:, None], positions[:, None]
-    x, angles, kept = _embed(params, tokens, cfg), _angles(positions, cfg), []
+    x, angles, kept, pools = _embed(params, tokens, cfg), _angles(positions, cfg), [], list(recent.pools)
     held = jax.lax.dynamic_update_slice(recent.held, positions, (0, slot))
     live = (positions >= 0)[..., None]
     masks = {
@@ -329,11 +352,18 @@ def decode_step(
             attention.causal_mask(positions, held, window),
             live & cache.prompt_mask(i, positions, window)[:, None],
         )
-        for window, i in {layer.window: i for i, layer in enumerate(cfg.layers) if i not in cache.states}.items()
+        for window, i in {
+            layer.window: i for i, layer in enumerate(cfg.layers) if cache.k[i] is not None and i not in cache.states
+        }.items()
     }
     for i, (layer, weights, pair) in enumerate(_each_layer(params, cfg, lora)):
 
         def attend(q, k, v, i=i, window=layer.window):
+            pool = pools[i]
+            if pool is not None:
+                assert table is not None
+                out, pools[i] = pages.attend(q, k, v, pool, table, positions, cfg.attention_scale)
+                return out, (None, None)
             k, v = _store(recent.k[i], k, slot), _store(recent.v[i], v, slot)
             own, new, prompt = masks[window]
             sets = [
@@ -348,7 +378,7 @@ def decode_step(
         x, stored = block(x, Bound(cfg, weights, pair, angles.get(layer.rope)), layer.mixer, layer.mlp, see)
         kept.append(stored)
     hidden = rms_norm(x, params["norm"], cfg.norm_eps, cfg.norm)[:, 0]
-    return hidden, Recent(tuple(k for k, _ in kept), tuple(v for _, v in kept), held)
+    return hidden, Recent(tuple(k for k, _ in kept), tuple(v for _, v in kept), held, tuple(pools))
 
 
 def unembedding(params: Params) -> Matrix:

@@ -6,7 +6,8 @@ them, so that n samples of one problem read its keys and values once. A slot's t
     rows = [block, role, slot in block]        prompt buffers = [block, role], each of entries * prompt_slots
 
 A step projects the hidden states of all rows, draws one token per slot, and runs one forward pass over the drawn
-tokens. Shapes never change; finished slots are refilled between chunks by `admit`.
+tokens. Shapes never change; finished slots are refilled between chunks by `admit`. Where keys and values lie in pages
+(`model.pages`), the host says with each call which pages they are (`sample.pool`).
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from jax.sharding import PartitionSpec
 
 from dail_jax import mesh as mesh_lib
 from dail_jax.mesh import constrain
+from dail_jax.model import pages as pages_lib
 from dail_jax.model import transformer
 from dail_jax.model.families import ModelConfig
 from dail_jax.model.lora import Lora
@@ -41,6 +43,8 @@ class Grid:
     prompt_slots: int  # tokens per prompt, padded
     max_tokens: int  # response tokens, padded
     chunk: int  # steps per decode call
+    pages: int = 0  # of all devices; 0: every row has a cache of its own
+    page: int = pages_lib.PAGE  # tokens per page
 
     @property
     def slots(self) -> int:
@@ -97,7 +101,10 @@ def empty(grid: Grid, cfg: ModelConfig, dtype) -> DecodeState:
     """A state in which no slot is live."""
     n, rows = grid.slots, grid.slots * grid.roles
     own = -(-(grid.max_tokens + grid.chunk) // transformer.TILE) * transformer.TILE
-    cache = transformer.empty_cache(cfg, rows, own, grid.blocks * grid.roles, grid.prompt_slots, dtype, grid.entries)
+    paged = (grid.pages, grid.page) if grid.pages else None
+    cache = transformer.empty_cache(
+        cfg, rows, own, grid.blocks * grid.roles, grid.prompt_slots, dtype, grid.entries, paged
+    )
     return _lay_out(
         DecodeState(
             cache=cache,
@@ -131,13 +138,21 @@ def load_prompt(
     lengths: jax.Array,
     block: jax.Array,
     entry: jax.Array,
+    first: jax.Array | None = None,
 ) -> DecodeState:
-    """Prefills one problem's prompts, tokens [roles, prompt_slots] padded on the right, into a block's entry."""
+    """Prefills one problem's prompts, tokens [roles, prompt_slots] padded on the right, into a block's entry, and into
+    the pages from `first` [roles] on."""
     index = jnp.arange(grid.prompt_slots)
     positions = jnp.where(index < lengths[:, None], index, -1).astype(jnp.int32)
     hidden, ks, vs = transformer.prefill(params, tokens, positions, cfg, lora)
     end = (index == (lengths - 1)[:, None])[..., None]
     last = jnp.where(end, hidden, 0).sum(1)  # exact; a gather along tokens that devices share would fetch all of them
+    pools = state.cache.pools
+    if first is not None:
+        device = block // (grid.blocks // pages_lib.devices())
+        keys, values = ([x if pool is not None else None for pool, x in zip(pools, xs, strict=True)] for xs in (ks, vs))
+        ks, vs = ([x if pool is None else None for pool, x in zip(pools, xs, strict=True)] for xs in (ks, vs))
+        pools = pages_lib.loaded(pools, keys, values, first, device)
     buffers = [state.cache.prompt_k, state.cache.prompt_v]
     keys, values = _put(grid, buffers, [tuple(ks), tuple(vs)], block, entry)
     at = (block * grid.roles, entry)
@@ -145,7 +160,7 @@ def load_prompt(
     return _lay_out(
         replace(
             state,
-            cache=replace(state.cache, prompt_k=keys, prompt_v=values, prompt_length=length),
+            cache=replace(state.cache, prompt_k=keys, prompt_v=values, prompt_length=length, pools=pools),
             prompt_hidden=state.prompt_hidden.at[block, entry].set(last.astype(state.hidden.dtype)),
             prompt_length=state.prompt_length.at[block, entry].set(lengths),
         )
@@ -159,8 +174,12 @@ def _put(grid: Grid, buffers: list[tuple], new: list[tuple], block: jax.Array, e
     update a part of it when it cannot tell which device holds the part.
     """
 
+    arrays = jax.tree.leaves(buffers)
+    if not arrays:  # every layer is paged
+        return buffers
+
     def local(buffers, new, first, block, entry):
-        own = buffers[0][0].shape[0] // grid.roles
+        own = jax.tree.leaves(buffers)[0].shape[0] // grid.roles
         at = block - first[0]
         row = jnp.clip(at, 0, own - 1) * grid.roles
 
@@ -174,9 +193,9 @@ def _put(grid: Grid, buffers: list[tuple], new: list[tuple], block: jax.Array, e
 
     mesh, first = jax.sharding.get_abstract_mesh(), jnp.arange(grid.blocks)  # each device sees its own first block
     if not mesh.empty:
-        arrays = mesh_lib.fitting(mesh, "bk__", buffers[0][0].shape)
-        specs = (arrays, PartitionSpec(None, arrays[1]), PartitionSpec(arrays[0]), PartitionSpec(), PartitionSpec())
-        local = jax.shard_map(local, in_specs=specs, out_specs=arrays, check_vma=False)
+        whole = mesh_lib.fitting(mesh, "bk__", arrays[0].shape)
+        specs = (whole, PartitionSpec(None, whole[1]), PartitionSpec(whole[0]), PartitionSpec(), PartitionSpec())
+        local = jax.shard_map(local, in_specs=specs, out_specs=whole, check_vma=False)
     return local(buffers, new, first, block, entry)
 
 
@@ -189,11 +208,13 @@ def admit(
     entry: jax.Array,
     key_data: jax.Array,
     limit: jax.Array,
+    ends: tuple[jax.Array, jax.Array] | None = None,
 ) -> DecodeState:
     """Starts a sample in every slot of `chosen` [slots] bool, from its block's `entry` [slots].
 
     The slot's key is `seed` [2] folded with each column of its key data [n, 3] uint32 (problem hash, sample), so that
-    a sample's randomness does not depend on where or when it runs.
+    a sample's randomness does not depend on where or when it runs. Of pages that a prompt does not fill, each row gets
+    its own: `ends` are two arrays [B], from which page to which.
     """
     blocks = jnp.repeat(jnp.arange(grid.blocks), grid.width)
     rows = lambda x: _to_rows(grid, x)  # noqa: E731
@@ -207,6 +228,8 @@ def admit(
     start = rows(state.prompt_length[blocks, entry].T)
     fresh = rows(jnp.broadcast_to(chosen, (grid.roles, grid.slots)))
     cache = transformer.begin(state.cache, fresh, rows(jnp.broadcast_to(entry, (grid.roles, grid.slots))))
+    if ends is not None:
+        cache = replace(cache, pools=pages_lib.copied(cache.pools, *ends))
     return _lay_out(
         replace(
             state,
@@ -232,14 +255,19 @@ def decode(
     state: DecodeState,
     rules: TokenRules,
     sampling: mixture.SamplingParams,
+    table: jax.Array | None = None,
 ) -> DecodeState:
-    """Runs `grid.chunk` steps, each of which draws one token per live slot."""
+    """Runs `grid.chunk` steps, each of which draws one token per live slot.
+
+    `table` [B,W] lists the pages of every row, with room for the tokens to come.
+    """
 
     def step(carry, slot):
         state, recent = carry
-        return _step(grid, cfg, params, lora, state, recent, slot, rules, sampling), None
+        return _step(grid, cfg, params, lora, state, recent, slot, rules, sampling, table), None
 
     recent = transformer.empty_recent(state.cache, grid.chunk)
+    state = replace(state, cache=replace(state.cache, pools=(None,) * cfg.L))  # not twice in what the loop carries
     (state, recent), _ = jax.lax.scan(step, (state, recent), jnp.arange(grid.chunk))
     return _lay_out(replace(state, cache=transformer.commit(state.cache, recent)))
 
@@ -254,6 +282,7 @@ def _step(
     at: jax.Array,
     rules: TokenRules,
     sampling: mixture.SamplingParams,
+    table: jax.Array | None,
 ) -> tuple[DecodeState, transformer.Recent]:
     """Draws one token per live slot and adds it to the rows' keys and values, in slot `at` of `recent`."""
     index = state.length
@@ -262,7 +291,9 @@ def _step(
     state = _record(grid, state, rules, drawn)
     rows = lambda x: _to_rows(grid, jnp.broadcast_to(x, (grid.roles, *x.shape)))  # noqa: E731
     position = jnp.where(rows(state.live), state.start + rows(jnp.minimum(index, grid.max_tokens - 1)), -1)
-    hidden, recent = transformer.decode_step(params, rows(drawn.token), position, cfg, state.cache, recent, at, lora)
+    hidden, recent = transformer.decode_step(
+        params, rows(drawn.token), position, cfg, state.cache, recent, at, lora, table
+    )
     return _lay_out(replace(state, hidden=hidden.astype(state.hidden.dtype))), recent
 
 
@@ -285,6 +316,12 @@ def _record(grid: Grid, state: DecodeState, rules: TokenRules, drawn: mixture.Dr
         log_privileged=state.log_privileged.at[place].set(drawn.log_privileged, mode="drop"),
         by_student=state.by_student.at[place].set(drawn.by_student, mode="drop"),
     )
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def stop(state: DecodeState, chosen: jax.Array) -> DecodeState:
+    """Ends the samples in the slots of `chosen` [slots] bool where they are."""
+    return _lay_out(replace(state, live=state.live & ~chosen))
 
 
 @jax.jit
@@ -319,10 +356,9 @@ def _to_slots(grid: Grid, x: jax.Array) -> jax.Array:
 def _lay_out(state: DecodeState) -> DecodeState:
     """Keeps caches sharded by row and kv head, and what the host reads replicated."""
     cache = state.cache
-    shard = lambda xs: tuple(constrain(x, "bk__") for x in xs)  # noqa: E731
-    cache = replace(
-        cache, k=shard(cache.k), v=shard(cache.v), prompt_k=shard(cache.prompt_k), prompt_v=shard(cache.prompt_v)
-    )
+    names = ("k", "v", "prompt_k", "prompt_v")
+    cache = replace(cache, **{x: jax.tree.map(lambda x: constrain(x, "bk__"), getattr(cache, x)) for x in names})
+    cache = replace(cache, pools=pages_lib.laid_out(cache.pools))
     replicated = {
         name: constrain(getattr(state, name), "_" * getattr(state, name).ndim)
         for name in (

@@ -3,6 +3,9 @@
 Finished slots are refilled between chunks, so that no slot waits for the longest response. A sample's text depends on
 (seed, name, sample) and on the padded shapes of its program, which follow from its prompt's length and from the run's
 settings. It never depends on its neighbours.
+
+Where keys and values lie in pages (`pool`), there may be fewer than all slots' longest texts would fill. When none is
+free, the youngest sample is given up, and drawn again later: the same sample.
 """
 
 from __future__ import annotations
@@ -18,10 +21,12 @@ import numpy as np
 
 from dail_jax.errors import UserError
 from dail_jax.mesh import axis_size
+from dail_jax.model import pages as pages_lib
 from dail_jax.model.families import ModelConfig
 from dail_jax.model.lora import Lora
 from dail_jax.model.weights import Params, unstack
 from dail_jax.sample import decode, mixture
+from dail_jax.sample import pool as pool_lib
 from dail_jax.sample.sampler import Request, ScoredSample
 
 CHUNK = 4
@@ -44,12 +49,14 @@ def key_data(name: str, sample: int) -> tuple[int, int, int]:
 
 @dataclass
 class Usage:
-    """What a run did: `steps` passes over all slots; of their `drawn` slot-steps, `live` drew a token of a sample."""
+    """What a run did: `steps` passes over all slots; of their `drawn` slot-steps, `live` drew a token of a sample, and
+    `again` one that has been given up since, for want of pages."""
 
     live: int = 0
     drawn: int = 0
     steps: int = 0
     prefills: int = 0
+    again: int = 0
 
     @property
     def occupancy(self) -> float:
@@ -82,6 +89,7 @@ class Engine:
     lora: Lora | None = None
     never: tuple[int, ...] = ()  # token ids that are never drawn
     usable: int | None = None  # ids from here on only pad the embedding
+    pages: float | None = None  # how many pages there are, as a share of what all slots' longest texts would fill
     usage: Usage = field(default_factory=Usage)
 
     def __post_init__(self):
@@ -99,7 +107,7 @@ class Engine:
 
     def grid(self, samples: int, prompt_slots: int) -> decode.Grid:
         """The shapes for requests of up to `samples` samples."""
-        return grid_of(self.mesh, self.slots, self.roles, self.max_tokens, samples, prompt_slots)
+        return grid_of(self.mesh, self.slots, self.roles, self.max_tokens, samples, prompt_slots, self.pages)
 
     def figures(self) -> dict[str, float]:
         """Metrics on what was drawn and at what cost; empty if nothing was drawn."""
@@ -111,6 +119,7 @@ class Engine:
             "occupancy": usage.occupancy,
             "steps": usage.steps,
             "prefills": usage.prefills,
+            **({} if self.pages is None else {"drawn_again": usage.again}),
         }
 
     def run(self, requests: Iterable[Request]) -> Iterator[ScoredSample | None]:
@@ -136,11 +145,15 @@ class Engine:
         entries: list[list[_Entry | None]] = [[None] * grid.entries for _ in range(grid.blocks)]
         running: list[tuple[_Entry, int] | None] = [None] * n  # what each slot is drawing
         counted = np.zeros(n, int)
+        pool = pool_lib.Pool(grid, axis_size(self.mesh, "b")) if grid.pages else None
         while True:
-            state = self._refill(grid, state, queue, entries, running, counted)
+            state = self._refill(grid, state, queue, entries, running, counted, pool)
             if not any(running):
                 return
-            state = decode.decode(grid, self.cfg, self.params, self.lora, state, self.rules, self.sampling)
+            if pool is not None:
+                state = self._grow(grid, state, running, counted, pool)
+            table = None if pool is None else pool.table.copy()
+            state = decode.decode(grid, self.cfg, self.params, self.lora, state, self.rules, self.sampling, table)
             live, length, status = (np.asarray(x) for x in jax.device_get((state.live, state.length, state.status)))
             busy = np.array([r is not None for r in running])
             fresh = int((length - counted)[busy].sum())
@@ -158,19 +171,46 @@ class Engine:
                 entry, sample = running[slot]  # pyright: ignore[reportGeneralTypeIssues]
                 running[slot] = None
                 entry.running -= 1
+                if pool is not None:
+                    pool.end(int(slot))
                 finish = "stop" if status[slot] == decode.STOPPED else "length"
                 fields = (np.asarray(x)[: length[slot]] for x in jax.device_get(decode.read(state, slot)))
                 tokens, *scores = fields
                 yield ScoredSample(entry.request.name, sample, tokens, finish, *scores)
 
-    def _refill(self, grid, state, queue, entries, running, counted) -> decode.DecodeState:
+    def _grow(self, grid, state, running, counted, pool: pool_lib.Pool) -> decode.DecodeState:
+        """Takes the pages that the next chunk fills, the oldest samples first; where there are none, the youngest samples
+        are given up."""
+        ended = np.zeros(grid.slots, bool)
+        limit = np.array([work[0].request.limit if work is not None else 0 for work in running])
+        reach = np.minimum(counted + grid.chunk, limit)
+        by_age = [s for s in np.lexsort((np.arange(grid.slots), -counted)).tolist() if running[s] is not None]
+        short = pool.short(reach)
+        for slot in [s for s in by_age if short[s]]:
+            while running[slot] is not None and not pool.grow(slot, int(reach[slot])):
+                device = pool.device(slot)
+                youngest = [s for s in by_age if running[s] is not None and pool.device(s) == device][-1]
+                entry, sample = running[youngest]
+                entry.waiting.appendleft(sample)
+                entry.running -= 1
+                running[youngest] = None
+                ended[youngest] = True
+                pool.end(youngest)
+                self.usage.live -= int(counted[youngest])
+                self.usage.again += int(counted[youngest])
+        return decode.stop(state, ended) if ended.any() else state
+
+    def _refill(self, grid, state, queue, entries, running, counted, pool: pool_lib.Pool | None) -> decode.DecodeState:
         """Loads prompts into free entries and starts waiting samples in free slots."""
         n = grid.slots
         chosen, entry_of = np.zeros(n, bool), np.zeros(n, np.int32)
         data, limit = np.zeros((n, 3), np.uint32), np.zeros(n, np.int32)
+        ends = None if pool is None else np.zeros((2, n * grid.roles), np.int32)
         for slot in [s for s in range(n) if running[s] is None]:
+            if pool is not None and not pool.has_room(slot):
+                continue
             block = slot // grid.width
-            index, state = self._entry_with_work(grid, state, queue, entries[block], block)
+            index, state = self._entry_with_work(grid, state, queue, entries[block], block, pool)
             if index is None:
                 continue
             entry = entries[block][index]
@@ -180,11 +220,16 @@ class Engine:
             counted[slot] = 0
             chosen[slot], entry_of[slot], limit[slot] = True, index, entry.request.limit
             data[slot] = key_data(entry.request.name, sample)
+            if pool is not None and ends is not None:
+                lengths = np.array([len(prompt) for prompt in entry.request.prompts])
+                ends[:, pool.rows[slot]] = pool.start(slot, index, lengths)
         if not chosen.any():
             return state
-        return decode.admit(grid, state, self.key, chosen, entry_of, data, limit)
+        return decode.admit(grid, state, self.key, chosen, entry_of, data, limit, None if ends is None else tuple(ends))
 
-    def _entry_with_work(self, grid, state, queue, entries: list[_Entry | None], block: int):
+    def _entry_with_work(
+        self, grid, state, queue, entries: list[_Entry | None], block: int, pool: pool_lib.Pool | None
+    ):
         """(index of an entry in this block with waiting samples, or None; the state). Loads a prompt if necessary."""
         for index, entry in enumerate(entries):
             if entry is not None and entry.waiting:
@@ -198,8 +243,9 @@ class Engine:
                     tokens[role, : len(prompt)] = prompt
                 lengths = np.array([len(p) for p in request.prompts], np.int32)
                 self.usage.prefills += 1
+                first = None if pool is None else pool.prompt(block, index)
                 return index, decode.load_prompt(
-                    grid, self.cfg, self.params, self.lora, state, tokens, lengths, block, index
+                    grid, self.cfg, self.params, self.lora, state, tokens, lengths, block, index, first
                 )
         return None, state
 
@@ -211,18 +257,28 @@ def grid_of(
     max_tokens: int,
     samples: int,
     prompt_slots: int,
+    pages: float | None = None,
 ) -> decode.Grid:
     """The shapes for requests of up to `samples` samples.
 
     A block has one slot per sample of a prompt, and room for more prompts, whose samples start as others end: while a
     prompt's longest sample runs, the others hold enough work to fill every slot three times. There is room for fewer
     where prompts would take over a quarter of the memory of the slots' own tokens; where not even 2 fit, blocks are
-    twice as wide.
+    twice as wide. With `pages`, keys and values lie in pages, of which there are as many as that share of all slots'
+    longest texts would fill.
     """
     shards = axis_size(mesh, "b")
     share = max(slots // shards, 1)
+
+    def grid(blocks: int, width: int, entries: int) -> decode.Grid:
+        page, prompts, number = pages_lib.PAGE, blocks * roles * entries, 0
+        if pages is not None:
+            rows = blocks * width * roles
+            number = shards * pool_lib.pages_of(roles, rows, prompts, prompt_slots, max_tokens, page, pages)
+        return decode.Grid(roles, blocks * shards, width, entries, prompt_slots, max_tokens, CHUNK, number, page)
+
     if samples == 1:
-        return decode.Grid(roles, share * shards, 1, 1, prompt_slots, max_tokens, CHUNK)
+        return grid(share, 1, 1)
     blocks, width, entries = 1, share, 0
     for wide in (samples, 2 * samples):
         blocks = max(share // wide, 1)
@@ -230,7 +286,7 @@ def grid_of(
         entries = min(1 - (-3 * width // samples), -(-width * max_tokens // (4 * prompt_slots)) - 1)
         if entries >= 2:
             break
-    return decode.Grid(roles, blocks * shards, width, max(entries, 2), prompt_slots, max_tokens, CHUNK)
+    return grid(blocks, width, max(entries, 2))
 
 
 def _refuse_broken(running: list[tuple[_Entry, int] | None], status: np.ndarray, length: np.ndarray) -> None:

@@ -36,7 +36,7 @@ from dail_jax.data.traces import Trace
 from dail_jax.errors import UserError, UserErrors, visible, want_folder
 from dail_jax.evaluate.grading import Grader
 from dail_jax.metrics import console, log
-from dail_jax.model import lora, weights
+from dail_jax.model import lora, pages, weights
 from dail_jax.model.families import ModelConfig, read_config
 from dail_jax.provenance import Recipe
 from dail_jax.rundir import RunDir
@@ -295,6 +295,17 @@ def form(s: Subject) -> Iterator[Finding]:
         )
 
 
+def caches(s: Subject) -> Iterator[Finding]:
+    """Whether this model can be sampled from pages here."""
+    cfg = s.config.train.online if s.stage == "train" else getattr(s.config, s.stage)
+    if cfg.pages is None or s.server or (s.stage == "train" and s.method.source != "samples"):
+        return
+    platform = s.sample_mesh.devices.flat[0].platform
+    if why := pages.refusal(s.model, platform, mesh_lib.axis_size(s.sample_mesh, "k")):
+        key = "train.online.pages" if s.stage == "train" else f"{s.stage}.pages"
+        yield UserError(f"{why}: want null", field=key)
+
+
 def server(s: Subject) -> Iterator[Finding]:
     """Whether the server has the model, and room for prompts and responses."""
     cfg, section = s.server, s.config.generate if s.stage == "generate" else s.config.evaluate
@@ -478,10 +489,10 @@ MODEL = (model, tokenizer, devices)
 # What is looked at before a stage starts, besides `registered`, and `room` for all of a command's stages together.
 CHECKS: dict[str, tuple[Callable[[Subject], Iterator[Finding]], ...]] = {
     "convert": (*COMMON, *MODEL),
-    "generate": (*COMMON, *MODEL, form, server, data, rollouts),
-    "train": (*COMMON, *MODEL, data, traces, training),
+    "generate": (*COMMON, *MODEL, form, caches, server, data, rollouts),
+    "train": (*COMMON, *MODEL, caches, data, traces, training),
     "export": (*COMMON, *MODEL, merging, hub),
-    "evaluate": (*COMMON, *MODEL, form, server, adapter, benchmarks),
+    "evaluate": (*COMMON, *MODEL, form, caches, server, adapter, benchmarks),
 }
 
 

@@ -114,6 +114,7 @@ def sampler_of(session: Session, roles: int) -> Sampler:
         cfg.sampling,
         slots=cfg.slot_count,
         max_tokens=cfg.sampling.max_tokens,
+        pages=cfg.pages,
         tau=cfg.tau,
         proposals=cfg.proposals,
         roles=roles,

@@ -221,9 +221,15 @@ class Rounds:
         session, cfg = self.session, self.session.config.train
         number, place = divmod(step, self.per_round)
         if place == 0:
-            sampling, slots = cfg.online.sampling, cfg.online.slot_count
+            sampling = cfg.online.sampling
             with jax.set_mesh(session.sample_mesh):
-                sampler = session.sampler(sampling, slots=slots, max_tokens=sampling.max_tokens, lora=state.lora)
+                sampler = session.sampler(
+                    sampling,
+                    slots=cfg.online.slot_count,
+                    max_tokens=sampling.max_tokens,
+                    pages=cfg.online.pages,
+                    lora=state.lora,
+                )
                 drawn = rollout_round(session, self.method, sampler, self.grader, self.tasks, number, interrupt)
             if drawn is None:
                 return None

@@ -1,7 +1,8 @@
 """What each stage is made of and what it makes: the one place that lists the settings and files that decide an output.
 
 Settings that change no result are left out: where files are, how often to save, where metrics go. So are `mesh`,
-`slots` and `train.shapes`: other devices and batches give the same traces, and losses that agree up to rounding.
+`slots`, `pages` and `train.shapes`: other devices, batches and caches give the same traces, and losses that agree up to
+rounding.
 """
 
 from __future__ import annotations
@@ -68,9 +69,8 @@ def generate(config: config_lib.Config, rows: list[Row] | None = None) -> Recipe
     served = isinstance(config.generate.sampler, config_lib.Server)
     # Without a server, the key is left out: records that were written before it came stay valid.
     free = [f"generate.sampler.{key}" for key in SERVER] if served else ["generate.sampler"]
-    settings = select(
-        config, *form(config), *COMMON, "data", "generate", without=(*PATHS, *EXPECTED, "generate.slots", *free)
-    )
+    free += ["generate.slots", "generate.pages"]
+    settings = select(config, *form(config), *COMMON, "data", "generate", without=(*PATHS, *EXPECTED, *free))
     settings["passes"] = "rationalised" if methods.find(config.train).rationalises else "one"
     filters = select(config, "filters")
     if methods.find(config.train).rationalises:  # the filters decide what the second pass draws
@@ -88,9 +88,8 @@ def generate(config: config_lib.Config, rows: list[Row] | None = None) -> Recipe
 
 def train(config: config_lib.Config, rows: list[Row] | None = None) -> Recipe:
     method = methods.find(config.train)
-    free = [
-        f"train.{k}" for k in ("save_every", "keep_checkpoints", "references_gib", "workers", "shapes", "online.slots")
-    ]
+    free = [f"train.{k}" for k in ("save_every", "keep_checkpoints", "references_gib", "workers", "shapes")]
+    free += ["train.online.slots", "train.online.pages"]
     if method.source != "samples":  # nothing is drawn; records that were written before it came stay valid
         free.append("train.online.max_prompt_tokens")
     roles = list(method.prompted)
@@ -131,7 +130,7 @@ def _unfiltered(recipe: Recipe) -> Recipe:
 def evaluate(config: config_lib.Config, tables: Mapping[str, list[Row]] | None = None) -> Recipe:
     cfg, inputs = config.evaluate, {}
     served = isinstance(cfg.sampler, config_lib.Server)
-    free = ["evaluate.slots", *(f"evaluate.benchmarks.{key}" for key in ("pool", "title", "about"))]
+    free = ["evaluate.slots", "evaluate.pages", *(f"evaluate.benchmarks.{key}" for key in ("pool", "title", "about"))]
     free += [f"evaluate.sampler.{key}" for key in SERVER] if served else []
     if cfg.adapter:
         adapter = cfg.adapter

@@ -31,7 +31,9 @@ def ours(session: Session, run_dir: RunDir) -> Callable[[int], Sampler]:
 def engine_of(session: Session, lora: Lora | None) -> Callable[[int], Sampler]:
     """Opens `sample.engine` with an adapter, or without one, under the settings of the section `evaluate`."""
     cfg = session.config.evaluate
-    return lambda max_tokens: session.sampler(cfg.sampling, slots=cfg.slot_count, max_tokens=max_tokens, lora=lora)
+    return lambda max_tokens: session.sampler(
+        cfg.sampling, slots=cfg.slot_count, max_tokens=max_tokens, pages=cfg.pages, lora=lora
+    )
 
 
 # Each is called once, with the session and the run directory. It returns a function that is given the largest `limit`

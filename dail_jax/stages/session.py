@@ -51,6 +51,7 @@ class Session:
         *,
         slots: int,
         max_tokens: int,
+        pages: float | None = None,
         tau: float = 0.0,
         proposals: int = 1,
         roles: int = 1,
@@ -73,6 +74,7 @@ class Session:
             lora and lora_lib.moved(lora, self.sample_mesh),
             suppressed(self.tokenizer, sampling),
             min(self.tokenizer.size, self.model.V),
+            pages,
         )
 
     def served(self, cfg: config_lib.Server, sampling: config_lib.Sampling, scored: bool = False) -> server.Server:
