@@ -74,6 +74,8 @@ def test_the_flagship_has_a_layout_on_every_slice(devices):
     assert values["generate.slots"] <= 669 / layout.PLENTY
     assert all(gb * 1e9 <= devices.limit for gb in peaks.values()) and set(peaks) == {"sampling", "training"}
     assert (values, peaks) == chosen(devices, "generate.slots=auto", "evaluate.slots=auto")
+    if devices is V6E:  # what the preset names, whose programs were compiled
+        assert (sample, values["evaluate.slots"]) == ({"data": 4, "fsdp": 1, "tensor": 4}, 256)
 
 
 def test_what_is_named_stays_and_limits_the_choice():

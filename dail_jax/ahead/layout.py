@@ -35,6 +35,7 @@ HEADROOM = 0.9  # the share of a device's memory that a layout may take
 MOST_SLOTS = 512  # more would add little, and leave many idle while the last samples are drawn
 PLENTY = 3  # samples per slot, at least: with fewer, slots idle for want of work
 UNKNOWN = Chip(math.inf, 1.0, 50.0)  # what is assumed of a device that is not in the table, such as a CPU
+TIE = 0.05  # estimates of speed that differ by less are taken for equal
 LINKS = 1 / 8  # what a device exchanges along one mesh axis, of what its main memory carries; of TPUs about this
 LATENCY = 10e-6  # seconds that an exchange takes for each doubling of the devices, however little it carries
 
@@ -260,8 +261,10 @@ def _sampling(cfg: config_lib.Mesh, jobs: Sequence[tuple[Task, Job]], devices: D
             fitting.append((seconds, mesh.shape["tensor"], mesh, slots, worst.need))
         else:
             failing.append((worst, mesh))
-    if fitting:
-        return min(fitting, key=lambda one: one[:2])[2:]
+    if fitting:  # the estimate does not tell smaller differences; fewer devices then wait for each other
+        fastest = min(seconds for seconds, *_ in fitting)
+        near = [one for one in fitting if one[0] <= (1 + TIE) * fastest]
+        return min(near, key=lambda one: one[1])[2:]
     if not failing:
         raise UserError(
             f"got auto, and no mesh of {devices.count} devices divides the model's heads and vocabulary: name the sizes",
