@@ -19,7 +19,17 @@ from dail_jax.stages.session import open_session
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 PLANS = Path(__file__).parent.parent / "docs" / "measured" / "plans"
-STORED = [path for path in sorted(PLANS.glob("*.json")) if (CONFIGS / f"{path.stem}.yaml").exists()]
+BASES = [CONFIGS / f"{name}.yaml" for name in ("qwen3_8b_reasoning", "qwen2_5_7b_instruct")]
+
+
+def preset(name):
+    """A preset, or one of the paper's over what it is laid over."""
+    if (CONFIGS / f"{name}.yaml").exists():
+        return config_lib.load(CONFIGS / f"{name}.yaml")
+    over = CONFIGS / "paper" / f"{name}.yaml"
+    (base,) = [path for path in BASES if f"configs/{path.name}" in over.read_text()]
+    return config_lib.load(base, (), [str(over)])
+
 
 V6E = layout.Devices(16, 1, "TPU v6 lite", 32e9, chips.CHIPS["TPU v6 lite"])
 V5E = layout.Devices(16, 1, "TPU v5 lite", 16e9, chips.CHIPS["TPU v5 lite"])
@@ -37,11 +47,11 @@ def chosen(devices, *overrides, mesh="mesh=auto"):
     return found["values"], found["peak_gb"]
 
 
-@pytest.mark.parametrize("path", STORED, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", sorted(PLANS.glob("*.json")), ids=lambda path: path.stem)
 def test_estimates_are_what_was_compiled(path):
-    """Peaks of every job's prefill and decoding: from 5% less to 15% more; of every stored train step, to a third more where
-    texts are long. What does not fit there would not be chosen."""
-    stored, config, seen = json.loads(path.read_text()), config_lib.load(CONFIGS / f"{path.stem}.yaml"), 0
+    """Peaks of every stored job's prefill and decoding, and of every train step: from 5% less to 20% more. What does not fit
+    there would not be chosen."""
+    stored, config, seen = json.loads(path.read_text()), preset(path.stem), set()
     rows = {(row["model"], row["key"]): row for row in stored["programs"] if row["peak_gb"]}
     for own in plan.arms_of(config).values():
         folder = resources.model(own.model.path)
@@ -50,17 +60,17 @@ def test_estimates_are_what_was_compiled(path):
         jobs = {name: job for job in programs.jobs_of(own) for name in programs.names_of(job, sample)}
         pairs: dict[str, list] = {}
         for program in programs.programs_of(own, model, train, sample):
-            job, row = jobs.get(program.name), rows.get(plan.key_of(folder, program))
+            job, row = jobs.get(program.name), rows.pop(plan.key_of(folder, program), None)  # of the first arm
             if row and (job or program.name.startswith("train step")):
                 pairs.setdefault(job.name if job else "train", []).append((job, row))
         for what, several in pairs.items():
             job, peak = several[0][0], max(row["peak_gb"] for _, row in several)
             need = layout.sampling_need(own, model, job, sample) if job else layout.training_need(own, model, train)
-            assert 0.95 < need.peak / 1e9 / peak < (1.15 if job else 1.34), (what, need, peak)
+            assert 0.95 < need.peak / 1e9 / peak < 1.2, (what, need, peak)
             if not all(row["fits"] for _, row in several):
                 assert need.peak > layout.HEADROOM * several[0][1]["hbm_gb"] * 1e9
-            seen += 1
-    assert seen >= 4
+            seen.add(what)
+    assert "train" in seen and len(seen) >= 3
 
 
 @pytest.mark.parametrize("devices", [V6E, V5E, dataclasses.replace(V6E, count=4)], ids=lambda d: f"{d.kind}, {d.count}")
@@ -100,7 +110,7 @@ def test_what_is_named_stays_and_limits_the_choice():
             r"mesh.sample: nothing fits for sampling: forced answers with 256 slots on data \d .* lower evaluate.slots",
         ),
         (dataclasses.replace(V6E, count=1), [], r"mesh.sample: nothing fits .* take more devices"),
-        (V6E, ["train.max_tokens=40000"], r"mesh.train: nothing fits for training: .* lower train.max_tokens"),
+        (V6E, ["train.max_tokens=80000"], r"mesh.train: nothing fits for training: .* lower train.max_tokens"),
         (dataclasses.replace(V6E, count=24), [], r"mesh.train: got auto, and 24 devices do not divide"),
         (V6E, ["arms.dail={evaluate.slots: auto}"], r"evaluate.slots: got auto in an arm"),
     ],

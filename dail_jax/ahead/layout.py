@@ -1,8 +1,8 @@
 """Chooses meshes and slots where a configuration says `auto`, by arithmetic: nothing is compiled.
 
 Memory: what a program is handed (weights, adapter, caches, a batch) follows from shapes and shardings and is exact. What
-it needs besides is a formula whose constants were fitted to compiled programs of Qwen3-8B; a test compares its sums with
-every stored plan. Speed: bytes over what main memory and the links between devices carry. Among the layouts that fit,
+it needs besides is a formula whose constants were fitted to the stored plans (Qwen3-8B and 14B, Qwen2.5-7B); a test
+compares its sums with them. Speed: bytes over what main memory and the links between devices carry. Among the layouts that fit,
 the fastest is taken.
 """
 
@@ -40,9 +40,10 @@ LINKS = 1 / 8  # what a device exchanges along one mesh axis, of what its main m
 LATENCY = 10e-6  # seconds that an exchange takes for each doubling of the devices, however little it carries
 
 # Fitted to compiled programs: bytes that are alive beside what is counted, in numbers per token (or row).
-TRAINED = 8.7  # times a layer's activations: what the backward pass of a layer holds
+TRAINED = 6.0  # times a layer's activations: what the backward pass of a layer holds
+GATHERED = 2.7  # layers whose weights are there as a whole, under fsdp: some arrive while one is computed
 PREFILLED = 20.0  # the same of a prefill
-LOGITS = 6.0  # float32 copies of one chunk's logits
+LOGITS = 8.0  # float32 copies of one chunk's logits
 TABLES = 2.5  # copies of a device's part of the unembedding while tokens are decoded
 
 
@@ -111,8 +112,8 @@ def training_need(config: config_lib.Config, model: ModelConfig, mesh) -> Need:
     chunk = min(cfg.chunk, cfg.batch_size // cfg.accumulate * response) / mesh.shape["data"]
     logits = LOGITS * 4 * chunk * -(-model.V // (mesh.shape["fsdp"] * split))
     gathered = 0.0
-    if mesh.shape["fsdp"] > 1:  # a layer's weights, twice: the next one's arrive while one is computed
-        gathered = 2 * mesh.shape["fsdp"] * held(params["layers"]) / model.L
+    if mesh.shape["fsdp"] > 1:
+        gathered = GATHERED * mesh.shape["fsdp"] * held(params["layers"]) / model.L
     return Need(held(params) + 3 * adapter + batch, rows * width * (kept + TRAINED * act) + logits + gathered)
 
 
