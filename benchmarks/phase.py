@@ -55,7 +55,9 @@ STUDENT = 0.1  # the student's
 ROWS = 4000  # of a corpus
 # Weights of the reverse KL, of the forward KL to the target with this temperature, and of the likelihood of the traces.
 OBJECTIVES = {"reverse": (1, 0, 1.0, 0), "forward": (0, 1, 1.0, 0), "sharp": (0, 1, 0.2, 0), "nll": (0, 0, 1.0, 1)}
-GAMMAS = {"reverse": (0, 0.2, 0.4, 0.6, 0.8), "forward": (0, 0.4, 0.6), "sharp": (0, 0.4, 0.6), "nll": (0,)}
+GAMMAS = {"reverse": (0, 0.2, 0.4, 0.6, 0.8, 0.9), "forward": (0, 0.4, 0.6), "sharp": (0, 0.4, 0.6), "nll": (0,)}
+# Gammas at which the target's most likely tokens are compared with the privileged student's.
+MOVED = (0.1, 0.3, 0.5, 0.6, 0.7, 0.8, 0.9)
 # With this at its end, an arm's student is the embedded model, which takes no shortcuts of its own accord.
 EMBEDDED = "-embedded"
 STARTS = {0.7: ("reverse" + EMBEDDED, "nll" + EMBEDDED)}
@@ -68,6 +70,7 @@ SAMPLED = {
         ("reverse", 0),
         ("reverse", 0.7),
         ("sharp", 0.7),
+        ("sharp", 0.9),
         ("sharp", 0),
         ("forward", 0.7),
         ("forward", 0),
@@ -252,23 +255,37 @@ def base(out: Path, share: float, count: int):
     trained, held = read(out, share, count)
     row, column, names = decisions(held)
 
-    def odds(params, lora, role: str = "student") -> list[float]:
-        found = in_batches(params, lora, *held_rows[role], model)
-        return [round(float(x), 3) for x in found[row, column, SKIP] - found[row, column, WORK]]
+    asked = rows_of("student", held)
 
-    held_rows = {role: rows_of(role, held) for role in ROLES}
-    taken = [held[i]["ids"][j - LENGTH] == SKIP for i, j in zip(row, column, strict=True)]
-    noted = {"names": names, "cut_short": taken, **{role: odds(params, None, role) for role in ROLES}}
+    def log_odds(log: np.ndarray) -> list[float]:
+        return [round(float(x), 3) for x in log[row, column, SKIP] - log[row, column, WORK]]
+
+    def odds(params, lora) -> list[float]:
+        return log_odds(in_batches(params, lora, *asked, model))
+
+    tokens, mask = targets_of(held)
+    log = {role: in_batches(params, None, *rows_of(role, held), model) for role in CONTRAST}
+    noted = {"student": odds(params, None), **{role: log_odds(found) for role, found in log.items()}}
+    noted |= {"names": names, "cut_short": (tokens[row, column] == SKIP).tolist()}
+    mask[row, column] = 0
+    best = {gamma: (log["privileged"] - gamma * log["negative"]).argmax(-1) for gamma in (0, *MOVED)}
+    noted["moved"] = {gamma: float((best[gamma] != best[0])[mask > 0].mean()) for gamma in MOVED}
     write_atomic(out / f"{share}/roles.json", json.dumps(noted) + "\n")
     print(share, {role: f"{100 * expit(noted[role]).mean():.1f}" for role in ROLES}, boundary(noted), flush=True)
 
     tokens, positions = rows_of("student", trained)
-    targets, mask = np.zeros((len(trained), LENGTH), np.int32), np.zeros((len(trained), LENGTH), np.float32)
-    for i, t in enumerate(trained):
-        targets[i, LENGTH - len(t["ids"]) :], mask[i, LENGTH - len(t["ids"]) :] = t["ids"], 1
+    targets, mask = targets_of(trained)
     log = {role: in_batches(params, None, *rows_of(role, trained), model) for role in CONTRAST}
     data = {"tokens": tokens, "positions": positions, "targets": targets, "mask": mask, **log}
     return params, model, data, odds
+
+
+def targets_of(traces: list[dict]) -> tuple[np.ndarray, np.ndarray]:
+    """The responses' tokens, and 1 where there are any [N,LENGTH]."""
+    targets, mask = np.zeros((len(traces), LENGTH), np.int32), np.zeros((len(traces), LENGTH), np.float32)
+    for i, t in enumerate(traces):
+        targets[i, LENGTH - len(t["ids"]) :], mask[i, LENGTH - len(t["ids"]) :] = t["ids"], 1
+    return targets, mask
 
 
 def train(out: Path, share: float, arm: str, gamma: float, seed: int, count: int, updates: int):
@@ -397,14 +414,16 @@ def collect(out: Path) -> dict:
             cell = {"arm": arm, "gamma": float(gamma), "seed": int(seed), "optimum": optimum(roles, arm, float(gamma))}
             cell |= {"shares": {step: float(expit(odds).mean()) for step, odds in noted.items()}}
             cells.append({**cell, "mode": float((last > 0).mean()), "median": float(np.median(last))})
-        for path in sorted(home.glob("sampled/*/*.json"), reverse=True):
-            if path.stem != "odds":
-                drawn.setdefault(path.parent.name, {})[path.stem] = json.loads(path.read_text())
+        for arm, gamma in SAMPLED.get(share, ()):
+            paths = {f"{t:g}": home / f"sampled/{arm}_{gamma:g}_1/{t:g}.json" for t in TEMPERATURES}
+            found = {t: json.loads(path.read_text()) for t, path in paths.items() if path.exists()}
+            drawn |= {f"{arm}, gamma {gamma:g}": found} if found else {}
         bases[f"{share}"] = {
             "shares": {role: float(expit(roles[role]).mean()) for role in ROLES},
             "log_odds": {role: float(np.mean(roles[role])) for role in ROLES},
             "traces": float(np.mean(roles["cut_short"])),
             "boundary": boundary(roles),
+            "moved": roles["moved"],
             "cells": sorted(cells, key=lambda c: (c["arm"], c["gamma"], c["seed"])),
             "sampled": drawn,
         }
@@ -449,6 +468,12 @@ def lines(bases: dict) -> list[str]:
         told = [f"{100 * x:.1f}" for x in (*one["shares"].values(), one["traces"])]
         found = [f"{one['boundary']:.2f}", *(over_seeds(boundaries(one, arm)) for arm in contrasting)]
         out.append(f"| {100 * float(share):.0f} | {' | '.join([*told, *found])} |")
+    out += ["\n# Tokens other than decisions whose likeliest is not the privileged student's in the target, %\n"]
+    out += ["| asked | " + " | ".join(f"gamma {gamma:g}" for gamma in MOVED) + " |", "|---|" + "---:|" * len(MOVED)]
+    for share, one in bases.items():
+        out.append(
+            f"| {100 * float(share):.0f} | " + " | ".join(f"{100 * x:.3f}" for x in one["moved"].values()) + " |"
+        )
     last = SHORT[1]
     out += [f"\n# Shortcuts after {last} updates (at the optimum), and where they are the likelier, % of decisions\n"]
     out += ["| asked, objective, gamma | " + " | ".join(f"seed {seed}" for seed in (1, *SEEDS)) + " |"]
