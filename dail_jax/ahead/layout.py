@@ -41,7 +41,7 @@ LATENCY = 10e-6  # seconds that an exchange takes for each doubling of the devic
 
 # Fitted to compiled programs: bytes that are alive beside what is counted, in numbers per token (or row).
 TRAINED = 6.0  # times a layer's activations: what the backward pass of a layer holds
-GATHERED = 2.7  # layers whose weights are there as a whole, under fsdp: some arrive while one is computed
+GATHERED = 2.7  # layers whose weights there are a second time, gathered or sliced: some arrive while one is computed
 PREFILLED = 20.0  # the same of a prefill
 LOGITS = 8.0  # float32 copies of one chunk's logits
 TABLES = 2.5  # copies of a device's part of the unembedding while tokens are decoded
@@ -111,9 +111,7 @@ def training_need(config: config_lib.Config, model: ModelConfig, mesh) -> Need:
     kept = {"full": model.D * size, "dots": act * 2, "none": act * 4}[cfg.remat] * model.L
     chunk = min(cfg.chunk, cfg.batch_size // cfg.accumulate * response) / mesh.shape["data"]
     logits = LOGITS * 4 * chunk * -(-model.V // (mesh.shape["fsdp"] * split))
-    gathered = 0.0
-    if mesh.shape["fsdp"] > 1:
-        gathered = GATHERED * mesh.shape["fsdp"] * held(params["layers"]) / model.L
+    gathered = GATHERED * mesh.shape["fsdp"] * held(params["layers"]) / model.L
     return Need(held(params) + 3 * adapter + batch, rows * width * (kept + TRAINED * act) + logits + gathered)
 
 
