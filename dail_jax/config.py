@@ -51,21 +51,14 @@ Natural = Annotated[int, BeforeValidator(_not_bool), Field(ge=0)]
 Seed = Annotated[Natural, Field(lt=1 << 32)]  # all that JAX takes of it
 
 
-def _local(path: str) -> str:
-    if storage.is_remote(path):
-        raise ValueError(storage.LOCAL)
-    return resources.locate(path)
-
-
-def _readable(path: str) -> str:
+def _located(path: str) -> str:
     if storage.is_remote(path) and not storage.is_known(path):
         raise ValueError(storage.WANTED)
     return path.rstrip("/") if storage.is_remote(path) else resources.locate(path)
 
 
-_PATH = WithJsonSchema({"type": "string", "format": "path"})
-LocalPath = Annotated[str, AfterValidator(_local), _PATH]
-ReadPath = Annotated[str, AfterValidator(_readable), _PATH]  # what is read, which may be on an object store
+# Of a file or folder on this machine or on an object store.
+AnyPath = Annotated[str, AfterValidator(_located), WithJsonSchema({"type": "string", "format": "path"})]
 
 
 HubName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*/[A-Za-z0-9][A-Za-z0-9._-]*$")]
@@ -80,14 +73,14 @@ class Section(BaseModel):
 class Model(Section):
     """The frozen base model: a Hugging Face folder with config.json, safetensors and a tokenizer."""
 
-    path: ReadPath
+    path: AnyPath
     """The model's folder."""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """Type of the weights and of the computation. bfloat16 halves memory; float32 is for small models and for tests."""
     quantize: Literal["int8"] | None = None
     """How the matrices are held: int8, with one scale per output channel, takes half the memory of bfloat16 and changes
     log-probabilities a little (`dail quantization` says how much); null = exactly, in `dtype`."""
-    tokenizer: ReadPath | None = None
+    tokenizer: AnyPath | None = None
     """A folder with another tokenizer; null = the model's own."""
     title: str | None = None
     """What the report calls the model; null = its folder's name."""
@@ -183,7 +176,7 @@ class HoldOut(Section):
 class Source(Section):
     """One of several files."""
 
-    path: ReadPath
+    path: AnyPath
     """The file, or the name on the hub or of another source."""
     weight: Positive | None = None
     """The file's share of all rows, relative to the other weights (docs/data.md); null = all its rows. Either every file
@@ -194,7 +187,7 @@ class Dataset(Section):
     """A dataset: a .jsonl or .parquet file or several, `hub:NAME` through the extra `hub`, or a source of your own."""
 
     path: Annotated[
-        Annotated[ReadPath, Tag("[one]")] | Annotated[tuple[Source, ...], Tag("[several]")],
+        Annotated[AnyPath, Tag("[one]")] | Annotated[tuple[Source, ...], Tag("[several]")],
         Discriminator(lambda value: "[several]" if isinstance(value, (list, tuple)) else "[one]"),
     ]
     """The file; or `hub:NAME` or `hub:NAME:SUBSET` for a dataset on the hub, or another SOURCE:NAME; or a list of these,
@@ -246,15 +239,15 @@ class Data(Dataset):
 class Prompts(Section):
     """Templates of the roles' prompts, and how long a solution in them may be."""
 
-    student: ReadPath | None = None
+    student: AnyPath | None = None
     """Template file of the student's prompt; null = the package's own."""
-    privileged: ReadPath | None = None
+    privileged: AnyPath | None = None
     """Template file of the privileged student's prompt, which shows the solution; null = the package's own."""
-    negative: ReadPath | None = None
+    negative: AnyPath | None = None
     """Template file of the negative reference's prompt, which shows the waypoints; null = the package's own."""
-    expert: ReadPath | None = None
+    expert: AnyPath | None = None
     """Template file of the reply that SFT imitates; null = the solution as it is."""
-    hint: ReadPath | None = None
+    hint: AnyPath | None = None
     """Template file of the student's prompt with a hint, for nurl; null = the package's own."""
     opening: str = ""
     """Text that the assistant's turn starts with, such as `"<think>\\n"` for a thinking model."""
@@ -577,7 +570,7 @@ class Benchmark(Section):
     """Name in tables and result files."""
     rows: Dataset
     """The problems, with their gold answers."""
-    template: ReadPath | None = None
+    template: AnyPath | None = None
     """Template file of the prompt; null = the student's, or with choices the package's own for these."""
     answer: str = "math"
     """Name of the answer type: math, integer, choice, none (nothing is graded), or one of your own. `choice` shows
@@ -600,7 +593,7 @@ class Evaluate(Inference):
     """How tokens are drawn; the defaults are those of the paper's evaluation."""
     benchmarks: tuple[Annotated[Benchmark, BeforeValidator(included)], ...] = ()
     """The evaluation sets."""
-    adapter: ReadPath | None = None
+    adapter: AnyPath | None = None
     """A PEFT folder to evaluate, with `train.objective: none`; null = what this run trained."""
     sampler: Annotated[str | Server, BeforeValidator(_sampler)] = "engine"
     """What draws the samples: `engine`, which is ours; a server; `offline`, a script for vLLM that `export` writes and
@@ -671,11 +664,11 @@ class Export(Section):
 class Pretrain(Section):
     """Training all weights of a small model on rows with `prompt` and `response`."""
 
-    rows: ReadPath
+    rows: AnyPath
     """A .jsonl file of rows with `prompt` and `response`."""
     architecture: dict[str, Any]
     """The config.json of the model to train."""
-    init: ReadPath | None = None
+    init: AnyPath | None = None
     """A Hugging Face folder of this architecture, whose weights training starts from; null = random weights."""
     steps: Count = 1000
     """Updates."""
@@ -717,8 +710,9 @@ class Log(Section):
 class Config(Section):
     """The whole configuration: one file configures one experiment, and `arms` turns it into several that share traces."""
 
-    run_dir: LocalPath
-    """Directory that everything is written to; a second call with it resumes."""
+    run_dir: AnyPath
+    """Directory that everything is written to; a second call with it resumes. It may be a URL such as `gs://bucket/run` (one
+    process alone)."""
     title: str | None = None
     """What the report calls the experiment or, among the changes of an arm, the arm; null = the name of its folder."""
     about: str = ""
@@ -737,7 +731,7 @@ class Config(Section):
     """The negative reference's waypoints."""
     generate: Generate = Generate()
     """Mixed policy rollouts."""
-    traces: ReadPath | None = None
+    traces: AnyPath | None = None
     """A traces.jsonl made elsewhere; null = this run's own."""
     filters: Filters = Filters()
     """Which traces are trained on."""

@@ -217,8 +217,8 @@ def markdown(root: type[BaseModel]) -> str:
         "",
         "A key is set in a YAML file or, by its dotted path, on the command line: `train.optimizer.learning_rate=1e-4`.",
         "N stands for an index from 0. `python -m dail_jax.launch config --explain KEY` prints what is said here, and",
-        "`config --config FILE` the configuration that results from a file. A path is relative to the working directory; of",
-        "what is only read, it may be a URL such as `gs://bucket/name` (clusters.md). Numbers must be finite.",
+        "`config --config FILE` the configuration that results from a file. A path is relative to the working directory, or a",
+        "URL such as `gs://bucket/name` (clusters.md). Numbers must be finite.",
         "",
         *_table(children(root, "")),
     ]

@@ -6,6 +6,7 @@ Picks a stage, loads the configuration, applies overrides, calls the stage. `run
 from __future__ import annotations
 
 import argparse
+import contextlib
 import errno
 import os
 import signal
@@ -13,6 +14,7 @@ import sys
 import traceback
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import dail_jax
 
@@ -57,6 +59,8 @@ OWN_ARGUMENTS = (
     *("drawn", "row", "over", "tau", "rows", "runs", "out", "explain", "markdown"),
     *("topology", "json", "quick", "only", "short", "known", "known_only", "at_limit", "prompt_tokens"),
 )
+# Stages that leave the run directory alone.
+ELSEWHERE = ("compile", "plan", "compare", "config", "env", "waypoints", "prompts")
 AHEAD = ("compile", "plan")  # of devices that need not be present
 
 # Stages that need no mesh, or choose one themselves.
@@ -196,20 +200,22 @@ def main(argv: list[str] | None = None) -> int:
         config = config_lib.load(files[0], args.overrides, files[1:]) if files else None
         if config is not None:
             configure(config.log)
-        more = {key: vars(args)[key] for key in OWN_ARGUMENTS if key in args}
-        if args.stage in SHOWING:
-            mesh_lib.all_devices()  # for the error in one line if JAX_PLATFORMS names a platform that is not there
-        if config is not None and args.stage not in UNLAID:
-            from dail_jax.stages import layout
+        with _brought(config, args.stage) as config:
+            more = {key: vars(args)[key] for key in OWN_ARGUMENTS if key in args}
+            if args.stage in SHOWING:
+                mesh_lib.all_devices()  # for the error in one line if JAX_PLATFORMS names a platform that is not there
+            if config is not None and args.stage not in UNLAID:
+                from dail_jax.stages import layout
 
-            config = layout.settled(config, _steps(args.stage, config, more), keep=args.stage not in ("check", "env"))
-        if config is not None and args.stage != "check":
-            from dail_jax.stages import check
+                steps, keep = _steps(args.stage, config, more), args.stage not in ("check", "env")
+                config = layout.settled(config, steps, keep=keep)
+            if config is not None and args.stage != "check":
+                from dail_jax.stages import check
 
-            check.first(args.stage, config, **{key: more[key] for key in ("over", "tau") if key in more})
-            if args.stage not in AHEAD:  # which only reports on programs, of other devices
-                _keep_programs(config.run_dir)
-        _stage(args.stage)(config, **more)
+                check.first(args.stage, config, **{key: more[key] for key in ("over", "tau") if key in more})
+                if args.stage not in AHEAD:  # which only reports on programs, of other devices
+                    _keep_programs(config.run_dir)
+            _stage(args.stage)(config, **more)
         return 0
     except UserError as error:
         if args.trace:
@@ -248,6 +254,15 @@ def _steps(command: str, config, more: dict) -> list[tuple]:
     more = {key: more[key] for key in ("over", "tau") if key in more}
     steps = check.steps_of(command if command in ("sweep", "calibrate", "select") else "run", config, **more)
     return [(step.stage, step.config) for step in steps]
+
+
+def _brought(config: Any, stage: str) -> contextlib.AbstractContextManager:
+    """The configuration; with a run directory on an object store, one that is brought to this machine and kept there."""
+    from dail_jax import mirror, storage
+
+    if config is None or stage in ELSEWHERE or not storage.is_remote(config.run_dir):
+        return contextlib.nullcontext(config)
+    return mirror.opened(config)
 
 
 def _keep_programs(run_dir: str) -> None:
@@ -303,11 +318,17 @@ def env(config) -> None:
     console.print(table)
 
 
+def _end() -> None:
+    mirror = sys.modules.get("dail_jax.mirror")  # before it is there, there is nothing to send
+    mirror.leave(STOPPED) if mirror else os._exit(STOPPED)
+
+
 def console() -> int:
     """The process's own `main`: its exit status."""
     # Preemption: where a stage has something to save it does so, elsewhere there is nothing to lose and all that was
     # finished is on disk. At once, since an exception could be swallowed on its way, or meet JAX's threads at the exit.
-    signal.signal(signal.SIGTERM, lambda *_: os._exit(STOPPED))
+    # What is on an object store is sent there first.
+    signal.signal(signal.SIGTERM, lambda *_: _end())
     status = main()
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # all is done: let it end in peace
     return status

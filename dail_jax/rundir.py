@@ -27,7 +27,7 @@ from pydantic import Field
 
 from dail_jax import config as config_lib
 from dail_jax import mesh as mesh_lib
-from dail_jax import provenance, shapes, strict_json
+from dail_jax import mirror, provenance, shapes, storage, strict_json
 from dail_jax.errors import UserError, writing
 from dail_jax.metrics import log
 from dail_jax.provenance import Recipe
@@ -120,6 +120,7 @@ class Journal:
                 if time.monotonic() >= self.synced + SYNC_SECONDS:
                     os.fsync(self.file.fileno())
                     self.synced = time.monotonic()
+            mirror.sync(mirror.SECONDS)
 
     def close(self) -> None:
         """Makes all rows durable; nothing is appended afterwards."""
@@ -193,6 +194,8 @@ class RunDir:
     """A locked run directory; use it as a context manager."""
 
     def __init__(self, config: config_lib.Config):
+        if storage.is_remote(config.run_dir):  # the command line has one brought here
+            raise UserError(f"got {config.run_dir!r}, {storage.LOCAL}", field="run_dir")
         self.config, self.path = config, Path(config.run_dir)
         self._lock: int | None = None
 
@@ -258,6 +261,7 @@ class RunDir:
                 self._record(recipe, {"finished": _now()})
             for name in recipe.scratch:
                 remove(self.path / name)
+            mirror.sync()
         mesh_lib.barrier(f"{recipe.stage} is done")  # from here on, every process sees what the first one wrote
 
     @contextlib.contextmanager
@@ -311,6 +315,7 @@ class RunDir:
         }
         manifest.update(seed=self.config.seed, **now)
         self._save(manifest)
+        mirror.sync()
         return fields
 
     def progress(self, recipe: Recipe) -> Literal["done", "begun", "to do"]:

@@ -19,7 +19,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -109,7 +109,7 @@ _LEFT: dict[Path, dict[str, Object]] = {}
 
 @functools.cache
 def _folder(url: str, leaves_weights: bool) -> Path:
-    found = {one.url.removeprefix(f"{url}/"): one for one in listing(url)}
+    found = {one.url.removeprefix(f"{url}/"): one for one in listing(url) if one.size}  # what is empty marks a folder
     if not found:
         raise UserError("nothing there: want the URL of a folder", file=url)
     small = {n for n in found if n.endswith(SMALL) and ("/" not in n or n.startswith(TEMPLATES))}
@@ -205,11 +205,67 @@ def listing(url: str) -> list[Object]:
     with asking(url) as (store, key):
         found = [one for page in store.list(key) for one in page]
     root = url.removesuffix(key)
-    return [_object(root + one["path"], one) for one in found if is_known(root + one["path"]) and one["size"]]
+    return [_object(root + one["path"], one) for one in found if is_known(root + one["path"])]
 
 
 def _object(url: str, found: Any) -> Object:
     return Object(url, found["size"], found["e_tag"] or str(found["last_modified"]))
+
+
+# ---------------------------------------------------------------------------------------------------
+# Writing
+# ---------------------------------------------------------------------------------------------------
+
+Version = dict[str, Any]  # a store's marks of an object's contents
+
+
+def put(url: str, data: bytes | Path) -> str:
+    """Writes an object whole, from memory or from a file, in place of any other; returns its ETag."""
+    with asking(url) as (store, key):
+        return store.put(key, data)["e_tag"] or ""
+
+
+def replace(url: str, data: bytes, version: Version | None) -> Version | None:
+    """Writes an object if it still has this version (None: if there is none), and returns the new one; otherwise None.
+
+    `data` must be unlike all that was ever written there: a request that is repeated because its answer was lost finds
+    itself.
+    """
+    from obstore.exceptions import AlreadyExistsError, PreconditionError  # pyright: ignore[reportMissingImports]
+
+    with asking(url) as (store, key):
+        try:
+            return _version(store.put(key, data, mode=version or "create"))
+        except (AlreadyExistsError, PreconditionError, FileNotFoundError):
+            pass
+    found = current(url)
+    return found[1] if found is not None and found[0] == data else None
+
+
+def current(url: str) -> tuple[bytes, Version] | None:
+    """What an object holds now, and its version; None if there is none."""
+    with asking(url) as (store, key):
+        try:
+            got = store.get(key)
+            return bytes(got.bytes()), _version(got.meta)
+        except FileNotFoundError:
+            return None
+
+
+def _version(found: Any) -> Version:
+    return {name: found[name] for name in ("e_tag", "version") if found[name] is not None}
+
+
+def delete(urls: Sequence[str]) -> None:
+    """Deletes objects of one bucket, where they are there."""
+    if urls:
+        with asking(urls[0]) as (store, _):
+            store.delete([urlsplit(url).path.strip("/") for url in urls])
+
+
+# ---------------------------------------------------------------------------------------------------
+# The stores
+# ---------------------------------------------------------------------------------------------------
 
 
 @functools.cache

@@ -2,6 +2,7 @@
 demand."""
 
 import contextlib
+import datetime
 import logging
 import os
 import re
@@ -67,7 +68,7 @@ class Store:
             self.send("PUT", key, data)
         return f"s3://{BUCKET}/{key}"
 
-    def keys(self, prefix: str = "") -> list[str]:
+    def keys(self, prefix: str) -> list[str]:
         return sorted(re.findall(r"<Key>([^<]+)</Key>", self.send("GET", f"?list-type=2&prefix={prefix}").decode()))
 
     def read(self) -> list[tuple[str, int, int]]:
@@ -86,10 +87,13 @@ def forget() -> None:
 
 @contextlib.contextmanager
 def running(cache: Path) -> Iterator[Store]:
+    """A store that this process and its children use, and that nobody waits for between two attempts."""
     store = Store()
+    quick = {"init_backoff": datetime.timedelta(milliseconds=2), "max_backoff": datetime.timedelta(milliseconds=4)}
     with pytest.MonkeyPatch.context() as patch:
         for name, value in {**store.environment, storage.CACHE: str(cache)}.items():
             patch.setitem(os.environ, name, value)
+        patch.setattr(storage, "RETRY", {**storage.RETRY, "backoff": {**quick, "base": 2}})
         forget()
         yield store
         forget()

@@ -1,6 +1,5 @@
 """What is read from an object store, through a real client against a real server on this machine."""
 
-import datetime
 import json
 import socket
 import subprocess
@@ -28,10 +27,8 @@ def server(tmp_path_factory):
 
 
 @pytest.fixture(autouse=True)
-def fresh(server, monkeypatch):
-    """Each test is a new process, and waits for no store."""
-    quick = {"init_backoff": datetime.timedelta(milliseconds=2), "max_backoff": datetime.timedelta(milliseconds=4)}
-    monkeypatch.setattr(storage, "RETRY", {**storage.RETRY, "backoff": {**quick, "base": 2}})
+def fresh(server):
+    """Each test is a new process."""
     stores.forget()
     server.failing = lambda method, key: False
     server.requests.clear()

@@ -21,6 +21,7 @@ import orbax.checkpoint as ocp
 import tensorstore
 
 from dail_jax import mesh as mesh_lib
+from dail_jax import mirror
 from dail_jax.errors import UserError, writing
 from dail_jax.metrics import log
 from dail_jax.provenance import Checksums, Output, State, sha256
@@ -110,6 +111,7 @@ class Store:
             write_atomic(manifest_of(self.folder, step), json.dumps(files, indent=0))
         mesh_lib.barrier(f"saved {step}")
         self._delete(mesh_lib.from_first(self.steps)[: -self.keep])
+        mirror.sync()
 
     @contextlib.contextmanager
     def _making_room(self, step: int) -> Iterator[None]:

@@ -1,0 +1,371 @@
+"""A run directory on an object store: work goes on in a folder of this machine, and what is finished is sent.
+
+A store has no rename, no append and no lock; it writes whole objects, and on request only over a version that the writer
+knows. So everything hangs on one object, the index, which lists the run's files. It is replaced last, and only if it is
+still the one that this process wrote before: the files that it lists are what the folder held at one moment between two
+steps of the work, as if the process had been killed there. `sync` is called at such moments: when a stage begins and
+ends, with every checkpoint, and while samples are drawn every few seconds.
+
+Every file has an object under its own name. Journals, which grow, are sent in parts. Small descriptions such as run.json
+are part of the index, and their objects copies for people to read. Other objects may be newer than the index, after a
+kill in the middle: a run directory expects that of its outputs, since it also finds it after a kill here.
+
+A second object names the owner, who renews it every few seconds. One that has not been renewed for LEASE seconds is
+taken over; its process, should it wake up, can no longer replace the index.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+import re
+import socket
+import threading
+import time
+import uuid
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+import jax
+
+from dail_jax import config as config_lib
+from dail_jax import provenance, storage, strict_json
+from dail_jax.errors import UserError, writing
+from dail_jax.metrics import log
+
+SCRATCH = "DAIL_JAX_SCRATCH"
+SECONDS = 10.0  # between two syncs while samples are drawn: what a failure of the machine may lose
+BEAT, LEASE = 5.0, 30.0  # seconds between renewals, and after which an owner who does not renew is taken for dead
+
+OURS = ".dail"  # the folder on the store for what is not a file of the run
+INDEX, OWNER, PARTS = f"{OURS}/index.json", f"{OURS}/owner.json", f"{OURS}/parts"
+MOST_PARTS = 64  # of one journal, before they are joined
+SMALL = 64 << 10  # bytes of a description that the index holds itself
+
+# Not sent: locks and what is half written; caches of this machine's files; what can be computed again, in gigabytes.
+LEFT_HERE = re.compile(
+    r"(.*/)?(\.lock|\.checksums\.json|\.[^/]*\.tmp(/.*)?|[^/]*\.orbax-checkpoint-tmp[^/]*/.*"
+    r"|(checkpoints|pretrain)/trash/.*|wandb/([^/]*run-.*|debug.*)|references/(\w+(\.\d+)?\.bin|manifest\.json))"
+)
+GROWING = re.compile(r"(.*/)?([\w-]+\.partial|metrics)\.jsonl")
+DESCRIPTION = re.compile(r".*\.(json|yaml)")
+
+ALONE = "a run directory on a store is worked on by one process; of several, want one on a file system that all see"
+
+Mark = tuple[int, int, int]  # inode, size and time of a file: what a write changes
+
+
+@dataclass
+class Sent:
+    """A file as the store has it: as the index lists it, and as it was here then."""
+
+    entry: dict[str, Any]
+    mark: Mark | None
+
+
+class Lease:
+    """The object that says who works on a run directory. A thread renews it."""
+
+    def __init__(self, url: str, place: str):
+        self.url, self.place = f"{url}/{OWNER}", place
+        self.token, self.count = uuid.uuid4().hex, 0
+        self.version: storage.Version | None = None
+        self.lost, self.ended = False, threading.Event()
+        self.renewal = threading.Lock()
+
+    def take(self) -> None:
+        """Becomes the owner; raises UserError if there is another who is alive."""
+        found = storage.current(self.url)
+        if found is not None and not self._is_free(found[0]):
+            log(f"{self.url}: {_named(found[0])} had this run directory; seeing whether it is alive")
+            deadline = time.monotonic() + LEASE
+            while time.monotonic() < deadline:
+                time.sleep(min(1.0, BEAT / 2))
+                now = storage.current(self.url)
+                if now is None or now[1] != found[1]:
+                    self.refuse()
+        self.version = found and found[1]
+        if not self._renew():
+            self.refuse()
+        threading.Thread(target=self._keep, daemon=True).start()
+
+    def _is_free(self, data: bytes) -> bool:
+        """Whether an owner has left, or worked where this process now holds the lock."""
+        owner = _owner(data)
+        return bool(owner.get("released")) or owner.get("place") == self.place
+
+    def refuse(self) -> NoReturn:
+        """Raises the UserError that names the owner."""
+        found = storage.current(self.url)
+        who = _named(found[0]) if found else "another process"
+        where = self.url.removesuffix(f"/{OWNER}")
+        raise UserError(f"in use by {who}: wait for it, or choose another run_dir", file=where)
+
+    def _renew(self, released: bool = False) -> bool:
+        with self.renewal:
+            self.count += 1
+            owner = {"token": self.token, "host": socket.gethostname(), "pid": os.getpid(), "place": self.place}
+            owner["count"] = self.count
+            data = json.dumps({**owner, "released": released}).encode()
+            version = storage.replace(self.url, data, self.version)
+            self.version = version or self.version
+            return version is not None
+
+    def _keep(self) -> None:
+        while not self.ended.wait(BEAT):
+            with contextlib.suppress(UserError):  # the store fails: tried again, and `sync` would say so
+                if not self._renew():
+                    self.lost = True
+                    return
+
+    def release(self) -> None:
+        self.ended.set()
+        if not self.lost:
+            with contextlib.suppress(UserError):  # then it ends by itself
+                self._renew(released=True)
+
+
+class Mirror:
+    """A folder here and the same on a store."""
+
+    def __init__(self, url: str, folder: Path, place: str):
+        self.url, self.folder = url, folder
+        self.lease = Lease(url, place)
+        self.sent: dict[str, Sent] = {}
+        self.version: storage.Version | None = None  # of the index
+        self.number, self.synced = 0, time.monotonic()
+        self.busy = False
+        self.status: int | None = None  # the exit status that a signal during `sync` asked for
+
+    def bring(self) -> None:
+        """Makes the folder what the index says; what is there already is not fetched again."""
+        found = storage.current(f"{self.url}/{INDEX}")
+        entries: dict[str, Any] = {}
+        if found is not None:
+            self.version = found[1]
+            entries = strict_json.as_object(strict_json.parse(found[0], f"{self.url}/{INDEX}", own=True), INDEX)[
+                "files"
+            ]
+        there = {one.url.removeprefix(f"{self.url}/"): one for one in storage.listing(self.url)}
+        self.folder.mkdir(parents=True, exist_ok=True)
+        for path in self._files():
+            if path not in entries:
+                (self.folder / path).unlink(missing_ok=True)
+        for path, entry in entries.items():
+            if not storage.is_known(f"{self.url}/{path}"):
+                raise UserError(f"damaged: it names the file {path!r:.80}", file=f"{self.url}/{INDEX}")
+            if "parts" not in entry and path not in there:  # deleted there
+                (self.folder / path).unlink(missing_ok=True)
+                continue
+            same = self._fetch(path, entry, there)
+            self.sent[path] = Sent(entry, _mark(self.folder / path) if same else None)
+        log(f"{self.url}: {len(self.sent)} files, worked on in {self.folder}")
+
+    def _fetch(self, path: str, entry: dict[str, Any], there: dict[str, storage.Object]) -> bool:
+        """Brings one file; returns whether it is as the index says, and not newer."""
+        target = self.folder / path
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with writing(target):
+            if "text" in entry:
+                target.write_text(entry["text"], encoding="utf-8")
+            elif "parts" in entry:
+                with open(target, "wb") as file:
+                    for name, size in entry["parts"]:
+                        part = there.get(f"{PARTS}/{name}")
+                        if part is None or part.size != size:
+                            raise UserError("a part of a journal is gone", file=f"{self.url}/{PARTS}/{name}")
+                        file.write(part.read(0, size))
+            else:
+                one = there[path]
+                same = one.version == entry["version"]
+                if same and target.is_file() and provenance.sha256(target) == entry["sha256"]:
+                    return True
+                with open(target, "wb") as file:
+                    for start in range(0, one.size, storage.BLOCK):
+                        file.write(one.read(start, min(start + storage.BLOCK, one.size)))
+                if same and entry["sha256"] and provenance.sha256(target) != entry["sha256"]:
+                    raise UserError("damaged: it is not what was sent", file=one.url)
+                return same
+        return True
+
+    def sync(self) -> None:
+        """Sends what is new and then the index; raises UserError if that fails, or if the run has another owner."""
+        self.busy = True
+        try:
+            self._sync()
+        finally:
+            self.busy = False
+            if self.status is not None:
+                self.lease.release()
+                os._exit(self.status)
+        self.synced = time.monotonic()
+
+    def _sync(self) -> None:
+        files = self._files()
+        new = {path: mark for path, mark in files.items() if path not in self.sent or self.sent[path].mark != mark}
+        gone = [path for path in self.sent if path not in files]
+        if new or gone:
+            if self.lease.lost:
+                self.lease.refuse()
+            before = {name for one in self.sent.values() for name, _ in one.entry.get("parts", ())}
+            with concurrent.futures.ThreadPoolExecutor(8) as pool:
+                made = dict(zip(new, pool.map(lambda path: self._send(path, new[path]), new), strict=True))
+            sent = {path: one for path in files if (one := made[path] if path in made else self.sent[path])}
+            self.number += 1
+            content = {"files": {path: one.entry for path, one in sent.items()}}
+            data = json.dumps({**content, "by": self.lease.token, "number": self.number}).encode()
+            version = storage.replace(f"{self.url}/{INDEX}", data, self.version)
+            if version is None:
+                self.lease.refuse()
+            self.sent, self.version = sent, version
+            after = {name for one in sent.values() for name, _ in one.entry.get("parts", ())}
+            with contextlib.suppress(UserError):  # nothing reads it
+                storage.delete([f"{self.url}/{path}" for path in gone])
+                storage.delete([f"{self.url}/{PARTS}/{name}" for name in before - after])
+
+    def _send(self, path: str, mark: Mark) -> Sent | None:
+        """Sends one file, of a journal what is new; None if it is gone."""
+        file, url, old = self.folder / path, f"{self.url}/{path}", self.sent.get(path)
+        if GROWING.fullmatch(path):
+            parts, start = [], 0
+            if old and old.mark and old.mark[0] == mark[0] and old.mark[1] <= mark[1]:
+                parts, start = list(old.entry["parts"]), old.mark[1]
+            if len(parts) >= MOST_PARTS:
+                parts, start = [], 0
+            if mark[1] > start:
+                name = f"{path}/{start:012d}-{uuid.uuid4().hex[:8]}"
+                with open(file, "rb") as journal:
+                    journal.seek(start)
+                    storage.put(f"{self.url}/{PARTS}/{name}", journal.read(mark[1] - start))
+                parts.append([name, mark[1] - start])
+            return Sent({"parts": parts}, mark)
+        if mark[1] <= SMALL and DESCRIPTION.fullmatch(path):
+            text = file.read_text(encoding="utf-8")
+            storage.put(url, text.encode())
+            return Sent({"text": text}, mark)
+        try:
+            found = provenance.sha256(file)
+        except FileNotFoundError:
+            return None
+        entry = {"sha256": found, "version": storage.put(url, file)}
+        if _mark(file) != mark:  # something writes to it, such as TensorBoard's thread
+            return Sent({**entry, "sha256": ""}, None)
+        return Sent(entry, mark)
+
+    def _files(self) -> dict[str, Mark]:
+        """The files here that belong on the store."""
+        found = {}
+        for path in sorted(self.folder.rglob("*")):
+            name = path.relative_to(self.folder).as_posix()
+            if not LEFT_HERE.fullmatch(name) and path.is_file() and (mark := _mark(path)):
+                found[name] = mark
+        return found
+
+
+_open: Mirror | None = None
+
+
+def sync(least: float = 0.0) -> None:
+    """Sends what is new, if the run directory is on a store and the last time was `least` seconds ago.
+
+    To be called where a kill would leave the run directory as it should be.
+    """
+    if _open is not None and time.monotonic() >= _open.synced + least:
+        _open.sync()
+
+
+def leave(status: int) -> None:
+    """Ends the process once what is durable here is on the store: what SIGTERM does where nothing has to be saved first.
+
+    In the middle of `sync`, that goes on and then ends the process.
+    """
+    if _open is not None and _open.busy:
+        _open.status = status
+        return
+    try:
+        if _open is not None:
+            _open.sync()
+            _open.lease.release()
+    finally:
+        os._exit(status)
+
+
+@contextlib.contextmanager
+def opened(config: config_lib.Config) -> Iterator[config_lib.Config]:
+    """The configuration with a run directory on this machine, which is sent to the store whenever something is finished.
+
+    Raises UserError where another process works on it, or the store fails.
+    """
+    global _open
+    if jax.process_count() > 1:
+        raise UserError(ALONE, field="run_dir")
+    url = config.run_dir
+    folder = _place(url)
+    with _alone(folder) as place:
+        mirror = Mirror(url, folder, place)
+        mirror.lease.take()
+        try:
+            mirror.bring()
+            _open = mirror
+            try:
+                yield config_lib.with_overrides(config, {"run_dir": str(folder)}, "run_dir")
+            except BaseException:
+                with contextlib.suppress(UserError):  # what is raised says more
+                    mirror.sync()
+                raise
+            mirror.sync()
+            log(f"run_dir: everything is in {url}")
+        finally:
+            _open = None
+            mirror.lease.release()
+
+
+def _place(url: str) -> Path:
+    """Where a run directory is worked on."""
+    root = os.environ.get(SCRATCH) or Path.home() / ".cache" / "dail_jax" / "runs"
+    name = re.sub(r"[^\w.-]+", "-", url.rpartition("/")[2])
+    return Path(root).absolute() / f"{name}-{hashlib.sha256(url.encode()).hexdigest()[:12]}"
+
+
+@contextlib.contextmanager
+def _alone(folder: Path) -> Iterator[str]:
+    """Refuses a second process of this machine; yields a name for the lock that it holds, unlike that of any other."""
+    with writing(folder):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        lock = os.open(folder.with_name(f"{folder.name}.lock"), os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        boot, stat = Path("/proc/sys/kernel/random/boot_id"), os.fstat(lock)
+        machine = boot.read_text().strip() if boot.exists() else socket.gethostname()
+        yield f"{machine} {stat.st_dev} {stat.st_ino}"
+    except BlockingIOError:
+        raise UserError("another process works here: wait for it, or choose another run_dir", file=folder) from None
+    finally:
+        os.close(lock)
+
+
+def _mark(path: Path) -> Mark | None:
+    try:
+        stat = path.stat()
+    except FileNotFoundError:
+        return None
+    return stat.st_ino, stat.st_size, stat.st_mtime_ns
+
+
+def _owner(data: bytes) -> dict[str, Any]:
+    try:
+        owner = json.loads(data)
+    except ValueError:
+        owner = None
+    return owner if isinstance(owner, dict) else {}
+
+
+def _named(data: bytes) -> str:
+    owner = _owner(data)
+    return f"process {owner.get('pid')} of {owner.get('host')}"
