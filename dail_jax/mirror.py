@@ -45,6 +45,7 @@ BEAT, LEASE = 5.0, 30.0  # seconds between renewals, and after which an owner wh
 
 OURS = ".dail"  # the folder on the store for what is not a file of the run
 INDEX, OWNER, PARTS = f"{OURS}/index.json", f"{OURS}/owner.json", f"{OURS}/parts"
+TAIL = 4096  # bytes by which a journal is known to go on
 MOST_PARTS = 64  # of one journal, before they are joined
 SMALL = 64 << 10  # bytes of a description that the index holds itself
 
@@ -67,6 +68,7 @@ class Sent:
 
     entry: dict[str, Any]
     mark: Mark | None
+    tail: bytes = b""  # of a journal: the last bytes that were sent
 
 
 class Lease:
@@ -164,7 +166,7 @@ class Mirror:
                 (self.folder / path).unlink(missing_ok=True)
                 continue
             same = self._fetch(path, entry, there)
-            self.sent[path] = Sent(entry, _mark(self.folder / path) if same else None)
+            self.sent[path] = Sent(entry, _mark(self.folder / path) if same else None, self._tail(path))
         log(f"{self.url}: {len(self.sent)} files, worked on in {self.folder}")
 
     def _fetch(self, path: str, entry: dict[str, Any], there: dict[str, storage.Object]) -> bool:
@@ -233,18 +235,21 @@ class Mirror:
         """Sends one file, of a journal what is new; None if it is gone."""
         file, url, old = self.folder / path, f"{self.url}/{path}", self.sent.get(path)
         if GROWING.fullmatch(path):
-            parts, start = [], 0
-            if old and old.mark and old.mark[0] == mark[0] and old.mark[1] <= mark[1]:
-                parts, start = list(old.entry["parts"]), old.mark[1]
-            if len(parts) >= MOST_PARTS:
-                parts, start = [], 0
-            if mark[1] > start:
+            parts = list(old.entry["parts"]) if old and len(old.entry["parts"]) < MOST_PARTS else []
+            start = sum(size for _, size in parts)
+            with open(file, "rb") as journal:
+                if old and parts:  # does the file go on, or has it been written anew?
+                    journal.seek(start - len(old.tail))
+                    if start > mark[1] or journal.read(len(old.tail)) != old.tail:
+                        parts, start = [], 0
+                journal.seek(start)
+                data = journal.read(mark[1] - start)
+            if data:
                 name = f"{path}/{start:012d}-{uuid.uuid4().hex[:8]}"
-                with open(file, "rb") as journal:
-                    journal.seek(start)
-                    storage.put(f"{self.url}/{PARTS}/{name}", journal.read(mark[1] - start))
-                parts.append([name, mark[1] - start])
-            return Sent({"parts": parts}, mark)
+                storage.put(f"{self.url}/{PARTS}/{name}", data)
+                parts.append([name, len(data)])
+            tail = ((old.tail if old and start else b"") + data)[-TAIL:]
+            return Sent({"parts": parts}, mark, tail)
         if mark[1] <= SMALL and DESCRIPTION.fullmatch(path):
             text = file.read_text(encoding="utf-8")
             storage.put(url, text.encode())
@@ -257,6 +262,13 @@ class Mirror:
         if _mark(file) != mark:  # something writes to it, such as TensorBoard's thread
             return Sent({**entry, "sha256": ""}, None)
         return Sent(entry, mark)
+
+    def _tail(self, path: str) -> bytes:
+        if not GROWING.fullmatch(path):
+            return b""
+        with open(self.folder / path, "rb") as journal:
+            journal.seek(max(0, os.fstat(journal.fileno()).st_size - TAIL))
+            return journal.read()
 
     def _files(self) -> dict[str, Mark]:
         """The files here that belong on the store."""

@@ -205,6 +205,40 @@ def test_a_lost_answer_is_no_other_owner(server, place):
     assert storage.current(url) is None and storage.replace(url, b"five", newer) is None
 
 
+def test_journals_go_on_or_are_written_anew(server, place, monkeypatch):
+    """Whatever happens to them in between, they come out on another machine as they were."""
+    monkeypatch.setattr(mirror, "TAIL", 6)
+    monkeypatch.setattr(mirror, "MOST_PARTS", 3)
+    url, rows = f"{URL}/journals", ["aaaa\n", "bb\n", "", "cc\ndd\n", "e\n", "f\n"]
+    here = mirror.Mirror(url, place / "here", "machine 1")
+    here.lease.take()
+    here.bring()
+    file, counts = here.folder / "metrics.jsonl", []
+
+    def sent():
+        here.sync()
+        there = mirror.Mirror(url, place / "there", "machine 2")
+        there.bring()
+        assert (there.folder / "metrics.jsonl").read_bytes() == file.read_bytes()
+        assert sorted(there._files()) == sorted(here._files())
+        parts = here.sent["metrics.jsonl"].entry["parts"]
+        assert len(server.keys(f"runs/one/journals/{mirror.PARTS}")) == len(parts)
+        counts.append(len(parts))
+
+    for row in rows:
+        with open(file, "a") as journal:
+            journal.write(row)
+        sent()
+    assert counts == [1, 2, 2, 3, 1, 2]  # joined
+    for text in ("aaaa\nbb\nX\nlonger than it was before\n", "aaaa\n", "aaaa\nbb\n", ""):
+        with open(file, "r+") as journal:  # in place: the same inode
+            journal.truncate(0)
+            journal.write(text)
+        sent()
+    assert counts[6:] == [1, 1, 2, 0]
+    here.lease.release()
+
+
 def test_several_processes_are_refused(place, monkeypatch):
     monkeypatch.setattr(mirror.jax, "process_count", lambda: 2)
     with pytest.raises(UserError, match="is worked on by one process"), mirror.opened(config()):
