@@ -21,6 +21,7 @@ import contextlib
 import fcntl
 import hashlib
 import json
+import math
 import os
 import re
 import socket
@@ -79,7 +80,7 @@ class Lease:
         self.token, self.count = uuid.uuid4().hex, 0
         self.version: storage.Version | None = None
         self.lost, self.ended = False, threading.Event()
-        self.renewal = threading.Lock()
+        self.renewal, self.renewed = threading.Lock(), -math.inf
 
     def take(self) -> None:
         """Becomes the owner; raises UserError if there is another who is alive."""
@@ -116,8 +117,14 @@ class Lease:
             owner["count"] = self.count
             data = json.dumps({**owner, "released": released}).encode()
             version = storage.replace(self.url, data, self.version)
-            self.version = version or self.version
+            self.version, self.renewed = version or self.version, time.monotonic()
             return version is not None
+
+    def hold(self) -> None:
+        """Raises UserError unless this process still is the owner: it may have been asleep for longer than it knows."""
+        if self.lost or (time.monotonic() > self.renewed + 1 and not self._renew()):
+            self.lost = True
+            self.refuse()
 
     def _keep(self) -> None:
         while not self.ended.wait(BEAT):
@@ -213,8 +220,7 @@ class Mirror:
         new = {path: mark for path, mark in files.items() if path not in self.sent or self.sent[path].mark != mark}
         gone = [path for path in self.sent if path not in files]
         if new or gone:
-            if self.lease.lost:
-                self.lease.refuse()
+            self.lease.hold()
             before = {name for one in self.sent.values() for name, _ in one.entry.get("parts", ())}
             with concurrent.futures.ThreadPoolExecutor(8) as pool:
                 made = dict(zip(new, pool.map(lambda path: self._send(path, new[path]), new), strict=True))

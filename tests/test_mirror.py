@@ -161,10 +161,12 @@ def test_a_second_run_is_refused_and_a_dead_one_replaced(server, place):
     assert (third.folder / "a.txt").read_text() == "first"
     (third.folder / "a.txt").write_text("third")
     third.sync()
+    (first.folder / "a.txt").write_text("it wakes up")
     (first.folder / "b.txt").write_text("it wakes up")
     with pytest.raises(UserError, match="in use by"):
         first.sync()
-    assert "b.txt" not in json.loads(server.send("GET", f"runs/one/shared/{mirror.INDEX}"))["files"]
+    assert server.send("GET", "runs/one/shared/a.txt") == b"third"
+    assert server.keys("runs/one/shared/b.txt") == []
     third.lease.release()
     started = time.monotonic()
     fourth = mirror.Lease(url, "machine 4")
