@@ -1,6 +1,7 @@
 """Keys and values in pages: the same samples, from memory for fewer than all slots' longest texts."""
 
 import dataclasses
+import types
 
 import jax
 import jax.numpy as jnp
@@ -11,9 +12,11 @@ from conftest import mesh_of
 from jax.experimental.pallas import tpu as pltpu
 from jax.experimental.pallas.ops.tpu.ragged_paged_attention import kernel as ragged
 
+from dail_jax import config as config_lib
 from dail_jax.model import attention, pages, weights
 from dail_jax.sample import decode
 from dail_jax.sample import pool as pool_lib
+from dail_jax.stages import check
 
 CFG = dataclasses.replace(dense.CFG, H=128, layers=dense.CFG.layers[:1])  # the kernel's heads have 128 channels
 
@@ -139,6 +142,19 @@ def test_what_the_kernel_does_not_take_is_refused():
     assert "here are 6" in str(refusal("tpu", K=12, N=12, tensor=2))
     assert "gpu" in str(refusal("gpu"))
     assert "window or a state" in str(refusal("tpu", layers=(dataclasses.replace(CFG.layers[0], window=8),)))
+
+    def found(stage, platform):
+        """What `check` says before a stage starts."""
+        devices = types.SimpleNamespace(flat=[types.SimpleNamespace(platform=platform)])
+        mesh = types.SimpleNamespace(devices=devices, shape={"data": 1, "fsdp": 1, "tensor": 2})
+        tree = {"run_dir": "r", "model": {"path": "m"}, stage: {"pages": 0.5}}
+        subject = types.SimpleNamespace(
+            config=config_lib.build(tree, "test"), stage=stage, server=None, sample_mesh=mesh, model=CFG
+        )
+        return [str(problem) for problem in check.caches(subject)]  # pyright: ignore[reportArgumentType]
+
+    assert found("evaluate", "tpu") == []
+    assert found("generate", "gpu") == ["generate.pages: there is no kernel for a gpu: want null"]
 
 
 def test_caches_are_updated_in_place(params, one_device):
