@@ -119,12 +119,12 @@ def test_the_table_has_every_program_and_its_memory(config):
         "references, 4 x (96 + 32) tokens",
         "loss, dail, 4 x 32 tokens",
         STEP,
-        "rollouts, 4 slots x 2 roles of 32 tokens: prefill 32",
-        "rollouts, 4 slots x 2 roles of 32 tokens after prompts of 32: decode",
-        "evaluation, 4 slots x 1 roles of 32 tokens: prefill 32",
-        "evaluation, 4 slots x 1 roles of 32 tokens after prompts of 32: decode",
-        "forced answers, 4 slots x 1 roles of 8 tokens: prefill 96",
-        "forced answers, 4 slots x 1 roles of 8 tokens after prompts of 96: decode",
+        "rollouts, 4 slots x 2 roles of 32 tokens: prefill 32, 1 of 4 prompts",
+        "rollouts, 4 slots x 2 roles of 32 tokens after 4 prompts of 32: decode",
+        "evaluation, 4 slots x 1 roles of 32 tokens: prefill 32, 1 of 4 prompts",
+        "evaluation, 4 slots x 1 roles of 32 tokens after 4 prompts of 32: decode",
+        "forced answers, 4 slots x 1 roles of 8 tokens: prefill 96, 1 of 4 prompts",
+        "forced answers, 4 slots x 1 roles of 8 tokens after 4 prompts of 96: decode",
     ]
     step = rows[STEP]
     parameters = 2 * (320 * 64 * 2 + 2 * 64 * (4 + 2 + 2 + 4) * 128 + 2 * 3 * 64 * 96)
@@ -143,7 +143,7 @@ def test_pages_are_counted_by_the_texts_that_they_hold(config):
     model = families.read_config(changed.model.path)
     _, mesh = programs.meshes_of(changed.mesh, jax.devices()[:4])
     found = {p.name: p for p in programs.sampler_programs(changed, model, mesh)}
-    name = "evaluation, 4 slots x 1 roles of 1000 tokens, pages 0.5 after prompts of 32: decode"
+    name = "evaluation, 4 slots x 1 roles of 1000 tokens, pages 0.5 after 8 prompts of 32: decode"
     token, rows, text = 2 * 2 * 128 * 2, 2, 32 + 0.32 * 1000
     held = (1 + 4 + rows * 9) * 64 * token  # one of no row, four prompts, and 1 + 500 / 64 pages each
     assert found[name].fetched == pytest.approx(rows * (text + 512 / 2 + 1) * token)
@@ -152,7 +152,7 @@ def test_pages_are_counted_by_the_texts_that_they_hold(config):
     assert found[name].caches == ((23, 64, 2, 128),)
     row = programs.measure(found[name], changed, quick=True)
     assert row.aliased_gb * 1e9 >= 2 * 23 * 64 * 2 * 128 * 2 and row.cache_copies == 0
-    assert found["forced answers, 4 slots x 1 roles of 8 tokens, pages 0.5: prefill 1536"].fetched == 0
+    assert found["forced answers, 4 slots x 1 roles of 8 tokens, pages 0.5: prefill 1536, 1 of 4 prompts"].fetched == 0
 
 
 def test_a_token_reads_no_pool_that_a_kernel_is_given():

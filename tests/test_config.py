@@ -259,16 +259,22 @@ RUNS = [
 ]
 
 
-@pytest.mark.parametrize(("path", "words"), RUNS)
-def test_presets_fit_by_the_stored_plans_and_say_what_these_say(path, words, monkeypatch):
-    """For each command in a preset's header the stored plans have every program, all fit, and the header has the sums."""
-    monkeypatch.chdir(CONFIGS.parent)
+def planned(words):
+    """A command's configuration, the number of its chips, and the stored programs for them."""
     args = launch.parse(["run", *(word for word in words if not word.endswith(("=DIR", "=FILE")))])
-    config = config_lib.load(args.config[0], args.overrides, args.config[1:])
-    topology = re.search(r"\((v\de:(\d)x(\d)), ", Path(args.config[0]).read_text())
+    topology = re.search(r"\((v\de:(\d)x(\d)), ", (CONFIGS.parent / args.config[0]).read_text())
     assert topology is not None
-    chips = int(topology[2]) * int(topology[3])
+    config = config_lib.load(
+        CONFIGS.parent / args.config[0], args.overrides, [CONFIGS.parent / c for c in args.config[1:]]
+    )
     known = plan.reports_of([str(CONFIGS.parent / "docs/measured/plans")], topology[1])
+    return config, int(topology[2]) * int(topology[3]), known
+
+
+@pytest.mark.parametrize(("path", "words"), RUNS)
+def test_presets_fit_by_the_stored_plans_and_say_what_these_say(path, words):
+    """For each command in a preset's header the stored plans have every program, all fit, and the header has the sums."""
+    config, chips, known = planned(words)
     meshes, rows = functools.partial(programs.abstract_meshes, devices=chips), {}
     for own in plan.arms_of(config).values():
         folder = resources.model(own.model.path)

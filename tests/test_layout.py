@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import tiny
+from test_config import RUNS, planned
 
 from dail_jax import config as config_lib
 from dail_jax import resources
@@ -18,18 +19,6 @@ from dail_jax.stages import layout as layout_stage
 from dail_jax.stages.session import open_session
 
 CONFIGS = Path(__file__).parent.parent / "configs"
-PLANS = Path(__file__).parent.parent / "docs" / "measured" / "plans"
-BASES = [CONFIGS / f"{name}.yaml" for name in ("qwen3_8b_reasoning", "qwen2_5_7b_instruct")]
-
-
-def preset(name):
-    """A preset, or one of the paper's over what it is laid over."""
-    if (CONFIGS / f"{name}.yaml").exists():
-        return config_lib.load(CONFIGS / f"{name}.yaml")
-    over = CONFIGS / "paper" / f"{name}.yaml"
-    (base,) = [path for path in BASES if f"configs/{path.name}" in over.read_text()]
-    return config_lib.load(base, (), [str(over)])
-
 
 V6E = layout.Devices(16, 1, "TPU v6 lite", 32e9, chips.CHIPS["TPU v6 lite"])
 V5E = layout.Devices(16, 1, "TPU v5 lite", 16e9, chips.CHIPS["TPU v5 lite"])
@@ -47,30 +36,28 @@ def chosen(devices, *overrides, mesh="mesh=auto"):
     return found["values"], found["peak_gb"]
 
 
-@pytest.mark.parametrize("path", sorted(PLANS.glob("*.json")), ids=lambda path: path.stem)
-def test_estimates_are_what_was_compiled(path):
-    """Peaks of every stored job's prefill and decoding, and of every train step: from 5% less to 20% more. What does not fit
-    there would not be chosen."""
-    stored, config, seen = json.loads(path.read_text()), preset(path.stem), set()
-    rows = {(row["model"], row["key"]): row for row in stored["programs"] if row["peak_gb"]}
+@pytest.mark.parametrize(("path", "words"), RUNS)
+def test_estimates_are_what_was_compiled(path, words):
+    """Peaks of every job's prefill and decoding, and of every train step, in the stored plans of the presets: from 5% less
+    to 20% more. What does not fit there would not be chosen."""
+    config, count, known = planned(words)
+    pairs: dict[tuple, list] = {}
     for own in plan.arms_of(config).values():
         folder = resources.model(own.model.path)
         model = families.read_config(folder)
-        train, sample = programs.abstract_meshes(own.mesh, stored["chips"])
+        train, sample = programs.abstract_meshes(own.mesh, count)
         jobs = {name: job for job in programs.jobs_of(own) for name in programs.names_of(job, sample)}
-        pairs: dict[str, list] = {}
         for program in programs.programs_of(own, model, train, sample):
-            job, row = jobs.get(program.name), rows.pop(plan.key_of(folder, program), None)  # of the first arm
+            job, row = jobs.get(program.name), known.pop(plan.key_of(folder, program), None)  # of the first arm
             if row and (job or program.name.startswith("train step")):
-                pairs.setdefault(job.name if job else "train", []).append((job, row))
-        for what, several in pairs.items():
-            job, peak = several[0][0], max(row["peak_gb"] for _, row in several)
-            need = layout.sampling_need(own, model, job, sample) if job else layout.training_need(own, model, train)
-            assert 0.95 < need.peak / 1e9 / peak < 1.2, (what, need, peak)
-            if not all(row["fits"] for _, row in several):
-                assert need.peak > layout.HEADROOM * several[0][1]["hbm_gb"] * 1e9
-            seen.add(what)
-    assert "train" in seen and len(seen) >= 3
+                need = layout.sampling_need(own, model, job, sample) if job else layout.training_need(own, model, train)
+                pairs.setdefault((folder, job or program.name), []).append((need, row))
+    for what, several in pairs.items():
+        need, peak = several[0][0], max(row.peak_gb for _, row in several)
+        assert 0.95 < need.peak / 1e9 / peak < 1.2, (what, need, peak)
+        if not all(row.fits for _, row in several):
+            assert need.peak > layout.HEADROOM * several[0][1].hbm_gb * 1e9
+    assert any("train step" in str(what) for _, what in pairs) and len(pairs) >= 3
 
 
 @pytest.mark.parametrize("devices", [V6E, V5E, dataclasses.replace(V6E, count=4)], ids=lambda d: f"{d.kind}, {d.count}")

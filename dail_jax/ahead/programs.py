@@ -471,7 +471,8 @@ def names_of(job: Job, mesh: Mesh) -> tuple[str, str]:
     grid = job.grid(mesh)
     label = f"{job.name}, {grid.slots} slots x {grid.roles} roles of {grid.max_tokens} tokens"
     label += f", pages {job.pages:g}" if grid.pages else ""
-    return f"{label}: prefill {grid.prompt_slots}", f"{label} after prompts of {grid.prompt_slots}: decode"
+    prompts, length = grid.blocks * grid.entries, grid.prompt_slots
+    return f"{label}: prefill {length}, 1 of {prompts} prompts", f"{label} after {prompts} prompts of {length}: decode"
 
 
 def sampler_programs(config: config_lib.Config, model: ModelConfig, mesh: Mesh) -> list[Program]:
