@@ -200,7 +200,7 @@ def rows(device: str, budget: int) -> tuple[Row, Row]:
     return before, max(found, key=lambda row: row.speed)
 
 
-ONE = jax.sharding.AbstractMesh((1, 1, 1), mesh_lib.AXES)
+ONE = mesh_lib.abstract((1, 1, 1))
 
 
 def main(argv: Sequence[str] | None = None) -> None:

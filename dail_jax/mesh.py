@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 from jax.experimental import mesh_utils, multihost_utils
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
 
 from dail_jax import config as config_lib
 from dail_jax.errors import UserError
 
 AXES = tuple(config_lib.Axes.model_fields)
+TYPES = (AxisType.Auto,) * len(AXES)  # named, since JAX's default is another from one version to the next
 
 # One letter per array axis, everywhere: upper case in shapes, lower case in einsums and layouts.
 LETTERS = {
@@ -81,7 +82,12 @@ def make_mesh(cfg: config_lib.Axes, devices=None) -> jax.sharding.Mesh:
     """The mesh of all AXES over all devices (or `devices`); raises UserError if the sizes do not fit."""
     devices = list(np.asarray(all_devices() if devices is None else devices).flat)
     sizes = sizes_of(cfg, len(devices), devices[0].device_kind)
-    return jax.sharding.Mesh(_arranged(sizes, devices), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+    return jax.sharding.Mesh(_arranged(sizes, devices), AXES, axis_types=TYPES)
+
+
+def abstract(sizes: Sequence[int]) -> AbstractMesh:
+    """A mesh of devices that are not even described: enough for names, shapes and shardings."""
+    return AbstractMesh(tuple(sizes), AXES, axis_types=TYPES)
 
 
 def sizes_of(cfg: config_lib.Axes, devices: int, kind: str) -> list[int]:

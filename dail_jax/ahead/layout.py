@@ -91,10 +91,6 @@ def devices_of(found: Sequence) -> Devices:
 # ---------------------------------------------------------------------------------------------------
 
 
-def abstract(sizes: Sequence[int]) -> AbstractMesh:
-    return AbstractMesh(tuple(sizes), mesh_lib.AXES)
-
-
 def training_need(config: config_lib.Config, model: ModelConfig, mesh) -> Need:
     """The train step's, on the longest batch."""
     cfg, method, size = config.train, methods.of(config), jnp.dtype(config.model.dtype).itemsize
@@ -304,12 +300,12 @@ def _sized(own: Sequence[tuple[Task, Job]], mesh, number: int, devices: Devices)
 def _sampling_meshes(cfg: config_lib.Mesh, models: Sequence[ModelConfig], devices: Devices) -> Iterator[AbstractMesh]:
     """`data` x `tensor`, where heads and widths can be divided; or the one that is configured."""
     if cfg.sample != "auto":
-        yield abstract(mesh_lib.sizes_of(cfg.for_sampling, devices.count, devices.kind))
+        yield mesh_lib.abstract(mesh_lib.sizes_of(cfg.for_sampling, devices.count, devices.kind))
         return
     for tensor in range(1, devices.count // devices.slices + 1):
         divides = devices.count % (tensor * devices.slices) == 0
         if divides and all(_splits(model, tensor) for model in models):
-            yield abstract((devices.count // tensor, 1, tensor))
+            yield mesh_lib.abstract((devices.count // tensor, 1, tensor))
 
 
 def _splits(model: ModelConfig, tensor: int) -> bool:
@@ -373,7 +369,7 @@ def _training_meshes(tasks: Sequence[Task], devices: Devices) -> Iterator[Abstra
     for fsdp in range(1, parts + 1):
         inside = devices.count % devices.slices == 0 and (parts // fsdp) % devices.slices == 0
         if parts % fsdp == 0 and inside and all(task.model.D % fsdp == 0 for task in tasks):
-            yield abstract((parts // fsdp, fsdp, tensor))
+            yield mesh_lib.abstract((parts // fsdp, fsdp, tensor))
 
 
 def _shape(mesh) -> str:

@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import AbstractMesh, Mesh
+from jax.sharding import Mesh
 
 from dail_jax import config as config_lib
 from dail_jax import mesh as mesh_lib
@@ -120,7 +120,7 @@ def meshes_of(cfg: config_lib.Mesh, devices) -> tuple[Mesh, Mesh]:
 def abstract_meshes(cfg: config_lib.Mesh, devices: int) -> tuple[Any, Any]:
     """The same of so many devices that are not even described: enough for names and shapes."""
     train, sample = (mesh_lib.sizes_of(one, devices, "devices") for one in (cfg.for_training, cfg.for_sampling))
-    return AbstractMesh(tuple(train), mesh_lib.AXES), AbstractMesh(tuple(sample), mesh_lib.AXES)
+    return mesh_lib.abstract(train), mesh_lib.abstract(sample)
 
 
 def programs_of(config: config_lib.Config, model: ModelConfig, train: Mesh, sample: Mesh) -> list[Program]:
