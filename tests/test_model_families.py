@@ -48,7 +48,7 @@ LLAMA_8B = sizes(
 
 
 def released(name):
-    """A checkpoint's config.json with all of its fields, as its authors published it."""
+    """A checkpoint's config.json as published."""
     return json.loads((Path(__file__).parent / "released" / f"{name.replace('/', '--')}.json").read_text())
 
 
