@@ -4,7 +4,6 @@ import contextlib
 import itertools
 import json
 import signal
-import socket
 import subprocess
 import sys
 
@@ -18,9 +17,7 @@ from dail_jax.train import references
 
 
 def start(stage, path, *more):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        at = f"127.0.0.1:{free.getsockname()[1]}"
+    at = f"127.0.0.1:{tiny.free_port()}"
     return [
         tiny.start(stage, path, "--coordinator", at, "--processes", "2", "--process-id", str(i), *more)
         for i in range(2)
@@ -124,25 +121,9 @@ time.sleep(5)
 """
 
 
-def test_hosts_whose_rows_are_not_side_by_side(tmp_path):
+def test_hosts_whose_rows_are_not_side_by_side():
     """Each process feeds the rows of its own devices, wherever the mesh has put them; and SIGTERM still ends it."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        at = f"127.0.0.1:{free.getsockname()[1]}"
-    env = {**tiny.environment(), "XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", INTERLEAVED, at, str(i)],
-            env=env,
-            cwd=tiny.ROOT,
-            text=True,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-        )
-        for i in range(2)
-    ]
-    with ended(processes):
-        found = [tiny.finish(process) for process in processes]
+    found = tiny.pair(INTERLEAVED)
     assert [status for status, _, _ in found] == [7, 7], found
     for (_, out, _), line in zip(found, ("[0, 1, 4, 5] True", "[2, 3, 6, 7] True"), strict=True):
         assert line in out.splitlines()

@@ -5,7 +5,6 @@ import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -248,9 +247,7 @@ def transformers_serve(tmp_path_factory):
     shutil.copytree(tiny.ASSETS / "model", repository / "snapshots" / "0")
     (repository / "refs").mkdir()
     (repository / "refs" / "main").write_text("0")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = tiny.free_port()
     command = [
         sys.executable,
         "-m",

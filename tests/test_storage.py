@@ -1,8 +1,6 @@
 """What is read from an object store, through a real client against a real server on this machine."""
 
 import json
-import socket
-import subprocess
 import sys
 
 import jax
@@ -199,14 +197,15 @@ def test_files_without_a_header_are_refused(server, data):
 
 
 LOADING = """
-import json, sys
+import json, os, sys
+os.environ["DAIL_JAX_CACHE"] = f"{sys.argv[6]}/cache-{sys.argv[2]}"
 import jax, numpy as np
 jax.distributed.initialize(sys.argv[1], 2, int(sys.argv[2]))
 from dail_jax import config, mesh as mesh_lib, storage
 from dail_jax.checkpoint import hf
 from dail_jax.errors import UserError
 mesh = mesh_lib.make_mesh(config.Axes(data=1, fsdp=2, tensor=2))
-out = open(sys.argv[6], "w")  # Gloo writes into the standard one
+out = open(f"{sys.argv[6]}/out-{sys.argv[2]}", "w")  # Gloo writes into the standard one
 read = hf.Tensors.read
 counts = {}
 
@@ -242,26 +241,7 @@ def test_two_processes_read_the_weights_once(server, tmp_path):
         broken["model.norm.weight"][-1] = np.nan  # in the half that the second process reads
         bad = server.put("bad/model.safetensors", save(broken)).removesuffix("/model.safetensors")
         server.put("bad/config.json", (here / "config.json").read_bytes())
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            at = f"127.0.0.1:{free.getsockname()[1]}"
-        env = {**tiny.environment(), "XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
-        processes = [
-            subprocess.Popen(
-                [sys.executable, "-c", LOADING, at, str(i), str(here), url, bad, str(tmp_path / f"out-{i}")],
-                env={**env, "DAIL_JAX_CACHE": str(tmp_path / f"cache-{i}")},
-                cwd=tiny.ROOT,
-                text=True,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-            )
-            for i in range(2)
-        ]
-        try:
-            found = [tiny.finish(process) for process in processes]
-        finally:
-            for process in processes:
-                process.kill()
+        found = tiny.pair(LOADING, str(here), url, bad, str(tmp_path))
         assert [status for status, _, _ in found] == [0, 0], found
         one, two = ((tmp_path / f"out-{i}").read_text().splitlines() for i in range(2))
         whole = sum(x.nbytes for x in broken.values())

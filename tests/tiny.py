@@ -126,6 +126,35 @@ def start(stage: str, path: Path, *more: str) -> subprocess.Popen:
     )
 
 
+def free_port() -> int:
+    """A port of this machine at which nobody listens."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+def pair(code: str, *arguments: str) -> list[tuple[int, str, str]]:
+    """What two processes of two devices end with: `code` is given where the first listens, and which one it is."""
+    at = f"127.0.0.1:{free_port()}"
+    env = {**environment(), "XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", code, at, str(i), *arguments],
+            env=env,
+            cwd=ROOT,
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+        )
+        for i in range(2)
+    ]
+    try:
+        return [finish(process) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+
+
 def finish(process: subprocess.Popen) -> tuple[int, str, str]:
     """(exit status, stdout, stderr)."""
     out, err = process.communicate(timeout=300)
