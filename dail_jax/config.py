@@ -133,7 +133,7 @@ class Mesh(Axes):
         return self._chosen(self.train)
 
     def _chosen(self, own: Axes | str | None) -> Axes:
-        assert not isinstance(own, str), "a mesh that is auto is chosen before it is made (stages.layout)"
+        assert not isinstance(own, str), "a mesh that is auto is chosen before it is made (stages.auto)"
         return own or self
 
 
@@ -352,7 +352,7 @@ class Inference(Section):
 
     @property
     def slot_count(self) -> int:
-        assert not isinstance(self.slots, str), "slots that are auto are chosen before they are used (stages.layout)"
+        assert not isinstance(self.slots, str), "slots that are auto are chosen before they are used (stages.auto)"
         return self.slots
 
 

@@ -205,10 +205,10 @@ def main(argv: list[str] | None = None) -> int:
             if args.stage in SHOWING:
                 mesh_lib.all_devices()  # for the error in one line if JAX_PLATFORMS names a platform that is not there
             if config is not None and args.stage not in UNLAID:
-                from dail_jax.stages import layout
+                from dail_jax.stages import auto
 
                 steps, keep = _steps(args.stage, config, more), args.stage not in ("check", "env")
-                config = layout.settled(config, steps, keep=keep)
+                config = auto.settled(config, steps, keep=keep)
             if config is not None and args.stage != "check":
                 from dail_jax.stages import check
 

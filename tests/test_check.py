@@ -15,7 +15,7 @@ from dail_jax import mesh as mesh_lib
 from dail_jax.data import traces
 from dail_jax.errors import UserError
 from dail_jax.report import collect
-from dail_jax.stages import check, drops, experiment
+from dail_jax.stages import check, checks, drops, experiment
 
 USAGE = collections.namedtuple("USAGE", "total used free")
 
@@ -239,13 +239,13 @@ def test_a_platform_without_devices(tmp_path, capsys, monkeypatch):
 
 def test_accelerators_that_are_missing(monkeypatch):
     """Only where nobody has asked for the CPU."""
-    assert check._missing_accelerator(jax.devices()) is None
+    assert checks._missing_accelerator(jax.devices()) is None
     monkeypatch.setattr(mesh_lib, "platforms", lambda: None)
     monkeypatch.setattr(
         provenance, "versions", lambda names: {name: "1" if name == "libtpu" else None for name in names}
     )
     want = "no TPU was found, although libtpu is installed: mend its driver, or set JAX_PLATFORMS=cpu"
-    assert (check._missing_accelerator(jax.devices()) or "").startswith(want)
+    assert (checks._missing_accelerator(jax.devices()) or "").startswith(want)
 
 
 def test_all_traces_dropped_is_one_line_with_the_keys(tmp_path, pipeline, capsys):

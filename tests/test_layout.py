@@ -14,8 +14,7 @@ from dail_jax import resources
 from dail_jax.ahead import chips, layout, programs
 from dail_jax.errors import UserError
 from dail_jax.model import families
-from dail_jax.stages import experiment, plan
-from dail_jax.stages import layout as layout_stage
+from dail_jax.stages import auto, experiment, plan
 from dail_jax.stages.session import open_session
 
 CONFIGS = Path(__file__).parent.parent / "configs"
@@ -32,7 +31,7 @@ def steps_of(config):
 def chosen(devices, *overrides, mesh="mesh=auto"):
     """(the values of `auto`, the peaks), for Qwen3-8B."""
     config = config_lib.load(CONFIGS / "qwen3_8b_reasoning.yaml", [f"model.path={QWEN}", mesh, *overrides])
-    found = layout_stage._chosen(config, steps_of(config), devices, False)
+    found = auto._chosen(config, steps_of(config), devices, False)
     return found["values"], found["peak_gb"]
 
 
@@ -111,15 +110,15 @@ def test_nothing_that_fits_is_one_line(devices, overrides, message):
 def test_a_choice_is_kept_and_taken_again(tmp_path, capsys):
     changes = {"mesh": "auto", "generate__slots": "auto", "evaluate__slots": "auto"}
     config = config_lib.load(tiny.write(tmp_path / "run", **changes))
-    first = layout_stage.settled(config, steps_of(config), keep=True)
-    assert layout_stage.automatic(first) == [] and "auto, for 8 x cpu: " in capsys.readouterr().out
-    kept = json.loads((tmp_path / "run" / layout_stage.FILE).read_text())
+    first = auto.settled(config, steps_of(config), keep=True)
+    assert auto.automatic(first) == [] and "auto, for 8 x cpu: " in capsys.readouterr().out
+    kept = json.loads((tmp_path / "run" / auto.FILE).read_text())
     assert kept["devices"] == 8 and kept["values"]["evaluate.slots"] == first.evaluate.slots
     other = {**kept, "values": {**kept["values"], "evaluate.slots": 5}}  # as if by another version of the arithmetic
-    (tmp_path / "run" / layout_stage.FILE).write_text(json.dumps(other))
-    assert layout_stage.settled(config, steps_of(config)).evaluate.slots == 5
+    (tmp_path / "run" / auto.FILE).write_text(json.dumps(other))
+    assert auto.settled(config, steps_of(config)).evaluate.slots == 5
     longer = config_lib.with_overrides(config, {"evaluate.sampling.max_tokens": 64}, "test")
-    assert layout_stage.settled(longer, steps_of(longer)).evaluate.slots == first.evaluate.slots
+    assert auto.settled(longer, steps_of(longer)).evaluate.slots == first.evaluate.slots
     session = open_session(config_lib.with_overrides(config, {"run_dir": str(tmp_path / "other")}, "test"))
     assert session.config.generate.slot_count % session.sample_mesh.shape["data"] == 0
     assert math.prod(session.mesh.shape.values()) == 8

@@ -16,7 +16,7 @@ from dail_jax import config as config_lib
 from dail_jax.model import attention, pages, weights
 from dail_jax.sample import decode
 from dail_jax.sample import pool as pool_lib
-from dail_jax.stages import check
+from dail_jax.stages import checks
 
 CFG = dataclasses.replace(dense.CFG, H=128, layers=dense.CFG.layers[:1])  # the kernel's heads have 128 channels
 
@@ -151,7 +151,7 @@ def test_what_the_kernel_does_not_take_is_refused():
         subject = types.SimpleNamespace(
             config=config_lib.build(tree, "test"), stage=stage, server=None, sample_mesh=mesh, model=CFG
         )
-        return [str(problem) for problem in check.caches(subject)]  # pyright: ignore[reportArgumentType]
+        return [str(problem) for problem in checks.caches(subject)]  # pyright: ignore[reportArgumentType]
 
     assert found("evaluate", "tpu") == []
     assert found("generate", "gpu") == ["generate.pages: there is no kernel for a gpu: want null"]

@@ -15,7 +15,7 @@ from dail_jax import resources, rundir
 from dail_jax.ahead import chips, programs
 from dail_jax.metrics import console, log
 from dail_jax.model.families import read_config
-from dail_jax.stages import layout
+from dail_jax.stages import auto
 
 
 def run(
@@ -31,7 +31,7 @@ def run(
     folder = resources.model(config.model.path)
     model = read_config(folder)
     devices = chips.devices(topology)
-    config = layout.settled(config, layout.stages_of(config), devices)
+    config = auto.settled(config, auto.stages_of(config), devices)
     train, sample = programs.meshes_of(config.mesh, devices)
     shape = mesh_lib.described(train, sample)
     log(f"compile: {folder} for {len(devices)} {devices[0].device_kind} ({topology}), mesh {shape}")

@@ -27,7 +27,7 @@ from dail_jax.ahead.programs import ProgramReport
 from dail_jax.errors import UserError
 from dail_jax.metrics import console, log
 from dail_jax.model.families import read_config
-from dail_jax.stages import experiment, layout
+from dail_jax.stages import auto, experiment
 from dail_jax.stages.compile import LEGEND
 from dail_jax.stages.compile import table as program_table
 
@@ -60,7 +60,7 @@ def run(
     if config.model.dtype == "float32":  # as every stage does
         jax.config.update("jax_default_matmul_precision", "highest")
     devices = chips.devices(topology)
-    config = layout.settled(config, [(step.stage, step.config) for step in experiment.steps(config)], devices)
+    config = auto.settled(config, [(step.stage, step.config) for step in experiment.steps(config)], devices)
     meshes = functools.partial(programs.meshes_of, devices=devices)
     found = reports_of(known, topology)
     rows: dict[tuple[str, str], ProgramReport] = {}

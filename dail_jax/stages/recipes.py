@@ -61,6 +61,11 @@ def traces_path(config: config_lib.Config) -> Path:
     return storage.file(config.traces or Path(config.run_dir) / TRACES)
 
 
+def adapter_folder(config: config_lib.Config) -> Path:
+    """What `export` writes."""
+    return Path(config.run_dir) / "adapter"
+
+
 def convert(config: config_lib.Config) -> Recipe:
     return Recipe("convert", select(config, *form(config)), _model(config), (base.Folder("model"),))
 

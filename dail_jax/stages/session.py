@@ -19,7 +19,7 @@ from dail_jax.model import weights
 from dail_jax.model.families import ModelConfig, read_config
 from dail_jax.model.lora import Lora
 from dail_jax.sample import engine, mixture, server
-from dail_jax.stages import layout
+from dail_jax.stages import auto
 from dail_jax.text import Tokenizer, load_tokenizer, stop_ids
 
 
@@ -90,7 +90,7 @@ def open_session(config: config_lib.Config) -> Session:
 
     Meshes and slots that are still `auto` are chosen for this configuration alone.
     """
-    config = layout.settled(config, layout.stages_of(config))
+    config = auto.settled(config, auto.stages_of(config))
     if config.model.dtype == "float32":  # otherwise GPUs and TPUs multiply in fewer bits
         jax.config.update("jax_default_matmul_precision", "highest")
     mesh, sample_mesh = (mesh_lib.make_mesh(one) for one in (config.mesh.for_training, config.mesh.for_sampling))
