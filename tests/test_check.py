@@ -195,7 +195,7 @@ def test_what_is_done_is_not_looked_at_again(tmp_path, pipeline, capsys, monkeyp
     shutil.copytree(pipeline, tmp_path / "run")
     path = tiny.write(tmp_path / "run")
     with monkeypatch.context() as patch:
-        patch.setattr(check, "CHECKS", {})  # there is nothing to look at
+        patch.setattr(checks, "CHECKS", {})  # there is nothing to look at
         assert tiny.run("check", path) == 0
     assert "done generate, train, export, evaluate" in squeeze(capsys.readouterr().out)
     for stage in ("check", "run"):  # before anything is done again
