@@ -15,7 +15,7 @@ from dail_jax import mesh as mesh_lib
 from dail_jax.data import traces
 from dail_jax.errors import UserError
 from dail_jax.report import collect
-from dail_jax.stages import check, checks, drops, experiment
+from dail_jax.stages import checks, drops, experiment
 
 USAGE = collections.namedtuple("USAGE", "total used free")
 
