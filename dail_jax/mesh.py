@@ -183,6 +183,13 @@ def fitting(mesh: jax.sharding.AbstractMesh, axes: str, shape: tuple[int, ...]) 
     return PartitionSpec(*rules)
 
 
+def parts(letter: str, size: int) -> int:
+    """Into how many parts the mesh that is set divides an axis of this size, by the rules and if they divide it evenly."""
+    mesh = jax.sharding.get_abstract_mesh()
+    count = 1 if mesh.empty else axis_size(mesh, letter)
+    return count if size % count == 0 else 1
+
+
 def check_rows(mesh: jax.sharding.Mesh, count: int) -> None:
     """Raises UserError if `count` batch rows do not divide evenly among the devices."""
     parts = axis_size(mesh, "b")

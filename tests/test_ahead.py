@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny
 from conftest import mesh_of
 
 from dail_jax import config as config_lib
@@ -249,6 +250,46 @@ def test_main_memory_traffic_multiplies_loops_and_counts_slices():
     text = jax.jit(run).lower(x, big).compile().as_text()
     moved = compiled.hbm_bytes(text)
     assert 7 * 64 * 64 * 4 * 3 < moved < 7 * 64 * 64 * 4 * 12 < big.nbytes
+
+
+COSTLY = """
+%product (a: bf16[2048,4096], b: bf16[4096,64]) -> bf16[2048,64] {
+  %a = bf16[2048,4096]{1,0} parameter(0)
+  %b = bf16[4096,64]{1,0} parameter(1)
+  ROOT %dot.1 = bf16[2048,64]{1,0} convolution(%a, %b), dim_labels=bf_io->bf
+}
+
+%body (x: bf16[2048,4096]) -> bf16[2048,4096] {
+  %x = bf16[2048,4096]{1,0} parameter(0)
+  %i = f32[8]{0} iota(), iota_dimension=0
+  %tiny = f32[8]{0} add(%i, %i), metadata={op_name="jit(f)/while/body/draw/add"}, backend_config={"estimated_cycles":"2121"}
+  %wide = f32[4096,1024]{1,0:S(1)} broadcast(%tiny), metadata={op_name="jit(f)/while/body/draw/broadcast"}, backend_config={"estimated_cycles":"90000"}
+  ROOT %all-gather.1 = bf16[2048,4096]{1,0} all-gather(%x), replica_groups=mesh['i'=2,'j'=4] {'j'}, metadata={op_name="jit(f)/while/body/draw/g"}
+}
+
+ENTRY %main (p: bf16[2048,4096], w: bf16[4096,64]) -> bf16[2048,64] {
+  %p = bf16[2048,4096]{1,0} parameter(0)
+  %w = bf16[4096,64]{1,0} parameter(1)
+  %loop = bf16[2048,4096]{1,0} while(%p), condition=%c, body=%body, backend_config={"known_trip_count":{"n":"5"}}
+  ROOT %fusion = bf16[2048,64]{1,0} fusion(%loop, %w), kind=kOutput, calls=%product, metadata={op_name="jit(f)/mlp/dot_general"}, backend_config={"estimated_cycles":"175000"}
+}
+"""
+
+
+def test_instructions_cost_what_the_compiler_says(monkeypatch):
+    """By hand, for a chip whose memory carries 1,640 GB/s and whose clock has 1.75 GHz."""
+    monkeypatch.syspath_prepend(str(tiny.ROOT / "benchmarks"))
+    import cost
+
+    device = types.SimpleNamespace(device_kind="TPU v6 lite")
+    table = cost.Reader(COSTLY, "v6e:4x4", device).table(1)
+    assert set(table) == {"mlp: products", "draw: vectors", "draw: exchanged"}
+    assert table["mlp: products"].time == pytest.approx(175_000 / 1.75e9)
+    assert table["draw: vectors"].memory == pytest.approx(5 * 3 * 32 / 1640e9)  # the wide one stays in fast memory
+    wide = 2 * (4096 * 1024 * 4 + 32) / 4096 / 1.75e9
+    assert table["draw: vectors"].time == pytest.approx(5 * (2121 / 1.75e9 + wide))
+    received = 3 / 4 * 2048 * 4096 * 2
+    assert table["draw: exchanged"].links == pytest.approx(5 * (received / (1640e9 / 8) + 2 * 10e-6))
 
 
 def test_the_command_compiles_for_devices_that_are_not_there(config, tmp_path):

@@ -9,9 +9,10 @@ in the text: KERNELS count as nothing here, and `programs` adds what they fetch.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +21,7 @@ import jax
 WIDTHS = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s16": 2, "u16": 2, "s32": 4, "u32": 4, "f32": 4, "f64": 8}
 FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "partition-id", "iota"}
 KERNELS = ("ragged_paged_attention", "write_pages")  # fetch what they need of an operand themselves
+AHEAD = {"copy-start", "slice-start"}
 SLICING = {"dynamic-slice", "slice", "gather"}
 _HEAD = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{\s*$")
 _LINE = re.compile(r"^\s+(ROOT )?%?([\w.\-]+) = (.+?) ([\w\-]+)\((.*)$")
@@ -127,52 +129,86 @@ def computations_of(text: str) -> tuple[dict[str, list[Op]], str]:
     return found, entry
 
 
+@dataclass(frozen=True)
+class Step:
+    """An instruction of one run.
+
+    Attributes:
+      times: how often it runs.
+      moved: bytes to and from main memory each time.
+      touched: the same, fast memory included.
+      ahead: whether it copies what a later instruction reads from fast memory, while others run.
+    """
+
+    op: Op
+    times: int
+    moved: float
+    touched: float
+    ahead: bool
+
+
 def hbm_bytes(text: str) -> float:
     """Bytes that one run of the program moves to and from main memory, on one device."""
     computations, entry = computations_of(text)
-    return _traffic(computations, entry)
+    return math.fsum(step.times * step.moved for step in steps_of(computations, entry))
 
 
-def _traffic(computations: dict[str, list[Op]], name: str) -> float:
+def steps_of(
+    computations: dict[str, list[Op]],
+    name: str,
+    times: int = 1,
+    cost: Callable[[Step], float] = lambda step: step.moved,
+) -> list[Step]:
+    """What one run of a computation does on one device, loops multiplied out; of branches, the one with the highest cost."""
     types = {op.name: op.type for op in computations[name]}
-    total = 0.0
+    steps = functools.partial(steps_of, computations, cost=cost)
+    out: list[Step] = []
     for op in computations[name]:
-        if op.kind in FREE or op.kind.endswith("-done") or op.name.startswith(KERNELS):
+        if op.kind in FREE or op.kind.endswith("-done"):
             continue
         if op.kind == "while":
-            total += _trips(computations, op) * _traffic(computations, op.called("body") or "")
+            out += steps(op.called("body") or "", times * _trips(computations, op))
         elif op.kind == "conditional":
             listed = re.search(r"branch_computations=\{([^}]*)\}", op.rest)
             branches = re.findall(r"%([\w.\-]+)", listed[1]) if listed else []
-            total += max((_traffic(computations, b) for b in branches), default=0)
+            taken = [steps(branch, times) for branch in branches]
+            out += max(taken, key=lambda branch: sum(x.times * cost(x) for x in branch), default=[])
         elif op.kind in ("call", "async-start"):
-            total += _traffic(computations, op.called("to_apply") or op.called("calls") or "")
-        elif op.kind in ("copy-start", "slice-start"):
-            target = op.type.split("), ", 1)[1] if op.kind == "slice-start" else op.type.split("}, ", 1)[-1]
-            target = (_ARRAY.search(target) or [""])[0]
-            total += type_bytes(target) + (
-                type_bytes(target, everywhere=True) if type_bytes(types.get(op.operands[0], "")) else 0
-            )
-        elif op.kind == "dynamic-update-slice":
-            total += 2 * type_bytes(types.get(op.operands[1], ""))
-        elif op.kind in SLICING:
-            total += 2 * type_bytes(op.type)
-        elif op.kind == "fusion":
-            total += _fusion(computations, op, types)
+            out += steps(op.called("to_apply") or op.called("calls") or "", times)
         else:
-            total += type_bytes(op.type) + sum(type_bytes(types.get(x, "")) for x in dict.fromkeys(op.operands))
-    return total
+            moved, touched = (_bytes(computations, op, types, everywhere) for everywhere in (False, True))
+            out.append(Step(op, times, moved, touched, op.kind in AHEAD))
+    return out
 
 
-def _fusion(computations: dict[str, list[Op]], op: Op, types: dict[str, str]) -> float:
+def _bytes(computations: dict[str, list[Op]], op: Op, types: dict[str, str], everywhere: bool) -> float:
+    """What one instruction reads and writes."""
+    if op.name.startswith(KERNELS):
+        return 0.0
+    if op.kind in AHEAD:
+        target = op.type.split("), ", 1)[1] if op.kind == "slice-start" else op.type.split("}, ", 1)[-1]
+        target = (_ARRAY.search(target) or [""])[0]
+        read = type_bytes(target, everywhere=True) if type_bytes(types.get(op.operands[0], ""), everywhere) else 0
+        return type_bytes(target, everywhere) + read
+    if op.kind == "dynamic-update-slice":
+        return 2 * type_bytes(types.get(op.operands[1], ""), everywhere)
+    if op.kind in SLICING:
+        return 2 * type_bytes(op.type, everywhere)
+    if op.kind == "fusion":
+        return _fusion(computations, op, types, everywhere)
+    operands = dict.fromkeys(op.operands)
+    return type_bytes(op.type, everywhere) + sum(type_bytes(types.get(x, ""), everywhere) for x in operands)
+
+
+def _fusion(computations: dict[str, list[Op]], op: Op, types: dict[str, str], everywhere: bool) -> float:
     """What a fusion reads and writes: slices of what it slices, and of what it updates in place the update."""
     inner = computations.get(op.called("calls") or "", [])
     local = {x.name: x.type for x in inner}
     read = 0
     for index, operand in enumerate(op.operands):
-        if whole := type_bytes(types.get(operand, "")):
+        if whole := type_bytes(types.get(operand, ""), everywhere):
             read += _used(computations, inner, _parameter(inner, index), whole)
-    written = type_bytes(op.type)
+    written = type_bytes(op.type, everywhere)
     for x in inner:
         in_place = x.kind == "dynamic-update-slice" and type_bytes(x.type, True) == type_bytes(op.type, True)
         if in_place and written:

@@ -287,14 +287,16 @@ def _step(
     """Draws one token per live slot and adds it to the rows' keys and values, in slot `at` of `recent`."""
     index = state.length
     logits = transformer.unembed(params, _to_slots(grid, state.hidden)) + rules.bias
-    drawn = mixture.draw_tokens(logits, _uniform(state.key, index), sampling, state.seen)
-    state = _record(grid, state, rules, drawn)
+    with jax.named_scope("draw"):
+        drawn = mixture.draw_tokens(logits, _uniform(state.key, index), sampling, state.seen)
+    with jax.named_scope("record"):
+        state = _record(grid, state, rules, drawn)
     rows = lambda x: _to_rows(grid, jnp.broadcast_to(x, (grid.roles, *x.shape)))  # noqa: E731
     position = jnp.where(rows(state.live), state.start + rows(jnp.minimum(index, grid.max_tokens - 1)), -1)
     hidden, recent = transformer.decode_step(
         params, rows(drawn.token), position, cfg, state.cache, recent, at, lora, table
     )
-    return _lay_out(replace(state, hidden=hidden.astype(state.hidden.dtype))), recent
+    return _lay_out(replace(state, hidden=hidden.astype(state.hidden.dtype)), counters="b"), recent
 
 
 def _record(grid: Grid, state: DecodeState, rules: TokenRules, drawn: mixture.DrawnTokens) -> DecodeState:
@@ -353,24 +355,13 @@ def _to_slots(grid: Grid, x: jax.Array) -> jax.Array:
     return x.swapaxes(0, 1).reshape(grid.roles, grid.slots, *x.shape[3:])
 
 
-def _lay_out(state: DecodeState) -> DecodeState:
-    """Keeps caches sharded by row and kv head, and what the host reads replicated."""
+def _lay_out(state: DecodeState, counters: str = "_") -> DecodeState:
+    """Keeps caches sharded by row and kv head, responses by slot, and `counters`, which the host reads, replicated."""
     cache = state.cache
     names = ("k", "v", "prompt_k", "prompt_v")
     cache = replace(cache, **{x: jax.tree.map(lambda x: constrain(x, "bk__"), getattr(cache, x)) for x in names})
     cache = replace(cache, pools=pages_lib.laid_out(cache.pools))
-    replicated = {
-        name: constrain(getattr(state, name), "_" * getattr(state, name).ndim)
-        for name in (
-            "length",
-            "limit",
-            "status",
-            "live",
-            "tokens",
-            "logq",
-            "log_student",
-            "log_privileged",
-            "by_student",
-        )
-    }
-    return replace(state, cache=cache, hidden=constrain(state.hidden, "b_"), **replicated)
+    axes: dict[str, str] = dict.fromkeys(("length", "limit", "status", "live"), counters)
+    axes |= dict.fromkeys(("tokens", "logq", "log_student", "log_privileged", "by_student", "hidden"), "b_")
+    axes["seen"] = "bv"
+    return replace(state, cache=cache, **{name: constrain(getattr(state, name), of) for name, of in axes.items()})

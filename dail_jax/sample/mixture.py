@@ -20,10 +20,12 @@ import jax.numpy as jnp
 from flax import struct
 
 from dail_jax import config as config_lib
+from dail_jax import mesh as mesh_lib
+from dail_jax.model import attention
 
 LOG_FLOOR = -100.0  # recorded as the log-probability of a token that truncation removed
 _LANES = 128
-_ONE_AS_BITS = 0x3F800000
+_DIGITS = 30  # binary ones, of the largest pattern of floats up to 1
 
 
 @struct.dataclass
@@ -55,36 +57,44 @@ def truncated(logits: jax.Array, k: SamplingParams) -> jax.Array:
     Temperature 0 puts all mass on the first of the largest logits.
     """
     probs = jax.nn.softmax(logits / jnp.where(k.temperature > 0, k.temperature, 1.0), axis=-1)
-    probs = _cut(probs, k.top_k > 0, lambda kept, _: kept.sum(-1) >= k.top_k)
-    probs = _cut(probs, k.top_p < 1, lambda kept, p: jnp.where(kept, p, 0).sum(-1) >= k.top_p * p.sum(-1))
+    with jax.named_scope("top_k"):
+        probs = _cut(probs, k.top_k > 0, lambda kept: kept.sum(-1) >= k.top_k)
+    with jax.named_scope("top_p"):
+        p, mass = probs, k.top_p * probs.sum(-1)  # the mass is not summed again in every pass
+        probs = _cut(p, k.top_p < 1, lambda kept: jnp.where(kept, p, 0).sum(-1) >= mass)
     none = jnp.full(logits.shape[:-1], -1, jnp.int32)
     greedy = jax.lax.cond(k.temperature > 0, lambda: none, lambda: jnp.argmax(logits, -1).astype(jnp.int32))[..., None]
     return jnp.where(greedy < 0, probs, jnp.arange(logits.shape[-1]) == greedy)
 
 
-def _cut(probs: jax.Array, wanted: jax.Array, enough: Callable[[jax.Array, jax.Array], jax.Array]) -> jax.Array:
+def _cut(probs: jax.Array, wanted: jax.Array, enough: Callable[[jax.Array], jax.Array]) -> jax.Array:
     """Where `wanted`, the fewest largest probabilities that are `enough`, normalised; found without sorting.
 
     The result of a branch is copied, so the branch only finds the threshold: copying [slots, V] costs as much as drawing.
     """
-    bits = jax.lax.bitcast_convert_type(probs, jnp.int32)  # the bits of non-negative floats sort as the floats do
-    least = jnp.zeros((*bits.shape[:-1], 1), jnp.int32)
-    least = jax.lax.cond(wanted, lambda: _largest(bits, lambda kept: enough(kept, probs)), lambda: least)
-    kept = jnp.where(bits >= least, probs, 0)
+    least = jnp.zeros((*probs.shape[:-1], 1), jnp.float32)
+    least = jax.lax.cond(wanted, lambda: _largest(probs, enough), lambda: least)
+    kept = jnp.where(probs >= least, probs, 0)
     return kept / jnp.where(wanted, kept.sum(-1, keepdims=True), 1)
 
 
-def _largest(bits: jax.Array, enough: Callable[[jax.Array], jax.Array]) -> jax.Array:
-    """The largest threshold [..., 1] with `enough(bits >= threshold)`, by bisection over the floats' bit patterns."""
+def _largest(probs: jax.Array, enough: Callable[[jax.Array], jax.Array]) -> jax.Array:
+    """The largest threshold [..., 1] with `enough(probs >= threshold)`: the bits of non-negative floats sort as they do.
 
-    def halve(_, bounds):
-        low, high = bounds
-        middle = low + (high - low) // 2
-        ok = enough(bits >= middle)[..., None]
-        return jnp.where(ok, middle, low), jnp.where(ok, high, middle)
+    Each pass tries several bit patterns, since a pass over probabilities that devices share is mostly waiting for them.
+    A CPU waits for its own arithmetic, so there it tries one.
+    """
+    digits = 1 if attention.target() == "cpu" else 3  # of the pattern, settled by a pass
+    float_of = lambda bits: jax.lax.bitcast_convert_type(bits, jnp.float32)  # noqa: E731
 
-    low = jnp.zeros((*bits.shape[:-1], 1), jnp.int32)
-    return jax.lax.fori_loop(0, 31, halve, (low, jnp.full_like(low, _ONE_AS_BITS + 2)))[0]
+    def settle(i, low):
+        step = 1 << (_DIGITS - digits * (i + 1))
+        tried = [low + step * times for times in range(1, 1 << digits)]
+        met = jnp.stack([enough(probs >= float_of(bits)) for bits in tried])
+        return low + step * met.sum(0, dtype=jnp.int32)[..., None]
+
+    low = jnp.zeros((*probs.shape[:-1], 1), jnp.int32)
+    return float_of(jax.lax.fori_loop(0, _DIGITS // digits, settle, low))
 
 
 def accepted_mass(student: jax.Array, acceptance: jax.Array, k: SamplingParams) -> jax.Array:
@@ -102,17 +112,22 @@ def mix(
 
 
 def inverse_cdf(weights: jax.Array, u: jax.Array) -> jax.Array:
-    """The index [...] at which the running sum of `weights` [..., V] passes u * total, u [...] in [0, 1).
+    """The index [slots] at which the running sum of `weights` [slots, V] passes u * total, u [slots] in [0, 1).
 
-    Two levels (blocks, then within one block) take one pass over V; an index of weight zero is never drawn.
+    Two levels (blocks, then within one block) take one pass over V; an index of weight zero is never drawn. No block
+    spans two devices, which would make them exchange all weights.
     """
-    pad = -weights.shape[-1] % _LANES
-    blocks = jnp.pad(weights, [(0, 0)] * (weights.ndim - 1) + [(0, pad)]).reshape(*weights.shape[:-1], -1, _LANES)
-    sums = blocks.sum(-1)
+    slots, size = weights.shape
+    parts = mesh_lib.parts("v", size)
+    each = size // parts
+    split = jnp.pad(weights.reshape(slots, parts, each), ((0, 0), (0, 0), (0, -each % _LANES)))
+    blocks = split.reshape(slots, -1, _LANES)
+    sums = mesh_lib.constrain(blocks.sum(-1), "b_")
     block, rest = _first_past(sums, u * sums.sum(-1))
-    inner = jnp.take_along_axis(blocks, block[..., None, None], axis=-2)[..., 0, :]
+    inner = jnp.take_along_axis(blocks, block[:, None, None], axis=1)[:, 0]
     lane, _ = _first_past(inner, rest)
-    return block * _LANES + lane
+    part, block = jnp.divmod(block, blocks.shape[1] // parts)
+    return part * each + block * _LANES + lane
 
 
 def _first_past(weights: jax.Array, target: jax.Array) -> tuple[jax.Array, jax.Array]:
