@@ -52,6 +52,10 @@ class UserErrors(UserError):
         return [str(error) for error in self.errors]
 
 
+class Interrupted(Exception):
+    """A stage has saved its work and stopped on request: the command exits with status 75."""
+
+
 def want_folder(folder: Path, what: str) -> None:
     """Raises UserError if a folder `what` is read from is not there; a model's name on a hub is recognised."""
     if not folder.is_dir():

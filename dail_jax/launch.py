@@ -177,9 +177,8 @@ def main(argv: list[str] | None = None) -> int:
         )
 
     from dail_jax import mesh as mesh_lib
-    from dail_jax.errors import UserError, reason, visible
+    from dail_jax.errors import Interrupted, UserError, reason, visible
     from dail_jax.metrics import configure, log
-    from dail_jax.rundir import Interrupted
 
     config = None
     try:
@@ -200,10 +199,10 @@ def main(argv: list[str] | None = None) -> int:
         config = config_lib.load(files[0], args.overrides, files[1:]) if files else None
         if config is not None:
             configure(config.log)
-        with _brought(config, args.stage) as config:
+        if args.stage in SHOWING or several:
+            mesh_lib.all_devices()  # for the error in one line if JAX_PLATFORMS names a platform that is not there
+        with _in_place(config, args.stage, several) as config:
             more = {key: vars(args)[key] for key in OWN_ARGUMENTS if key in args}
-            if args.stage in SHOWING:
-                mesh_lib.all_devices()  # for the error in one line if JAX_PLATFORMS names a platform that is not there
             if config is not None and args.stage not in UNLAID:
                 from dail_jax.stages import auto
 
@@ -256,13 +255,18 @@ def _steps(command: str, config, more: dict) -> list[tuple]:
     return [(step.stage, step.config) for step in steps]
 
 
-def _brought(config: Any, stage: str) -> contextlib.AbstractContextManager:
-    """The configuration; with a run directory on an object store, one that is brought to this machine and kept there."""
-    from dail_jax import mirror, storage
+def _in_place(config: Any, stage: str, several: bool) -> contextlib.AbstractContextManager:
+    """The configuration, with a run directory that all processes can work in: one on an object store is brought to every
+    machine, and kept there; of any other, raises UserError unless all of them see the same folder."""
+    from dail_jax import mirror, rundir, storage
 
-    if config is None or stage in ELSEWHERE or not storage.is_remote(config.run_dir):
+    if config is None or stage in ELSEWHERE:
         return contextlib.nullcontext(config)
-    return mirror.opened(config)
+    if storage.is_remote(config.run_dir):
+        return mirror.opened(config)
+    if several:
+        rundir.refuse_apart(Path(config.run_dir))
+    return contextlib.nullcontext(config)
 
 
 def _keep_programs(run_dir: str) -> None:

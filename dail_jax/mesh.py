@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import uuid
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -12,7 +14,7 @@ from jax.experimental import mesh_utils, multihost_utils
 from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
 
 from dail_jax import config as config_lib
-from dail_jax.errors import UserError
+from dail_jax.errors import UserError, writing
 
 AXES = tuple(config_lib.Axes.model_fields)
 TYPES = (AxisType.Auto,) * len(AXES)  # named, since JAX's default is another from one version to the next
@@ -294,3 +296,43 @@ def from_first(work: Callable[[], Any]) -> Any:
     if "error" in reply:
         raise UserError(reply["error"])
     return reply["value"]
+
+
+def from_each(work: Callable[[], Any]) -> list[Any]:
+    """Calls `work` in every process; the results (JSON) are returned in all of them, or the first UserError raised."""
+    if jax.process_count() == 1:
+        return [work()]
+    failure = None
+    try:
+        reply = {"value": work()}
+    except UserError as error:
+        failure, reply = error, {"error": str(error)}
+    replies = from_all(reply)
+    failed = [(number, one["error"]) for number, one in enumerate(replies) if "error" in one]
+    if failed:
+        number, error = failed[0]
+        raise failure or UserError(f"{error} (process {number})")
+    return [one["value"] for one in replies]
+
+
+def first_sharers(folder: Path) -> list[int]:
+    """For every process, the first one whose files it sees in its `folder`: itself, if it shares that with no earlier one.
+
+    The folder, which may have another path in each process, is created; raises UserError if it cannot be written to. A
+    single process does nothing.
+    """
+    if jax.process_count() == 1:
+        return [0]
+    mark = f".{uuid.uuid4().hex}.mark"
+
+    def leave_mark() -> str:
+        with writing(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / mark).touch()
+        return mark
+
+    try:
+        marks = from_each(leave_mark)
+        return from_all(next(number for number, one in enumerate(marks) if (folder / one).exists()))
+    finally:
+        (folder / mark).unlink(missing_ok=True)

@@ -12,6 +12,9 @@ kill in the middle: a run directory expects that of its outputs, since it also f
 
 A second object names the owner, who renews it every few seconds. One that has not been renewed for LEASE seconds is
 taken over; its process, should it wake up, can no longer replace the index.
+
+Of several processes the first is the owner, and alone replaces the index. Each machine has a folder of its own, and the
+store stands for the disk that they do not share: after `share`, all folders hold what any of them held.
 """
 
 from __future__ import annotations
@@ -28,7 +31,7 @@ import socket
 import threading
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -36,8 +39,9 @@ from typing import Any, NoReturn
 import jax
 
 from dail_jax import config as config_lib
+from dail_jax import mesh as mesh_lib
 from dail_jax import provenance, storage, strict_json
-from dail_jax.errors import UserError, writing
+from dail_jax.errors import Interrupted, UserError, writing
 from dail_jax.metrics import log
 
 SCRATCH = "DAIL_JAX_SCRATCH"
@@ -50,15 +54,15 @@ TAIL = 4096  # bytes by which a journal is known to go on
 MOST_PARTS = 64  # of one journal, before they are joined
 SMALL = 64 << 10  # bytes of a description that the index holds itself
 
-# Not sent: locks and what is half written; caches of this machine's files; what can be computed again, in gigabytes.
+# Not sent: locks and what is half written; caches of this machine's files.
 LEFT_HERE = re.compile(
-    r"(.*/)?(\.lock|\.checksums\.json|\.[^/]*\.tmp(/.*)?|[^/]*\.orbax-checkpoint-tmp[^/]*/.*"
-    r"|(checkpoints|pretrain)/trash/.*|wandb/([^/]*run-.*|debug.*)|references/(\w+(\.\d+)?\.bin|manifest\.json))"
+    r"(.*/)?(\.lock|\.checksums\.json|\.[^/]*\.(tmp(/.*)?|mark)|[^/]*\.orbax-checkpoint-tmp[^/]*/.*"
+    r"|(checkpoints|pretrain)/trash/.*|wandb/([^/]*run-.*|debug.*))"
 )
+# Gigabytes that can be computed again: sent only once they are complete, and to machines that need each other's.
+REFERENCES = re.compile(r"(.*/)?references/(\w+(\.\d+)?\.bin|manifest\.json)")
 GROWING = re.compile(r"(.*/)?([\w-]+\.partial|metrics)\.jsonl")
 DESCRIPTION = re.compile(r".*\.(json|yaml)")
-
-ALONE = "a run directory on a store is worked on by one process; of several, want one on a file system that all see"
 
 Mark = tuple[int, int, int]  # inode, size and time of a file: what a write changes
 
@@ -134,23 +138,25 @@ class Lease:
                     return
 
     def release(self) -> None:
+        """Lets others have the run directory at once; does nothing in a process that never was the owner."""
         self.ended.set()
-        if not self.lost:
+        if self.version is not None and not self.lost:
             with contextlib.suppress(UserError):  # then it ends by itself
                 self._renew(released=True)
 
 
 class Mirror:
-    """A folder here and the same on a store."""
+    """A folder here and the same on a store. `apart` says that other machines have folders of their own."""
 
-    def __init__(self, url: str, folder: Path, place: str):
-        self.url, self.folder = url, folder
+    def __init__(self, url: str, folder: Path, place: str, apart: bool = False):
+        self.url, self.folder, self.apart = url, folder, apart
         self.lease = Lease(url, place)
         self.sent: dict[str, Sent] = {}
         self.version: storage.Version | None = None  # of the index
         self.number, self.synced = 0, time.monotonic()
         self.busy = False
         self.status: int | None = None  # the exit status that a signal during `sync` asked for
+        self.failure: UserError | None = None  # of a `sync` that the other processes knew nothing of
 
     def bring(self) -> None:
         """Makes the folder what the index says; what is there already is not fetched again."""
@@ -158,23 +164,33 @@ class Mirror:
         entries: dict[str, Any] = {}
         if found is not None:
             self.version = found[1]
-            entries = strict_json.as_object(strict_json.parse(found[0], f"{self.url}/{INDEX}", own=True), INDEX)[
-                "files"
-            ]
-        there = {one.url.removeprefix(f"{self.url}/"): one for one in storage.listing(self.url)}
-        self.folder.mkdir(parents=True, exist_ok=True)
-        for path in self._files():
-            if path not in entries:
-                (self.folder / path).unlink(missing_ok=True)
-        for path, entry in entries.items():
+            content = strict_json.parse(found[0], f"{self.url}/{INDEX}", own=True)
+            entries = strict_json.as_object(content, INDEX)["files"]
+        for path in entries:
             if not storage.is_known(f"{self.url}/{path}"):
                 raise UserError(f"damaged: it names the file {path!r:.80}", file=f"{self.url}/{INDEX}")
-            if "parts" not in entry and path not in there:  # deleted there
+        self.folder.mkdir(parents=True, exist_ok=True)
+        files = self._files(shared=True)
+        for path in files.keys() - entries.keys():
+            (self.folder / path).unlink(missing_ok=True)
+        self.sent = {
+            path: self.sent[path]
+            for path in entries.keys() & self.sent.keys()
+            if self.sent[path].entry == entries[path] and self.sent[path].mark == files.get(path)
+        }
+        self._receive({path: entry for path, entry in entries.items() if path not in self.sent})
+
+    def _receive(self, entries: dict[str, Any]) -> None:
+        """Brings these files."""
+        there = {one.url.removeprefix(f"{self.url}/"): one for one in storage.listing(self.url)} if entries else {}
+        for path, entry in entries.items():
+            if REFERENCES.fullmatch(path) and not self.apart:  # of no use here: the next `share` deletes them
+                self.sent[path] = Sent(entry, None)
+            elif "parts" not in entry and path not in there:  # deleted there
                 (self.folder / path).unlink(missing_ok=True)
-                continue
-            same = self._fetch(path, entry, there)
-            self.sent[path] = Sent(entry, _mark(self.folder / path) if same else None, self._tail(path))
-        log(f"{self.url}: {len(self.sent)} files, worked on in {self.folder}")
+            else:
+                same = self._fetch(path, entry, there)
+                self.sent[path] = Sent(entry, _mark(self.folder / path) if same else None, self._tail(path))
 
     def _fetch(self, path: str, entry: dict[str, Any], there: dict[str, storage.Object]) -> bool:
         """Brings one file; returns whether it is as the index says, and not newer."""
@@ -205,9 +221,35 @@ class Mirror:
 
     def sync(self) -> None:
         """Sends what is new and then the index; raises UserError if that fails, or if the run has another owner."""
+        self._uninterrupted(lambda: self._sync({}, shared=False))
+
+    def offer(self) -> dict[str, Any]:
+        """Sends what is new here, of a process that is not the first; returns its entries for the index."""
+        new = self._new(self._files(shared=True))
+        made = {path: one for path, one in self._send_all(new).items() if one is not None}
+        self.sent |= made
+        return {path: one.entry for path, one in made.items()}
+
+    def accept(self, entries: dict[str, Any]) -> int:
+        """Brings what the other processes have sent, and sends the index with that and what is new here.
+
+        Returns the index's number.
+        """
+
+        def work() -> None:
+            self._receive(entries)
+            self._sync(entries, shared=True)
+
+        self._uninterrupted(work)
+        return self.number
+
+    def _uninterrupted(self, work: Callable[[], None]) -> None:
+        """Does all of `work` before a signal ends the process."""
         self.busy = True
         try:
-            self._sync()
+            if self.failure is not None:
+                raise self.failure
+            work()
         finally:
             self.busy = False
             if self.status is not None:
@@ -215,16 +257,17 @@ class Mirror:
                 os._exit(self.status)
         self.synced = time.monotonic()
 
-    def _sync(self) -> None:
-        files = self._files()
-        new = {path: mark for path, mark in files.items() if path not in self.sent or self.sent[path].mark != mark}
-        gone = [path for path in self.sent if path not in files]
-        if new or gone:
+    def _sync(self, accepted: dict[str, Any], shared: bool) -> None:
+        files = self._files(shared)
+        new = self._new(files)
+        kept = {path for path in self.sent if REFERENCES.fullmatch(path) and not shared}
+        gone = [path for path in self.sent if path not in files and path not in kept]
+        if new or gone or accepted:
             self.lease.hold()
             before = {name for one in self.sent.values() for name, _ in one.entry.get("parts", ())}
-            with concurrent.futures.ThreadPoolExecutor(8) as pool:
-                made = dict(zip(new, pool.map(lambda path: self._send(path, new[path]), new), strict=True))
-            sent = {path: one for path in files if (one := made[path] if path in made else self.sent[path])}
+            made = self._send_all(new)
+            now = {path: made[path] if path in made else self.sent[path] for path in [*files, *kept]}
+            sent = {path: one for path, one in now.items() if one is not None}
             self.number += 1
             content = {"files": {path: one.entry for path, one in sent.items()}}
             data = json.dumps({**content, "by": self.lease.token, "number": self.number}).encode()
@@ -236,6 +279,14 @@ class Mirror:
             with contextlib.suppress(UserError):  # nothing reads it
                 storage.delete([f"{self.url}/{path}" for path in gone])
                 storage.delete([f"{self.url}/{PARTS}/{name}" for name in before - after])
+
+    def _new(self, files: dict[str, Mark]) -> dict[str, Mark]:
+        """Those of the files that the store does not have as they are here."""
+        return {path: mark for path, mark in files.items() if path not in self.sent or self.sent[path].mark != mark}
+
+    def _send_all(self, new: dict[str, Mark]) -> dict[str, Sent | None]:
+        with concurrent.futures.ThreadPoolExecutor(8) as pool:
+            return dict(zip(new, pool.map(lambda path: self._send(path, new[path]), new), strict=True))
 
     def _send(self, path: str, mark: Mark) -> Sent | None:
         """Sends one file, of a journal what is new; None if it is gone."""
@@ -276,26 +327,62 @@ class Mirror:
             journal.seek(max(0, os.fstat(journal.fileno()).st_size - TAIL))
             return journal.read()
 
-    def _files(self) -> dict[str, Mark]:
-        """The files here that belong on the store."""
+    def _files(self, shared: bool = False) -> dict[str, Mark]:
+        """The files here that belong on the store; with references if those of several machines are `shared`."""
         found = {}
         for path in sorted(self.folder.rglob("*")):
             name = path.relative_to(self.folder).as_posix()
-            if not LEFT_HERE.fullmatch(name) and path.is_file() and (mark := _mark(path)):
+            left = LEFT_HERE.fullmatch(name) or (REFERENCES.fullmatch(name) and not (shared and self.apart))
+            if not left and path.is_file() and (mark := _mark(path)):
                 found[name] = mark
         return found
 
 
-_open: Mirror | None = None
+_open: Mirror | None = None  # of every process
+_sends = False  # whether this process is the first of those that work in its folder
 
 
 def sync(least: float = 0.0) -> None:
     """Sends what is new, if the run directory is on a store and the last time was `least` seconds ago.
 
-    To be called where a kill would leave the run directory as it should be.
+    To be called in the first process, where a kill would leave the run directory as it should be. Raises UserError.
     """
     if _open is not None and time.monotonic() >= _open.synced + least:
         _open.sync()
+
+
+def sync_alone(least: float) -> None:
+    """`sync` where the other processes are at work: they hear of a failure when they ask whether to stop, and then stop.
+
+    A single process raises UserError at once.
+    """
+    try:
+        if not failed():
+            sync(least)
+    except UserError as error:
+        if _open is None or jax.process_count() == 1:
+            raise
+        _open.failure = error
+
+
+def failed() -> bool:
+    """Whether `sync_alone` has failed in this process; the next `sync` raises it."""
+    return _open is not None and _open.failure is not None
+
+
+def share() -> None:
+    """All processes: from here on, each sees what any of them has written to the run directory.
+
+    On a shared disk that takes a barrier. On a store, everyone sends what is new, the first process makes it count, and
+    the others bring it to their machines.
+    """
+    mirror = _open
+    if mirror is None:
+        return mesh_lib.barrier("shared")
+    offered = mesh_lib.from_each(lambda: mirror.offer() if _sends and not mesh_lib.is_first() else {})
+    entries = {path: entry for one in offered for path, entry in one.items()}
+    mesh_lib.from_first(lambda: mirror.accept(entries))
+    mesh_lib.from_each(lambda: mirror.bring() if _sends and not mesh_lib.is_first() else None)
 
 
 def leave(status: int) -> None:
@@ -307,7 +394,7 @@ def leave(status: int) -> None:
         _open.status = status
         return
     try:
-        if _open is not None:
+        if _open is not None and mesh_lib.is_first():
             _open.sync()
             _open.lease.release()
     finally:
@@ -318,30 +405,36 @@ def leave(status: int) -> None:
 def opened(config: config_lib.Config) -> Iterator[config_lib.Config]:
     """The configuration with a run directory on this machine, which is sent to the store whenever something is finished.
 
-    Raises UserError where another process works on it, or the store fails.
+    All processes enter and leave together. Raises UserError where another run works on it, or the store fails.
     """
-    global _open
-    if jax.process_count() > 1:
-        raise UserError(ALONE, field="run_dir")
-    url = config.run_dir
+    global _open, _sends
+    url, me = config.run_dir, jax.process_index()
     folder = _place(url)
-    with _alone(folder) as place:
-        mirror = Mirror(url, folder, place)
-        mirror.lease.take()
+    sharers = mesh_lib.first_sharers(folder)
+    _sends = sharers[me] == me
+    with contextlib.ExitStack() as stack:
+        locks = mesh_lib.from_each(lambda: stack.enter_context(_alone(folder)) if _sends else "")
+        mirror = Mirror(url, folder, locks[0], apart=len(set(sharers)) > 1)
+        mesh_lib.from_first(mirror.lease.take)
+        stack.callback(mirror.lease.release)
+        mesh_lib.from_each(lambda: mirror.bring() if _sends else None)
+        log(f"{url}: {len(mirror.sent)} files, worked on in {folder}")
+        _open = mirror
         try:
-            mirror.bring()
-            _open = mirror
-            try:
-                yield config_lib.with_overrides(config, {"run_dir": str(folder)}, "run_dir")
-            except BaseException:
-                with contextlib.suppress(UserError):  # what is raised says more
+            yield config_lib.with_overrides(config, {"run_dir": str(folder)}, "run_dir")
+        except Interrupted:
+            mesh_lib.from_first(mirror.sync)
+            raise
+        except BaseException:  # which the other processes may know nothing of
+            with contextlib.suppress(UserError):  # what is raised says more
+                if mesh_lib.is_first():
                     mirror.sync()
-                raise
-            mirror.sync()
+            raise
+        else:
+            mesh_lib.from_first(mirror.sync)
             log(f"run_dir: everything is in {url}")
         finally:
             _open = None
-            mirror.lease.release()
 
 
 def _place(url: str) -> Path:

@@ -38,6 +38,18 @@ CHECKSUMS = ".checksums.json"
 SYNC_SECONDS = 1.0
 
 
+APART = (
+    "not all processes see what the first one writes here: want a file system that all hosts share, or an object store "
+    "such as gs://bucket/run"
+)
+
+
+def refuse_apart(folder: Path) -> None:
+    """Raises UserError, in all processes, if they do not share a run directory."""
+    if any(mesh_lib.first_sharers(folder)):
+        raise UserError(APART, file=folder, field="run_dir")
+
+
 def write_atomic(path: str | Path, text: str | bytes) -> None:
     """Replaces a file, atomically and durably; raises UserError if it cannot be written."""
     path = Path(path)
@@ -89,6 +101,8 @@ class Journal:
         count = mesh_lib.from_first(self._open)
         if not mesh_lib.is_first() and count:
             self.rows = [line.value for line in itertools.islice(self._lines(), count)]
+        if len(set(mesh_lib.from_all(len(self.rows)))) > 1:
+            raise UserError(APART, file=self.path)
 
     def _open(self) -> int:
         size = 0
@@ -120,7 +134,7 @@ class Journal:
                 if time.monotonic() >= self.synced + SYNC_SECONDS:
                     os.fsync(self.file.fileno())
                     self.synced = time.monotonic()
-            mirror.sync(mirror.SECONDS)
+            mirror.sync_alone(mirror.SECONDS)
 
     def close(self) -> None:
         """Makes all rows durable; nothing is appended afterwards."""
@@ -261,8 +275,7 @@ class RunDir:
                 self._record(recipe, {"finished": _now()})
             for name in recipe.scratch:
                 remove(self.path / name)
-            mirror.sync()
-        mesh_lib.barrier(f"{recipe.stage} is done")  # from here on, every process sees what the first one wrote
+        mirror.share()
 
     @contextlib.contextmanager
     def amend(self, recipe: Recipe) -> Iterator[dict[str, provenance.State]]:
@@ -498,12 +511,8 @@ class Interrupt:
 
     @property
     def wanted(self) -> bool:
-        return mesh_lib.any_process(self._wanted)
+        return mesh_lib.any_process(self._wanted or mirror.failed())
 
     def __exit__(self, *_: object) -> None:
         for number, handler in self._old.items():
             signal.signal(number, handler)
-
-
-class Interrupted(Exception):
-    """A stage has saved its work and stopped on request: the command exits with status 75."""

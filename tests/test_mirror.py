@@ -241,11 +241,8 @@ def test_journals_go_on_or_are_written_anew(server, place, monkeypatch):
     here.lease.release()
 
 
-def test_several_processes_are_refused(place, monkeypatch):
-    monkeypatch.setattr(mirror.jax, "process_count", lambda: 2)
-    with pytest.raises(UserError, match="is worked on by one process"), mirror.opened(config()):
-        pass
-    with pytest.raises(UserError, match="on this machine"):  # anything but the command line
+def test_only_the_command_line_brings_a_run_directory_here():
+    with pytest.raises(UserError, match="on this machine"):
         rundir.RunDir(config())
 
 

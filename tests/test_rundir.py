@@ -14,7 +14,7 @@ import pytest
 
 from dail_jax import config as config_lib
 from dail_jax import metrics, provenance, rundir
-from dail_jax.errors import UserError
+from dail_jax.errors import Interrupted, UserError
 
 
 def config(folder, **changes):
@@ -110,7 +110,7 @@ def run(folder, recipe, fail=False, write=("out.txt", "sum.txt"), **changes):
             for name in write:
                 (folder / name).write_text(name)
             if fail:
-                raise rundir.Interrupted
+                raise Interrupted
         return stage.done
 
 
@@ -128,7 +128,7 @@ def test_a_stage_ends_once(tmp_path):
 
 @pytest.mark.parametrize("fail", [False, True])
 def test_changes_are_named_where_there_is_work(tmp_path, fail):
-    with contextlib.suppress(rundir.Interrupted):
+    with contextlib.suppress(Interrupted):
         run(tmp_path, recipe({"seed": 1, "generate": {"tau": 0.8}}), fail)
     with pytest.raises(UserError) as error:
         run(tmp_path, recipe({"seed": 2, "generate": {"tau": 0.5}}, "bbb"))
@@ -152,7 +152,7 @@ def test_differences_are_cut():
 def test_changes_are_taken_where_nothing_was_made(tmp_path):
     """A first start that failed leaves a record, and perhaps an empty journal."""
     (tmp_path / "journal").write_text("")
-    with pytest.raises(rundir.Interrupted):
+    with pytest.raises(Interrupted):
         run(tmp_path, recipe(partial=("journal",)), fail=True, write=())
     assert not run(tmp_path, recipe({"seed": 2}, partial=("journal",)))
     assert json.loads((tmp_path / "run.json").read_text())["stages"]["draw"]["settings"] == {"seed": 2}
@@ -238,7 +238,7 @@ def test_a_stage_that_fails_is_not_done_and_keeps_its_scratch(tmp_path):
         run(tmp_path, recipe(partial=("kept/*",), scratch=("kept", "journal")), fail=fail)
         return (tmp_path / "kept").exists()
 
-    with pytest.raises(rundir.Interrupted):
+    with pytest.raises(Interrupted):
         attempt(True)
     assert (tmp_path / "kept").exists()
     assert not attempt(False)
@@ -254,10 +254,10 @@ def change(folder, *keys, value):
 
 
 def test_other_devices_are_logged_and_other_packages_refused(tmp_path, capsys):
-    with pytest.raises(rundir.Interrupted):
+    with pytest.raises(Interrupted):
         run(tmp_path, recipe(), fail=True)
     change(tmp_path, "place", "devices", value=4)
-    with pytest.raises(rundir.Interrupted):
+    with pytest.raises(Interrupted):
         run(tmp_path, recipe(), fail=True)
     assert capsys.readouterr().out.strip() == (
         "draw: resumed elsewhere (devices: 4 -> 8): results agree to rounding, not bit for bit"

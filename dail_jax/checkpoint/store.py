@@ -1,5 +1,8 @@
 """Training checkpoints: the state and the feed's progress as one Orbax step, with a SHA-256 manifest.
 
+The first process writes all of a step, and every process reads its own shards. They need not share a disk, as long as what
+the first one has written is brought to the others before they read.
+
 A step counts only once its manifest exists, which is written last, so a step that a kill left incomplete, or half
 deleted, is never restored. During training, a damaged step is logged and the one before it is used; after training, only
 the step that training ended with counts.
@@ -17,8 +20,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import jax
 import orbax.checkpoint as ocp
 import tensorstore
+from jax.experimental.multihost_utils import process_allgather
 
 from dail_jax import mesh as mesh_lib
 from dail_jax import mirror
@@ -84,33 +89,42 @@ class Store:
     def __init__(self, folder: str | Path, keep: int, made_of: str | None = None):
         self.folder = Path(folder).absolute()
         self.keep, self.made_of = keep, made_of
+        (self.folder / MANIFESTS).mkdir(parents=True, exist_ok=True)
         if mesh_lib.is_first():
-            (self.folder / MANIFESTS).mkdir(parents=True, exist_ok=True)
             shutil.rmtree(self.folder / TRASH, ignore_errors=True)
             for path in self.folder.iterdir():  # left incomplete by a kill
                 if path.is_dir() and path.name.isdigit() and not manifest_of(self.folder, int(path.name)).exists():
                     shutil.rmtree(path)
         mesh_lib.barrier("store")
+        me = jax.process_index()
         # Orbax would delete the old step before the new one has its manifest, so `save` deletes it instead.
         options = ocp.CheckpointManagerOptions(
-            max_to_keep=None, enable_async_checkpointing=False, todelete_subdir=TRASH, cleanup_tmp_directories=True
+            create=False,
+            max_to_keep=None,
+            enable_async_checkpointing=False,
+            todelete_subdir=TRASH,
+            cleanup_tmp_directories=mesh_lib.is_first(),
+            multiprocessing_options=ocp.options.MultiprocessingOptions(
+                primary_host=me, active_processes={me}, barrier_sync_key_prefix=f"process {me}"
+            ),
         )
         self.manager = ocp.CheckpointManager(self.folder, options=options)
 
     def save(self, step: int, state: Any, progress: dict[str, Any]) -> None:
         """Saves a step, durably on return. `progress` is JSON, for the feed to resume from."""
-        progress = {**progress, "made_of": self.made_of}
+        whole = process_allgather(state, tiled=True) if jax.process_count() > 1 else state
+        mesh_lib.from_first(lambda: self._save(step, whole, {**progress, "made_of": self.made_of}))
+
+    def _save(self, step: int, state: Any, progress: dict[str, Any]) -> None:
+        root = self.folder / str(step)
         args = ocp.args.Composite(state=ocp.args.StandardSave(state), progress=ocp.args.JsonSave(progress))
-        with self._making_room(step), as_one_line(self.folder / str(step)):
+        with self._making_room(step), as_one_line(root):
             if not self.manager.save(step, args=args, force=True):
                 raise RuntimeError(f"checkpoint {step} was not saved: it already exists")
             self.manager.wait_until_finished()
-        if mesh_lib.is_first():
-            root = self.folder / str(step)
-            files = {str(p.relative_to(root)): sha256(p) for p in sorted(root.rglob("*")) if p.is_file()}
-            write_atomic(manifest_of(self.folder, step), json.dumps(files, indent=0))
-        mesh_lib.barrier(f"saved {step}")
-        self._delete(mesh_lib.from_first(self.steps)[: -self.keep])
+        files = {str(p.relative_to(root)): sha256(p) for p in sorted(root.rglob("*")) if p.is_file()}
+        write_atomic(manifest_of(self.folder, step), json.dumps(files, indent=0))
+        self._delete(self.steps()[: -self.keep])
         mirror.sync()
 
     @contextlib.contextmanager
@@ -125,11 +139,9 @@ class Store:
 
     def _delete(self, unwanted: list[int]) -> None:
         for step in unwanted:
-            if mesh_lib.is_first():
-                manifest_of(self.folder, step).unlink()  # first, so that a half-deleted step does not count
+            manifest_of(self.folder, step).unlink()  # first, so that a half-deleted step does not count
             self.manager.delete(step)
-        if mesh_lib.is_first():
-            shutil.rmtree(self.folder / TRASH, ignore_errors=True)
+        shutil.rmtree(self.folder / TRASH, ignore_errors=True)
 
     def steps(self) -> list[int]:
         return steps(self.folder)
@@ -142,7 +154,7 @@ class Store:
 
         The first process chooses for all: others may not see yet, or no longer, what it sees on a shared disk.
         """
-        found, step = mesh_lib.from_first(self._newest)
+        step = mesh_lib.from_first(self._newest)
         if step is None:
             return None
         if self.progress(step).get("made_of") != self.made_of:
@@ -151,19 +163,19 @@ class Store:
                 file=self.folder / str(step),
             )
         state, progress = _read(self.manager, step, abstract)
-        self._delete([s for s in found if s > step])
+        mesh_lib.from_first(lambda: self._delete([s for s in self.steps() if s > step]))
         return step, state, progress
 
-    def _newest(self) -> tuple[list[int], int | None]:
-        """All steps, and the newest one that is not damaged."""
+    def _newest(self) -> int | None:
+        """The newest step that is not damaged; None if there is none at all."""
         found = self.steps()
         for step in reversed(found):
             if not (file := damaged(self.folder, step)):
-                return found, step
+                return step
             log(f"checkpoint {step} is damaged ({file}); falling back to the one before")
         if found:
             raise UserError("every checkpoint is damaged: delete the folder to start again", file=self.folder)
-        return [], None
+        return None
 
     def close(self) -> None:
         self.manager.close()

@@ -6,8 +6,9 @@ import contextlib
 import time
 from collections.abc import Iterator, Sequence
 
+from dail_jax.errors import Interrupted
 from dail_jax.metrics import progress
-from dail_jax.rundir import Interrupt, Interrupted, Journal
+from dail_jax.rundir import Interrupt, Journal
 from dail_jax.sample.sampler import Request, S, Sampler, checked
 
 

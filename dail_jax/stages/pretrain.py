@@ -20,10 +20,10 @@ from dail_jax import mesh as mesh_lib
 from dail_jax import storage, strict_json
 from dail_jax.checkpoint import base, hf
 from dail_jax.checkpoint.store import Store
-from dail_jax.errors import UserError
+from dail_jax.errors import Interrupted, UserError
 from dail_jax.metrics import Metrics, log, progress
 from dail_jax.model import families, transformer, weights
-from dail_jax.rundir import Interrupt, Interrupted, RunDir
+from dail_jax.rundir import Interrupt, RunDir
 from dail_jax.stages import recipes
 from dail_jax.text import load_tokenizer
 from dail_jax.train import objectives, optimizer

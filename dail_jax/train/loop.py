@@ -15,9 +15,9 @@ import numpy as np
 import optax
 
 from dail_jax.checkpoint.store import Store
-from dail_jax.errors import UserError
+from dail_jax.errors import Interrupted, UserError
 from dail_jax.metrics import Metrics, log, progress
-from dail_jax.rundir import Interrupt, Interrupted
+from dail_jax.rundir import Interrupt
 
 
 @dataclass(frozen=True)

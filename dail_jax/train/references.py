@@ -24,6 +24,7 @@ import ml_dtypes  # noqa: F401  (registers bfloat16 with numpy)
 import numpy as np
 
 from dail_jax import mesh as mesh_lib
+from dail_jax import mirror
 from dail_jax.data import batches
 from dail_jax.errors import writing
 from dail_jax.metrics import progress
@@ -171,6 +172,7 @@ def compute(
     files = {name: digest for one in mesh_lib.from_all(mine) for name, digest in one.items()}
     manifest = json.dumps({"key": key, "files": files, "parts": parts})
     mesh_lib.from_first(lambda: write_atomic(folder / "manifest.json", manifest))
+    mirror.share()
     return references
 
 
