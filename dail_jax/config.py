@@ -711,8 +711,8 @@ class Config(Section):
     """The whole configuration: one file configures one experiment, and `arms` turns it into several that share traces."""
 
     run_dir: AnyPath
-    """Directory that everything is written to; a second call with it resumes. It may be a URL such as `gs://bucket/run` (one
-    process alone)."""
+    """Directory that everything is written to; a second call with it resumes. It may be a URL such as
+    `gs://bucket/run`."""
     title: str | None = None
     """What the report calls the experiment or, among the changes of an arm, the arm; null = the name of its folder."""
     about: str = ""

@@ -9,6 +9,7 @@ import argparse
 import contextlib
 import errno
 import os
+import re
 import signal
 import sys
 import traceback
@@ -50,6 +51,9 @@ STAGES = {
     "config": "the resolved configuration; with --explain KEY, what a key or a section is",
     "env": "versions, devices and mesh: what a bug report needs",
 }
+
+# What JAX says in the processes that are left, when another one of the run has ended.
+LOST = re.compile(r"closed by peer|reset by peer|heartbeat")
 
 # Stages that compute nothing on a device, and ask JAX all the same which process this is.
 SHOWING = ("report", "compare", "waypoints", "prompts", "grade", "env")
@@ -237,8 +241,11 @@ def main(argv: list[str] | None = None) -> int:
         path = error.filename or (config.run_dir if config else ".")
         print(visible(f"error: {path}: {reason(error)}; what was finished is kept"), file=sys.stderr)
         return _leave(several, 2)
-    except Exception:
-        if several:
+    except Exception as error:
+        if several and LOST.search(str(error)) and not args.trace:
+            said = str(error).splitlines()[0]
+            print(f"error: another process has ended: start all of them again, which resumes ({said})", file=sys.stderr)
+        elif several:
             traceback.print_exc()
         _leave(several, 1)
         raise

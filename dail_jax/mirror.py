@@ -370,6 +370,11 @@ def failed() -> bool:
     return _open is not None and _open.failure is not None
 
 
+def is_apart() -> bool:
+    """Whether the run directory is on a store, and processes work in folders that others do not see."""
+    return _open is not None and _open.apart
+
+
 def share() -> None:
     """All processes: from here on, each sees what any of them has written to the run directory.
 
@@ -438,10 +443,9 @@ def opened(config: config_lib.Config) -> Iterator[config_lib.Config]:
 
 
 def _place(url: str) -> Path:
-    """Where a run directory is worked on."""
+    """Where a run directory is worked on: in a folder of the same name, which tables and pages show."""
     root = os.environ.get(SCRATCH) or Path.home() / ".cache" / "dail_jax" / "runs"
-    name = re.sub(r"[^\w.-]+", "-", url.rpartition("/")[2])
-    return Path(root).absolute() / f"{name}-{hashlib.sha256(url.encode()).hexdigest()[:12]}"
+    return Path(root).absolute() / hashlib.sha256(url.encode()).hexdigest()[:12] / url.rpartition("/")[2]
 
 
 @contextlib.contextmanager

@@ -2,12 +2,12 @@
 # The same command on every worker of a TPU pod slice, over gcloud's ssh.
 #
 #   TPU=my-slice ZONE=europe-west4-b PROJECT=my-project \
-#     ./launch/tpu_pod.sh run --config configs/qwen3_8b_reasoning.yaml run_dir=/mnt/shared/runs/qwen3
+#     ./launch/tpu_pod.sh run --config configs/qwen3_8b_reasoning.yaml run_dir=gs://my-bucket/runs/qwen3
 #
-# Every worker needs the source in $SOURCE with a .venv (pip install -e '.[tpu]'), and a shared file system mounted at the
-# same path for run_dir (Filestore, or a bucket through a mount that supports renames): process 0 writes there, and all
-# read from it. SETUP=1 first copies this folder to the workers and installs it, with Python 3.12 if the image has none
-# that is new enough (that of Ubuntu 22.04 is 3.10).
+# Every worker needs the source in $SOURCE with a .venv (pip install -e '.[tpu,store]'). run_dir is on an object store, where
+# each worker works in a folder of its own, or on a file system that all of them mount (Filestore). SETUP=1 first copies
+# this folder to the workers and installs it, with Python 3.12 if the image has none that is new enough (that of Ubuntu
+# 22.04 is 3.10).
 #
 # On preemption, Cloud TPU sends SIGTERM; the processes agree on a step, save and exit with 75. Call again to resume.
 # Only process 0 prints; `run_dir/metrics.jsonl` can be followed from anywhere.
@@ -27,7 +27,7 @@ if [ "${SETUP:-0}" = 1 ]; then
      PYTHON=\$(command -v python3.13 || command -v python3.12 || command -v python3.11) ||
        { python3 -m pip install --quiet --user uv && python3 -m uv python install --quiet 3.12 &&
          PYTHON=\$(python3 -m uv python find 3.12); } &&
-     export PYTHON && . launch/setup.sh && setup tpu"
+     export PYTHON && . launch/setup.sh && setup tpu,store"
 fi
 
 # Arguments pass through a remote shell, hence quoted once more.

@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
 # One or more TPU slices on GKE through XPK, which writes the JobSet itself (launch/gke.yaml is the same by hand).
 #
-#   CLUSTER=my-cluster ZONE=us-east5-b PROJECT=my-project TPU=v6e-16 IMAGE=my-registry/dail STORAGE=my-filestore \
-#     ./launch/xpk.sh run qwen3_8b_reasoning run_dir=/mnt/shared/runs/qwen3 model.path=/mnt/shared/models/qwen3_8b
+#   CLUSTER=my-cluster ZONE=us-east5-b PROJECT=my-project TPU=v6e-16 IMAGE=my-registry/dail \
+#     ./launch/xpk.sh run qwen3_8b_reasoning run_dir=gs://my-bucket/runs/qwen3 model.path=gs://my-bucket/models/qwen3_8b
 #
-# IMAGE: docker build -f launch/Dockerfile --target tpu -t IMAGE . and push it. STORAGE: an XPK storage (`xpk storage list`)
-# that all workers mount at the same path and that supports renames, such as Filestore: run_dir must lie there.
+# IMAGE: docker build -f launch/Dockerfile --target tpu -t IMAGE . and push it. run_dir may also lie on an XPK storage
+# (`xpk storage list`) that all workers mount and that supports renames, such as Filestore; STORAGE names it.
 # SLICES=2 for two slices, with mesh.data over them. NAME is the workload's (default: dail). Further options of xpk go into
 # XPK_OPTIONS, such as --dry-run.
 #

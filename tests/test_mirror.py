@@ -13,7 +13,7 @@ import tiny
 
 from dail_jax import config as config_lib
 from dail_jax import launch, mirror, provenance, rundir, storage
-from dail_jax.errors import UserError
+from dail_jax.errors import Interrupted, UserError
 
 URL = "s3://bucket/runs/one"
 
@@ -91,7 +91,7 @@ def test_a_finished_run_is_on_the_store(server, place):
     assert work(drawn) == "done" and not [r for r in server.requests if r[0] == "GET" and r[1].endswith("out.txt")]
     shutil.rmtree(place)  # another machine
     assert work(drawn) == "done" and drawn == [0, 1, 2]
-    assert next(place.glob("one-*/out.txt")).read_bytes() == b"[0, 1, 2]\n" * 9_000
+    assert next(place.glob("*/one/out.txt")).read_bytes() == b"[0, 1, 2]\n" * 9_000
     server.send("DELETE", "runs/one/out.txt")  # as a user does who wants it made again
     assert work(drawn) == "made" and drawn == [0, 1, 2] * 2
 
@@ -120,7 +120,7 @@ def test_killed_between_any_two_uploads(server, place):
         again = []
         assert work(again, url) == ("done" if ends else "made") or again == []
         assert again == list(range(safe, ROWS)) or again == []
-        out = next(place.glob(f"{count}-*/out.txt"))
+        out = next(place.glob(f"*/{count}/out.txt"))
         assert out.read_text() == "[0, 1, 2]\n" * 9_000 and (out.parent / "sum.json").read_text() == "3"
         assert not [key for key in server.keys(prefix) if mirror.PARTS in key and "draw" in key] or not ends
         count += 1
@@ -241,6 +241,25 @@ def test_journals_go_on_or_are_written_anew(server, place, monkeypatch):
     here.lease.release()
 
 
+def test_where_others_are_at_work_a_failure_waits(server, place, monkeypatch):
+    """The first process does not leave the others alone with what they compute: all are told when they next agree."""
+    with pytest.raises(UserError, match="in use by"), mirror.opened(config()) as here:
+        journal, interrupt = rundir.Journal(f"{here.run_dir}/draw.partial.jsonl"), rundir.Interrupt()
+        journal.append({"i": 0})
+        server.put(f"runs/one/{mirror.OWNER}", b"{}")  # another one has taken over
+        with monkeypatch.context() as patch, interrupt:
+            patch.setattr(mirror.jax, "process_count", lambda: 2)
+            deadline = time.monotonic() + 10
+            while not mirror.failed() and time.monotonic() < deadline:
+                journal.append({"i": 1})
+                time.sleep(0.02)
+            patch.undo()
+            assert interrupt.wanted
+        journal.close()
+        raise Interrupted("stopped")
+    assert listed(server) == 1
+
+
 def test_only_the_command_line_brings_a_run_directory_here():
     with pytest.raises(UserError, match="on this machine"):
         rundir.RunDir(config())
@@ -270,7 +289,7 @@ def test_a_preempted_run_goes_on_elsewhere(server, place, pipeline, tmp_path):
             shutil.rmtree(place, ignore_errors=True)
             assert tiny.run(stage, path, there) == 0
     assert server.send("GET", "real/traces.jsonl") == (pipeline / "traces.jsonl").read_bytes()
-    folder = next(place.glob("real-*"))
+    folder = next(place.glob("*/real"))
     assert tiny.losses(folder) == tiny.losses(pipeline)
     kept = {p.relative_to(folder).as_posix() for p in (folder / "checkpoints").rglob("*") if p.is_file()}
     assert kept and {f"real/{name}" for name in kept} <= set(server.keys("real/checkpoints"))

@@ -118,12 +118,11 @@ def small_files(limit: int):
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
-def start(stage: str, path: Path, *more: str) -> subprocess.Popen:
-    """A stage in a process of its own."""
+def start(stage: str, path: Path, *more: str, **variables: str) -> subprocess.Popen:
+    """A stage in a process of its own, with these variables in its environment."""
     command = [sys.executable, "-m", "dail_jax.launch", stage, "--config", str(path), *more]
-    return subprocess.Popen(
-        command, env=environment(), cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
-    )
+    env = {**environment(), **variables}
+    return subprocess.Popen(command, env=env, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
 
 def free_port() -> int:

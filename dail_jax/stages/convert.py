@@ -8,7 +8,7 @@ import jax
 
 from dail_jax import config as config_lib
 from dail_jax import mesh as mesh_lib
-from dail_jax import storage
+from dail_jax import mirror, storage
 from dail_jax.checkpoint import base, hf
 from dail_jax.errors import UserError
 from dail_jax.metrics import log
@@ -19,6 +19,10 @@ from dail_jax.text import load_tokenizer
 
 
 def run(config: config_lib.Config) -> None:
+    if mirror.is_apart():
+        raise UserError(
+            "every process writes its part of the weights: want a file system that all share", field="run_dir"
+        )
     source, target = storage.model(config.model.path), Path(config.run_dir) / "model"
     if (source / base.PARAMS).is_dir():
         raise UserError("has been converted already", file=source)
