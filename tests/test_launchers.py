@@ -77,7 +77,7 @@ def test_tpu_pod_brings_a_python_that_is_new_enough(stand_in, tmp_path):
     for found in ("/opt/python3.12", str(empty / "python3.11")):
         done = subprocess.run(["/bin/bash", "-c", remote], cwd=tmp_path, env=env, text=True, capture_output=True)
         assert done.returncode == 0, done
-        assert (tmp_path / "dail_jax" / "made").read_text() == f"{found} tpu\n"
+        assert (tmp_path / "dail_jax" / "made").read_text() == f"{found} tpu,store\n"
         (empty / "python3.11").write_text("#!/bin/bash\n")  # the second time there is one
         (empty / "python3.11").chmod(0o755)
     asked = (tmp_path / "remote").read_text().replace("\0", " ")
