@@ -514,8 +514,9 @@ class Train(Section):
     bucket: Count = 64
     """Prompts and responses are padded to multiples of this many tokens."""
     shapes: Count = 8
-    """The most widths that batches are padded to: of these multiples, those that pad least. Each is a program to compile,
-    and the frozen roles' states have as many again. More widths pad less; losses agree up to rounding."""
+    """The most widths that batches are padded to: of these multiples, those that pad least; where samples are drawn while
+    training, those that would pad assumed lengths least. Each is a program to compile, and the frozen roles' states have
+    as many again. More widths pad less; losses agree up to rounding."""
     chunk: Count = 1024
     """Response tokens whose logits exist at one time. Fewer take less memory and more time."""
     remat: Literal["none", "full", "dots"] = "full"

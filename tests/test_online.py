@@ -18,6 +18,7 @@ from dail_jax.stages import online, recipes
 from dail_jax.stages.session import open_session
 from dail_jax.text import load_tokenizer
 from dail_jax.train import methods
+from dail_jax.train import step as step_lib
 
 HINT = str(tiny.ASSETS / "templates" / "hint.txt")
 # 2 rounds of 4 x 4 samples, 2 updates each
@@ -107,6 +108,43 @@ def test_hints_are_in_the_hinted_prompt_alone():
     assert len(ours.hinted("1", "2")) > len(ours.student_only("1"))
 
 
+def test_rounds_have_a_program_for_each_of_a_few_widths():
+    """Whatever is drawn, under whichever prompt, it fits into shapes that follow from its width alone."""
+    rng = np.random.default_rng(2)
+    draw = lambda low, high: tuple(rng.integers(1, 40, rng.integers(low, high)).tolist())  # noqa: E731
+    roles, limit, cfg = ("student", "privileged"), 300, config_lib.Train(batch_size=4, bucket=16, shapes=5)
+    tasks = []
+    for i in range(40):
+        student = draw(3, 60)
+        views = tuple({"student": student, "privileged": draw(20, 150)} for _ in range(1 + i % 2))
+        tasks.append(online.Task(f"p{i}", views, "", draw(60, 90) if i % 3 else None))
+    widths, room = online.widths_of(tasks, limit, cfg)
+    assert len(widths) == 5 and widths == tuple(sorted(widths))
+    shapes, needed = {}, set()
+    for mean in (10, 40, 130, 1000) * 5:
+        examples = []
+        for task in rng.choice(np.array(tasks, object), 16):
+            context = task.hint if task.hint and rng.integers(2) else task.student
+            response = (1,) * int(np.clip(rng.exponential(mean), 1, limit))
+            for view in task.views:
+                examples.append(batches.Example("", {**view, "student": context}, response))
+        assemble = batches.Assemble(examples, 16, 1, np.arange(4), roles, widths=widths, room=room)
+        for chosen in np.array_split(rng.permutation(len(examples))[: len(examples) // 4 * 4], len(examples) // 4):
+            batch = assemble.map(chosen)
+            width = batch["student_tokens"].shape[-1]
+            assert shapes.setdefault(width, {k: x.shape for k, x in batch.items()}) == {
+                k: x.shape for k, x in batch.items()
+            }
+            needed.add(batches.pad(max(assemble.lengths["student"][chosen]), 16))
+            for row, index in enumerate(chosen):
+                e = examples[index]
+                assert batch["mask"][0, row].sum() == len(e.response)
+                for role in roles:
+                    tokens, at = batch[f"{role}_tokens"][0, row], batch[f"{role}_positions"][0, row]
+                    assert tokens[at >= 0].tolist() == [*e.prompts[role], *e.response]
+    assert set(shapes) == set(widths) and len(needed) > 15  # without a choice
+
+
 def metrics(folder):
     rows = tiny.lines(folder / "metrics.jsonl") if (folder / "metrics.jsonl").exists() else []
     return [{k: v for k, v in row.items() if k != "time"} for row in rows if row["stage"] == "train"]
@@ -120,8 +158,12 @@ def parity(session, grader, tasks, groups):
 def test_grpo_trains_evaluates_and_resumes_exactly(tmp_path, one, rows, monkeypatch):
     monkeypatch.setattr(online, "rewards_of", parity)
     changes = {"train__objective": "grpo", "data": {"path": rows, "limit": 8}, **SMALL}
+    changes |= {"train__bucket": 8, "train__shapes": 2}
     path, again = (tiny.write(tmp_path / name, **changes) for name in ("whole", "again"))
+    updates, make = [], step_lib.make_update
+    monkeypatch.setattr(step_lib, "make_update", lambda *args: updates.append(make(*args)) or updates[-1])
     assert tiny.run("train", path) == 0
+    assert updates[0]._cache_size() <= 2  # programs
     want = metrics(tmp_path / "whole")
     assert [r["step"] for r in want] == [1, 2, 3, 4] and [r["round"] for r in want] == [0, 0, 1, 1]
     assert 0 < want[0]["reward"] < want[0]["solved"] <= 1

@@ -122,7 +122,8 @@ class Assemble(grain.transforms.Map):
 
     Returns {rows [A,B] int32, mask, targets, logq and advantage [A,B,T] (the last two if the examples have them), and
     tokens and positions [A,B,W] for each of `roles`}, where A micro-batches of B local rows make an update. `widths` are
-    those that a batch may have in its first role, from `chosen_widths`; by default, all multiples of `bucket`.
+    those that a batch may have in its first role, from `chosen_widths`; by default, all multiples of `bucket`. `room` are
+    `lengths` of whatever other batches may hold, if their shapes are to be the same; by default, those of `examples`.
     `references(role, index)` returns final states [T,D], which are added as [A,B,T,D] under `ref_ROLE`.
     """
 
@@ -134,6 +135,7 @@ class Assemble(grain.transforms.Map):
     cached: tuple[str, ...] = ()
     references: Callable[[str, int], np.ndarray] | None = None
     widths: tuple[int, ...] = ()
+    room: Mapping[str, np.ndarray] | None = None
 
     def map(self, element: np.ndarray) -> dict[str, np.ndarray]:
         chosen = np.asarray(element)
@@ -181,16 +183,13 @@ class Assemble(grain.transforms.Map):
         They depend on that width alone, so that the batches of one width share one program.
         """
         first, *others = self.roles
-        lengths = self.lengths[first]
-        width = pad(int(lengths[live].max()), self.bucket)
+        width = pad(int(self.lengths[first][live].max()), self.bucket)
         width = next((one for one in self.widths if one >= width), width)
-        inside = lengths <= width
+        room = self.lengths if self.room is None else self.room
+        inside = room[first] <= width
         # At most one less than the width: the state before a response predicts its first token.
-        t = min(pad(int(self.lengths["response"][inside].max()), self.bucket), width - 1)
-        return t, {
-            first: width,
-            **{r: pad(max(t + 1, int(self.lengths[r][inside].max())), self.bucket) for r in others},
-        }
+        t = min(pad(int(room["response"][inside].max()), self.bucket), width - 1)
+        return t, {first: width, **{r: pad(max(t + 1, int(room[r][inside].max())), self.bucket) for r in others}}
 
     @functools.cached_property
     def lengths(self) -> dict[str, np.ndarray]:

@@ -17,6 +17,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from dail_jax import config as config_lib
 from dail_jax import mesh as mesh_lib
 from dail_jax.data import batches, traces
 from dail_jax.data.batches import Example
@@ -108,6 +109,37 @@ def chosen_problems(count: int, size: int, number: int, seed: int) -> list[int]:
         order = np.random.default_rng((seed, i // count)).permutation(count)
         chosen.append(int(order[i % count]))
     return chosen
+
+
+# Of responses that are yet to be drawn, what is assumed: exponential lengths, by mean length over limit. With the first,
+# a tenth of them reach the limit.
+MEANS = 1 / np.log(10) / np.array([1, 2, 4, 8])
+ASSUMED = 1024  # batches for each
+
+
+def widths_of(tasks: list[Task], longest: int, cfg: config_lib.Train) -> tuple[tuple[int, ...], dict[str, np.ndarray]]:
+    """The widths, at most `train.shapes`, of batches of responses of up to `longest` tokens to these problems; and the
+    lengths, by role and of the `response`, that they have room for, whatever is drawn.
+
+    They are those that would pad batches of assumed lengths least. All rounds have one program for each of them.
+    """
+    prompts = [
+        {**view, "student": context}
+        for task in tasks
+        for view in task.views
+        for context in (task.student, task.hint)
+        if context is not None
+    ]
+    shown = np.array([len(one["student"]) for one in prompts])
+    rng = np.random.default_rng(0)
+    lengths = rng.exponential(longest * MEANS, (ASSUMED, cfg.batch_size, len(MEANS))).clip(1, longest)
+    batched = (rng.choice(shown, lengths.shape) + lengths.astype(int)).max(1)
+    widths = batches.chosen_widths([*batched.ravel(), shown.max() + longest], cfg.bucket, cfg.shapes)
+    fitting = [
+        (one, min(longest, width - n)) for one, n in zip(prompts, shown, strict=True) for width in widths if n < width
+    ]
+    room = {role: np.array([len(one[role]) + n for one, n in fitting]) for role in prompts[0]}
+    return widths, {**room, "response": np.array([n for _, n in fitting])}
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -207,11 +239,12 @@ class Rounds:
         rounds = -(-cfg.epochs * len(self.tasks) // online.problems)
         self.steps = rounds * self.per_round
         self.local = mesh_lib.local_rows(session.mesh, cfg.batch_size // cfg.accumulate)
+        self.widths, self.room = widths_of(self.tasks, online.sampling.max_tokens, cfg)
         self.resources = contextlib.ExitStack()
         self.grader = self.resources.enter_context(Grader())
         log(
             f"train: {method.name} on {len(self.tasks)} problems; {rounds} rounds of {online.problems} x "
-            f"{online.group} samples and {self.per_round} updates"
+            f"{online.group} samples and {self.per_round} updates, in {len(self.widths)} widths up to {self.widths[-1]} tokens"
         )
 
     def restore(self, step: int, saved: Mapping[str, Any]) -> None:
@@ -237,8 +270,9 @@ class Rounds:
             # Spreads each group over several updates, since a single problem makes a poor gradient.
             order = np.random.default_rng((session.config.seed, number)).permutation(len(self.examples))
             self.order = order.reshape(self.per_round, cfg.accumulate, -1)
+            roles = self.method.prompted
             self.assemble = batches.Assemble(
-                self.examples, cfg.bucket, cfg.accumulate, self.local, self.method.prompted
+                self.examples, cfg.bucket, cfg.accumulate, self.local, roles, widths=self.widths, room=self.room
             )
         names = np.array([e.name for e in self.examples])[self.order[place]]
         last = place == self.per_round - 1
