@@ -231,6 +231,9 @@ class Dataset(Section):
 class Data(Dataset):
     """The rows that are trained on."""
 
+    about: str = ""
+    """Sentences for the report: how its problems, solutions and traces are read."""
+
     answer: str = "math"
     """How their answers are read and compared, for `filters.correct`, rewards, `calibrate` and `select`: `math`,
     `integer`, `choice`, or a name of your own in `dail_jax/evaluate/answers.py`."""

@@ -221,12 +221,14 @@ def test_hostile_problems_and_titles_stay_texts(run, tmp_path):
     tree = config_lib.read_yaml(run / "config.yaml")
     tree |= {"title": hostile, "about": hostile}
     tree["model"]["title"] = hostile
+    tree["data"]["about"] = f"how to read them {hostile}"
     for one in tree["evaluate"]["benchmarks"]:
         one |= {"title": hostile, "about": hostile}
     cfg = config_lib.build(tree, "test").model_dump(mode="json")
     (run / "config.yaml").write_text(config_lib.dump(config_lib.build(tree, "test")))
     found = Page(page.write({"dail": run}, run / "report.html", "t", None, decode, cfg).read_text("utf-8"))
     assert len(found.find("script")) == 2 and not found.find("img") and hostile in "".join(found.text)
+    assert f"how to read them {hostile}" in "".join(found.text)
     sample = next(s for s in found.data()["samples"] if s["benchmark"] == "hard")
     shown = found.data()["problems"][sample["set"]]["rows"][sample["problem_id"]]
     assert shown["problem"] == shown["solutions"][0]["text"] == shown["answer"] == hostile

@@ -183,6 +183,7 @@ def test_titles_decide_no_output(tmp_path):
     named = json.loads(json.dumps(plain))
     named |= {"title": "T", "about": "text"}
     named["model"]["title"] = "M"
+    named["data"]["about"] = "how to read them"
     for one in named["evaluate"]["benchmarks"]:
         one |= {"title": "X", "about": "Y"}
     old, new = (config_lib.build(tree, "test") for tree in (plain, named))

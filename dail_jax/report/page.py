@@ -77,6 +77,7 @@ def write(
         shown,
         title,
         about=(config or {}).get("about") or "",
+        legend=((config or {}).get("data") or {}).get("about") or "",
         left_out=collect.left_out(runs, traces),
         took=_took([read_manifest(folder) for folder in dict.fromkeys(folders)]),
     )
@@ -89,6 +90,7 @@ def render(
     traces: Sequence[TraceFile],
     title: str,
     about: str = "",
+    legend: str = "",
     left_out: Sequence[str] = (),
     took: str = "",
 ) -> str:
@@ -123,6 +125,7 @@ def render(
             traces=traces,
             settings=settings,
             about=about,
+            legend=legend,
             headline=headline.compose(headline.outcome(runs, problems.solutions)),
             took=took,
             arms=[(run.name, run.title, setting(run.config, "about") or "", run.objective) for run in runs],

@@ -42,8 +42,8 @@ PATHS = (
     "evaluate.benchmarks.template",
     "pretrain.rows",
 )
-# Only `plan` reads these.
-EXPECTED = ("data.size", "evaluate.benchmarks.rows.size")
+# What only `plan` or the report reads.
+ASIDE = ("data.size", "data.about", *(f"evaluate.benchmarks.{key}" for key in ("rows.size", "pool", "title", "about")))
 COMMON = ("seed", "prompts.opening", "prompts.max_solution_tokens")
 PROMPT = ("generate.max_prompt_tokens",)  # decides which solutions are cut to fit
 SUMMARY = ("evaluate.ks", "evaluate.bootstrap")  # decide results.json alone
@@ -75,7 +75,7 @@ def generate(config: config_lib.Config, rows: list[Row] | None = None) -> Recipe
     # Without a server, the key is left out: records that were written before it came stay valid.
     free = [f"generate.sampler.{key}" for key in SERVER] if served else ["generate.sampler"]
     free += ["generate.slots", "generate.pages"]
-    settings = select(config, *form(config), *COMMON, "data", "generate", without=(*PATHS, *EXPECTED, *free))
+    settings = select(config, *form(config), *COMMON, "data", "generate", without=(*PATHS, *ASIDE, *free))
     settings["passes"] = "rationalised" if methods.find(config.train).rationalises else "one"
     filters = select(config, "filters")
     if methods.find(config.train).rationalises:  # the filters decide what the second pass draws
@@ -113,7 +113,7 @@ def train(config: config_lib.Config, rows: list[Row] | None = None) -> Recipe:
             "waypoints",
             "filters",
             "train",
-            without=(*PATHS, *EXPECTED, *free),
+            without=(*PATHS, *ASIDE, *free),
         ),
         {
             **_model(config),
@@ -135,7 +135,7 @@ def _unfiltered(recipe: Recipe) -> Recipe:
 def evaluate(config: config_lib.Config, tables: Mapping[str, list[Row]] | None = None) -> Recipe:
     cfg, inputs = config.evaluate, {}
     served = isinstance(cfg.sampler, config_lib.Server)
-    free = ["evaluate.slots", "evaluate.pages", *(f"evaluate.benchmarks.{key}" for key in ("pool", "title", "about"))]
+    free = ["evaluate.slots", "evaluate.pages"]
     free += [f"evaluate.sampler.{key}" for key in SERVER] if served else []
     if cfg.adapter:
         adapter = cfg.adapter
@@ -151,7 +151,7 @@ def evaluate(config: config_lib.Config, tables: Mapping[str, list[Row]] | None =
     return Recipe(
         "evaluate",
         select(
-            config, *form(config), *COMMON, "train.objective", "evaluate", without=(*PATHS, *EXPECTED, *SUMMARY, *free)
+            config, *form(config), *COMMON, "train.objective", "evaluate", without=(*PATHS, *ASIDE, *SUMMARY, *free)
         ),
         {**_model(config, served), **_templates(config, "student"), **inputs},
         outputs=(Samples(SAMPLES), File(RESULTS, derived=True)),
@@ -179,7 +179,7 @@ def pretrain(config: config_lib.Config) -> Recipe:
     free = ("model.path", "model.title", "model.quantize", "pretrain.log_every", "pretrain.save_every")
     return Recipe(
         "pretrain",
-        {**select(config, "seed", "model", "pretrain", without=(*PATHS, *EXPECTED, *free)), "writes": target},
+        {**select(config, "seed", "model", "pretrain", without=(*PATHS, *ASIDE, *free)), "writes": target},
         {
             "pretrain.rows": Input(cfg.rows, lambda checksum: checksum(storage.file(cfg.rows))),
             "model.tokenizer": _tokenizer(config),
