@@ -111,6 +111,12 @@ def slots_of(layer: Layer, slots: int) -> int:
     return slots if layer.window is None else min(slots, max(-(-(layer.window - 1) // TILE), 1) * TILE)
 
 
+def can_rewind(cfg: ModelConfig) -> bool:
+    """Whether a row can go back to any of its tokens: all layers keep the keys and values of all tokens, as those do whose
+    keys can lie in pages."""
+    return all(map(pages.is_paged, cfg.layers))
+
+
 def empty_cache(
     cfg: ModelConfig,
     rows: int,
@@ -178,6 +184,14 @@ def begin(cache: Cache, chosen: jax.Array, entry: jax.Array) -> Cache:
         count=jnp.where(chosen, 0, cache.count),
         row_prompt=row_prompt,
     )
+
+
+def rewind(cache: Cache, chosen: jax.Array, kept: jax.Array) -> tuple[Cache, jax.Array]:
+    """The cache in which the rows `chosen` [B] bool have only the first `kept` [B] of their own tokens, and [B] how many
+    tokens all rows' prompts have. What came after these is overwritten as rows grow again."""
+    blocks = len(cache.prompt_length)
+    prompts = jnp.take_along_axis(cache.prompt_length, cache.row_prompt.reshape(blocks, -1), 1).reshape(-1)
+    return replace(cache, count=jnp.where(chosen, kept, cache.count)), prompts
 
 
 def empty_recent(cache: Cache, slots: int) -> Recent:

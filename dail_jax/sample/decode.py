@@ -70,7 +70,7 @@ class DecodeState:
       prompt_length: [G, E, roles] int32.
       start: [B] int32, the position of each row's first response token.
       key: [slots, 2] uint32, one threefry key per slot, folded with the token's index at each draw.
-      length: [slots] int32, tokens drawn so far.
+      length: [slots] int32, tokens drawn so far; negative: how many are still to be read, from the end of `tokens`.
       limit: [slots] int32, the most tokens to draw.
       status: [slots] int32, RUNNING, STOPPED, CUT, or BROKEN where the logits were not finite; nothing is drawn then.
       live: [slots] bool, false once finished or never admitted.
@@ -218,12 +218,6 @@ def admit(
     """
     blocks = jnp.repeat(jnp.arange(grid.blocks), grid.width)
     rows = lambda x: _to_rows(grid, x)  # noqa: E731
-
-    def fold(data):
-        key = jax.random.wrap_key_data(seed, impl="threefry2x32")
-        return jax.random.key_data(functools.reduce(jax.random.fold_in, data, key))
-
-    keys = jax.vmap(fold)(key_data)
     hidden = rows(jnp.moveaxis(state.prompt_hidden[blocks, entry], 1, 0))
     start = rows(state.prompt_length[blocks, entry].T)
     fresh = rows(jnp.broadcast_to(chosen, (grid.roles, grid.slots)))
@@ -236,14 +230,58 @@ def admit(
             cache=cache,
             hidden=jnp.where(fresh[:, None], hidden, state.hidden),
             start=jnp.where(fresh, start, state.start),
-            key=jnp.where(chosen[:, None], keys, state.key),
-            length=jnp.where(chosen, 0, state.length),
-            limit=jnp.where(chosen, limit, state.limit),
-            status=jnp.where(chosen, RUNNING, state.status),
-            live=state.live | chosen,
-            seen=state.seen & ~chosen[:, None],
+            **_started(state, seed, chosen, key_data, 0, limit),
         )
     )
+
+
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=1)
+def go_on(
+    grid: Grid,
+    state: DecodeState,
+    seed: jax.Array,
+    chosen: jax.Array,
+    kept: jax.Array,
+    tokens: jax.Array,
+    count: jax.Array,
+    key_data: jax.Array,
+    limit: jax.Array,
+) -> DecodeState:
+    """Starts another response in every slot of `chosen` [slots] bool, where its last one lies.
+
+    Before it stand the prompt, the first `kept` [slots] tokens behind that, whose keys and values are there, and tokens that
+    are read first, one a step as if they were drawn: the last `count` [slots] of tokens [slots, any]. Keys are as in `admit`.
+    With a limit of 0 nothing is drawn; the last token's keys and values are then left out, as a response's always are.
+    """
+    rows = lambda x: _to_rows(grid, jnp.broadcast_to(x, (grid.roles, *x.shape)))  # noqa: E731
+    cache, prompts = transformer.rewind(state.cache, rows(chosen), rows(kept))
+    given = jnp.where(chosen[:, None], tokens, state.tokens[:, grid.max_tokens - tokens.shape[1] :])
+    return _lay_out(
+        replace(
+            state,
+            cache=cache,
+            start=jnp.where(rows(chosen), prompts + rows(kept + count), state.start),
+            tokens=state.tokens.at[:, grid.max_tokens - tokens.shape[1] :].set(given),
+            **_started(state, seed, chosen, key_data, -count, limit),
+        )
+    )
+
+
+def _started(state: DecodeState, seed, chosen, key_data, length, limit) -> dict[str, jax.Array]:
+    """The fields of slots `chosen` that start, each with a key of its own."""
+
+    def fold(data):
+        key = jax.random.wrap_key_data(seed, impl="threefry2x32")
+        return jax.random.key_data(functools.reduce(jax.random.fold_in, data, key))
+
+    return {
+        "key": jnp.where(chosen[:, None], jax.vmap(fold)(key_data), state.key),
+        "length": jnp.where(chosen, length, state.length),
+        "limit": jnp.where(chosen, limit, state.limit),
+        "status": jnp.where(chosen, RUNNING, state.status),
+        "live": state.live | chosen,
+        "seen": state.seen & ~chosen[:, None],
+    }
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=4)
@@ -257,7 +295,7 @@ def decode(
     sampling: mixture.SamplingParams,
     table: jax.Array | None = None,
 ) -> DecodeState:
-    """Runs `grid.chunk` steps, each of which draws one token per live slot.
+    """Runs `grid.chunk` steps, each of which draws one token per live slot, or reads one that is given.
 
     `table` [B,W] lists the pages of every row, with room for the tokens to come.
     """
@@ -289,6 +327,9 @@ def _step(
     logits = transformer.unembed(params, _to_slots(grid, state.hidden)) + rules.bias
     with jax.named_scope("draw"):
         drawn = mixture.draw_tokens(logits, _uniform(state.key, index), sampling, state.seen)
+    given = jnp.take_along_axis(state.tokens, (index % grid.max_tokens)[:, None], 1)[:, 0]
+    token = jnp.where(index < 0, given, drawn.token)
+    drawn = replace(drawn, token=token, finite=drawn.finite | (index < 0))
     with jax.named_scope("record"):
         state = _record(grid, state, rules, drawn)
     rows = lambda x: _to_rows(grid, jnp.broadcast_to(x, (grid.roles, *x.shape)))  # noqa: E731
@@ -302,16 +343,17 @@ def _step(
 def _record(grid: Grid, state: DecodeState, rules: TokenRules, drawn: mixture.DrawnTokens) -> DecodeState:
     """The state with the drawn tokens appended to live slots' responses, and with finished slots no longer live."""
     now, index = state.live & drawn.finite, state.length
-    stopped, cut = rules.stops[drawn.token], index + 1 >= state.limit
+    own = now & (index >= 0)
+    stopped, cut = rules.stops[drawn.token] & (index >= 0), index + 1 >= state.limit
     status = jnp.where(stopped, STOPPED, jnp.where(cut, CUT, RUNNING))
     status = jnp.where(drawn.finite, status, BROKEN)
-    place = (jnp.arange(grid.slots), jnp.where(now, index, grid.max_tokens))  # out of bounds: dropped
+    place = (jnp.arange(grid.slots), jnp.where(own, index, grid.max_tokens))  # out of bounds: dropped
     return replace(
         state,
         length=jnp.where(now, index + 1, index),
         status=jnp.where(state.live, status, state.status),
         live=now & ~(stopped | cut),
-        seen=state.seen.at[place[0], drawn.token].max(now),
+        seen=state.seen.at[place[0], drawn.token].max(own),
         tokens=state.tokens.at[place].set(drawn.token, mode="drop"),
         logq=state.logq.at[place].set(drawn.logq, mode="drop"),
         log_student=state.log_student.at[place].set(drawn.log_student, mode="drop"),

@@ -4,6 +4,11 @@ Finished slots are refilled between chunks, so that no slot waits for the longes
 (seed, name, sample) and on the padded shapes of its program, which follow from its prompt's length and from the run's
 settings. It never depends on its neighbours.
 
+What follows from a sample (`Request.then`) is drawn in its slot, where its keys and values lie: whatever stands before a
+continuation but was not drawn is read a token a step, and then the slot goes back to where the next one begins, from the
+last to the first. So the slot is taken up a little longer, and no text is read twice. Samples that were drawn before are
+read again in the same way. Where layers have a window or a state, a row cannot go back, and nothing is drawn that follows.
+
 Where keys and values lie in pages (`pool`), there may be fewer than all slots' longest texts would fill. When none is
 free, the youngest sample is given up, and drawn again later: the same sample.
 """
@@ -22,12 +27,13 @@ import numpy as np
 from dail_jax.errors import UserError
 from dail_jax.mesh import axis_size
 from dail_jax.model import pages as pages_lib
+from dail_jax.model import transformer
 from dail_jax.model.families import ModelConfig
 from dail_jax.model.lora import Lora
 from dail_jax.model.weights import Params, unstack
 from dail_jax.sample import decode, mixture
 from dail_jax.sample import pool as pool_lib
-from dail_jax.sample.sampler import Request, ScoredSample
+from dail_jax.sample.sampler import Continuation, Request, Sample, ScoredSample
 
 CHUNK = 4
 PULSE = 16  # chunks
@@ -50,13 +56,14 @@ def key_data(name: str, sample: int) -> tuple[int, int, int]:
 @dataclass
 class Usage:
     """What a run did: `steps` passes over all slots; of their `drawn` slot-steps, `live` drew a token of a sample, and
-    `again` one that has been given up since, for want of pages."""
+    `again` one that has been given up since, for want of pages. Of the samples, `continued` follow from others."""
 
     live: int = 0
     drawn: int = 0
     steps: int = 0
     prefills: int = 0
     again: int = 0
+    continued: int = 0
 
     @property
     def occupancy(self) -> float:
@@ -66,11 +73,74 @@ class Usage:
 
 @dataclass
 class _Entry:
-    """A loaded prompt, its samples that have not started, and the number of those that are running."""
+    """A loaded prompt, the work on its samples that waits, and how much of it is running."""
 
     request: Request
-    waiting: collections.deque[int]
+    waiting: collections.deque[_Work]
     running: int = 0
+
+
+@dataclass
+class _Work:
+    """A sample of an entry, and what follows from it.
+
+    Attributes:
+      text: its tokens, once they are drawn.
+      coming: what is still to be drawn after it; the next is the last.
+      current: what is being drawn after it.
+      held: how many of its tokens have keys and values in the slot; None while it is being drawn, or read again.
+      before: how many tokens stand between the prompt and those that are being drawn.
+      limit: of the latter, the most.
+      pauses: whether the slot waits to be told what to do next.
+      since: the step in which the slot was given the work.
+    """
+
+    entry: _Entry
+    sample: int
+    text: np.ndarray | None = None
+    coming: list[Continuation] = field(default_factory=list)
+    current: Continuation | None = None
+    held: int | None = None
+    before: int = 0
+    limit: int = 0
+    pauses: bool = False
+    since: int = 0
+
+    @property
+    def key(self) -> tuple[str, int]:
+        """The name and the index of what is being drawn."""
+        return (self.current.name, 0) if self.current else (self.entry.request.name, self.sample)
+
+    def start(self, step: int) -> None:
+        """In a slot that has the prompt."""
+        self.since = step
+        self.held, self.before, self.limit = None, 0, self.entry.request.limit
+        self.pauses = self.text is not None
+
+    def next(self) -> tuple[int, list[int]]:
+        """What a slot that pauses does next: it keeps so many tokens behind the prompt, and reads these. Where the text is
+        read again, nothing is drawn."""
+        text: list[int] = self.text.tolist()  # pyright: ignore[reportOptionalMemberAccess]
+        if self.held is None:
+            kept, given, self.limit = 0, text, 0
+        else:
+            self.current = one = self.coming.pop()
+            kept = min(self.held, one.kept, one.kept + len(one.tokens) - 1)  # one is read, to draw after it
+            given, self.limit = [*text[kept : one.kept], *one.tokens], one.limit
+        self.before, self.pauses = kept + len(given), False
+        return kept, given
+
+    def end(self) -> None:
+        """All is drawn, or read, that the slot was told. The last token of a text has left no keys."""
+        assert self.text is not None
+        self.held = len(self.text) - 1 if self.held is None or self.current is None else min(self.held, self.current.kept)
+        self.current, self.pauses = None, bool(self.coming)
+
+    def give_up(self) -> None:
+        """What is being drawn will be drawn again."""
+        if self.current is not None:
+            self.coming.append(self.current)
+            self.current = None
 
 
 @dataclass
@@ -119,6 +189,7 @@ class Engine:
             "occupancy": usage.occupancy,
             "steps": usage.steps,
             "prefills": usage.prefills,
+            **({"continued": usage.continued} if usage.continued else {}),
             **({} if self.pages is None else {"drawn_again": usage.again}),
         }
 
@@ -133,31 +204,37 @@ class Engine:
         most = 1
         for request in requests:
             assert len(request.prompts) == self.roles and 0 < request.limit <= self.max_tokens
-            if request.samples:
+            drawn = request.drawn if self.continues else ()
+            if request.samples or drawn:
                 queues[bucket(max(map(len, request.prompts)))].append(request)
-                most = max(most, len(request.samples))
+                most = max(most, len(request.samples) + len(drawn))
         for prompt_slots in sorted(queues):
             yield from self._run_bucket(self.grid(most, prompt_slots), queues[prompt_slots])
+
+    @property
+    def continues(self) -> bool:
+        """Whether what follows from samples is drawn too."""
+        return transformer.can_rewind(self.cfg)
 
     def _run_bucket(self, grid: decode.Grid, queue: collections.deque[Request]) -> Iterator[ScoredSample | None]:
         n, quiet = grid.slots, 0
         state = decode.empty(grid, self.cfg, self.params["norm"].dtype)
         entries: list[list[_Entry | None]] = [[None] * grid.entries for _ in range(grid.blocks)]
-        running: list[tuple[_Entry, int] | None] = [None] * n  # what each slot is drawing
+        running: list[_Work | None] = [None] * n
         counted = np.zeros(n, int)
         pool = pool_lib.Pool(grid, axis_size(self.mesh, "b")) if grid.pages else None
         while True:
             state = self._refill(grid, state, queue, entries, running, counted, pool)
             if not any(running):
                 return
+            state = self._go_on(grid, state, running, counted)
             if pool is not None:
                 state = self._grow(grid, state, running, counted, pool)
             table = None if pool is None else pool.table.copy()
             state = decode.decode(grid, self.cfg, self.params, self.lora, state, self.rules, self.sampling, table)
             live, length, status = (np.asarray(x) for x in jax.device_get((state.live, state.length, state.status)))
             busy = np.array([r is not None for r in running])
-            fresh = int((length - counted)[busy].sum())
-            self.usage.live += fresh
+            self.usage.live += int((_drawn(length) - _drawn(counted))[busy].sum())
             self.usage.steps += grid.chunk
             self.usage.drawn += n * grid.chunk
             counted = np.where(busy, length, 0)
@@ -168,36 +245,74 @@ class Engine:
                 quiet = 0
                 yield None
             for slot in finished:
-                entry, sample = running[slot]  # pyright: ignore[reportGeneralTypeIssues]
-                running[slot] = None
-                entry.running -= 1
-                if pool is not None:
-                    pool.end(int(slot))
-                finish = "stop" if status[slot] == decode.STOPPED else "length"
-                fields = (np.asarray(x)[: length[slot]] for x in jax.device_get(decode.read(state, slot)))
-                tokens, *scores = fields
-                yield ScoredSample(entry.request.name, sample, tokens, finish, *scores)
+                work = running[slot]
+                assert work is not None
+                if length[slot]:  # otherwise a text has been read again
+                    finish = "stop" if status[slot] == decode.STOPPED else "length"
+                    tokens, *scores = (np.asarray(x)[: length[slot]] for x in jax.device_get(decode.read(state, slot)))
+                    sample = ScoredSample(*work.key, tokens, finish, *scores)
+                    if work.text is None:
+                        work.text, work.coming = tokens, self._follow(work.entry.request, sample)
+                    else:
+                        self.usage.continued += 1
+                    yield sample
+                    del sample
+                work.end()
+                if not work.pauses:
+                    running[slot] = None
+                    work.entry.running -= 1
+                    if pool is not None:
+                        pool.end(int(slot))
+
+    def _follow(self, request: Request, sample: Sample) -> list[Continuation]:
+        """What is to be drawn after a sample; the next is the last, since the slot can only go back."""
+        if request.then is None or not self.continues:
+            return []
+        found = sorted(request.then(sample), key=lambda one: one.kept)
+        assert all(one.kept <= len(sample.tokens) and one.limit > 0 for one in found)
+        assert all(one.kept + len(one.tokens) + one.limit <= self.max_tokens for one in found)
+        return found
+
+    def _go_on(self, grid, state, running: list[_Work | None], counted) -> decode.DecodeState:
+        """Tells slots that pause what to do next."""
+        n, kept, given = grid.slots, {}, {}
+        data, limit = np.zeros((n, 3), np.uint32), np.zeros(n, np.int32)
+        for slot, work in enumerate(running):
+            if work is not None and work.pauses:
+                kept[slot], given[slot] = work.next()
+                data[slot], limit[slot] = key_data(*work.key), work.limit
+                counted[slot] = -len(given[slot])
+        if not given:
+            return state
+        width = min(bucket(max(map(len, given.values()))), grid.max_tokens)
+        tokens, places = np.zeros((n, width), np.int32), list(given)
+        chosen, stays, count = np.zeros(n, bool), np.zeros(n, np.int32), np.zeros(n, np.int32)
+        for slot in places:
+            tokens[slot, width - len(given[slot]) :] = given[slot]
+        chosen[places], stays[places], count[places] = True, list(kept.values()), [len(x) for x in given.values()]
+        return decode.go_on(grid, state, self.key, chosen, stays, tokens, count, data, limit)
 
     def _grow(self, grid, state, running, counted, pool: pool_lib.Pool) -> decode.DecodeState:
         """Takes the pages that the next chunk fills, the oldest samples first; where there are none, the youngest samples
         are given up."""
         ended = np.zeros(grid.slots, bool)
-        limit = np.array([work[0].request.limit if work is not None else 0 for work in running])
-        reach = np.minimum(counted + grid.chunk, limit)
-        by_age = [s for s in np.lexsort((np.arange(grid.slots), -counted)).tolist() if running[s] is not None]
+        before, limit = (np.array([getattr(w, x) if w else 0 for w in running]) for x in ("before", "limit"))
+        reach = before + np.minimum(counted + grid.chunk, limit)
+        by_age = sorted((s for s in range(grid.slots) if running[s] is not None), key=lambda s: running[s].since)
         short = pool.short(reach)
         for slot in [s for s in by_age if short[s]]:
             while running[slot] is not None and not pool.grow(slot, int(reach[slot])):
                 device = pool.device(slot)
                 youngest = [s for s in by_age if running[s] is not None and pool.device(s) == device][-1]
-                entry, sample = running[youngest]
-                entry.waiting.appendleft(sample)
-                entry.running -= 1
+                work, again = running[youngest], int(_drawn(counted[youngest]))
+                work.give_up()
+                work.entry.waiting.appendleft(work)
+                work.entry.running -= 1
                 running[youngest] = None
                 ended[youngest] = True
                 pool.end(youngest)
-                self.usage.live -= int(counted[youngest])
-                self.usage.again += int(counted[youngest])
+                self.usage.live -= again
+                self.usage.again += again
         return decode.stop(state, ended) if ended.any() else state
 
     def _refill(self, grid, state, queue, entries, running, counted, pool: pool_lib.Pool | None) -> decode.DecodeState:
@@ -214,12 +329,13 @@ class Engine:
             if index is None:
                 continue
             entry = entries[block][index]
-            sample = entry.waiting.popleft()
+            work = entry.waiting.popleft()
+            work.start(self.usage.steps)
             entry.running += 1
-            running[slot] = (entry, sample)
+            running[slot] = work
             counted[slot] = 0
-            chosen[slot], entry_of[slot], limit[slot] = True, index, entry.request.limit
-            data[slot] = key_data(entry.request.name, sample)
+            chosen[slot], entry_of[slot], limit[slot] = True, index, work.limit
+            data[slot] = key_data(*work.key)
             if pool is not None and ends is not None:
                 lengths = np.array([len(prompt) for prompt in entry.request.prompts])
                 ends[:, pool.rows[slot]] = pool.start(slot, index, lengths)
@@ -236,8 +352,7 @@ class Engine:
                 return index, state
         for index, entry in enumerate(entries):
             if queue and (entry is None or not entry.running):
-                request = queue.popleft()
-                entries[index] = _Entry(request, collections.deque(request.samples))
+                entries[index] = self._entry(request := queue.popleft())
                 tokens = np.zeros((grid.roles, grid.prompt_slots), np.int32)
                 for role, prompt in enumerate(request.prompts):
                     tokens[role, : len(prompt)] = prompt
@@ -248,6 +363,14 @@ class Engine:
                     grid, self.cfg, self.params, self.lora, state, tokens, lengths, block, index, first
                 )
         return None, state
+
+    def _entry(self, request: Request) -> _Entry:
+        entry = _Entry(request, collections.deque())
+        for one in request.drawn:
+            if coming := self._follow(request, one):
+                entry.waiting.append(_Work(entry, one.sample, one.tokens, coming))
+        entry.waiting.extend(_Work(entry, sample) for sample in request.samples)
+        return entry
 
 
 def grid_of(
@@ -289,7 +412,12 @@ def grid_of(
     return grid(blocks, width, max(entries, 2))
 
 
-def _refuse_broken(running: list[tuple[_Entry, int] | None], status: np.ndarray, length: np.ndarray) -> None:
+def _drawn(length: np.ndarray) -> np.ndarray:
+    """How many tokens have been drawn, where a negative length says how many are to be read before."""
+    return np.maximum(length, 0)
+
+
+def _refuse_broken(running: list[_Work | None], status: np.ndarray, length: np.ndarray) -> None:
     """Raises UserError if a running slot met logits that are not finite.
 
     The error names the slot that broke earliest. A prompt whose keys are NaN also breaks the other rows of its block,
@@ -299,8 +427,8 @@ def _refuse_broken(running: list[tuple[_Entry, int] | None], status: np.ndarray,
     if not broken:
         return
     slot = min(broken, key=lambda slot: length[slot])
-    entry, sample = running[slot]  # pyright: ignore[reportGeneralTypeIssues]
+    name, sample = running[slot].key  # pyright: ignore[reportOptionalMemberAccess]
     raise UserError(
-        f"the model's logits are not finite for token {length[slot]} of sample {sample} of {entry.request.name}: check "
+        f"the model's logits are not finite for token {length[slot]} of sample {sample} of {name}: check "
         "the weights and the adapter for damage (NaN or infinite values), or set model.dtype to float32"
     )

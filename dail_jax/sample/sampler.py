@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Literal, Protocol, TypeVar
 
 import numpy as np
@@ -18,12 +18,16 @@ class Request:
       prompts: token ids, one tuple per role; an evaluation has one role.
       samples: the indices of the samples to draw.
       limit: the most tokens to draw per sample, including the stop token.
+      then: what follows from a sample; None: nothing does. See `Sampler`.
+      drawn: samples that are there already, of which only what follows is wanted.
     """
 
     name: str
     prompts: tuple[tuple[int, ...], ...]
     samples: tuple[int, ...]
     limit: int
+    then: Callable[[Sample], Sequence[Continuation]] | None = None
+    drawn: tuple[Sample, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -40,6 +44,23 @@ class Sample:
     sample: int
     tokens: np.ndarray
     finish: Literal["stop", "length"]
+
+
+@dataclass(frozen=True)
+class Continuation:
+    """A request for one more sample, number 0 of `name`, which goes on from another.
+
+    Attributes:
+      name: as a request's; it alone, with the seed, determines the randomness.
+      kept: how many of the other sample's tokens stand before it.
+      tokens: ids that come between these and what is drawn.
+      limit: the most tokens to draw.
+    """
+
+    name: str
+    kept: int
+    tokens: tuple[int, ...]
+    limit: int
 
 
 @dataclass(frozen=True)
@@ -67,6 +88,10 @@ class Sampler(Protocol[S]):
     def run(self, requests: Iterable[Request]) -> Iterator[S | None]:
         """Yields each requested sample exactly once, as it finishes, in any order.
 
+        It may also yield what follows from them, and from those that are `drawn`: a sampler that has their keys and values
+        at hand need not read them again. What it leaves out is requested of it later, with all that stands before as a
+        prompt.
+
         In between it may yield None: nothing more has finished, but this is a moment at which drawing may stop. Where
         samples take minutes, it should, every few seconds.
         """
@@ -79,13 +104,27 @@ class Sampler(Protocol[S]):
 
 def checked(sampler: Sampler[S], requests: Iterable[Request]) -> Iterator[S | None]:
     """Yields what `sampler.run` yields; raises ValueError if that breaks the protocol above."""
-    requests = list(requests)
-    missing = {(r.name, index): r.limit for r in requests for index in r.samples}
-    for s in sampler.run(requests):
+    missing: dict[tuple[str, int], int] = {}
+    optional: dict[tuple[str, int], int] = {}
+
+    def watched(request: Request) -> Request:
+        missing.update(((request.name, index), request.limit) for index in request.samples)
+        if (follow := request.then) is None:
+            return request
+
+        def then(sample: Sample) -> Sequence[Continuation]:
+            found = follow(sample)
+            optional.update(((one.name, 0), one.limit) for one in found)
+            return found
+
+        return replace(request, then=then)
+
+    for s in sampler.run([watched(request) for request in requests]):
         if s is None:
             yield None
             continue
-        limit = missing.pop((s.name, s.sample), None)
+        key = s.name, s.sample
+        limit = missing.pop(key, None) or optional.pop(key, None)
         if limit is None:
             raise ValueError(
                 f"the sampler gave sample {s.sample} of {s.name}, which was not requested or was given before"
