@@ -457,10 +457,11 @@ class Model:
         request = Request(f"sample/{text}", (prompt,), tuple(range(n)), cfg.sampling.max_tokens)
         with jax.set_mesh(session.sample_mesh):
             sampler = samplers.engine_of(session, self.adapter)(request.limit)
-            drawn = evaluate_stage.collect(sampler, [request], Journal(None), "sampling")
+            drawn = evaluate_stage.Drawn(Journal(None))
+            evaluate_stage.collect(sampler, [request], drawn, "sampling")
         return [
             Response(session.tokenizer.decode(one["ids"]), tuple(one["ids"]), one["finish"])
-            for one in drawn[request.name]
+            for one in drawn.of(request.name)
         ]
 
     def evaluate(

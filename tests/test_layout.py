@@ -45,7 +45,7 @@ def test_estimates_are_what_was_compiled(path, words):
         folder = resources.model(own.model.path)
         model = families.read_config(folder)
         train, sample = programs.abstract_meshes(own.mesh, count)
-        jobs = {name: job for job in programs.jobs_of(own) for name in programs.names_of(job, sample)}
+        jobs = {name: job for job in programs.jobs_of(own, model) for name in programs.names_of(job, sample)}
         for program in programs.programs_of(own, model, train, sample):
             job, row = jobs.get(program.name), known.pop(plan.key_of(folder, program), None)  # of the first arm
             if row and (job or program.name.startswith("train step")):

@@ -3,14 +3,13 @@
 import dataclasses
 
 import jax
-import numpy as np
 import pytest
 import test_sample_engine as plain
 from conftest import mesh_of
-from test_sample_engine import CFG, STOP, collect, requests
+from test_sample_engine import CFG, collect, requests
 
 from dail_jax.model import families, pages, weights
-from dail_jax.sample import decode, engine
+from dail_jax.sample import decode
 from dail_jax.sample import sampler as sampler_lib
 
 ASK, ROOM = (7, 9, 8), 16

@@ -16,6 +16,7 @@ from dail_jax.ahead import programs
 from dail_jax.ahead.programs import Job
 from dail_jax.data import records
 from dail_jax.errors import UserError
+from dail_jax.model.families import ModelConfig
 from dail_jax.sample import engine
 from dail_jax.train import methods
 
@@ -45,10 +46,12 @@ class Call:
     times: float
 
 
-def calls_of(stage: str, config: config_lib.Config, sample, lengths: Lengths, prompt: int) -> list[Call]:
+def calls_of(
+    stage: str, config: config_lib.Config, model: ModelConfig, sample, lengths: Lengths, prompt: int
+) -> list[Call]:
     """What a stage calls. `sample` is the mesh of sampling, which may be abstract; a benchmark's prompts are taken to
     have `prompt` tokens."""
-    jobs = {job.name: job for job in programs.jobs_of(config)}
+    jobs = {job.name: job for job in programs.jobs_of(config, model)}
     if stage == "generate":
         return _generate(config, jobs["rollouts"], sample, lengths)
     if stage == "train":
@@ -119,11 +122,14 @@ def _evaluate(config: config_lib.Config, jobs: Mapping[str, Job], sample, length
         found += draw(benchmark.name, job, sample, problems, count, lengths.mean(job.limit), prompt)
         if cfg.force is None or benchmark.answer == "none":
             continue
-        forced = jobs["forced answers"]
+        answer = lengths.mean(cfg.force.max_tokens)
         for cut in cfg.cuts:
             asked = count * lengths.reach(cut, job.limit)
-            length = prompt + cut + programs.ASKING
-            found += draw(benchmark.name, forced, sample, asked, asked, lengths.mean(forced.limit), length)
+            if job.room:  # drawn where the sample lies, after the text that asks for it
+                found += draw(benchmark.name, job, sample, 0, asked, programs.ASKING + answer)
+            else:
+                length = prompt + cut + programs.ASKING
+                found += draw(benchmark.name, jobs["forced answers"], sample, asked, asked, answer, length)
     return found
 
 

@@ -402,7 +402,8 @@ def unstacked(config: config_lib.Config, model: ModelConfig, mesh: Mesh) -> weig
 
 @dataclass(frozen=True)
 class Job:
-    """What a stage draws: settings, samples per prompt, tokens per prompt at most, tokens per sample, roles."""
+    """What a stage draws: settings, samples per prompt, tokens per prompt at most, tokens per sample, roles; and the tokens
+    of what follows from a sample (`answer_room`)."""
 
     name: str
     stage: str
@@ -415,13 +416,20 @@ class Job:
     adapted: bool
     key: str  # of its slots
     pages: float | None = None
+    room: int = 0
 
     def grid(self, mesh) -> decode.Grid:
         size = engine.bucket(self.prompt)
-        return engine.grid_of(mesh, self.slots, self.roles, self.limit, self.samples, size, self.pages)
+        return engine.grid_of(mesh, self.slots, self.roles, self.limit + self.room, self.samples, size, self.pages)
 
 
-def jobs_of(config: config_lib.Config) -> list[Job]:
+def answer_room(cfg: config_lib.Evaluate, model: ModelConfig, asking: int = ASKING) -> int:
+    """How many tokens a forced answer takes behind its sample, with up to `asking` tokens (or ASKING) that ask for it; 0 if
+    it is not drawn there, since rows cannot go back to where a budget cuts them."""
+    return max(asking, ASKING) + cfg.force.max_tokens if cfg.force and transformer.can_rewind(model) else 0
+
+
+def jobs_of(config: config_lib.Config, model: ModelConfig) -> list[Job]:
     """All that is drawn with our sampler, at its longest."""
     train, method, out = config.train, methods.of(config), []
     if method.reads_traces(train):
@@ -457,12 +465,12 @@ def jobs_of(config: config_lib.Config) -> list[Job]:
         make = functools.partial(
             Job, stage="evaluate", slots=slots, roles=1, sampling=cfg.sampling, key=key, pages=cfg.pages
         )
-        out.append(make("evaluation", samples=cfg.samples, prompt=prompt, limit=cfg.longest, adapted=method.trains))
-        if cfg.force is not None:
+        make = functools.partial(make, adapted=method.trains)
+        room = answer_room(cfg, model)
+        out.append(make("evaluation", samples=cfg.samples, prompt=prompt, limit=cfg.longest, room=room))
+        if cfg.force is not None and not room:
             asked = prompt + cfg.cuts[-1] + ASKING
-            out.append(
-                make("forced answers", samples=1, prompt=asked, limit=cfg.force.max_tokens, adapted=method.trains)
-            )
+            out.append(make("forced answers", samples=1, prompt=asked, limit=cfg.force.max_tokens))
     return out
 
 
@@ -476,10 +484,10 @@ def names_of(job: Job, mesh: Mesh) -> tuple[str, str]:
 
 
 def sampler_programs(config: config_lib.Config, model: ModelConfig, mesh: Mesh) -> list[Program]:
-    """Prefill and decoding of the rollouts (of `generate` and of online training), of the evaluation and of its forced
-    answers."""
+    """Prefill and decoding of the rollouts (of `generate` and of online training), of the evaluation, and of its forced
+    answers where they do not follow from samples."""
     dtype, out = jnp.dtype(config.model.dtype), []
-    for job in jobs_of(config):
+    for job in jobs_of(config, model):
         grid = job.grid(mesh)
 
         def arguments(model: ModelConfig, grid=grid, job=job) -> tuple:

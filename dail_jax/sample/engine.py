@@ -133,7 +133,9 @@ class _Work:
     def end(self) -> None:
         """All is drawn, or read, that the slot was told. The last token of a text has left no keys."""
         assert self.text is not None
-        self.held = len(self.text) - 1 if self.held is None or self.current is None else min(self.held, self.current.kept)
+        self.held = (
+            len(self.text) - 1 if self.held is None or self.current is None else min(self.held, self.current.kept)
+        )
         self.current, self.pauses = None, bool(self.coming)
 
     def give_up(self) -> None:

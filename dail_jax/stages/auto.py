@@ -100,9 +100,9 @@ def _chosen(config: config_lib.Config, steps: list[tuple[str, config_lib.Config]
 def _task(stage: str, config: config_lib.Config) -> Task:
     keys = automatic(config)
     own = config_lib.with_overrides(config, dict.fromkeys((key for key in keys if key in SLOTS), 1), "auto")
-    jobs = [job for job in programs.jobs_of(own) if job.stage == stage and _draws_here(job.stage, own)]
-    trains = stage == "train" and methods.of(own).trains
     model = read_config(resources.model(config.model.path))
+    jobs = [job for job in programs.jobs_of(own, model) if job.stage == stage and _draws_here(job.stage, own)]
+    trains = stage == "train" and methods.of(own).trains
     return Task(own, model, tuple(jobs), trains, frozenset(keys))
 
 

@@ -15,14 +15,16 @@ import hashlib
 import json
 import random
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import jax
+import numpy as np
 
 from dail_jax import config as config_lib
 from dail_jax import mesh as mesh_lib
+from dail_jax.ahead import programs
 from dail_jax.data.prompts import PromptBuilder, Question
 from dail_jax.data.records import Row
 from dail_jax.errors import UserError
@@ -30,7 +32,7 @@ from dail_jax.evaluate import answers, files, protocol, replies
 from dail_jax.evaluate.grading import Grader
 from dail_jax.metrics import Metrics, console, log
 from dail_jax.rundir import Journal, RunDir, json_line, write_atomic
-from dail_jax.sample.sampler import Request, Sampler
+from dail_jax.sample.sampler import Continuation, Request, Sample, Sampler
 from dail_jax.shapes import Natural, Shape, check_all
 from dail_jax.stages import card, offline, recipes, samplers
 from dail_jax.stages.drawing import drawing
@@ -194,40 +196,79 @@ def draw_samples(
 ) -> list[dict]:
     """Ungraded rows of samples.jsonl, drawing what the journals, which are opened by name, do not have.
 
-    `open_sampler` is given the most tokens that a sample of the coming requests may have.
+    `open_sampler` is given the most tokens that stand behind a prompt of the coming requests. The sampler may draw forced
+    answers as soon as their sample is there; those that it leaves out are requested of one more.
     """
     cfg = session.config.evaluate
-    sampler = open_sampler(cfg.longest)
-    drawn = collect(sampler, requests_of(cfg, todo), journal(JOURNAL), "evaluating")
+    samples, forced = Drawn(journal(JOURNAL)), Drawn(journal(FORCED))
+    cuts: dict[tuple[str, int], list[Cut]] = {}
+
+    def cuts_at(p: BenchmarkProblem, row: dict) -> list[Cut]:
+        key = p.key, row["sample"]
+        if key not in cuts:
+            cuts[key] = cuts_of(session, p, row)
+        return cuts[key]
+
+    def asked(found: Iterable[Cut]) -> list[Cut]:
+        """Where a sample is the same at several budgets, it is asked once; and not again."""
+        return list({c.name: c for c in found if c.ask and c.name not in forced.rows}.values())
+
+    def answer(p: BenchmarkProblem) -> Callable[[Sample], list[Continuation]]:
+        return lambda s: [continuation_of(session, c) for c in asked(cuts_at(p, row_of_sample(s)))]
+
+    requests = requests_of(cfg, todo)
+    if cfg.force is not None:
+        requests = [dataclasses.replace(r, then=answer(p)) for r, p in zip(requests, todo, strict=True)]
+    sampler = open_sampler(cfg.longest + answer_room(session))
+    collect(sampler, requests, samples, "evaluating", forced)
     report_usage(sampler, metrics)
 
-    cuts = [c for p in todo for s in drawn[p.key] for c in cuts_of(session, p, s)]
-    forced: dict[str, list[dict]] = {}
-    if cfg.force is not None and any(c.ask for c in cuts):
-        limit = cfg.force.max_tokens
-        asked = {  # where a sample is the same at several budgets, it is asked once
-            c.name: Request(c.name, ((*c.problem.prompt, *c.kept, *session.tokenizer.encode(c.ask)),), (0,), limit)
-            for c in cuts
-            if c.ask
-        }
-        sampler = open_sampler(limit)
-        forced = collect(sampler, list(asked.values()), journal(FORCED), "forcing answers")
-    return [row_of(session, c, forced[c.name][0]["ids"] if c.ask else None) for c in cuts]
+    found = [c for p in todo for row in samples.of(p.key) for c in cuts_at(p, row)]
+    left = [request_of(c, continuation_of(session, c)) for c in asked(found)]
+    if left:
+        collect(open_sampler(left[0].limit), left, forced, "forcing answers")
+    return [row_of(session, c, forced.of(c.name)[0]["ids"] if c.ask else None) for c in found]
 
 
-def collect(sampler: Sampler, requests: list[Request], journal: Journal, label: str) -> dict[str, list[dict]]:
-    """The samples {name, sample, ids, finish} of each request by name; each is durable in the journal once it is drawn."""
-    drawn: dict[str, dict[int, dict]] = collections.defaultdict(dict)  # by request and sample
-    for row in check_all(journal.rows, DrawnSample, journal.path):
-        drawn[row["name"]][row["sample"]] = row
-    missing = [tuple(i for i in r.samples if i not in drawn[r.name]) for r in requests]
-    todo = [dataclasses.replace(r, samples=some) for r, some in zip(requests, missing, strict=True) if some]
-    with drawing(sampler, todo, journal, label, "samples", sum(map(len, drawn.values()))) as samples:
+class Drawn:
+    """The samples in a journal, as rows {name, sample, ids, finish}; each is durable once it is added."""
+
+    def __init__(self, journal: Journal):
+        self.journal = journal
+        self.rows: dict[str, dict[int, dict]] = collections.defaultdict(dict)  # by request and sample
+        for row in check_all(journal.rows, DrawnSample, journal.path):
+            self.rows[row["name"]][row["sample"]] = row
+
+    def add(self, s: Sample) -> None:
+        row = row_of_sample(s)
+        self.rows[s.name][s.sample] = row
+        self.journal.append(row)
+
+    def of(self, name: str) -> list[dict]:
+        """Those of a request, in their order."""
+        return [row for _, row in sorted(self.rows[name].items())]
+
+
+def collect(
+    sampler: Sampler, requests: Sequence[Request], drawn: Drawn, label: str, following: Drawn | None = None
+) -> None:
+    """Draws what the requests ask for and `drawn` has not; what the sampler draws that follows from it, into `following`."""
+    todo = []
+    for request in requests:
+        rows = drawn.rows[request.name]
+        missing = tuple(i for i in request.samples if i not in rows)
+        before = (Sample(request.name, i, np.array(rows[i]["ids"]), rows[i]["finish"]) for i in rows)
+        known = tuple(s for s in before if request.then is not None and request.then(s))
+        if missing or known:
+            todo.append(dataclasses.replace(request, samples=missing, drawn=known))
+    names, done = {request.name for request in requests}, sum(len(drawn.rows[request.name]) for request in requests)
+    journals = [one.journal for one in (drawn, following) if one is not None]
+    with drawing(sampler, todo, journals, label, "samples", done) as samples:
         for s in samples:
-            row = {"name": s.name, "sample": s.sample, "ids": s.tokens.tolist(), "finish": s.finish}
-            drawn[s.name][s.sample] = row
-            journal.append(row)
-    return {name: [samples[i] for i in sorted(samples)] for name, samples in drawn.items()}
+            if s.name in names:
+                drawn.add(s)
+            elif following is not None:
+                following.add(s)
 
 
 @dataclass(frozen=True)
@@ -264,9 +305,34 @@ def cuts_of(session: Session, p: BenchmarkProblem, sample: dict) -> list[Cut]:
         text, ask, is_cut = raw_text(session, p, kept), "", finish == "length"
         # Where nothing is graded, nothing is asked.
         if cfg.force and kind.is_graded and kind.complete(replies.answer_part(text, tag), is_cut) is None:
-            ask = (f"\n</{tag}>" if replies.is_thinking(text, tag) else "") + cfg.force.text
+            ask = ask_for(cfg.force, tag, replies.is_thinking(text, tag))
         cuts.append(Cut(p, sample["sample"], budget, spent, ids, kept, finish, text, ask))
     return cuts
+
+
+def ask_for(force: config_lib.Force, tag: str, is_thinking: bool) -> str:
+    """The text that asks a reply for its answer."""
+    return (f"\n</{tag}>" if is_thinking else "") + force.text
+
+
+def continuation_of(session: Session, c: Cut) -> Continuation:
+    """The forced answer of a cut."""
+    force = session.config.evaluate.force
+    assert force is not None
+    return Continuation(c.name, len(c.kept), tuple(session.tokenizer.encode(c.ask)), force.max_tokens)
+
+
+def request_of(c: Cut, one: Continuation) -> Request:
+    """The same for a sampler that has not drawn it behind its sample: a prompt with all that stands before it."""
+    return Request(one.name, ((*c.problem.prompt, *c.kept, *one.tokens),), (0,), one.limit)
+
+
+def answer_room(session: Session) -> int:
+    """How many tokens a forced answer takes behind its sample, with the text that asks for it."""
+    config, tag = session.config, thought_tag(session.config)
+    asks = [ask_for(config.evaluate.force, tag, thinks) for thinks in (True, False)] if config.evaluate.force else []
+    longest = max((len(session.tokenizer.encode(ask)) for ask in asks), default=0)
+    return programs.answer_room(config.evaluate, session.model, longest)
 
 
 def thought_tokens(session: Session, p: BenchmarkProblem, ids: list[int]) -> int | None:
@@ -285,6 +351,11 @@ def thought_tokens(session: Session, p: BenchmarkProblem, ids: list[int]) -> int
 def raw_text(session: Session, p: BenchmarkProblem, ids: list[int]) -> str:
     """A sample's text with its tags, which are control tokens to some tokenizers."""
     return p.opening + session.tokenizer.decode(ids, keep_special=True)
+
+
+def row_of_sample(s: Sample) -> dict:
+    """A row of a journal."""
+    return {"name": s.name, "sample": s.sample, "ids": s.tokens.tolist(), "finish": s.finish}
 
 
 def row_of(session: Session, c: Cut, forced: list[int] | None) -> dict:

@@ -95,7 +95,7 @@ def roll_out(
     skipped = f"problems skipped: their prompts are above max_prompt_tokens={cfg.max_prompt_tokens}{of}"
     metrics.left_out(skipped, too_long, len(rows))
     sampler = sampler_of(session, len(roles))
-    with drawing(sampler, requests, journal, "generating", "traces", sum(map(len, drawn.values()))) as samples:
+    with drawing(sampler, requests, [journal], "generating", "traces", sum(map(len, drawn.values()))) as samples:
         for sample in samples:
             row = names[sample.name]
             trace = trace_of(session, row, prompts[row.problem_id], roles, sample)

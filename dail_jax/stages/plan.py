@@ -110,7 +110,8 @@ def lines_of(
     """The hours of every part of every stage of every arm; nothing for parts that have a program without a time."""
     lines: list[Line] = []
     for step in experiment.steps(config):
-        folder = Path(resources.model(step.config.model.path)).name
+        path = resources.model(step.config.model.path)
+        folder, model_config = Path(path).name, read_config(path)
         train, sample = meshes(step.config.mesh)
         shapes_of = [" x ".join(map(str, mesh.shape.values())) for mesh in (train, sample)]
         own = {
@@ -125,7 +126,8 @@ def lines_of(
             if name in times
         }
         expected, worst = (
-            plan_lib.calls_of(step.stage, step.config, sample, one, prompt) for one in (lengths, Lengths(1.0))
+            plan_lib.calls_of(step.stage, step.config, model_config, sample, one, prompt)
+            for one in (lengths, Lengths(1.0))
         )
         for part in dict.fromkeys(call.part for call in expected):
             of = lambda calls, part=part: [call for call in calls if call.part == part]  # noqa: E731
