@@ -8,7 +8,8 @@
 (c) mixed policy against our own plain decode at the same number of rows;
 (d) occupancy: the share of decoded slots that are live tokens when lengths have a long tail, and the wall time
     against tokens x time per token at full slots;
-(e) memory of the shared prompt cache against the repeated one, from the compiled program.
+(e) memory of the shared prompt cache against the repeated one, from the compiled program;
+(f) forced answers at three budgets: drawn where their samples lie, against after prompts that repeat all they follow.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ PROMPT, NEW = 64, 64
 
 
 def main() -> None:
-    args = arguments("sampler against transformers", batches="8,32", parts="speed,occupancy,memory")
+    args = arguments("sampler against transformers", batches="8,32", parts="speed,occupancy,memory,forced")
     import jax
     import numpy as np
     import torch
@@ -61,6 +62,8 @@ def main() -> None:
             rows += occupancy(sampler, min(args.runs, 2))
         if "memory" in args.parts:
             rows.append(cache_memory(params, cfg, mesh))
+        if "forced" in args.parts:
+            rows.append(forced(sampler, min(args.runs, 3)))
     show("sampler, 41.6M-parameter Qwen3 shape, float32", rows, args.json)
 
 
@@ -151,6 +154,47 @@ def occupancy(sampler, runs: int) -> list[dict]:
             "high": ratios[-1],
         },
     ]
+
+
+def forced(sampler, runs: int) -> dict:
+    """8 problems x 8 samples on 16 slots, of up to 256 tokens, cut at 64, 128 and 256; 12 tokens ask, and up to 16 answer.
+    About 0.5% of the vocabulary are stop tokens."""
+    import dataclasses
+
+    import numpy as np
+
+    from dail_jax.sample.sampler import Continuation, Request
+
+    rng = np.random.default_rng(2)
+    asking, answer, budgets = tuple(rng.integers(1, 32000, 12).tolist()), 16, (64, 128, 256)
+    stops = tuple(range(0, 32000, 192))
+    ask = [Request(f"p{i}", (tuple(rng.integers(1, 32000, PROMPT).tolist()),), tuple(range(8)), 256) for i in range(8)]
+    prompts = {r.name: r.prompts[0] for r in ask}
+    plain, after, before = (
+        sampler(1, 16, max_tokens=n, stops=stops) for n in (256, answer, 256 + len(asking) + answer)
+    )
+
+    def then(s):
+        cuts = [b for b in budgets if (b <= len(s.tokens) and s.finish == "length") or b < len(s.tokens)]
+        return [Continuation(f"force/{b}/{s.name}/{s.sample}", b, asking, answer) for b in cuts]
+
+    def whole():
+        drawn = [s for s in plain.run(ask) if s is not None]
+        later = [
+            Request(one.name, ((*prompts[s.name], *s.tokens[: one.kept].tolist(), *one.tokens),), (0,), answer)
+            for s in drawn
+            for one in then(s)
+        ]
+        return drawn + [s for s in after.run(later) if s is not None]
+
+    def follow():
+        return [s for s in before.run([dataclasses.replace(r, then=then) for r in ask]) if s is not None]
+
+    texts = [{(s.name, s.sample): s.tokens.tolist() for s in run()} for run in (follow, whole)]
+    assert texts[0] == texts[1]
+    prefills = [sum(s.usage.prefills for s in some) for some in ((before,), (plain, after))]
+    print(f"forced: {len(texts[0]) - 64} answers to 64 samples; prefills {prefills[0]}, {prefills[1]}", flush=True)
+    return row("forced answers after samples / after whole prompts", *in_turn(runs, follow, whole), "samples/s", 64)
 
 
 def cache_memory(params, cfg, mesh) -> dict:

@@ -22,7 +22,7 @@ from dail_jax import mesh as mesh_lib
 from dail_jax.ahead import chips, compiled, programs
 from dail_jax.ahead import plan as plan_lib
 from dail_jax.errors import UserError
-from dail_jax.model import attention, families
+from dail_jax.model import attention, families, transformer
 from dail_jax.stages import plan
 
 MODEL = {
@@ -122,10 +122,8 @@ def test_the_table_has_every_program_and_its_memory(config):
         STEP,
         "rollouts, 4 slots x 2 roles of 32 tokens: prefill 32, 1 of 4 prompts",
         "rollouts, 4 slots x 2 roles of 32 tokens after 4 prompts of 32: decode",
-        "evaluation, 4 slots x 1 roles of 32 tokens: prefill 32, 1 of 4 prompts",
-        "evaluation, 4 slots x 1 roles of 32 tokens after 4 prompts of 32: decode",
-        "forced answers, 4 slots x 1 roles of 8 tokens: prefill 96, 1 of 4 prompts",
-        "forced answers, 4 slots x 1 roles of 8 tokens after 4 prompts of 96: decode",
+        "evaluation, 4 slots x 1 roles of 56 tokens: prefill 32, 1 of 4 prompts",
+        "evaluation, 4 slots x 1 roles of 56 tokens after 4 prompts of 32: decode",
     ]
     step = rows[STEP]
     parameters = 2 * (320 * 64 * 2 + 2 * 64 * (4 + 2 + 2 + 4) * 128 + 2 * 3 * 64 * 96)
@@ -140,7 +138,7 @@ def test_the_table_has_every_program_and_its_memory(config):
 
 def test_pages_are_counted_by_the_texts_that_they_hold(config):
     """By hand: two layers of one head a device, keys and values of 128 bfloat16, two rows a device."""
-    changed = config_lib.with_overrides(config, {"evaluate.pages": 0.5, "evaluate.sampling.max_tokens": 1000}, "test")
+    changed = config_lib.with_overrides(config, {"evaluate.pages": 0.5, "evaluate.sampling.max_tokens": 976}, "test")
     model = families.read_config(changed.model.path)
     _, mesh = programs.meshes_of(changed.mesh, jax.devices()[:4])
     found = {p.name: p for p in programs.sampler_programs(changed, model, mesh)}
@@ -153,7 +151,22 @@ def test_pages_are_counted_by_the_texts_that_they_hold(config):
     assert found[name].caches == ((23, 64, 2, 128),)
     row = programs.measure(found[name], changed, quick=True)
     assert row.aliased_gb * 1e9 >= 2 * 23 * 64 * 2 * 128 * 2 and row.cache_copies == 0
-    assert found["forced answers, 4 slots x 1 roles of 8 tokens, pages 0.5: prefill 1536, 1 of 4 prompts"].fetched == 0
+
+
+def test_answers_are_forced_after_whole_prompts_where_rows_cannot_go_back(config):
+    model = families.read_config(config.model.path)
+    short = dataclasses.replace(model, layers=(model.layers[0], dataclasses.replace(model.layers[1], window=20)))
+    _, mesh = programs.abstract_meshes(config.mesh, 4)
+    assert [p.name.split(": ")[0] for p in programs.sampler_programs(config, short, mesh) if "prefill" in p.name] == [
+        "rollouts, 4 slots x 2 roles of 32 tokens",
+        "evaluation, 4 slots x 1 roles of 32 tokens",
+        "forced answers, 4 slots x 1 roles of 8 tokens",
+    ]
+    assert [programs.answer_room(config.evaluate, *args) for args in ((model,), (model, 20), (short, 20))] == [
+        24,
+        28,
+        0,
+    ]
 
 
 def test_a_token_reads_no_pool_that_a_kernel_is_given():
@@ -194,10 +207,12 @@ def test_a_program_that_does_not_fit_says_what_to_change_first(config, monkeypat
     assert change("train", whole, mesh_of(), 1, 2) == "set train.remat: full"
 
 
-def test_a_plan_is_calls_times_seconds(config):
-    """By hand: every program takes 3 s, 36 s or 360 s; no stage's shapes are compiled for it."""
+@pytest.mark.parametrize("follow", [True, False])
+def test_a_plan_is_calls_times_seconds(config, monkeypatch, follow):
+    """By hand, where forced answers follow from samples and where they do not: every program takes 3 s, 36 s or 360 s; no stage's shapes are compiled for it."""
     changes = {"data": {"path": "none.jsonl", "size": 40}, "evaluate.benchmarks": [BENCH], "evaluate.budgets": [8, 32]}
     config = config_lib.with_overrides(config, {**changes, "train.epochs": 2, "filters.keep": "all"}, "test")
+    monkeypatch.setattr(transformer, "can_rewind", lambda _: follow)
     train, sample = programs.abstract_meshes(config.mesh, 4)
     model = families.read_config(config.model.path)
     rows = {}
@@ -213,8 +228,10 @@ def test_a_plan_is_calls_times_seconds(config):
     want["train", "references"] = [80 / 4 * 2 * 36 / 3600] * 3
     want["train", "updates"] = [2 * 80 / 4 * 360 / 3600] * 3
     drawn, asked = 50 * 2 * 32 / occupied, 50 * 2
-    prefills = 50 * 36 + sum(asked * 0.1 ** (cut / 32) * 36 * size / 96 for cut, size in ((8, 48), (32, 96)))
-    answers = [asked * 0.1 ** (cut / 32) * 8 * mean * 3 / occupied for cut in (8, 32)]
+    prompts = 0 if follow else 36  # of forced answers, with what is cut: in buckets of 48 and 96
+    prefills = 50 * 36 + sum(asked * 0.1 ** (cut / 32) * prompts * size / 96 for cut, size in ((8, 48), (32, 96)))
+    read = 16 if follow else 0  # the text that asks
+    answers = [asked * 0.1 ** (cut / 32) * (read + 8 * mean) * 3 / occupied for cut in (8, 32)]
     assert hours["evaluate", "b"][0] == pytest.approx((prefills + drawn * mean * 3 + sum(answers)) / 3600)
     assert hours["evaluate", "b"][1] > hours["evaluate", "b"][0] > hours["evaluate", "b"][2]
     for key, figures in want.items():

@@ -1,5 +1,7 @@
 """evaluate, grade and compare on a random model of bytes that thinks: budgets, choices, ungraded sets, the schema."""
 
+import copy
+import functools
 import json
 import re
 
@@ -10,13 +12,16 @@ import transformers
 from test_text import byte_tokenizer
 
 from dail_jax import config as config_lib
+from dail_jax import launch, rundir
 from dail_jax.data.prompts import PromptBuilder
 from dail_jax.data.records import read_rows
 from dail_jax.errors import UserError
 from dail_jax.evaluate import answers, files, protocol
 from dail_jax.evaluate.answers import AnswerType, Verdict
 from dail_jax.evaluate.grading import Grader
-from dail_jax.stages import evaluate
+from dail_jax.model import transformer
+from dail_jax.sample import engine
+from dail_jax.stages import evaluate, recipes
 from dail_jax.text import load_tokenizer
 
 BUDGETS = (8, 16)
@@ -81,7 +86,7 @@ def world(tmp_path_factory):
 
     def run(name, **changes):
         path = root / f"{name}.yaml"
-        whole = {**tree, "run_dir": str(root / name)}
+        whole = {**copy.deepcopy(tree), "run_dir": str(root / name)}
         for key, value in changes.items():
             config_lib.assign(whole, key.replace("__", "."), value)
         path.write_text(json.dumps(whole))
@@ -150,6 +155,43 @@ def test_thoughts_and_forced_answers(long_run):
     # cut in its thoughts, ended in them, cut in its answer
     found = {("</think>" in r["text"], r["tokens"] < r["budget"]) for r in forced}
     assert found == {(False, False), (False, True), (True, False)}
+
+
+def figures(run):
+    """Of the sampler."""
+    return next(row for row in tiny.lines(run / "metrics.jsonl") if "prefills" in row)
+
+
+def test_answers_follow_from_samples_or_have_prompts_of_their_own(world, long_run, monkeypatch):
+    """The same rows; where a row can go back, four prompts are read in all."""
+    forced = {
+        (r["problem_id"], r["sample"], r["tokens"]) for r in tiny.lines(long_run / "samples.jsonl") if r["forced_text"]
+    }
+    assert figures(long_run)["prefills"] == 4 and figures(long_run)["continued"] == len(forced) > 100
+    monkeypatch.setattr(transformer, "can_rewind", lambda _: False)
+    other = world[1]("prompts")
+    assert figures(other)["prefills"] == 4 and "continued" not in figures(other)
+    assert (other / "samples.jsonl").read_bytes() == (long_run / "samples.jsonl").read_bytes()
+
+
+def test_a_run_that_has_samples_without_their_answers_draws_these(world, long_run, monkeypatch):
+    root, folder, looks = world[0], world[0] / "stopped", []
+    run = functools.partial(tiny.run, "evaluate", root / "long.yaml", f"run_dir={folder}")
+    with tiny.alone(), monkeypatch.context() as patch:
+        patch.setattr(rundir.Interrupt, "wanted", property(lambda _: looks.append(1) or len(looks) == 40))
+        assert run() == launch.STOPPED
+    texts, forced = (tiny.lines(folder / name) for name in recipes.DRAWN)
+    assert len(texts) + len(forced) == 40
+    graded = {f"{row['name']}/{row['sample']}" for row in texts if "proofs" not in row["name"]}
+    answered = {row["name"].split("/", 2)[2] for row in forced}
+    assert answered < graded
+    asked = []
+    monkeypatch.setattr(engine.Engine, "run", lambda *args, run=engine.Engine.run: asked.extend(args[1]) or run(*args))
+    with tiny.alone():
+        assert run() == 0
+    again = {f"{one.name}/{s.sample}" for one in asked for s in one.drawn}
+    assert graded - answered <= again <= graded and not any(one.name.startswith("force/") for one in asked)
+    assert (folder / "samples.jsonl").read_bytes() == (long_run / "samples.jsonl").read_bytes()
 
 
 def test_a_budget_of_thoughts_leaves_room_for_the_answer(thoughts_run):
