@@ -41,7 +41,7 @@ class Grid:
     width: int  # slots per block
     entries: int  # prompts per block
     prompt_slots: int  # tokens per prompt, padded
-    max_tokens: int  # response tokens, padded
+    max_tokens: int  # behind a prompt: those of a response, and of what follows from it
     chunk: int  # steps per decode call
     pages: int = 0  # of all devices; 0: every row has a cache of its own
     page: int = pages_lib.PAGE  # tokens per page

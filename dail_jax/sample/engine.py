@@ -131,11 +131,12 @@ class _Work:
         return kept, given
 
     def end(self) -> None:
-        """All is drawn, or read, that the slot was told. The last token of a text has left no keys."""
+        """All is drawn, or read, that the slot was told."""
         assert self.text is not None
-        self.held = (
-            len(self.text) - 1 if self.held is None or self.current is None else min(self.held, self.current.kept)
-        )
+        if self.current is None:
+            self.held = len(self.text) - 1  # the last token has left no keys
+        else:
+            self.held = min(self.held or 0, self.current.kept)
         self.current, self.pauses = None, bool(self.coming)
 
     def give_up(self) -> None:
@@ -155,7 +156,7 @@ class Engine:
     stops: tuple[int, ...]
     seed: int
     slots: int
-    max_tokens: int
+    max_tokens: int  # behind a prompt: of a response, and of what follows from it
     sampling: mixture.SamplingParams
     roles: int = 1
     lora: Lora | None = None

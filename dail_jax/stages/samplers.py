@@ -36,8 +36,8 @@ def engine_of(session: Session, lora: Lora | None) -> Callable[[int], Sampler]:
     )
 
 
-# Each is called once, with the session and the run directory. It returns a function that is given the largest `limit`
-# among the coming requests and returns the sampler for them.
+# Each is called once, with the session and the run directory. It returns a function that is given how many tokens may
+# stand behind a prompt of the coming requests, with what follows from their samples, and returns the sampler for them.
 SAMPLERS: dict[str, Open] = {"engine": ours, offline.NAME: offline.opened}
 
 
