@@ -80,10 +80,6 @@ def test_texts_are_those_of_whole_prompts(params, one_device, found):
     assert finishes == {"stop", "length"} and {s.finish for s in found.values()} == finishes
 
 
-def of(sample):
-    return f"/{sample.name}/{sample.sample}"
-
-
 def test_a_run_that_has_the_texts_draws_what_is_missing(params, one_device, found):
     """To the bit: the slot reads the text again, a token a step as it was drawn, whichever continuations are missing."""
     texts = {r.name: [found[r.name, i] for i in r.samples] for r in asked()}
@@ -118,12 +114,10 @@ def test_pages_are_enough_for_one_text_and_what_follows(params, one_device, foun
     plain.same(got[0.01], got[1.0])
 
 
-@pytest.mark.parametrize("share", [None, 0.5])
-def test_devices_do_not_matter(params, found, share, monkeypatch):
-    monkeypatch.setattr(pages, "PAGE", 8)
+def test_devices_do_not_matter(params, found):
     mesh = mesh_of(data=2, tensor=2)
     with jax.set_mesh(mesh):
-        s = sampler(jax.device_put(params, weights.shardings(CFG, mesh)), mesh, pages=share)
+        s = sampler(jax.device_put(params, weights.shardings(CFG, mesh)), mesh)
         plain.same(drawn(s, asked()), found, exact=False)
 
 
