@@ -88,9 +88,8 @@ class Sampler(Protocol[S]):
     def run(self, requests: Iterable[Request]) -> Iterator[S | None]:
         """Yields each requested sample exactly once, as it finishes, in any order.
 
-        It may also yield what follows from them, and from those that are `drawn`: a sampler that has their keys and values
-        at hand need not read them again. What it leaves out is requested of it later, with all that stands before as a
-        prompt.
+        A sampler that has their keys and values at hand may also draw what follows from them, and from those that are
+        `drawn`: if it `continues`. Of others, that is requested later, with all that stands before as a prompt.
 
         In between it may yield None: nothing more has finished, but this is a moment at which drawing may stop. Where
         samples take minutes, it should, every few seconds.
@@ -100,6 +99,11 @@ class Sampler(Protocol[S]):
     def figures(self) -> dict[str, float]:
         """Metrics on its work so far, for metrics.jsonl; empty if there is nothing to report."""
         ...
+
+
+def continues(sampler: Sampler) -> bool:
+    """Whether it also draws what follows from samples; such a sampler has an attribute of this name, which says so."""
+    return getattr(sampler, "continues", False)
 
 
 def checked(sampler: Sampler[S], requests: Iterable[Request]) -> Iterator[S | None]:

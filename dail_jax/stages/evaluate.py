@@ -32,7 +32,7 @@ from dail_jax.evaluate import answers, files, protocol, replies
 from dail_jax.evaluate.grading import Grader
 from dail_jax.metrics import Metrics, console, log
 from dail_jax.rundir import Journal, RunDir, json_line, write_atomic
-from dail_jax.sample.sampler import Continuation, Request, Sample, Sampler
+from dail_jax.sample.sampler import Continuation, Request, Sample, Sampler, continues
 from dail_jax.shapes import Natural, Shape, check_all
 from dail_jax.stages import card, offline, recipes, samplers
 from dail_jax.stages.drawing import drawing
@@ -196,8 +196,8 @@ def draw_samples(
 ) -> list[dict]:
     """Ungraded rows of samples.jsonl, drawing what the journals, which are opened by name, do not have.
 
-    `open_sampler` is given the most tokens that stand behind a prompt of the coming requests. The sampler may draw forced
-    answers as soon as their sample is there; those that it leaves out are requested of one more.
+    `open_sampler` is given the most tokens that stand behind a prompt of the coming requests. A sampler that continues
+    samples draws forced answers as soon as a sample is there; from others, they are requested in the end.
     """
     cfg = session.config.evaluate
     samples, forced = Drawn(journal(JOURNAL)), Drawn(journal(FORCED))
@@ -216,10 +216,9 @@ def draw_samples(
     def answer(p: BenchmarkProblem) -> Callable[[Sample], list[Continuation]]:
         return lambda s: [continuation_of(session, c) for c in asked(cuts_at(p, row_of_sample(s)))]
 
-    requests = requests_of(cfg, todo)
-    if cfg.force is not None:
+    sampler, requests = open_sampler(cfg.longest + answer_room(session)), requests_of(cfg, todo)
+    if cfg.force is not None and continues(sampler):
         requests = [dataclasses.replace(r, then=answer(p)) for r, p in zip(requests, todo, strict=True)]
-    sampler = open_sampler(cfg.longest + answer_room(session))
     collect(sampler, requests, samples, "evaluating", forced)
     report_usage(sampler, metrics)
 
