@@ -2,9 +2,10 @@
 
     python benchmarks/cost.py configs/qwen3_8b_reasoning.yaml v6e:4x4 "evaluation, 256" model.path=configs/models/qwen3_8b
 
-compiles every program whose name contains the third argument for a slice that need not be present (`pip install libtpu`),
-with 1 and with 3 layers, and extrapolates to the model's depth. Loops are multiplied out, of branches the dearest counts.
-For decoding, everything is one token's. An instruction takes the longest of
+compiles every sampling program whose name contains the third argument for a slice that need not be present (`pip install
+libtpu`), with 1 and with 3 layers, and extrapolates to the model's depth. With `layer` in its place it compiles one layer's
+share of an update of one row on one device, without its attention kernels, since libtpu prints no train step. Loops are
+multiplied out, of branches the dearest counts. For decoding, everything is one token's. An instruction takes the longest of
 
   products      the compiler's estimate of cycles, which includes fetching its operands
   vectors       two cycles for each register of 4 KB that it reads or writes (schedules that the compiler made of sums,
@@ -23,20 +24,27 @@ from __future__ import annotations
 import argparse
 import collections
 import dataclasses
+import functools
 import math
 import re
 from dataclasses import dataclass
+from typing import Any
 
 import common  # noqa: F401  (JAX_PLATFORMS, before JAX is imported)
+import jax
+import jax.numpy as jnp
 from rich.console import Console
 from rich.table import Table
 
 from dail_jax import config as config_lib
+from dail_jax import mesh as mesh_lib
 from dail_jax import resources
 from dail_jax.ahead import chips, compiled, layout, programs
 from dail_jax.ahead.compiled import Op, Step
+from dail_jax.model import lora as lora_lib
+from dail_jax.model import transformer
+from dail_jax.model.blocks import Bound, block
 from dail_jax.model.families import ModelConfig, read_config
-from dail_jax.train import methods
 
 CLOCK = {"v5e": 1.5e9, "v5p": 1.75e9, "v6e": 1.75e9}  # peak FLOPs over what the units multiply in a cycle
 REGISTER, CYCLES = 4096, 2
@@ -131,12 +139,35 @@ class Reader:
         return out
 
 
-def lowered(config: config_lib.Config, program: programs.Program, model: ModelConfig):
-    """A program with its layers one by one, where a loop over them would hide what they fetch."""
-    if program.unrolled:
-        return program.lower(model)
-    params, cached = programs.unstacked(config, model, program.mesh), methods.of(config).caches(config.train)
-    return programs.lower_step(config, model, program.mesh, params, 1, *programs.lengths(config), cached)
+def layer_update(config: config_lib.Config, model: ModelConfig, device) -> jax.stages.Lowered:
+    """One layer's share of an update on one device: its forward pass, what is recomputed of it, and its gradient."""
+    cfg, layer = config.train, model.layers[0]
+    short = dataclasses.replace(model, layers=(layer,))
+    mesh = mesh_lib.make_mesh(config_lib.Axes(data=1), [device])
+    tokens, where = sum(programs.lengths(config)), mesh_lib.replicated(mesh)
+
+    def array(x, start: int = 0) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(x.shape[start:], x.dtype, sharding=where)
+
+    adapter, weights = lora_lib.abstract(short, cfg.lora, mesh), programs.base(config, short, mesh)["layers"]
+    positions = array(jax.ShapeDtypeStruct((1, tokens), jnp.int32))
+    x = array(jax.ShapeDtypeStruct((1, tokens, model.D), jnp.dtype(config.model.dtype)))
+
+    def see(q, k, v):  # in the place of a kernel, which hides what it does
+        return q * jnp.repeat(k + v, model.N // model.K, axis=2), None
+
+    def update(x, tree, weights, positions, gradient):
+        angles = transformer._angles(positions, short)[layer.rope]
+
+        def step(layer, x, tree):
+            return block(x, Bound(short, weights, (tree, adapter.scale), angles), layer.mixer, layer.mlp, see)[0]
+
+        y, pull_back = jax.vjp(functools.partial(transformer._remat(step, cfg.remat, True), layer), x, tree)
+        y, gradient = jax.lax.optimization_barrier((y, gradient))
+        return y, pull_back(gradient)
+
+    tree, weights = (jax.tree.map(functools.partial(array, start=1), part) for part in (adapter.tree, weights))
+    return programs.lower(mesh, jax.jit(update), x, tree, weights, positions, x)
 
 
 def main() -> None:
@@ -149,36 +180,55 @@ def main() -> None:
     args = parser.parse_args()
     config = config_lib.load(args.config, args.overrides)
     model, devices = read_config(resources.model(config.model.path)), chips.devices(args.topology)
+    if args.only == "layer":
+        lowered, device = layer_update(config, model, devices[0]), devices[0]
+        table, compiled_ = costs(lowered, args.topology, device)
+        title = f"one layer of an update, {sum(programs.lengths(config)):,} tokens, train.remat: {config.train.remat}"
+        flops = compiled.figures_of(compiled_).flops / (chip_of(device).peak * 1e12)
+        show(title, table, args.rows)
+        return print(f"FLOPs at the peak {1e3 * flops:.2f} ms")
     for program in programs.programs_of(config, model, *programs.meshes_of(config.mesh, devices)):
-        if args.only in program.name:
-            show(config, program, args)
+        if args.only in program.name and program.unrolled:
+            rows, device = whole(program, args), program.mesh.devices.flat[0]
+            total = sum(rows.values(), start=Cost())
+            kernels = program.kernels / (chip_of(device).peak * 1e12 * programs.KERNEL_EFFICIENCY)
+            show(program.name, rows, args.rows)
+            print(
+                f"{1e3 * (max(total.time, total.memory) + kernels):.2f} ms, of which attention kernels {1e3 * kernels:.2f}"
+            )
 
 
-def show(config: config_lib.Config, program: programs.Program, args) -> None:
+def costs(lowered: jax.stages.Lowered, topology: str, device, tokens: int = 1) -> tuple[dict[str, Cost], Any]:
+    done = lowered.compile()
+    text = compiled.hlo_text(done)
+    assert text is not None, "libtpu does not print this program"
+    return Reader(text, topology, device).table(max(tokens, 1)), done
+
+
+def whole(program: programs.Program, args) -> dict[str, Cost]:
+    """From 1 and 3 layers."""
     tables = []
     for count in (1, 3):
         short = dataclasses.replace(program.model, layers=program.model.layers[:1] * count)
-        text = compiled.hlo_text(lowered(config, program, short).compile())
-        assert text is not None, "the compiler does not print this program"
-        tables.append(Reader(text, args.topology, program.mesh.devices.flat[0]).table(max(program.tokens, 1)))
+        device = program.mesh.devices.flat[0]
+        tables.append(costs(program.lower(short), args.topology, device, program.tokens)[0])
     one, three = tables
-    depth = (program.model.L - 1) / 2
     names = [name for name in {**one, **three} if not args.without or args.without not in name]
-    rows = {name: one[name] + (three[name] + one[name] * -1) * depth for name in names}
+    return {name: one[name] + (three[name] + one[name] * -1) * ((program.model.L - 1) / 2) for name in names}
+
+
+def show(title: str, rows: dict[str, Cost], most: int) -> None:
     total = sum(rows.values(), start=Cost())
-    shown = Table("ms", "instructions", "products", "vectors", "memory", "links", "time", title=program.name)
-    for name, cost in sorted(rows.items(), key=lambda item: -max(item[1].time, item[1].memory))[: args.rows]:
-        shown.add_row(name, *map(_ms, dataclasses.astuple(cost)))
-    shown.add_row("all", *map(_ms, dataclasses.astuple(total)))
+    shown = Table("ms", "instructions", "products", "vectors", "memory", "links", "time", title=title)
+    for name, cost in sorted(rows.items(), key=lambda item: -max(item[1].time, item[1].memory))[:most]:
+        shown.add_row(name, *_cells(cost))
+    shown.add_row("all", *_cells(total))
     Console(width=180).print(shown)
-    kernels = program.kernels / (chip_of(program.mesh.devices.flat[0]).peak * 1e12 * programs.KERNEL_EFFICIENCY)
-    print(
-        f"at least {1e3 * (max(total.time, total.memory) + kernels):.2f} ms, of which attention kernels {1e3 * kernels:.2f}"
-    )
 
 
-def _ms(seconds: float) -> str:
-    return f"{1e3 * seconds:.3f}"
+def _cells(cost: Cost) -> list[str]:
+    count, *seconds = dataclasses.astuple(cost)
+    return [f"{count:.0f}", *(f"{1e3 * x:.3f}" for x in seconds)]
 
 
 if __name__ == "__main__":

@@ -19,7 +19,9 @@ def linear(x: jax.Array, weights: dict, name: str, pair: tuple[dict, float] | No
     if pair is not None and name in pair[0]:
         tree, scale = pair
         a, b = tree[name]["a"].astype(x.dtype), tree[name]["b"].astype(x.dtype)
-        y = y + scale * _expand(times(x, a), b)
+        with jax.named_scope("lora"):
+            term = scale * _expand(times(x, a), b)
+        y = y + term
     return y
 
 
