@@ -14,6 +14,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import re
 import subprocess
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -250,6 +251,24 @@ class Recipe:
 def identity(made_of: dict[str, Any]) -> str:
     """One digest for settings and contents, whatever the paths."""
     return digest([made_of["settings"], {name: one["sha256"] for name, one in made_of["inputs"].items()}])
+
+
+def published(made_of: dict[str, Any]) -> dict[str, Any]:
+    """Settings and contents as a folder holds them that others may get: inputs by their names, not where they lay here."""
+    inputs = {key: {**one, "path": one["path"] and _name(one["path"])} for key, one in made_of["inputs"].items()}
+    return {**made_of, "inputs": inputs}
+
+
+def hub_name(path: str | Path) -> str | None:
+    """A model's name on a hub, if its folder lies in the hub's cache: .../models--OWNER--NAME/snapshots/REVISION."""
+    cached = re.search(r"models--([\w.-]+?)--([\w.-]+)", str(Path(path).resolve()))
+    return f"{cached[1]}/{cached[2]}" if cached else None
+
+
+def _name(path: str) -> str:
+    """The last part of a path, or of several in words; a name on a hub stays as it is."""
+    names = [one if "hub:" in one else one.rstrip("/").rpartition("/")[2] for one in path.split(", ")]
+    return hub_name(path) or ", ".join(names)
 
 
 def changes(old: dict[str, Any], new: dict[str, Any]) -> list[str]:

@@ -10,7 +10,7 @@ import tiny
 from safetensors.numpy import load_file, save_file
 from test_stages_resume import stop_after
 
-from dail_jax import launch, rundir
+from dail_jax import launch, provenance, rundir
 from dail_jax.checkpoint import hf, peft, store
 from dail_jax.checkpoint.store import Store
 from dail_jax.stages import export as export_stage
@@ -334,6 +334,22 @@ def test_a_kill_between_an_adapter_and_the_mark_costs_nothing(copy, capsys, monk
     assert tiny.run("export", copy) == 0 and "export: already done" in capsys.readouterr().out
     made = json.loads((run / "adapter" / hf.PROVENANCE).read_text())
     assert made["inputs"]["train"]["sha256"] and made["inputs"]["model.path"]["sha256"]
+    assert made["inputs"]["train"]["path"] is None and made["inputs"]["model.path"]["path"] == "model"
+
+
+def test_what_is_published_names_no_folder_of_this_machine():
+    paths = {
+        "/home/me/models/Qwen3-8B/": "Qwen3-8B",
+        "/home/me/hub/models--Qwen--Qwen3-8B/snapshots/0f3a": "Qwen/Qwen3-8B",
+        "3 of /home/me/my data/a.jsonl, gs://bucket/b.jsonl": "a.jsonl, b.jsonl",
+        "hub:openai/gsm8k:train": "hub:openai/gsm8k:train",
+        "the package's student.txt": "the package's student.txt",
+        None: None,
+    }
+    inputs = {str(i): {"path": path, "sha256": f"{i}"} for i, path in enumerate(paths)}
+    found = provenance.published({"settings": {"seed": 1}, "inputs": inputs})
+    assert [one["path"] for one in found["inputs"].values()] == list(paths.values())
+    assert provenance.identity(found) == provenance.identity({"settings": {"seed": 1}, "inputs": inputs})
 
 
 def test_convert_is_done_for_one_model_and_dtype(tmp_path, capsys, other_model):

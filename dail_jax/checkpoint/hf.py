@@ -40,7 +40,7 @@ from dail_jax.metrics import progress
 from dail_jax.model import int8, weights
 from dail_jax.model.families import LIMITS, ModelConfig, read_config, text_only
 from dail_jax.model.int8 import Matrix
-from dail_jax.provenance import Checksums, digest, sha256
+from dail_jax.provenance import Checksums, digest, published, sha256
 from dail_jax.rundir import sync_folder
 
 INDEX = "model.safetensors.index.json"
@@ -150,7 +150,8 @@ def save(
 def new_folder(folder: str | Path, made_of: dict[str, Any] | None = None) -> Iterator[Path]:
     """A temporary folder that is renamed to `folder` when the block succeeds, and deleted otherwise.
 
-    Every process must enter the block; the first creates and renames the folder. `made_of` is written into it.
+    Every process must enter the block; the first creates and renames the folder. `made_of` is written into it, without
+    the paths of this machine.
     """
     folder = Path(folder)
 
@@ -162,7 +163,7 @@ def new_folder(folder: str | Path, made_of: dict[str, Any] | None = None) -> Ite
         with writing(folder):
             temporary.mkdir(parents=True)
             if made_of is not None:
-                (temporary / PROVENANCE).write_text(json.dumps(made_of, indent=1) + "\n")
+                (temporary / PROVENANCE).write_text(json.dumps(published(made_of), indent=1) + "\n")
         return str(temporary)
 
     temporary = Path(mesh_lib.from_first(make))

@@ -15,7 +15,7 @@ from typing import Any
 
 import dail_jax
 from dail_jax import config as config_lib
-from dail_jax import strict_json
+from dail_jax import provenance, strict_json
 from dail_jax.data.prompts import load_template
 from dail_jax.data.records import dataset_hash, read_rows
 from dail_jax.errors import UserError
@@ -112,8 +112,7 @@ def repository(config: config_lib.Config, kind: str) -> str | None:
 
 def base_model(config: config_lib.Config) -> str | None:
     """The base model's name on a hub: the configured one, or that of its folder in the hub's cache."""
-    cached = re.search(r"models--([\w.-]+?)--([\w.-]+)", str(Path(config.model.path).resolve()))
-    return config.export.base_model or (f"{cached[1]}/{cached[2]}" if cached else None)
+    return config.export.base_model or provenance.hub_name(config.model.path)
 
 
 # ---------------------------------------------------------------------------------------------------
