@@ -31,7 +31,7 @@ import socket
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -146,10 +146,13 @@ class Lease:
 
 
 class Mirror:
-    """A folder here and the same on a store. `apart` says that other machines have folders of their own."""
+    """A folder here and the same on a store.
 
-    def __init__(self, url: str, folder: Path, place: str, apart: bool = False):
-        self.url, self.folder, self.apart = url, folder, apart
+    Of the processes that share the folder, one `leads` and does the work. `apart` says that there are other folders, too.
+    """
+
+    def __init__(self, url: str, folder: Path, place: str, leads: bool = True, apart: bool = False):
+        self.url, self.folder, self.leads, self.apart = url, folder, leads, apart
         self.lease = Lease(url, place)
         self.sent: dict[str, Sent] = {}
         self.version: storage.Version | None = None  # of the index
@@ -205,15 +208,14 @@ class Mirror:
                         part = there.get(f"{PARTS}/{name}")
                         if part is None or part.size != size:
                             raise UserError("a part of a journal is gone", file=f"{self.url}/{PARTS}/{name}")
-                        file.write(part.read(0, size))
+                        part.copy_to(file)
             else:
                 one = there[path]
                 same = one.version == entry["version"]
                 if same and target.is_file() and provenance.sha256(target) == entry["sha256"]:
                     return True
                 with open(target, "wb") as file:
-                    for start in range(0, one.size, storage.BLOCK):
-                        file.write(one.read(start, min(start + storage.BLOCK, one.size)))
+                    one.copy_to(file)
                 if same and entry["sha256"] and provenance.sha256(target) != entry["sha256"]:
                     raise UserError("damaged: it is not what was sent", file=one.url)
                 return same
@@ -221,7 +223,8 @@ class Mirror:
 
     def sync(self) -> None:
         """Sends what is new and then the index; raises UserError if that fails, or if the run has another owner."""
-        self._uninterrupted(lambda: self._sync({}, shared=False))
+        with self._uninterrupted():
+            self._sync({}, shared=False)
 
     def offer(self) -> dict[str, Any]:
         """Sends what is new here, of a process that is not the first; returns its entries for the index."""
@@ -230,26 +233,20 @@ class Mirror:
         self.sent |= made
         return {path: one.entry for path, one in made.items()}
 
-    def accept(self, entries: dict[str, Any]) -> int:
-        """Brings what the other processes have sent, and sends the index with that and what is new here.
-
-        Returns the index's number.
-        """
-
-        def work() -> None:
+    def accept(self, entries: dict[str, Any]) -> None:
+        """Brings what the other processes have sent, and sends what is new here and then the index, with all of that."""
+        with self._uninterrupted():
             self._receive(entries)
             self._sync(entries, shared=True)
 
-        self._uninterrupted(work)
-        return self.number
-
-    def _uninterrupted(self, work: Callable[[], None]) -> None:
-        """Does all of `work` before a signal ends the process."""
+    @contextlib.contextmanager
+    def _uninterrupted(self) -> Iterator[None]:
+        """A block that goes on to its end before a signal ends the process."""
         self.busy = True
         try:
             if self.failure is not None:
                 raise self.failure
-            work()
+            yield
         finally:
             self.busy = False
             if self.status is not None:
@@ -264,21 +261,19 @@ class Mirror:
         gone = [path for path in self.sent if path not in files and path not in kept]
         if new or gone or accepted:
             self.lease.hold()
-            before = {name for one in self.sent.values() for name, _ in one.entry.get("parts", ())}
-            made = self._send_all(new)
-            now = {path: made[path] if path in made else self.sent[path] for path in [*files, *kept]}
-            sent = {path: one for path, one in now.items() if one is not None}
+            now: dict[str, Sent | None] = {**self.sent, **self._send_all(new)}
+            sent = {path: one for path in [*files, *kept] if (one := now[path]) is not None}
             self.number += 1
             content = {"files": {path: one.entry for path, one in sent.items()}}
             data = json.dumps({**content, "by": self.lease.token, "number": self.number}).encode()
             version = storage.replace(f"{self.url}/{INDEX}", data, self.version)
             if version is None:
                 self.lease.refuse()
+            joined = _parts(self.sent) - _parts(sent)
             self.sent, self.version = sent, version
-            after = {name for one in sent.values() for name, _ in one.entry.get("parts", ())}
             with contextlib.suppress(UserError):  # nothing reads it
                 storage.delete([f"{self.url}/{path}" for path in gone])
-                storage.delete([f"{self.url}/{PARTS}/{name}" for name in before - after])
+                storage.delete([f"{self.url}/{PARTS}/{name}" for name in joined])
 
     def _new(self, files: dict[str, Mark]) -> dict[str, Mark]:
         """Those of the files that the store does not have as they are here."""
@@ -338,8 +333,7 @@ class Mirror:
         return found
 
 
-_open: Mirror | None = None  # of every process
-_sends = False  # whether this process is the first of those that work in its folder
+_open: Mirror | None = None
 
 
 def sync(least: float = 0.0) -> None:
@@ -384,10 +378,11 @@ def share() -> None:
     mirror = _open
     if mirror is None:
         return mesh_lib.barrier("shared")
-    offered = mesh_lib.from_each(lambda: mirror.offer() if _sends and not mesh_lib.is_first() else {})
+    elsewhere = mirror.leads and not mesh_lib.is_first()
+    offered = mesh_lib.from_each(lambda: mirror.offer() if elsewhere else {})
     entries = {path: entry for one in offered for path, entry in one.items()}
     mesh_lib.from_first(lambda: mirror.accept(entries))
-    mesh_lib.from_each(lambda: mirror.bring() if _sends and not mesh_lib.is_first() else None)
+    mesh_lib.from_each(lambda: mirror.bring() if elsewhere else None)
 
 
 def leave(status: int) -> None:
@@ -412,17 +407,17 @@ def opened(config: config_lib.Config) -> Iterator[config_lib.Config]:
 
     All processes enter and leave together. Raises UserError where another run works on it, or the store fails.
     """
-    global _open, _sends
+    global _open
     url, me = config.run_dir, jax.process_index()
     folder = _place(url)
     sharers = mesh_lib.first_sharers(folder)
-    _sends = sharers[me] == me
+    leads = sharers[me] == me
     with contextlib.ExitStack() as stack:
-        locks = mesh_lib.from_each(lambda: stack.enter_context(_alone(folder)) if _sends else "")
-        mirror = Mirror(url, folder, locks[0], apart=len(set(sharers)) > 1)
+        locks = mesh_lib.from_each(lambda: stack.enter_context(_alone(folder)) if leads else "")
+        mirror = Mirror(url, folder, locks[0], leads, apart=any(sharers))
         mesh_lib.from_first(mirror.lease.take)
         stack.callback(mirror.lease.release)
-        mesh_lib.from_each(lambda: mirror.bring() if _sends else None)
+        mesh_lib.from_each(lambda: mirror.bring() if leads else None)
         log(f"{url}: {len(mirror.sent)} files, worked on in {folder}")
         _open = mirror
         try:
@@ -463,6 +458,11 @@ def _alone(folder: Path) -> Iterator[str]:
         raise UserError("another process works here: wait for it, or choose another run_dir", file=folder) from None
     finally:
         os.close(lock)
+
+
+def _parts(sent: dict[str, Sent]) -> set[str]:
+    """The names of all journals' parts."""
+    return {name for one in sent.values() for name, _ in one.entry.get("parts", ())}
 
 
 def _mark(path: Path) -> Mark | None:

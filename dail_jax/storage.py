@@ -22,7 +22,7 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 from urllib.parse import urlsplit
 
 from dail_jax.errors import UserError, writing
@@ -140,8 +140,7 @@ def _fetched(one: Object) -> Path:
         target.parent.mkdir(parents=True, exist_ok=True)
         try:
             with open(temporary, "wb") as copy:
-                for start in range(0, one.size, BLOCK):
-                    copy.write(one.read(start, min(start + BLOCK, one.size)))
+                one.copy_to(copy)
             entry = {"url": one.url, "version": one.version, "sha256": _sha256(temporary)}
             origin.unlink(missing_ok=True)
             os.replace(temporary, target)
@@ -190,6 +189,11 @@ class Object:
         for _ in _PIECES.map(fill, pieces) if len(pieces) > 1 else map(fill, pieces):
             pass
         return data
+
+    def copy_to(self, file: BinaryIO) -> None:
+        """Writes all of it to an open file."""
+        for start in range(0, self.size, BLOCK):
+            file.write(self.read(start, min(start + BLOCK, self.size)))
 
 
 @functools.cache

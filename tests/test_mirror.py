@@ -241,6 +241,41 @@ def test_journals_go_on_or_are_written_anew(server, place, monkeypatch):
     here.lease.release()
 
 
+def test_two_folders_become_one(server, place):
+    """References go to the other machine once they are complete, and leave the store where a single one works again."""
+    url = f"{URL}/apart"
+    first, other = (mirror.Mirror(url, place / name, "machine 1", apart=True) for name in ("first", "other"))
+    first.lease.take()
+    for one, part in ((first, "student.bin"), (other, "student.1.bin")):
+        one.bring()
+        (one.folder / "references").mkdir()
+        (one.folder / "references" / part).write_text(part)
+    (first.folder / "metrics.jsonl").write_text("a\n")
+    (other.folder / "profile.pb").write_text("of the other")
+    first.sync()
+    assert set(first.sent) == {"metrics.jsonl"}  # the references are not complete yet
+    first.accept(other.offer())
+    other.bring()
+    names = {"references/student.bin", "references/student.1.bin", "metrics.jsonl", "profile.pb"}
+    for one in (first, other):
+        assert set(one._files(shared=True)) == set(one.sent) == names and other.offer() == {}
+        assert (one.folder / "references" / "student.1.bin").read_text() == "student.1.bin"
+    (first.folder / "references" / "student.bin").write_text("being made anew")
+    (first.folder / "profile.pb").unlink()
+    first.sync()
+    assert server.send("GET", "runs/one/apart/references/student.bin") == b"student.bin"
+    other.bring()
+    assert set(other._files(shared=True)) == names - {"profile.pb"}
+    first.lease.release()
+    alone = mirror.Mirror(url, place / "alone", "machine 2")
+    alone.lease.take()
+    alone.bring()
+    assert set(alone._files()) == {"metrics.jsonl"} and not (alone.folder / "references").exists()
+    alone.accept({})
+    assert server.keys("runs/one/apart/references") == []
+    alone.lease.release()
+
+
 def test_where_others_are_at_work_a_failure_waits(server, place, monkeypatch):
     """The first process does not leave the others alone with what they compute: all are told when they next agree."""
     with pytest.raises(UserError, match="in use by"), mirror.opened(config()) as here:
