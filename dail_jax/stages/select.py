@@ -25,7 +25,8 @@ def evaluation(config: config_lib.Config) -> config_lib.Config:
     """The configuration of the evaluation that selects: of the untrained model, on the training data."""
     if config.data is None:
         raise UserError("missing: there are no rows to select from", field="data")
-    rows, kind = config.data.model_dump(exclude={"answer"}), golds.answer_type(config, graded=True)
+    rows = config.data.model_dump(include=set(config_lib.Dataset.model_fields))
+    kind = golds.answer_type(config, graded=True)
     return config_lib.with_overrides(
         config,
         {
