@@ -2,6 +2,8 @@
 
     python -m dail_jax.microworld corpus --out FILE --rows 45000 --seed 0    pre-training rows: prompt, response
     python -m dail_jax.microworld corpus --out FILE --laziness privileged=0.6    the same, with more shortcuts
+    python -m dail_jax.microworld corpus --out FILE --rambling student=0.5 --composed 0.1    with steps that are checked
+                                                                             again, and operators with one more step
     python -m dail_jax.microworld data                                       the package's tokenizer and data sets
     python -m dail_jax.microworld check FILE                                 judges traces.jsonl or samples.jsonl
 
@@ -13,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import functools
-import math
 import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -55,12 +56,19 @@ def render(role: str, fields: dict[str, str]) -> str:
     return before + _template(role).messages(values)[0]["content"] + after
 
 
-def write_corpus(out: Path, rows: int, seed: int, laziness: world.Laziness = world.LAZINESS) -> None:
+def write_corpus(
+    out: Path,
+    rows: int,
+    seed: int,
+    laziness: world.Laziness = world.LAZINESS,
+    rambling: world.Rambling = world.RAMBLING,
+    composed: float = 0.0,
+) -> None:
     """Writes pre-training rows, without those whose problem is in a held-out set. The trainer adds the end token."""
     held_out = {row["problem"] for name, part in world.datasets(SEED).items() if name != "train" for row in part}
     lines = (
         json_line({"prompt": render(row.role, row.fields), "response": row.response})
-        for row in world.corpus(seed, rows, held_out, laziness)
+        for row in world.corpus(seed, rows, held_out, laziness, rambling, composed)
     )
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -69,20 +77,30 @@ def write_corpus(out: Path, rows: int, seed: int, laziness: world.Laziness = wor
         raise UserError(f"cannot be written: {error.strerror}", file=out) from None
 
 
-def parse_laziness(texts: Iterable[str]) -> world.Laziness:
-    """The default laziness with what texts such as `privileged=0.6` say."""
-    laziness = dict(world.LAZINESS)
+def parse_shares(option: str, texts: Iterable[str]) -> dict[str, float]:
+    """The shares by role of texts such as `privileged=0.6`, given to the command line's `option`."""
+    shares = {}
     for text in texts:
         role, _, value = text.partition("=")
-        try:
-            share = float(value)
-        except ValueError:
-            share = math.nan
-        if role not in laziness or not 0 <= share <= 1:
-            wanted = f"want ROLE=SHARE between 0 and 1; roles: {', '.join(laziness)}"
-            raise UserError(f"got {text!r}, {wanted}", field="--laziness")
-        laziness[role] = dict.fromkeys(world.WORK, share)
-    return laziness
+        if role not in world.LAZINESS or (share := share_of(value)) is None:
+            wanted = f"want ROLE=SHARE between 0 and 1; roles: {', '.join(world.LAZINESS)}"
+            raise UserError(f"got {text!r}, {wanted}", field=option)
+        shares[role] = share
+    return shares
+
+
+def share_of(text: str) -> float | None:
+    """A number from 0 to 1, or None for any other text."""
+    try:
+        share = float(text)
+    except ValueError:
+        return None
+    return share if 0 <= share <= 1 else None
+
+
+def laziness_of(shares: dict[str, float]) -> world.Laziness:
+    """The default laziness with these shares, which hold for all steps that owe work."""
+    return world.LAZINESS | {role: dict.fromkeys(world.WORK, share) for role, share in shares.items()}
 
 
 def write_data(folder: Path, shown: float = world.SHOWN) -> None:
@@ -128,12 +146,18 @@ def table(tallies: dict[str, verify.Tally]) -> Table:
         "kind-operator",
         title="Traces, judged from their text",
         caption="right: the boxed answer is correct; sound: so is every step; complete: sound, and all work is shown; "
-        "shortcuts: steps without work, among those that owe it",
+        "shortcuts: steps without work, among those that owe it; re-checks: per step",
     )
-    for name in ("traces", "right %", "sound %", "complete %", "shortcuts %"):
+    for name in ("traces", "right %", "sound %", "complete %", "shortcuts %", "re-checks %"):
         out.add_column(name, justify="right")
     for key, t in tallies.items():
-        parts = ((t.right, t.traces), (t.sound, t.traces), (t.complete, t.traces), (t.shortcuts, t.due))
+        parts = (
+            (t.right, t.traces),
+            (t.sound, t.traces),
+            (t.complete, t.traces),
+            (t.shortcuts, t.due),
+            (t.rechecks, t.steps),
+        )
         out.add_row(key, str(t.traces), *(f"{100 * n / total:.1f}" if total else "-" for n, total in parts))
     return out
 
@@ -154,6 +178,19 @@ def main(arguments: list[str] | None = None) -> None:
         metavar="ROLE=SHARE",
         help="share of steps that owe work and are written without it, for the roles student (any step), privileged and "
         "negative (steps whose result is in context) (default: 0; add and sub 0.15, mul 0.3; 0.97)",
+    )
+    new.add_argument(
+        "--rambling",
+        nargs="+",
+        default=[],
+        metavar="ROLE=SHARE",
+        help="share of steps that are written again to check them, by role as above (default: 0)",
+    )
+    new.add_argument(
+        "--composed",
+        default="0",
+        metavar="SHARE",
+        help="share of rows that ask for a known operator with one more step before or after it (default: 0)",
     )
     new = commands.add_parser("data", help="write the package's tokenizer and data sets")
     new.add_argument("--out", type=Path, default=ASSETS, help="the folder (default: the package's own)")
@@ -178,7 +215,12 @@ def main(arguments: list[str] | None = None) -> None:
         case "corpus":
             if options.rows < 1 or options.seed < 0:
                 raise UserError("want at least one row, and a seed that is not negative")
-            write_corpus(options.out, options.rows, options.seed, parse_laziness(options.laziness))
+            composed = share_of(options.composed)
+            if composed is None:
+                raise UserError(f"got {options.composed!r}, want a share between 0 and 1", field="--composed")
+            laziness = laziness_of(parse_shares("--laziness", options.laziness))
+            rambling = world.RAMBLING | parse_shares("--rambling", options.rambling)
+            write_corpus(options.out, options.rows, options.seed, laziness, rambling, composed)
         case "data":
             write_data(options.out, options.shown)
         case "check":

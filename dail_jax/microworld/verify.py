@@ -1,7 +1,7 @@
 """Judges traces of the micro-world from their text, sharing no code with what writes them.
 
 The method is read from the expert's solution and the registers from the problem, as the data set has them. Then every
-step of a trace is computed again, and every column of its work is checked.
+step of a trace is computed again, and every column of its work is checked. A re-check repeats the step before it.
 """
 
 from __future__ import annotations
@@ -11,19 +11,24 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 PROBLEM = re.compile(r".*: A=(\d{3}) B=(\d{3})", re.DOTALL)
-STEP = re.compile(r"([a-z]{3}) (\d{3})(?: (\d{3}|\d))?(?: : (\d\d=\d\d(?: \d\d=\d\d)*))? > (\d{3})")
+STEP = re.compile(r"(again )?([a-z]{3}) (\d{3})(?: (\d{3}|\d))?(?: : (\d\d=\d\d(?: \d\d=\d\d)*))? > (\d{3})")
 BOXED = re.compile(r"\\boxed\{([^{}]*)\}")
 MEANINGS = {"+": "add", "-": "sub", "*": "mul", "~": "rev", "@": "rot", "#": "inv"}
 
 
 @dataclass(frozen=True)
 class Judgement:
-    """A judgement of one trace: `due` counts the steps that need column work, `shortcuts` those that leave it out."""
+    """A judgement of one trace: `due` counts the steps that need column work, `shortcuts` those that leave it out.
+
+    Re-checks are none of the steps.
+    """
 
     right: bool  # the last boxed answer is the answer
-    sound: bool  # every step follows the method and has the right value; any work it shows is right
+    sound: bool  # every step follows the method or repeats the last and has the right value; any work it shows is right
     due: int
     shortcuts: int
+    steps: int
+    rechecks: int
 
 
 @dataclass(frozen=True)
@@ -36,6 +41,8 @@ class Tally:
     complete: int = 0  # sound, and no step is a shortcut
     due: int = 0
     shortcuts: int = 0
+    steps: int = 0
+    rechecks: int = 0
 
     def add(self, v: Judgement) -> Tally:
         complete = v.sound and not v.shortcuts
@@ -46,6 +53,8 @@ class Tally:
             self.complete + complete,
             self.due + v.due,
             self.shortcuts + v.shortcuts,
+            self.steps + v.steps,
+            self.rechecks + v.rechecks,
         )
 
 
@@ -59,25 +68,36 @@ def judge(text: str, problem: str, solution: str) -> Judgement:
     b = int(registers[2])
     *written, final = text.removesuffix("<|end|>").strip().split(" ; ")
     boxes = BOXED.findall(text)
-    sound = len(written) == len(steps) and BOXED.fullmatch(final) is not None and boxes == [gold[1]]
-    value, due, shortcuts = int(registers[1]), 0, 0
-    for i, line in enumerate(written):
+    sound = BOXED.fullmatch(final) is not None and boxes == [gold[1]]
+    # The step that was written last, as (word, register, operand, result), and where it leaves the register.
+    last, value = None, int(registers[1])
+    made = due = shortcuts = rechecks = 0
+    for line in written:
         found = STEP.fullmatch(line)
         if found is None:
             sound = False
             continue
-        word, before, operand, work, after = found.groups()
+        again, word, before, operand, work, after = found.groups()
         owes = word in ("add", "sub", "mul")
-        due += owes
-        shortcuts += owes and work is None
-        if sound:
-            symbol, meant = steps[i][0], steps[i][1:].partition("=")[0]
-            wanted = f"{b:03d}" if meant == "B" else meant
-            sound = (word, int(before), operand or "") == (MEANINGS[symbol], value, wanted)
-            sound = sound and int(after) == _result(word, value, int(operand or 0)) and (owes or work is None)
-            sound = sound and (work is None or _is_right_work(word, before, operand, work, after))
-            value = int(after)
-    return Judgement(bool(boxes) and boxes[-1] == gold[1], sound, due, shortcuts)
+        step = (word, int(before), operand or "", int(after))
+        if again:
+            rechecks += 1
+            sound = sound and step == last and (work is not None) == owes
+        else:
+            due += owes
+            shortcuts += owes and work is None
+            sound = sound and made < len(steps) and step == _step(steps[made], value, b) and (owes or work is None)
+            made, last, value = made + 1, step, int(after)
+        sound = sound and (work is None or _is_right_work(word, before, operand, work, after))
+    sound = sound and made == len(steps)
+    return Judgement(bool(boxes) and boxes[-1] == gold[1], sound, due, shortcuts, made, rechecks)
+
+
+def _step(terse: str, value: int, b: int) -> tuple[str, int, str, int | None]:
+    """(word, register, operand, result) of the expert's step, from the register before it."""
+    word, meant = MEANINGS[terse[0]], terse[1:].partition("=")[0]
+    operand = f"{b:03d}" if meant == "B" else meant
+    return word, value, operand, _result(word, value, int(operand or 0))
 
 
 def _result(word: str, value: int, operand: int) -> int | None:

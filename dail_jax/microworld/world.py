@@ -8,7 +8,9 @@ takes the 9's complement, modulo 1000. For `zib: A=241 B=310`, where zib is "add
 
 The expert writes other symbols, leaves out the work, and hides some results; the trace shows every column, least
 significant digit first, as `x y = carry digit`. Neither the names nor the exact methods of *hard* operators occur in
-pre-training; those of *known* operators do. A *chain* problem gives its method instead of a name.
+pre-training; those of *known* operators do. A *chain* problem gives its method instead of a name. A *composed* problem
+asks for an operator with one more step before or after it, as in `zib; rev: A=241 B=310`; no training problem does.
+A model that rambles writes some steps again to check them, as in `rev 551 > 155 ; again rev 551 > 155`.
 
 Everything is a pure function of a numpy Generator, of which only `integers`, `random` and `permutation` are used.
 """
@@ -28,6 +30,7 @@ Step = tuple[str, str]  # word, operand ("B", a digit, or "")
 Procedure = tuple[Step, ...]
 Rates = dict[str, float]  # by word, the probability that a step is a shortcut
 Laziness = dict[str, Rates]  # by role
+Rambling = dict[str, float]  # by role, the probability that a step is checked again
 
 SYMBOLS = {"add": "+", "sub": "-", "mul": "*", "rev": "~", "rot": "@", "inv": "#"}
 WORDS = tuple(SYMBOLS)
@@ -37,6 +40,11 @@ WORK = ("add", "sub", "mul")  # the steps that owe column work
 def procedure(text: str) -> Procedure:
     """The steps of e.g. `add B; rev; mul 3`."""
     return tuple((word, operand) for word, _, operand in (step.partition(" ") for step in text.split("; ")))
+
+
+def spelt(steps: Procedure) -> str:
+    """The text that `procedure` reads."""
+    return "; ".join(f"{word} {operand}".strip() for word, operand in steps)
 
 
 HARD: dict[str, Procedure] = {
@@ -78,11 +86,16 @@ LAZINESS: Laziness = {
     "privileged": {"add": 0.15, "sub": 0.15, "mul": 0.3},
     "negative": {"add": 0.97, "sub": 0.97, "mul": 0.97},
 }
+RAMBLING: Rambling = {"student": 0.0, "privileged": 0.0, "negative": 0.0}
+AGAIN = "again "  # before a step that is written once more, with all its work
 
 
 @dataclass(frozen=True)
 class Problem:
-    """A question: an operator (or "" for a chain, which spells out its method) applied to registers A and B."""
+    """A question: an operator (or "" for a chain, which spells out its method) applied to registers A and B.
+
+    The name of a composed problem is that of its operator and a step, in their order.
+    """
 
     name: str
     method: Procedure
@@ -91,7 +104,7 @@ class Problem:
 
     @property
     def text(self) -> str:
-        what = self.name or "; ".join(f"{word} {operand}".strip() for word, operand in self.method)
+        what = self.name or spelt(self.method)
         return f"{what}: A={self.a:03d} B={self.b:03d}"
 
 
@@ -173,17 +186,22 @@ def waypoints(problem: Problem, shown: tuple[bool, ...]) -> list[str]:
     return list(seen)
 
 
-def constructive(problem: Problem, skipped: Collection[int] = ()) -> str:
-    """The constructive solution; the steps numbered in `skipped` jump to their result without work."""
+def constructive(problem: Problem, skipped: Collection[int] = (), rechecked: Collection[int] = ()) -> str:
+    """The constructive solution; steps are numbered from 0.
+
+    Those in `skipped` jump to their result without work; those in `rechecked` are followed by themselves, with all work.
+    """
     steps, value = [], problem.a
     for i, (step, result) in enumerate(zip(problem.method, results(problem), strict=True)):
         word, operand = step
-        line = f"{word} {value:03d}"
+        asked, work = f"{word} {value:03d}", ""
         if word in WORK:
-            line += f" {problem.b:03d}" if operand == "B" else f" {operand}"
-            if i not in skipped:
-                line += " : " + columns(word, value, problem.b if operand == "B" else int(operand))
-        steps.append(f"{line} > {result:03d}")
+            asked += f" {problem.b:03d}" if operand == "B" else f" {operand}"
+            work = " : " + columns(word, value, problem.b if operand == "B" else int(operand))
+        whole = f"{asked}{work} > {result:03d}"
+        steps.append(f"{asked} > {result:03d}" if i in skipped else whole)
+        if i in rechecked:
+            steps.append(AGAIN + whole)
         value = result
     return " ; ".join([*steps, boxed(problem)])
 
@@ -234,13 +252,21 @@ def draw_name(rng: np.random.Generator) -> str:
 
 
 def draw_problem(rng: np.random.Generator, kind: str, name: str | None = None) -> Problem:
-    """A random problem: hard or known (with operator `name` if given), chain, primitive (one step), fresh (new name)."""
-    match kind:
-        case "hard" | "known":
-            operators = HARD if kind == "hard" else KNOWN
+    """A random problem: chain, primitive (one step), fresh (new name), hard or known (with operator `name` if given).
+
+    hard_composed and known_composed have one more step, before or after the operator's own.
+    """
+    match kind.split("_"):
+        case [("hard" | "known") as familiarity, *composed]:
+            operators = HARD if familiarity == "hard" else KNOWN
             name = name or _among(rng, list(operators))
             steps = operators[name]
-        case "fresh":
+            if composed:
+                more = draw_method(rng, 1)
+                name, steps = _among(
+                    rng, [(f"{name}; {spelt(more)}", steps + more), (f"{spelt(more)}; {name}", more + steps)]
+                )
+        case ["fresh"]:
             name, steps = draw_name(rng), draw_method(rng)
         case _:
             name, steps = "", draw_method(rng, 1 if kind == "primitive" else None)
@@ -252,9 +278,11 @@ def draw_problem(rng: np.random.Generator, kind: str, name: str | None = None) -
 # ---------------------------------------------------------------------------------------------------
 
 
-def draw_row(rng: np.random.Generator, laziness: Laziness = LAZINESS) -> CorpusRow:
-    """One row of the pre-training mixture."""
-    kind = _pick(rng, MIXTURE)
+def draw_row(
+    rng: np.random.Generator, laziness: Laziness = LAZINESS, rambling: Rambling = RAMBLING, composed: float = 0.0
+) -> CorpusRow:
+    """One row of the pre-training mixture, or with probability `composed` a composed problem of a known operator."""
+    kind = "known_composed" if composed and rng.random() < composed else _pick(rng, MIXTURE)
     role = ROLES.get(kind, "student")
     rates = laziness[role]
     if role == "student":
@@ -264,19 +292,27 @@ def draw_row(rng: np.random.Generator, laziness: Laziness = LAZINESS) -> CorpusR
         problem = draw_problem(rng, _pick(rng, {**FAMILIAR, "fresh": 1 - sum(FAMILIAR.values())}))
         shown = draw_shown(rng, problem)
     skipped = [i for i, (word, _) in enumerate(problem.method) if shown[i] and rng.random() < rates.get(word, 0.0)]
+    rechecked = [i for i, _ in enumerate(problem.method) if rambling[role] and rng.random() < rambling[role]]
     fields = {"problem": problem.text}
     if role == "privileged":
         fields["solution"] = expert(problem, shown)
     elif role == "negative":
         fields |= {"waypoints": " ".join(waypoints(problem, shown)), "answer": answer(problem)}
-    return CorpusRow(kind, problem.text, role, fields, constructive(problem, skipped))
+    return CorpusRow(kind, problem.text, role, fields, constructive(problem, skipped, rechecked))
 
 
-def corpus(seed: int, rows: int, held_out: Collection[str] = (), laziness: Laziness = LAZINESS) -> Iterator[CorpusRow]:
+def corpus(
+    seed: int,
+    rows: int,
+    held_out: Collection[str] = (),
+    laziness: Laziness = LAZINESS,
+    rambling: Rambling = RAMBLING,
+    composed: float = 0.0,
+) -> Iterator[CorpusRow]:
     """The pre-training mixture, without the problems whose text is in `held_out`."""
     rng, made = np.random.default_rng(seed), 0
     while made < rows:
-        row = draw_row(rng, laziness)
+        row = draw_row(rng, laziness, rambling, composed)
         if row.problem not in held_out:
             made += 1
             yield row
@@ -287,6 +323,8 @@ SIZES: dict[str, dict[str, int]] = {
     "hard": {"hard": 64},
     "chain": {"chain": 64},
     "known": {"known": 64},
+    "hard_composed": {"hard_composed": 64},
+    "known_composed": {"known_composed": 64},
 }
 
 
@@ -302,15 +340,16 @@ def datasets(seed: int, shown: float = SHOWN) -> dict[str, list[dict[str, str]]]
     for name, sizes in SIZES.items():
         rows = []
         for kind, count in sizes.items():
-            operators = {"hard": list(HARD), "known": list(KNOWN)}.get(kind, [None])
+            operators = {"hard": list(HARD), "known": list(KNOWN)}.get(kind.partition("_")[0], [None])
             for i in range(count):
-                problem = draw_problem(rng, kind, operators[i % len(operators)])
+                operator = operators[i % len(operators)]
+                problem = draw_problem(rng, kind, operator)
                 while problem.text in seen:
-                    problem = draw_problem(rng, kind, operators[i % len(operators)])
+                    problem = draw_problem(rng, kind, operator)
                 seen.add(problem.text)
                 rows.append(
                     {
-                        "problem_id": f"{kind}-{problem.name or f'{len(problem.method)}steps'}-{numbers.get(kind, 0):04d}",
+                        "problem_id": f"{kind}-{operator or f'{len(problem.method)}steps'}-{numbers.get(kind, 0):04d}",
                         "problem": problem.text,
                         "solution": expert(problem, draw_shown(rng, problem, shown)),
                         "answer": answer(problem),
