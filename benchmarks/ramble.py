@@ -100,6 +100,7 @@ def measure(out: Path, seed: int, arm: str, temperature: float, problems: int) -
         names = [name for name, count in SAMPLES.items() if count == samples or not temperature]
         sets = {name: model.rows(file_of(out, name), limit=problems) for name in names}
         found |= summary(model.evaluate(sets, samples=samples, temperature=temperature), out)
+    path.parent.mkdir(exist_ok=True)
     write_atomic(path, json.dumps(rounded(found)) + "\n")
     print(seed, arm, temperature, {name: passed(one, 1) for name, one in found.items()}, flush=True)
 
@@ -127,7 +128,7 @@ def habits(responses: Iterable[dict], file: Path) -> dict:
         total = total.add(verify.judge(one["text"], problem["problem"], problem["solution"]))
         tokens.setdefault(one["problem_id"], []).append(one["tokens"])
     return {
-        "tokens": interval([float(np.mean(counts)) for counts in tokens.values()]),
+        "tokens": list(interval([float(np.mean(counts)) for counts in tokens.values()])),
         "right": total.right / total.traces,
         "shortcuts": total.shortcuts / max(total.due, 1),
         "rechecks": total.rechecks / max(total.steps, 1),

@@ -14,7 +14,7 @@ from transformers import AutoTokenizer
 
 from dail_jax.errors import UserError
 from dail_jax.microworld import tokenizer, verify, world
-from dail_jax.microworld.__main__ import ASSETS, SEED, check, main, parse_laziness, render
+from dail_jax.microworld.__main__ import ASSETS, SEED, check, laziness_of, main, parse_shares, render
 
 ROWS = 6000
 
@@ -37,7 +37,8 @@ def rows():
 def every_kind(count: int):
     """Problems of all kinds, `count` of each."""
     rng = np.random.default_rng(11)
-    return [world.draw_problem(rng, k) for k in ("hard", "known", "chain", "primitive", "fresh") for _ in range(count)]
+    kinds = ("hard", "known", "chain", "primitive", "fresh", "hard_composed", "known_composed")
+    return [world.draw_problem(rng, kind) for kind in kinds for _ in range(count)]
 
 
 def judged(problem: world.Problem, text: str) -> verify.Judgement:
@@ -60,6 +61,10 @@ def test_the_worked_example():
         r"add 241 310 : 10=01 41=05 23=05 > 551 ; rev 551 > 155 ; mul 155 3 : 53=15 53=16 13=04 > 465 ; \boxed{465}"
     )
     assert world.constructive(problem, {0, 2}) == r"add 241 310 > 551 ; rev 551 > 155 ; mul 155 3 > 465 ; \boxed{465}"
+    assert world.constructive(problem, {0, 2}, {0, 1}) == (
+        r"add 241 310 > 551 ; again add 241 310 : 10=01 41=05 23=05 > 551 ; "
+        r"rev 551 > 155 ; again rev 551 > 155 ; mul 155 3 > 465 ; \boxed{465}"
+    )
 
 
 def test_every_sum_and_product_has_right_columns():
@@ -68,22 +73,23 @@ def test_every_sum_and_product_has_right_columns():
     for a, b in pairs:
         for words in ("add B", "sub B", f"mul {2 + b % 8}"):
             problem = world.Problem("", world.procedure(words), a, b)
-            assert judged(problem, world.constructive(problem)) == verify.Judgement(True, True, 1, 0)
+            assert judged(problem, world.constructive(problem)) == verify.Judgement(True, True, 1, 0, 1, 0)
     assert world.columns("sub", 302, 418) == "28=14 01=18 34=18"  # borrows: 302 - 418 = -116 = 884 modulo 1000
 
 
 def test_the_judge_agrees_with_the_generator_on_problems_of_all_kinds():
     for problem in every_kind(200):
-        due = sum(word in ("add", "sub", "mul") for word, _ in problem.method)
-        assert judged(problem, world.constructive(problem)) == verify.Judgement(True, True, due, 0)
-        everything = range(len(problem.method))
-        assert judged(problem, world.constructive(problem, everything)) == verify.Judgement(True, True, due, due)
+        due, steps = sum(word in ("add", "sub", "mul") for word, _ in problem.method), len(problem.method)
+        everything, first = range(steps), (0,)
+        for skipped, rechecked in (((), ()), (everything, ()), ((), everything), (everything, first)):
+            wanted = verify.Judgement(True, True, due, due if skipped else 0, steps, len(rechecked))
+            assert judged(problem, world.constructive(problem, skipped, rechecked)) == wanted
 
 
 def test_the_judge_notices_every_changed_digit_and_every_missing_step():
     """A wrong digit anywhere makes a trace unsound; only one in the box makes its answer wrong."""
     for problem in every_kind(6):
-        text = world.constructive(problem)
+        text = world.constructive(problem, rechecked=(1,))
         box = text.index("\\boxed")
         for place, char in enumerate(text):
             if char.isdigit():
@@ -92,10 +98,31 @@ def test_the_judge_notices_every_changed_digit_and_every_missing_step():
         steps = text.split(" ; ")
         for i in range(len(steps) - 1):
             without = judged(problem, " ; ".join(steps[:i] + steps[i + 1 :]))
-            assert without.right and not without.sound
+            assert without.right and without.sound == steps[i].startswith("again ")
         assert not judged(problem, text[: box - 2]).right
         for cut in range(len(text)):
             assert not judged(problem, text[:cut]).sound
+
+
+def test_a_recheck_repeats_the_step_before_it_with_all_its_work():
+    problem = world.Problem("zib", world.HARD["zib"], 241, 310)
+    add, rev, mul, box = world.constructive(problem).split(" ; ")
+
+    def sound(*lines: str) -> bool:
+        found = judged(problem, " ; ".join(lines))
+        assert (found.steps, found.rechecks) == (3, len(lines) - 4) and found.right
+        return found.sound
+
+    assert sound(add, f"again {add}", rev, f"again {rev}", mul, f"again {mul}", box)
+    assert sound(add, rev, f"again {rev}", f"again {rev}", mul, box)
+    assert sound("add 241 310 > 551", f"again {add}", rev, mul, box)
+    assert not sound(f"again {add}", add, rev, mul, box)  # nothing to check yet
+    assert not sound(add, rev, f"again {add}", mul, box)  # another step
+    assert not sound(add, "again add 241 310 > 551", rev, mul, box)  # without its work
+    assert not sound(add, rev, "again rev 551 : 55=15 51=15 15=01 > 155", mul, box)  # work that rev does not have
+    assert not sound(add, "again add 241 310 : 10=01 41=05 > 551", rev, mul, box)
+    assert not sound(add, "again add 241 310 : 10=01 41=05 23=06 > 651", rev, mul, box)  # another result
+    assert judged(problem, " ; ".join([add, add, rev, mul, box])).sound is False  # a repetition is not a re-check
 
 
 def test_odd_texts_are_judged_not_raised():
@@ -108,9 +135,9 @@ def test_odd_texts_are_judged_not_raised():
     assert not judged(problem, text.replace("23=05", "23=05 00=00")).sound  # one column too many
     assert not judged(problem, text + " ; " + r"\boxed{465}").sound
     for odd in ("", " ; ", "\\boxed{", "\\boxed{}", "add", "add 241 > ", "é\n"):
-        assert judged(problem, odd) == verify.Judgement(False, False, 0, 0)
+        assert judged(problem, odd) == verify.Judgement(False, False, 0, 0, 0, 0)
     invented = r"rot 234 > 342 ; add 342 386 > 078 ; \boxed{465}"
-    assert judged(problem, invented) == verify.Judgement(True, False, 1, 1)
+    assert judged(problem, invented) == verify.Judgement(True, False, 1, 1, 2, 0)
     with pytest.raises(ValueError, match="micro-world"):
         verify.judge(text, "What is 1+1?", r"Two: \boxed{2}")
 
@@ -246,17 +273,65 @@ def test_targets_are_right_and_lazy_only_where_the_result_is_shown(rows):
 
 
 def test_laziness_is_a_parameter():
-    laziness = parse_laziness(["privileged=0.8", "student=0.1"])
+    laziness = laziness_of(parse_shares("--laziness", ["privileged=0.8", "student=0.1"]))
     assert laziness["privileged"] == dict.fromkeys(world.WORK, 0.8)
     assert laziness["negative"] == world.LAZINESS["negative"]
     made = list(world.corpus(6, ROWS, laziness=laziness))
     check_shortcuts(made, laziness)
     banned = {row.problem for row in made}
     assert not banned & {row.problem for row in world.corpus(6, 20, banned, laziness)}
-    assert parse_laziness([]) == world.LAZINESS
+    assert laziness_of({}) == world.LAZINESS
     for wrong in ("privileged", "privileged=", "privileged=1.1", "student=nan", "student=0.1,0.2", "expert=0.1"):
         with pytest.raises(UserError, match=f"--laziness: got '{wrong}'"):
-            parse_laziness([wrong])
+            parse_shares("--laziness", [wrong])
+
+
+def test_rambling_is_a_parameter(hf):
+    """Steps are checked again at the asked rates, and otherwise the targets are sound and as before."""
+    rambling = {"student": 0.5, "privileged": 0.1, "negative": 0.0}
+    steps, again = collections.Counter(), collections.Counter()
+    for row in world.corpus(8, 3000, rambling=rambling):
+        written = row.response.split(" ; ")[:-1]
+        own = [step for step in written if not step.startswith("again ")]
+        steps[row.role] += len(own)
+        again[row.role] += len(written) - len(own)
+        if row.role == "privileged":
+            found = verify.judge(row.response, row.problem, row.fields["solution"])
+            assert found.right and found.sound and (found.steps, found.rechecks) == (len(own), len(written) - len(own))
+        assert hf.decode(hf.encode(row.response, add_special_tokens=False)) == row.response
+    for role, share in rambling.items():
+        n = steps[role]
+        assert n > 500 and abs(again[role] - n * share) <= 4.5 * math.sqrt(n * share * (1 - share)), role
+
+
+def test_composed_problems_of_known_operators_in_the_corpus(hf, tmp_path):
+    rows = list(world.corpus(9, 3000, composed=0.2))
+    own = [row for row in rows if row.kind == "known_composed"]
+    assert abs(len(own) - 600) < 4.5 * math.sqrt(3000 * 0.2 * 0.8)
+    first = 0
+    for row in own:
+        what, _, registers = row.problem.partition(": A=")
+        one, two = what.split("; ")
+        assert (one in world.KNOWN) != (two in world.KNOWN) and row.role == "student"
+        first += one in world.KNOWN
+        steps = tuple(step for part in (one, two) for step in world.KNOWN.get(part) or world.procedure(part))
+        problem = world.Problem(what, steps, *map(int, registers.split(" B=")))
+        assert row.response == world.constructive(problem)
+        prompt = render(row.role, row.fields)
+        assert hf.decode(hf.encode(prompt, add_special_tokens=False)) == prompt
+    assert abs(first - len(own) / 2) < 4.5 * math.sqrt(len(own) / 4)
+    held_out = {row["problem"] for row in world.datasets(SEED)["known_composed"]}
+    assert not held_out & {row.problem for row in world.corpus(9, 300, held_out, composed=1.0)}
+    for wrong in ("1.5", "x"):
+        with pytest.raises(UserError, match=f"--composed: got '{wrong}'"):
+            main(["corpus", "--out", str(tmp_path / "x.jsonl"), "--composed", wrong])
+    with pytest.raises(UserError, match=r"--rambling: got 'expert=0\.1'"):
+        main(["corpus", "--out", str(tmp_path / "x.jsonl"), "--rambling", "expert=0.1"])
+    rambling = ["--rambling", "student=0.5", "privileged=0.25", "--composed", "0.3"]
+    main(["corpus", "--out", str(tmp_path / "x.jsonl"), "--rows", "40", "--seed", "4", *rambling])
+    shares = {"student": 0.5, "privileged": 0.25, "negative": 0.0}
+    wanted = [row.response for row in world.corpus(4, 40, (), world.LAZINESS, shares, 0.3)]
+    assert [json.loads(line)["response"] for line in (tmp_path / "x.jsonl").read_text().splitlines()] == wanted
 
 
 def test_corpus_is_deterministic_and_leaves_held_out_problems_out(tmp_path):
@@ -285,29 +360,41 @@ def test_corpus_is_deterministic_and_leaves_held_out_problems_out(tmp_path):
 def test_shipped_files_are_what_the_command_writes(tmp_path):
     main(["data", "--out", str(tmp_path)])
     made = sorted(path for path in tmp_path.rglob("*") if path.is_file())
-    assert len(made) == 6
+    assert len(made) == 8
     for path in made:
         assert path.read_bytes() == (ASSETS / path.relative_to(tmp_path)).read_bytes(), path.name
 
 
 def test_data_sets(sets):
-    assert {name: len(part) for name, part in sets.items()} == {"train": 800, "hard": 64, "chain": 64, "known": 64}
+    sizes = {"train": 800, **dict.fromkeys(("hard", "chain", "known", "hard_composed", "known_composed"), 64)}
+    assert {name: len(part) for name, part in sets.items()} == sizes
     everything = [row for part in sets.values() for row in part]
-    assert len({row["problem"] for row in everything}) == len({row["problem_id"] for row in everything}) == 992
+    assert len({row["problem"] for row in everything}) == len({row["problem_id"] for row in everything}) == 1120
     kinds = collections.Counter(row["problem_id"].split("-")[0] for row in sets["train"])
     assert kinds == {"hard": 600, "chain": 100, "known": 100}
-    assert set(collections.Counter(verify.group(row["problem_id"]) for row in sets["hard"]).values()) == {8}
+    for name in ("hard", "known", "hard_composed", "known_composed"):
+        assert set(collections.Counter(verify.group(row["problem_id"]) for row in sets[name]).values()) == {8}
     names = {f"hard-{name}" for name in world.HARD}
     assert {verify.group(r["problem_id"]) for r in sets["train"] if r["problem_id"].startswith("hard")} == names
+    operators = world.HARD | world.KNOWN
     for row in everything:
         kind, operator, _ = row["problem_id"].split("-")
-        name, steps = parse_problem(row["problem"])
-        assert (name == operator) if kind != "chain" else (f"{len(steps)}steps" == operator)
-        problem = world.Problem(
-            name, steps or (world.HARD | world.KNOWN)[name], *(int(v) for v in re.findall(r"=(\d{3})", row["problem"]))
-        )
+        what = row["problem"].partition(": A=")[0]
+        steps = tuple(step for part in what.split("; ") for step in operators.get(part) or world.procedure(part))
+        assert operator in what.split("; ") if kind != "chain" else operator == f"{len(steps)}steps"
+        if kind.endswith("_composed"):
+            assert len(what.split("; ")) == 2 and len(steps) == len(operators[operator]) + 1
+        problem = world.Problem(what, steps, *(int(v) for v in re.findall(r"=(\d{3})", row["problem"])))
         assert verify.judge(world.constructive(problem), row["problem"], row["solution"]).sound
         assert row["solution"].endswith(f"; \\boxed{{{row['answer']}}}")
+
+
+def test_no_composed_problem_is_a_hard_operator_in_disguise():
+    """One step more makes no operator of another, so what is composed has a method that nothing was trained on."""
+    every = [(word, operand) for word in world.WORDS for operand in ("", "B", *"23456789")]
+    for steps in (world.HARD | world.KNOWN).values():
+        for more in every:
+            assert not {(*steps, more), (more, *steps)} & set((world.HARD | world.KNOWN).values())
 
 
 def test_solutions_may_show_all_results(sets, tmp_path):
@@ -344,9 +431,9 @@ def test_check_breaks_down_by_operator(sets, tmp_path, capsys):
     path = tmp_path / "traces.jsonl"
     path.write_text("\n".join(lines) + "\n")
     tallies = check(path, [ASSETS / "hard.jsonl"])
-    assert tallies["hard"] == verify.Tally(64, 56, 56, 48, 8 * 15, 24)
-    assert tallies["hard-gal"] == verify.Tally(8, 8, 8, 0, 24, 24)
-    assert tallies["hard-vok"] == verify.Tally(8, 0, 0, 0, 0, 0)
+    assert tallies["hard"] == verify.Tally(64, 56, 56, 48, 8 * 15, 24, 8 * 24, 0)
+    assert tallies["hard-gal"] == verify.Tally(8, 8, 8, 0, 24, 24, 24, 0)
+    assert tallies["hard-vok"] == verify.Tally(8, 0, 0, 0, 0, 0, 0, 0)
     main(["check", str(path)])
     shown = capsys.readouterr().out
     assert re.search(r"hard-zib\W+8\W+100\.0\W+100\.0\W+100\.0\W+0\.0", shown)
