@@ -27,15 +27,22 @@ from dail_jax.rundir import write_atomic
 
 SHARES = ("student=0.5", "privileged=0.1", "negative=0.1")  # of steps that are checked again in the base's corpus
 COMPOSED = 0.15  # of the corpus's rows
-ROWS = 4000
-BASE = ("pretrain.max_tokens=384", "pretrain.tokens_per_step=4096")  # traces that ramble are long
-ARMS = ("base", "sft", "nll", "dail", "sharp")
+ROWS = 12000
+# Traces that ramble are long, and take longer to learn than shortcuts.
+BASE = (
+    "pretrain.max_tokens=384",
+    "pretrain.steps=400",
+    "pretrain.tokens_per_step=4096",
+    "pretrain.optimizer.learning_rate=3e-3",
+    "pretrain.optimizer.matrix_learning_rate=0.02",
+)
+ARMS = ("base", "dail", "nll", "sft", "sharp")
 LEARNING_RATE = {"sft": 1e-3}  # the demo's, as everything that is not named here
-# Samples per problem above temperature 0, by set. `trained` are training problems.
-SAMPLES = {"trained": 32, "hard": 32, "hard_composed": 32, "known": 8, "chain": 8, "known_composed": 8}
-TEMPERATURES = (1.0, 0.6, 0.0)
+# Samples per problem, by temperature: of the sets in COLUMNS, and of those in KEPT.
+SAMPLES = {1.0: (32, 8), 0.0: (1, 1), 0.6: (8, 4)}
 LONGEST = 320  # tokens of a sample
 SETTINGS = {"generate.sampling.max_tokens": LONGEST, "evaluate.sampling.max_tokens": LONGEST}
+# What there is to learn, with problems of the training set first; and what the base knows.
 COLUMNS = {"trained": "training set", "hard": "hard", "hard_composed": "hard, composed"}
 KEPT = {"known": "known", "chain": "chain", "known_composed": "known, composed"}
 
@@ -52,7 +59,7 @@ def main() -> None:
     if not options.tables:
         prepare(options.out)
         for seed in seeds:
-            for temperature in TEMPERATURES:
+            for temperature in SAMPLES:
                 for arm in ARMS:
                     measure(options.out, seed, arm, temperature, options.problems)
     tables(options.out, options.docs)
@@ -96,8 +103,7 @@ def measure(out: Path, seed: int, arm: str, temperature: float, problems: int) -
     if path.exists():
         return
     model, found = student(out, seed, arm), {}
-    for samples in sorted(set(SAMPLES.values()) if temperature else {1}):
-        names = [name for name, count in SAMPLES.items() if count == samples or not temperature]
+    for samples, names in zip(SAMPLES[temperature], (COLUMNS, KEPT), strict=True):
         sets = {name: model.rows(file_of(out, name), limit=problems) for name in names}
         found |= summary(model.evaluate(sets, samples=samples, temperature=temperature), out)
     path.parent.mkdir(exist_ok=True)
@@ -183,7 +189,9 @@ def lines(seed: str, found: dict) -> list[str]:
 
 def cells(found: dict) -> list[tuple[str, float, dict]]:
     """(arm, temperature, what was measured), arm by arm."""
-    names = {f"{arm}_{temperature:g}": (arm, temperature) for arm in ARMS for temperature in TEMPERATURES}
+    names = {
+        f"{arm}_{temperature:g}": (arm, temperature) for arm in ARMS for temperature in sorted(SAMPLES, reverse=True)
+    }
     return [(*names[name], found[name]) for name in names if name in found]
 
 

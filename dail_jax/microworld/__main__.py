@@ -100,7 +100,8 @@ def share_of(text: str) -> float | None:
 
 def laziness_of(shares: dict[str, float]) -> world.Laziness:
     """The default laziness with these shares, which hold for all steps that owe work."""
-    return world.LAZINESS | {role: dict.fromkeys(world.WORK, share) for role, share in shares.items()}
+    asked: world.Laziness = {role: dict.fromkeys(world.WORK, share) for role, share in shares.items()}
+    return world.LAZINESS | asked
 
 
 def write_data(folder: Path, shown: float = world.SHOWN) -> None:
