@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 import types
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,8 +20,9 @@ from conftest import mesh_of
 
 from dail_jax import config as config_lib
 from dail_jax import mesh as mesh_lib
-from dail_jax.ahead import chips, compiled, programs
+from dail_jax.ahead import chips, hlo, programs
 from dail_jax.ahead import plan as plan_lib
+from dail_jax.ahead.timing import Cost, Reader
 from dail_jax.errors import UserError
 from dail_jax.model import attention, families, transformer
 from dail_jax.stages import plan
@@ -180,7 +182,7 @@ def test_a_token_reads_no_pool_that_a_kernel_is_given():
             "}",
         )
     )
-    assert compiled.hbm_bytes(text) == 4000
+    assert hlo.hbm_bytes(text) == 4000
 
 
 def test_counted_flops_are_the_arithmetic(config):
@@ -265,7 +267,7 @@ def test_main_memory_traffic_multiplies_loops_and_counts_slices():
 
     x, big = jnp.ones((64, 64)), jnp.ones((100, 64, 64))
     text = jax.jit(run).lower(x, big).compile().as_text()
-    moved = compiled.hbm_bytes(text)
+    moved = hlo.hbm_bytes(text)
     assert 7 * 64 * 64 * 4 * 3 < moved < 7 * 64 * 64 * 4 * 12 < big.nbytes
 
 
@@ -293,20 +295,89 @@ ENTRY %main (p: bf16[2048,4096], w: bf16[4096,64]) -> bf16[2048,64] {
 """
 
 
+V6E = chips.CHIPS["TPU v6 lite"]  # 1,640 GB/s, a clock of 1.75 GHz
+EXCHANGE = 3 / 4 * 2048 * 4096 * 2 / (1640e9 / 8) + 2 * 10e-6  # what each of four devices lacks, and two waits
+WIDE = 2 * (4096 * 1024 * 4 + 32) / 4096 / 1.75e9  # two cycles a register
+
+
 def test_instructions_cost_what_the_compiler_says(monkeypatch):
-    """By hand, for a chip whose memory carries 1,640 GB/s and whose clock has 1.75 GHz."""
+    """By hand, five rounds of the loop, and by label in `benchmarks/cost.py`."""
     monkeypatch.syspath_prepend(str(tiny.ROOT / "benchmarks"))
     import cost
 
-    device = types.SimpleNamespace(device_kind="TPU v6 lite")
-    table = cost.Reader(COSTLY, "v6e:4x4", device).table(1)
+    table = cost.costs(types.SimpleNamespace(as_text=lambda: COSTLY), V6E)
     assert set(table) == {"mlp: products", "draw: vectors", "draw: exchanged"}
     assert table["mlp: products"].time == pytest.approx(175_000 / 1.75e9)
     assert table["draw: vectors"].memory == pytest.approx(5 * 3 * 32 / 1640e9)  # the wide one stays in fast memory
-    wide = 2 * (4096 * 1024 * 4 + 32) / 4096 / 1.75e9
-    assert table["draw: vectors"].time == pytest.approx(5 * (2121 / 1.75e9 + wide))
-    received = 3 / 4 * 2048 * 4096 * 2
-    assert table["draw: exchanged"].links == pytest.approx(5 * (received / (1640e9 / 8) + 2 * 10e-6))
+    assert table["draw: vectors"].time == pytest.approx(5 * (2121 / 1.75e9 + WIDE))
+    assert table["draw: exchanged"].links == pytest.approx(5 * EXCHANGE)
+    assert table["draw: exchanged"].count == 5
+
+
+def test_the_dearest_branch_counts_and_who_exchanges_is_read_in_every_notation():
+    branches = """
+%short (a: f32[64]) -> f32[64] {
+  %a = f32[64]{0} parameter(0)
+  ROOT %sum = f32[64]{0} all-reduce(%a), GROUPS, to_apply=%add
+}
+
+%long (b: f32[64]) -> f32[64] {
+  %b = f32[64]{0} parameter(0)
+  %one = f32[64]{0} all-reduce(%b), GROUPS, to_apply=%add
+  ROOT %two = f32[64]{0} all-reduce(%one), GROUPS, to_apply=%add
+}
+
+ENTRY %main (p: f32[64], i: s32[]) -> f32[64] {
+  %p = f32[64]{0} parameter(0)
+  %i = s32[] parameter(1)
+  ROOT %either = f32[64]{0} conditional(%i, %p, %p), branch_computations={%long, %short}
+}
+"""
+    each = lambda devices: 2 * (devices - 1) / devices * 256 / (1640e9 / 8) + 10e-6 * math.log2(devices)  # noqa: E731
+    for groups, devices in (
+        ("replica_groups={{0,1},{2,3}}", 2),
+        ("replica_groups=[2,8]<=[16]", 8),
+        ("replica_groups=mesh['i'=2,'j'=4,'k'=2] {'j','k'}", 8),
+    ):
+        steps = Reader(branches.replace("GROUPS", groups), V6E).steps()
+        assert [step.op.name for step, _ in steps] == ["one", "two"]
+        assert sum((cost for _, cost in steps), Cost()).time == pytest.approx(2 * each(devices))
+
+
+def test_a_programs_time_is_its_instructions_and_never_less_than_its_bytes(config):
+    product = (2048 * 4096 + 4096 * 64 + 2048 * 64) * 2
+    moved = product + 5 * (2 * 2048 * 4096 * 2 + 3 * 32)  # what is gathered is read and written
+    seconds = 175_000 / 1.75e9 + 5 * (2121 / 1.75e9 + WIDE + EXCHANGE)
+    ahead = "  %early = (f32[1000000000]{0}, f32[1000000000]{0:S(1)}) copy-start(%big)\n"  # fetched while others run
+    fetching = COSTLY.replace("  %loop", "  %big = f32[1000000000]{0} parameter(2)\n" + ahead + "  %loop")
+    row = timed(config, COSTLY, tokens=4)
+    assert (row.timed, row.seconds, row.bytes) == ("instructions", pytest.approx(seconds / 4), moved / 4)
+    assert row.bandwidth_seconds == pytest.approx(moved / 4 / 1640e9)
+    with_kernels = timed(config, COSTLY, tokens=4, kernels=918e9)  # a millisecond at the peak
+    assert with_kernels.seconds == pytest.approx(seconds / 4 + 2e-3)
+    bound = timed(config, fetching, tokens=4)
+    assert bound.seconds == bound.bandwidth_seconds == pytest.approx((moved + 4e9) / 4 / 1640e9)
+    assert bound.seconds > row.seconds
+    hidden = timed(config, None, tokens=4, kernels=918e9)
+    assert (hidden.timed, hidden.seconds, hidden.bytes) == ("compiler", pytest.approx(0.25 + 2e-3), None)
+
+
+def timed(config, text, **program) -> programs.ProgramReport:
+    """The report of a program that was compiled to a text for a v6e, whose model takes 0.25 s and cannot time one
+    operation."""
+    sizes = {"argument_size_in_bytes": 5, "temp_size_in_bytes": 3, "output_size_in_bytes": 2, "alias_size_in_bytes": 2}
+    made = types.SimpleNamespace(
+        as_text=lambda: text,
+        cost_analysis=lambda: {"flops": 7.0, "optimal_seconds": -0.75},
+        memory_analysis=lambda: types.SimpleNamespace(**sizes),
+    )
+    device = types.SimpleNamespace(device_kind="TPU v6 lite", platform="tpu")
+    mesh: Any = types.SimpleNamespace(devices=np.array([device]), shape=dict.fromkeys(mesh_lib.AXES, 1), size=1)
+    lower: Any = lambda _: types.SimpleNamespace(compile=lambda: made)  # noqa: E731
+    model = families.read_config(config.model.path)
+    return programs.measure(
+        programs.Program("p", "evaluate", "sampler", model, mesh, lower, unrolled=True, **program), config
+    )
 
 
 def test_the_command_compiles_for_devices_that_are_not_there(config, tmp_path):

@@ -11,21 +11,25 @@ import jax
 from dail_jax.errors import UserError
 
 KNOWN = "cpu, gpu, or a TPU slice such as v5e:4x4, v5p:2x2x4, v6e:4x4"
+LINKS = 1 / 8  # what a device exchanges along one mesh axis, of what its main memory carries; of TPUs about this
+LATENCY = 10e-6  # seconds that an exchange takes for each doubling of the devices, however little it carries
 
 
 @dataclass(frozen=True)
 class Chip:
-    """What one device has: HBM in GB (1e9 bytes), its bfloat16 peak in TFLOP/s, and the HBM's bandwidth in GB/s."""
+    """What one device has: HBM in GB (1e9 bytes), its bfloat16 peak in TFLOP/s, the HBM's bandwidth in GB/s; of a TPU its
+    clock in GHz, which is the peak over what the units multiply in a cycle."""
 
     hbm: float
     peak: float
     bandwidth: float
+    clock: float | None = None
 
 
 CHIPS = {  # by a part of JAX's device kind; the first that fits counts
-    "TPU v5 lite": Chip(16, 197, 819),
-    "TPU v5": Chip(95, 459, 2765),
-    "TPU v6 lite": Chip(32, 918, 1640),
+    "TPU v5 lite": Chip(16, 197, 819, 1.5),
+    "TPU v5": Chip(95, 459, 2765, 1.75),
+    "TPU v6 lite": Chip(32, 918, 1640, 1.75),
     "H200": Chip(141, 989, 4800),
     "H100": Chip(80, 989, 3350),
     "A100": Chip(80, 312, 2039),

@@ -22,7 +22,7 @@ from jax.sharding import AbstractMesh
 from dail_jax import config as config_lib
 from dail_jax import mesh as mesh_lib
 from dail_jax.ahead import programs
-from dail_jax.ahead.chips import Chip, chip
+from dail_jax.ahead.chips import LATENCY, LINKS, Chip, chip
 from dail_jax.ahead.programs import Job, held
 from dail_jax.errors import UserError
 from dail_jax.model import lora as lora_lib
@@ -36,8 +36,6 @@ MOST_SLOTS = 512  # more would add little, and leave many idle while the last sa
 PLENTY = 3  # samples per slot, at least: with fewer, slots idle for want of work
 UNKNOWN = Chip(math.inf, 1.0, 50.0)  # what is assumed of a device that is not in the table, such as a CPU
 TIE = 0.05  # estimates of speed that differ by less are taken for equal
-LINKS = 1 / 8  # what a device exchanges along one mesh axis, of what its main memory carries; of TPUs about this
-LATENCY = 10e-6  # seconds that an exchange takes for each doubling of the devices, however little it carries
 
 # Fitted to compiled programs: bytes that are alive beside what is counted, in numbers per token (or row).
 TRAINED = 6.0  # times a layer's activations: what the backward pass of a layer holds

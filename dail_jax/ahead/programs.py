@@ -1,14 +1,15 @@
 """Compiles the real programs of a configuration for devices that are not here, and says what they would need.
 
-Memory is the compiler's own and exact. Bytes are main memory's, read off the compiled program (`compiled`). The
-compiler counts a loop's body once in FLOPs and time, so where layers are scanned these come from two short unrolled
-models, of 1 and 3 layers, extrapolated to the real depth; attention kernels are added by arithmetic, since the compiler
-does not look into them. Where a program's layers are unrolled, as in sampling, all of its figures can be extrapolated so,
-memory too (`short`): compiling at full depth takes minutes. For decoding, everything is one token's. Where keys lie in
-pages, what the attention kernel fetches follows from the rows' lengths, which no compiler knows: it is added by arithmetic,
-for rows whose prompts are at their longest and whose texts are as long as they are on average. Useful FLOPs, what
-utilisation is measured in, are arithmetic: products of the forward passes and of the gradient by activations, causal
-attention, and nothing twice.
+Memory is the compiler's own and exact. Bytes are main memory's, and time is what the instructions take, both read off the
+compiled program (`hlo`, `timing`); where libtpu does not print it, as under `fsdp`, there are no bytes, and the time is the
+compiler's model. The compiler counts a loop's body once in FLOPs and in that model, so where layers are scanned these come
+from two short unrolled models, of 1 and 3 layers, extrapolated to the real depth; attention kernels are added by
+arithmetic, since the compiler does not look into them. Where a program's layers are unrolled, as in sampling, all of its
+figures can be extrapolated so, memory too (`short`): compiling at full depth takes minutes. For decoding, everything is one
+token's. Where keys lie in pages, what the attention kernel fetches follows from the rows' lengths, which no compiler knows:
+it is added by arithmetic, for rows whose prompts are at their longest and whose texts are as long as they are on average.
+Useful FLOPs, what utilisation is measured in, are arithmetic: products of the forward passes and of the gradient by
+activations, causal attention, and nothing twice.
 """
 
 from __future__ import annotations
@@ -88,8 +89,9 @@ class Program:
 class ProgramReport:
     """What a program needs. GB are 1e9 bytes per device; None where it is not known.
 
-    `seconds` is a call's time by the compiler's model, a token's for decoding; `bandwidth_seconds` is what main memory
-    alone takes for `bytes`. `layers` says how many layers were compiled: "all", or "1 and 3" and extrapolated.
+    `seconds` is a call's time, a token's for decoding, and never less than `bandwidth_seconds`, what main memory alone takes
+    for `bytes`; `timed` says by what: "instructions", or "compiler", its model, where they cannot be read.
+    `layers` says how many layers were compiled: "all", or "1 and 3" and extrapolated.
     """
 
     program: str
@@ -106,6 +108,7 @@ class ProgramReport:
     flops: float | None = None
     bytes: float | None = None
     seconds: float | None = None
+    timed: str | None = None
     bandwidth_seconds: float | None = None
     utilisation: float | None = None
     bytes_over_ideal: float | None = None
@@ -209,7 +212,7 @@ def train_programs(config: config_lib.Config, model: ModelConfig, mesh: Mesh) ->
 
         def of(short: ModelConfig) -> Figures:
             short = without_experts(short)
-            return figures_of(states(short, unstacked(config, short, mesh)).compile())
+            return figures_on(mesh, states(short, unstacked(config, short, mesh)))
 
         return extrapolated(model, of) + Figures(kernels=kernels)
 
@@ -369,10 +372,10 @@ def cost_of_step(config, model: ModelConfig, mesh: Mesh, prompt: int, response: 
         train = cfg.model_copy(update={"lora": cfg.lora.model_copy(update={"targets": targets})})
         some = config.model_copy(update={"train": train})
         lowered = lower_step(some, short, mesh, unstacked(some, short, mesh), 1, prompt, response, cached)
-        return figures_of(lowered.compile())
+        return figures_on(mesh, lowered)
 
     width = max(1, min(response, cfg.chunk // rows))
-    chunk = figures_of(lower_loss(config, model, mesh, rows, width).compile())
+    chunk = figures_on(mesh, lower_loss(config, model, mesh, rows, width))
     references = 0 if cached else len(methods.find(cfg).roles)
     passes = KERNEL_PASSES["forward"] * (1 + references + (cfg.remat != "none")) + KERNEL_PASSES["backward"]
     one = extrapolated(model, of) + chunk * (-(-response // width) - 1)
@@ -562,6 +565,11 @@ def skipped(program: Program) -> ProgramReport:
     return ProgramReport(program.name, program.stage, "none", 0.0, None, known and known.hbm, None, "not compiled")
 
 
+def figures_on(mesh: Mesh, lowered: jax.stages.Lowered) -> Figures:
+    """Compiles a program for the devices of a mesh."""
+    return figures_of(lowered.compile(), chip(mesh.devices.flat[0]))
+
+
 def measure(program: Program, config: config_lib.Config, quick: bool = False, short: bool = False) -> ProgramReport:
     """Compiles one program and reads what the compiler says; running out of memory is an answer too."""
     started, known = time.monotonic(), chip(program.mesh.devices.flat[0])
@@ -572,10 +580,10 @@ def measure(program: Program, config: config_lib.Config, quick: bool = False, sh
     copies = None
     try:
         if short:
-            figures = extrapolated(program.model, lambda model: figures_of(program.lower(model).compile()))
+            figures = extrapolated(program.model, lambda model: figures_on(program.mesh, program.lower(model)))
         else:
             compiled = program.lower(program.model).compile()
-            figures, text = figures_of(compiled), compiled_lib.hlo_text(compiled)
+            figures, text = figures_of(compiled, known), compiled_lib.hlo_text(compiled)
             copies = None if text is None or not program.caches else copies_of(text, program.caches)
     except jax.errors.JaxRuntimeError as error:
         used = re.search(r"Used ([\d.]+)([GM]) of", str(error))
@@ -595,15 +603,17 @@ def measure(program: Program, config: config_lib.Config, quick: bool = False, sh
         counted = figures + Figures(kernels=program.kernels)
     elif program.cost is not None and not quick:
         counted = program.cost()
-    tpu = (
-        program.mesh.devices.flat[0].platform == "tpu"
-    )  # elsewhere an einsum reads pages, and its bytes are in the text
-    fetched = program.fetched if tpu else 0.0
+    tpu = program.mesh.devices.flat[0].platform == "tpu"
+    fetched = program.fetched if tpu else 0.0  # elsewhere an einsum reads pages, and its bytes are in the text
     moved = None if math.isnan(figures.moved) else figures.moved / max(program.tokens, 1) + fetched
-    estimate = None
+    bound = moved / (known.bandwidth * 1e9) if known is not None and moved is not None else None
+    estimate = timed = None
     if counted is not None and known is not None and tpu:
-        estimate = counted.seconds + counted.kernels / (known.peak * 1e12 * KERNEL_EFFICIENCY)
-        estimate += fetched / (known.bandwidth * 1e9)
+        timed = "compiler" if math.isnan(counted.seconds) else "instructions"
+        # the compiler's model has the body of the loop over tokens once
+        estimate = counted.modelled if timed == "compiler" else counted.seconds / max(program.tokens, 1)
+        estimate += counted.kernels / (known.peak * 1e12 * KERNEL_EFFICIENCY) + fetched / (known.bandwidth * 1e9)
+        estimate = max(estimate, bound or 0.0)
     useful = program.useful if estimate else 0.0
     ratio = moved / (figures.arguments - program.unread) if program.tokens and moved is not None else None
     return report(
@@ -617,7 +627,8 @@ def measure(program: Program, config: config_lib.Config, quick: bool = False, sh
         flops=counted and counted.flops + counted.kernels,
         bytes=moved,
         seconds=estimate,
-        bandwidth_seconds=moved / (known.bandwidth * 1e9) if known is not None and moved is not None else None,
+        timed=timed,
+        bandwidth_seconds=bound,
         utilisation=useful / (estimate * known.peak * 1e12) if useful and estimate and known is not None else None,
         bytes_over_ideal=ratio,
         cache_copies=copies,

@@ -48,10 +48,10 @@ def run(
 
 
 LEGEND = (
-    "GB per device. FLOPs, bytes and times are per call, or per token for decoding. The first time is the compiler's "
-    f"model, plus attention kernels at {programs.KERNEL_EFFICIENCY:.0%} of the peak; the second is what main memory alone "
-    "takes for the bytes moved. Utilisation: useful FLOPs, by arithmetic, in the first; of decoding, bytes moved over "
-    "bytes that must be read."
+    "GB per device. FLOPs, bytes and times are per call, or per token for decoding. The first time is that of the "
+    "instructions, or with ~ that of the compiler's model, where they cannot be read; plus attention kernels at "
+    f"{programs.KERNEL_EFFICIENCY:.0%} of the peak. The second is what main memory alone takes for the bytes moved. "
+    "Utilisation: useful FLOPs, by arithmetic, in the first; of decoding, bytes moved over bytes that must be read."
 )
 
 
@@ -83,7 +83,8 @@ def table(rows: list[programs.ProgramReport]) -> Table:
             memory,
             number(row.flops and row.flops / 1e12, ".3g"),
             number(row.bytes and row.bytes / 1e9, ".3g"),
-            "; ".join(number(x and x * 1e3, ".3g", " ms") for x in (row.seconds, row.bandwidth_seconds) if x),
+            ("~" if row.timed == "compiler" else "")
+            + "; ".join(f"{x * 1e3:.3g} ms" for x in (row.seconds, row.bandwidth_seconds) if x),
             used,
             row.verdict,
         )
