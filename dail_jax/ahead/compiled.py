@@ -78,8 +78,8 @@ def figures_of(compiled: jax.stages.Compiled, chip: Chip | None = None) -> Figur
 
 
 def hlo_text(compiled: jax.stages.Compiled) -> str | None:
-    """The program's text; None where libtpu cannot print what it compiled (0.0.51: what exchanges weights while it
-    computes, as programs under `fsdp` do)."""
+    """The program's text; None where libtpu cannot print what it compiled (0.0.51: what exchanges while it
+    computes, as training under `fsdp` and long prefills do)."""
     try:
         return compiled.as_text() or None
     except jax.errors.JaxRuntimeError:
