@@ -348,10 +348,21 @@ class Inference(Section):
     the longest, and the pages are this share of what all slots' longest texts would fill. Where none is left, the
     youngest samples are given up and drawn again, the same. null = every slot has room for the longest. For TPUs, and
     models with heads of 128 channels (docs/performance.md)."""
+    kv_dtype: Literal["int8"] | None = None
+    """Type of the keys and values that are kept while sampling: int8, with a scale per token and head, takes half the memory
+    and traffic of bfloat16, and changes log-probabilities (docs/performance.md says how much); null = `model.dtype`."""
     max_prompt_tokens: Count = 4096
     """Tokens per prompt at most; problems with a longer prompt are skipped and counted."""
     sampling: Sampling = Sampling()
     """How tokens are drawn; by default from the model's own distribution."""
+
+    @model_validator(mode="after")
+    def _caches(self):
+        if self.pages is not None and self.kv_dtype is not None:
+            raise ValueError(
+                f"kv_dtype: got {self.kv_dtype} with pages, whose kernel has one scale for all tokens: want null"
+            )
+        return self
 
     @property
     def slot_count(self) -> int:

@@ -420,10 +420,12 @@ class Job:
     key: str  # of its slots
     pages: float | None = None
     room: int = 0
+    kv_dtype: str | None = None
 
     def grid(self, mesh) -> decode.Grid:
         size = engine.bucket(self.prompt)
-        return engine.grid_of(mesh, self.slots, self.roles, self.limit + self.room, self.samples, size, self.pages)
+        limit = self.limit + self.room
+        return engine.grid_of(mesh, self.slots, self.roles, limit, self.samples, size, self.pages, self.kv_dtype)
 
 
 def answer_room(cfg: config_lib.Evaluate, model: ModelConfig, asking: int = ASKING) -> int:
@@ -452,6 +454,7 @@ def jobs_of(config: config_lib.Config, model: ModelConfig) -> list[Job]:
                 False,
                 "generate.slots",
                 cfg.pages,
+                kv_dtype=cfg.kv_dtype,
             )
         )
     if method.source == "samples":
@@ -459,16 +462,15 @@ def jobs_of(config: config_lib.Config, model: ModelConfig) -> list[Job]:
         prompt = min(cfg.max_prompt_tokens, train.max_tokens - cfg.sampling.max_tokens)
         limit = cfg.sampling.max_tokens
         slots, key = cfg.slot_count, "train.online.slots"
-        out.append(
-            Job("online rollouts", "train", slots, cfg.group, prompt, limit, 1, cfg.sampling, True, key, cfg.pages)
-        )
+        job = Job("online rollouts", "train", slots, cfg.group, prompt, limit, 1, cfg.sampling, True, key, cfg.pages)
+        out.append(dataclasses.replace(job, kv_dtype=cfg.kv_dtype))
     if config.evaluate.benchmarks:
         cfg, prompt = config.evaluate, config.evaluate.max_prompt_tokens
         slots, key = cfg.slot_count, "evaluate.slots"
         make = functools.partial(
             Job, stage="evaluate", slots=slots, roles=1, sampling=cfg.sampling, key=key, pages=cfg.pages
         )
-        make = functools.partial(make, adapted=method.trains)
+        make = functools.partial(make, adapted=method.trains, kv_dtype=cfg.kv_dtype)
         room = answer_room(cfg, model)
         out.append(make("evaluation", samples=cfg.samples, prompt=prompt, limit=cfg.longest, room=room))
         if cfg.force is not None and not room:
@@ -482,6 +484,7 @@ def names_of(job: Job, mesh: Mesh) -> tuple[str, str]:
     grid = job.grid(mesh)
     label = f"{job.name}, {grid.slots} slots x {grid.roles} roles of {grid.max_tokens} tokens"
     label += f", pages {job.pages:g}" if grid.pages else ""
+    label += f", keys in {job.kv_dtype}" if job.kv_dtype else ""
     prompts, length = grid.blocks * grid.entries, grid.prompt_slots
     return f"{label}: prefill {length}, 1 of {prompts} prompts", f"{label} after {prompts} prompts of {length}: decode"
 
@@ -548,7 +551,7 @@ def abstract_state(grid: decode.Grid, model: ModelConfig, dtype, mesh: Mesh) -> 
 def cache_shapes(grid: decode.Grid, model: ModelConfig, dtype, mesh) -> tuple[tuple[int, ...], ...]:
     """A device's part of the caches of keys."""
     shapes = jax.eval_shape(lambda: decode.empty(grid, model, dtype)).cache
-    layout = mesh_lib.sharding(mesh, "bk__")
+    layout = mesh_lib.sharding(mesh, "bk")
     found = {layout.shard_shape(x.shape) for x in jax.tree.leaves((shapes.k, shapes.prompt_k))}
     layout = mesh_lib.sharding(mesh, "b_k_")
     return tuple(found | {layout.shard_shape(x.shape) for x in jax.tree.leaves(shapes.pools)})

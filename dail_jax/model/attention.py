@@ -8,6 +8,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from dail_jax import mesh as mesh_lib
 from dail_jax.mesh import constrain
+from dail_jax.model import kv_int8
+from dail_jax.model.int8 import Int8
 
 NEGATIVE = -1e30  # finite, so that a row that sees nothing yields zeros and not NaN
 QUERIES = 2048  # per einsum
@@ -107,7 +109,9 @@ def splash(
 
 
 def attend_cached(
-    q: jax.Array, parts: list[tuple[jax.Array, jax.Array, jax.Array, int]], scale: float | None = None
+    q: jax.Array,
+    parts: list[tuple[jax.Array | Int8, jax.Array | Int8, jax.Array, int]],
+    scale: float | None = None,
 ) -> jax.Array:
     """Attention of q [B,T,N,H] to the union of several sets: keys and values [G,K,S,H], mask [B,T,S], entries E.
 
@@ -115,6 +119,7 @@ def attend_cached(
     what makes n samples of one problem cheap. A set is E entries of S/E keys side by side, of which a row sees one.
     Sums are taken within each entry and only then across entries, one by one, so that a row gets the same bits wherever
     its entry is placed: one sum over all of S would round differently depending on where the visible keys are.
+    All sets are exact, or all are int8.
     """
     b, t, n, h = q.shape
     heads = parts[0][0].shape[1]
@@ -128,11 +133,15 @@ def attend_cached(
         return x.swapaxes(1, 2).reshape(b, heads, *x.shape[3:])
 
     # These are batched matrix products, [Q, H] x [H, S] and [Q, S] x [S, H], so that no cache is transposed.
+    if isinstance(parts[0][0], Int8):
+        q = kv_int8.turned(q).astype(q.dtype)
     query = q.reshape(b, t, heads, -1, h).swapaxes(1, 2).reshape(b, heads, each, h)
     logits = []
     for k, _, mask, e in parts:
         g = k.shape[0]
-        x = jnp.einsum("gkmqh,gksh->gkmqs", by_block(query, g), k, preferred_element_type=jnp.float32) * factor
+        k, by_key = _opened(k, q.dtype)
+        x = jnp.einsum("gkmqh,gksh->gkmqs", by_block(query, g), k, preferred_element_type=jnp.float32)
+        x = x * (factor if by_key is None else factor * by_key)
         mask = by_block(jnp.repeat(mask, n // heads, axis=1)[:, None], g)
         logits.append(jnp.where(mask, x, NEGATIVE).reshape(*x.shape[:-1], e, -1))
     top = jnp.max(jnp.stack([by_row(x.max((-2, -1))) for x in logits]), 0)
@@ -140,8 +149,10 @@ def attend_cached(
     total, out = jnp.zeros((), jnp.float32), jnp.zeros((), jnp.float32)
     for (_, v, _, e), x in zip(parts, logits, strict=True):
         x = jnp.exp(x - by_block(top, v.shape[0])[..., None, None])
+        v, by_value = _opened(v, q.dtype)
+        p = x if by_value is None else x * by_value.reshape(*by_value.shape[:-1], e, -1)
         y = jnp.einsum(
-            "gkmqes,gkesh->gkemqh", x.astype(v.dtype), _split_entries(v, e), preferred_element_type=jnp.float32
+            "gkmqes,gkesh->gkemqh", p.astype(v.dtype), _split_entries(v, e), preferred_element_type=jnp.float32
         )
         total = total + by_row(_sum_in_order(x.sum(-1, keepdims=True)))
         out = out + by_row(_sum_in_order(jnp.moveaxis(y, 2, -2)))
@@ -158,6 +169,13 @@ def causal_mask(query: jax.Array, key: jax.Array, window: int | None = None) -> 
 
 def _by_row(x: jax.Array) -> jax.Array:
     return x.swapaxes(1, 2)
+
+
+def _opened(x: jax.Array | Int8, dtype) -> tuple[jax.Array, jax.Array | None]:
+    """What products are taken with, and the float32 scales [G,K,1,1,S] by which they are then multiplied, if any."""
+    if not isinstance(x, Int8):
+        return x, None
+    return x.values.astype(dtype), x.scale.astype(jnp.float32)[:, :, None, None]
 
 
 def _split_entries(x: jax.Array, entries: int) -> jax.Array:

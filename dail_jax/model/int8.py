@@ -21,15 +21,19 @@ BLOCK = 1 << 20  # weights that are quantised at a time: their float32 copies st
 
 @struct.dataclass
 class Int8:
-    """A weight [*inputs, *outputs], or a table [V,D] with a scale for every row.
+    """A weight [*inputs, *outputs], a table [V,D] with a scale for every row, or keys or values [...,H] (`kv_int8`).
 
     Attributes:
-      values: int8, in the weight's own shape.
-      scale: [*outputs] or [V], in the type that the weight would have.
+      values: int8, in the exact array's own shape.
+      scale: [*outputs], [V] or [...], in the type that the exact array would have.
     """
 
     values: jax.Array
     scale: jax.Array
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.values.shape
 
 
 Matrix = jax.Array | Int8

@@ -18,7 +18,7 @@ from flax import struct
 
 from dail_jax import mesh as mesh_lib
 from dail_jax.mesh import constrain
-from dail_jax.model import attention, deltanet, int8, pages
+from dail_jax.model import attention, deltanet, int8, kv_int8, pages
 from dail_jax.model.blocks import Bound, block
 from dail_jax.model.families import Layer, ModelConfig, Rope
 from dail_jax.model.int8 import Int8, Matrix
@@ -41,8 +41,8 @@ class Cache:
     alike. Of such layers the other arrays are None.
 
     Attributes:
-      k, v: L arrays [B, K, S, H], the rows' own tokens from slot 0 on, with RoPE already applied to the keys. Of a
-        delta net, the two parts of the rows' states.
+      k, v: L arrays [B, K, S, H], the rows' own tokens from slot 0 on, with RoPE already applied to the keys, or their
+        int8 form with scales [B, K, S]. Of a delta net, the two parts of the rows' states.
       count: [B] int32, the number of own tokens of each row.
       prompt_k, prompt_v: L arrays [G, K, P, H]. Of a delta net, the states at the prompts' ends: as k and v, but with
         the third axis E times as long.
@@ -126,12 +126,14 @@ def empty_cache(
     dtype,
     entries: int = 1,
     paged: tuple[int, int] | None = None,
+    quantize: str | None = None,
 ) -> Cache:
     """An empty cache. `slots` must hold a row's own tokens, plus room for one `Recent` after the last of them.
 
     `prompt_slots` are those of one of the `entries` of a prompt buffer. `paged` is how many pages there are and how many
-    tokens one has; None: no layer is paged.
+    tokens one has; None: no layer is paged. `quantize` is the form of keys and values: `int8`, or None for exact ones.
     """
+    assert not (paged and quantize), "keys and values in pages are exact"
 
     def make(rows: int, slots: int, times: int = 1) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
         k, v = [], []
@@ -140,11 +142,12 @@ def empty_cache(
                 k.append(None)
                 v.append(None)
                 continue
-            shapes, types = ((rows, cfg.K, slots_of(layer, slots), cfg.H),) * 2, (dtype, dtype)
+            shapes, types, form = ((rows, cfg.K, slots_of(layer, slots), cfg.H),) * 2, (dtype, dtype), quantize
             if cfg.deltanet and layer.mixer == "deltanet":
-                shapes, types = deltanet.shapes(cfg.deltanet, rows), (dtype, jnp.float32)
+                shapes, types, form = deltanet.shapes(cfg.deltanet, rows), (dtype, jnp.float32), None
             for arrays, (b, heads, size, h), kind in zip((k, v), shapes, types, strict=True):
-                arrays.append(jnp.zeros((b, heads, times * size, h), kind))
+                shape = (b, heads, times * size, h)
+                arrays.append(kv_int8.empty(shape, kind) if form else jnp.zeros(shape, kind))
         return tuple(k), tuple(v)
 
     (k, v), (prompt_k, prompt_v) = make(rows, slots), make(blocks, prompt_slots, entries)
@@ -197,12 +200,13 @@ def rewind(cache: Cache, chosen: jax.Array, kept: jax.Array) -> tuple[Cache, jax
 def empty_recent(cache: Cache, slots: int) -> Recent:
     """Room for `slots` tokens of every row of a cache."""
 
-    def one(i: int, x: jax.Array | None) -> jax.Array | None:
-        if x is None or i in cache.states:
-            return x
-        return constrain(jnp.zeros((*x.shape[:2], slots, x.shape[3]), x.dtype), "bk__")
+    def room(x: jax.Array) -> jax.Array:
+        return constrain(jnp.zeros((*x.shape[:2], slots, *x.shape[3:]), x.dtype), "bk__"[: x.ndim])
 
-    k, v = (tuple(one(i, x) for i, x in enumerate(own)) for own in (cache.k, cache.v))
+    def rooms(own: tuple) -> tuple:
+        return tuple(x if i in cache.states else jax.tree.map(room, x) for i, x in enumerate(own))
+
+    k, v = rooms(cache.k), rooms(cache.v)
     return Recent(k, v, jnp.full((len(cache.count), slots), -1, jnp.int32), cache.pools)
 
 
@@ -215,11 +219,11 @@ def commit(cache: Cache, recent: Recent) -> Cache:
 
     def local(own, new, count):
         def move(row, own):
-            part = [jax.lax.dynamic_slice_in_dim(x, row, 1) for x in new]
-            return [
-                jax.lax.dynamic_update_slice(x, y, (row, 0, count[row] % x.shape[2], 0))
-                for x, y in zip(own, part, strict=True)
-            ]
+            def put(x, y):
+                part, place = jax.lax.dynamic_slice_in_dim(y, row, 1), (row, 0, count[row] % x.shape[2], 0)
+                return jax.lax.dynamic_update_slice(x, part, place[: x.ndim])
+
+            return jax.tree.map(put, own, new)
 
         return jax.lax.fori_loop(0, count.shape[0], move, own)
 
@@ -227,7 +231,7 @@ def commit(cache: Cache, recent: Recent) -> Cache:
     old, new = ([x[i] for x in (pair.k, pair.v) for i in grown] for pair in (cache, recent))
     mesh = jax.sharding.get_abstract_mesh()
     if grown and not mesh.empty:
-        arrays = mesh_lib.fitting(mesh, "bk__", old[0].shape)
+        arrays = mesh_lib.fitting(mesh, "bk", old[0].shape[:2])
         counts = mesh_lib.fitting(mesh, "b", cache.count.shape)
         local = jax.shard_map(local, in_specs=(arrays, arrays, counts), out_specs=arrays, check_vma=False)
     own = local(old, new, cache.count) if grown else []
@@ -314,24 +318,29 @@ def _scan(step: Callable, x: jax.Array, layers: dict, adapter: dict | None, cfg:
 
 @jax.named_scope("prefill")
 def prefill(
-    params: Params, tokens: jax.Array, positions: jax.Array, cfg: ModelConfig, lora: Lora | None = None
-) -> tuple[jax.Array, list[jax.Array], list[jax.Array]]:
+    params: Params,
+    tokens: jax.Array,
+    positions: jax.Array,
+    cfg: ModelConfig,
+    lora: Lora | None = None,
+    quantize: str | None = None,
+) -> tuple[jax.Array, list[Any], list[Any]]:
     """Final hidden states [B,T,D] of prompts, and the keys and values [B,K,P,H] of each layer, to be cached.
 
     Prompts are padded on the right. A layer with a window keeps the end of each: P is `slots_of` the layer and T. A delta
-    net has its state at the prompt's end in their place.
+    net has its state at the prompt's end in their place. `quantize` is the form of what is kept, as in `empty_cache`; the
+    prompts' own tokens see exact keys.
     """
     length = positions.max(1) + 1
     x, angles, kept = _embed(params, tokens, cfg), _angles(positions, cfg), []
     for layer, weights, pair in _each_layer(params, cfg, lora):
 
-        def attend(q, k, v, layer=layer):
+        def attend(q, k, v, layer=layer, weights=weights):
             # Where devices share a row's tokens, they exchange keys and values, not what these are computed from.
             k, v, slots = constrain(k, "btkh"), constrain(v, "btkh"), slots_of(layer, k.shape[1])
-            return attention.attend(q, k, v, positions, layer.window, cfg.attention_scale), (
-                _end(k, length, slots),
-                _end(v, length, slots),
-            )
+            out = attention.attend(q, k, v, positions, layer.window, cfg.attention_scale)
+            k, v = _end(k, length, slots), _end(v, length, slots)
+            return out, (_quantized(k, v, layer, weights) if quantize else (k, v))
 
         see = {"attention": attend, "deltanet": functools.partial(deltanet.read, positions)}[layer.mixer]
         x, new = block(x, Bound(cfg, weights, pair, angles.get(layer.rope)), layer.mixer, layer.mlp, see)
@@ -372,14 +381,17 @@ def decode_step(
     }
     for i, (layer, weights, pair) in enumerate(_each_layer(params, cfg, lora)):
 
-        def attend(q, k, v, i=i, window=layer.window):
+        def attend(q, k, v, i=i, layer=layer, weights=weights):
             pool = pools[i]
             if pool is not None:
                 assert table is not None
                 out, pools[i] = pages.attend(q, k, v, pool, table, positions, cfg.attention_scale)
                 return out, (None, None)
+            k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
+            if isinstance(recent.k[i], Int8):
+                k, v = _quantized(k, v, layer, weights)
             k, v = _store(recent.k[i], k, slot), _store(recent.v[i], v, slot)
-            own, new, prompt = masks[window]
+            own, new, prompt = masks[layer.window]
             sets = [
                 (cache.k[i], cache.v[i], own, 1),
                 (k, v, new, 1),
@@ -456,9 +468,16 @@ def _end(x: jax.Array, length: jax.Array, slots: int) -> jax.Array:
     return jax.vmap(cut)(x, jnp.maximum(length - slots, 0))
 
 
-def _store(recent: jax.Array, new: jax.Array, slot: jax.Array | int) -> jax.Array:
-    """Writes new [B,T,K,H] into recent [B,K,C,H], starting at a slot."""
-    return jax.lax.dynamic_update_slice(recent, new.swapaxes(1, 2).astype(recent.dtype), (0, 0, slot, 0))
+def _store(recent: jax.Array | Int8, new: jax.Array | Int8, slot: jax.Array | int) -> jax.Array | Int8:
+    """Writes new [B,K,T,H] into recent [B,K,C,H], starting at a slot."""
+    put = lambda x, y: jax.lax.dynamic_update_slice(x, y.astype(x.dtype), (0, 0, slot, 0)[: x.ndim])  # noqa: E731
+    return jax.tree.map(put, recent, new)
+
+
+def _quantized(k: jax.Array, v: jax.Array, layer: Layer, weights: dict) -> tuple[Int8, Int8]:
+    """The int8 form of a layer's keys and values [B,K,T,H]. After a norm, a bias adds to no two keys the same."""
+    biased = "k_bias" in weights and "k_norm" not in weights
+    return kv_int8.quantized(k, v, kv_int8.centre_of(weights["k_bias"], layer.rope) if biased else None)
 
 
 def _remat(step: Callable, policy: str, prevent_cse: bool = False) -> Callable:

@@ -45,6 +45,7 @@ class Grid:
     chunk: int  # steps per decode call
     pages: int = 0  # of all devices; 0: every row has a cache of its own
     page: int = pages_lib.PAGE  # tokens per page
+    kv_dtype: str | None = None  # of keys and values: int8, or the model's
 
     @property
     def slots(self) -> int:
@@ -103,7 +104,7 @@ def empty(grid: Grid, cfg: ModelConfig, dtype) -> DecodeState:
     own = -(-(grid.max_tokens + grid.chunk) // transformer.TILE) * transformer.TILE
     paged = (grid.pages, grid.page) if grid.pages else None
     cache = transformer.empty_cache(
-        cfg, rows, own, grid.blocks * grid.roles, grid.prompt_slots, dtype, grid.entries, paged
+        cfg, rows, own, grid.blocks * grid.roles, grid.prompt_slots, dtype, grid.entries, paged, grid.kv_dtype
     )
     return _lay_out(
         DecodeState(
@@ -144,7 +145,7 @@ def load_prompt(
     the pages from `first` [roles] on."""
     index = jnp.arange(grid.prompt_slots)
     positions = jnp.where(index < lengths[:, None], index, -1).astype(jnp.int32)
-    hidden, ks, vs = transformer.prefill(params, tokens, positions, cfg, lora)
+    hidden, ks, vs = transformer.prefill(params, tokens, positions, cfg, lora, grid.kv_dtype)
     end = (index == (lengths - 1)[:, None])[..., None]
     last = jnp.where(end, hidden, 0).sum(1)  # exact; a gather along tokens that devices share would fetch all of them
     pools = state.cache.pools
@@ -184,7 +185,7 @@ def _put(grid: Grid, buffers: list[tuple], new: list[tuple], block: jax.Array, e
         row = jnp.clip(at, 0, own - 1) * grid.roles
 
         def write(buffer, x):
-            place = (row, 0, entry * x.shape[2], 0)
+            place = (row, 0, entry * x.shape[2], 0)[: x.ndim]
             old = jax.lax.dynamic_slice(buffer, place, x.shape)
             x = jnp.where((at >= 0) & (at < own), x.astype(buffer.dtype), old)
             return jax.lax.dynamic_update_slice(buffer, x, place)
@@ -193,7 +194,7 @@ def _put(grid: Grid, buffers: list[tuple], new: list[tuple], block: jax.Array, e
 
     mesh, first = jax.sharding.get_abstract_mesh(), jnp.arange(grid.blocks)  # each device sees its own first block
     if not mesh.empty:
-        whole = mesh_lib.fitting(mesh, "bk__", arrays[0].shape)
+        whole = mesh_lib.fitting(mesh, "bk", arrays[0].shape[:2])
         specs = (whole, PartitionSpec(None, whole[1]), PartitionSpec(whole[0]), PartitionSpec(), PartitionSpec())
         local = jax.shard_map(local, in_specs=specs, out_specs=whole, check_vma=False)
     return local(buffers, new, first, block, entry)
@@ -400,8 +401,9 @@ def _to_slots(grid: Grid, x: jax.Array) -> jax.Array:
 def _lay_out(state: DecodeState, counters: str = "_") -> DecodeState:
     """Keeps caches sharded by row and kv head, responses by slot, and `counters`, which the host reads, replicated."""
     cache = state.cache
+    by_head = lambda x: constrain(x, "bk__"[: x.ndim])  # noqa: E731
     names = ("k", "v", "prompt_k", "prompt_v")
-    cache = replace(cache, **{x: jax.tree.map(lambda x: constrain(x, "bk__"), getattr(cache, x)) for x in names})
+    cache = replace(cache, **{x: jax.tree.map(by_head, getattr(cache, x)) for x in names})
     cache = replace(cache, pools=pages_lib.laid_out(cache.pools))
     axes: dict[str, str] = dict.fromkeys(("length", "limit", "status", "live"), counters)
     axes |= dict.fromkeys(("tokens", "logq", "log_student", "log_privileged", "by_student", "hidden"), "b_")

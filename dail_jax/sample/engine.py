@@ -163,6 +163,7 @@ class Engine:
     never: tuple[int, ...] = ()  # token ids that are never drawn
     usable: int | None = None  # ids from here on only pad the embedding
     pages: float | None = None  # how many pages there are, as a share of what all slots' longest texts would fill
+    kv_dtype: str | None = None  # of keys and values: int8, or the model's
     usage: Usage = field(default_factory=Usage)
 
     def __post_init__(self):
@@ -180,7 +181,9 @@ class Engine:
 
     def grid(self, samples: int, prompt_slots: int) -> decode.Grid:
         """The shapes for requests of up to `samples` samples."""
-        return grid_of(self.mesh, self.slots, self.roles, self.max_tokens, samples, prompt_slots, self.pages)
+        return grid_of(
+            self.mesh, self.slots, self.roles, self.max_tokens, samples, prompt_slots, self.pages, self.kv_dtype
+        )
 
     def figures(self) -> dict[str, float]:
         """Metrics on what was drawn and at what cost; empty if nothing was drawn."""
@@ -384,6 +387,7 @@ def grid_of(
     samples: int,
     prompt_slots: int,
     pages: float | None = None,
+    kv_dtype: str | None = None,
 ) -> decode.Grid:
     """The shapes for requests of up to `samples` samples.
 
@@ -391,7 +395,7 @@ def grid_of(
     prompt's longest sample runs, the others hold enough work to fill every slot three times. There is room for fewer
     where prompts would take over a quarter of the memory of the slots' own tokens; where not even 2 fit, blocks are
     twice as wide. With `pages`, keys and values lie in pages, of which there are as many as that share of all slots'
-    longest texts would fill.
+    longest texts would fill. `kv_dtype` is their form: `int8`, or None for the model's type.
     """
     shards = axis_size(mesh, "b")
     share = max(slots // shards, 1)
@@ -401,7 +405,9 @@ def grid_of(
         if pages is not None:
             rows = blocks * width * roles
             number = shards * pool_lib.pages_of(roles, rows, prompts, prompt_slots, max_tokens, page, pages)
-        return decode.Grid(roles, blocks * shards, width, entries, prompt_slots, max_tokens, CHUNK, number, page)
+        return decode.Grid(
+            roles, blocks * shards, width, entries, prompt_slots, max_tokens, CHUNK, number, page, kv_dtype
+        )
 
     if samples == 1:
         return grid(share, 1, 1)

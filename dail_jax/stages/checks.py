@@ -110,13 +110,19 @@ def model(s: Subject) -> Iterator[Finding]:
 
 
 def form(s: Subject) -> Iterator[Finding]:
-    """What draws elsewhere has exact weights, and int8 ones are not mixed with them."""
-    elsewhere = s.server is not None or (s.stage == "evaluate" and s.config.evaluate.sampler == offline.NAME)
-    if s.config.model.quantize and elsewhere:
+    """What draws elsewhere has exact weights, and int8 ones are not mixed with them; it keeps keys and values as it likes."""
+    if s.server is None and not (s.stage == "evaluate" and s.config.evaluate.sampler == offline.NAME):
+        return
+    if s.config.model.quantize:
         yield UserError(
             f"draws from exact weights, and model.quantize asks for {s.config.model.quantize} ones: want `engine`, or "
             "exact weights",
             field=f"{s.stage}.sampler",
+        )
+    if asked := getattr(s.config, s.stage).kv_dtype:
+        yield UserError(
+            f"got {asked}, and what draws elsewhere has settings of its own for it: want null",
+            field=f"{s.stage}.kv_dtype",
         )
 
 

@@ -115,6 +115,7 @@ def sampler_of(session: Session, roles: int) -> Sampler:
         slots=cfg.slot_count,
         max_tokens=cfg.sampling.max_tokens,
         pages=cfg.pages,
+        kv_dtype=cfg.kv_dtype,
         tau=cfg.tau,
         proposals=cfg.proposals,
         roles=roles,

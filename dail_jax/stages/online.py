@@ -261,6 +261,7 @@ class Rounds:
                     slots=cfg.online.slot_count,
                     max_tokens=sampling.max_tokens,
                     pages=cfg.online.pages,
+                    kv_dtype=cfg.online.kv_dtype,
                     lora=state.lora,
                 )
                 drawn = rollout_round(session, self.method, sampler, self.grader, self.tasks, number, interrupt)

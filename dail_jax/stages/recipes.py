@@ -74,7 +74,7 @@ def generate(config: config_lib.Config, rows: list[Row] | None = None) -> Recipe
     served = isinstance(config.generate.sampler, config_lib.Server)
     # Without a server, the key is left out: records that were written before it came stay valid.
     free = [f"generate.sampler.{key}" for key in SERVER] if served else ["generate.sampler"]
-    free += ["generate.slots", "generate.pages"]
+    free += ["generate.slots", "generate.pages", *exact_caches(config.generate, "generate")]
     settings = select(config, *form(config), *COMMON, "data", "generate", without=(*PATHS, *ASIDE, *free))
     settings["passes"] = "rationalised" if methods.find(config.train).rationalises else "one"
     filters = select(config, "filters")
@@ -94,7 +94,7 @@ def generate(config: config_lib.Config, rows: list[Row] | None = None) -> Recipe
 def train(config: config_lib.Config, rows: list[Row] | None = None) -> Recipe:
     method = methods.find(config.train)
     free = [f"train.{k}" for k in ("save_every", "keep_checkpoints", "references_gib", "workers", "shapes")]
-    free += ["train.online.slots", "train.online.pages"]
+    free += ["train.online.slots", "train.online.pages", *exact_caches(config.train.online, "train.online")]
     if method.source != "samples":  # nothing is drawn; records that were written before it came stay valid
         free.append("train.online.max_prompt_tokens")
     roles = list(method.prompted)
@@ -135,7 +135,7 @@ def _unfiltered(recipe: Recipe) -> Recipe:
 def evaluate(config: config_lib.Config, tables: Mapping[str, list[Row]] | None = None) -> Recipe:
     cfg, inputs = config.evaluate, {}
     served = isinstance(cfg.sampler, config_lib.Server)
-    free = ["evaluate.slots", "evaluate.pages"]
+    free = ["evaluate.slots", "evaluate.pages", *exact_caches(cfg, "evaluate")]
     free += [f"evaluate.sampler.{key}" for key in SERVER] if served else []
     if cfg.adapter:
         adapter = cfg.adapter
@@ -222,6 +222,12 @@ def form(config: config_lib.Config) -> tuple[str, ...]:
     Exact ones are not on record as such: what was recorded before there were others stays valid.
     """
     return ("model.dtype", "model.quantize") if config.model.quantize else ("model.dtype",)
+
+
+def exact_caches(cfg: config_lib.Inference, section: str) -> list[str]:
+    """The key of a section that decides which keys and values tokens see, where these are exact: like exact weights, they are
+    not on record."""
+    return [f"{section}.kv_dtype"] if cfg.kv_dtype is None else []
 
 
 def _model(config: config_lib.Config, served: bool = False) -> dict[str, Input]:

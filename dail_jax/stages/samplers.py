@@ -32,7 +32,7 @@ def engine_of(session: Session, lora: Lora | None) -> Callable[[int], Sampler]:
     """Opens `sample.engine` with an adapter, or without one, under the settings of the section `evaluate`."""
     cfg = session.config.evaluate
     return lambda max_tokens: session.sampler(
-        cfg.sampling, slots=cfg.slot_count, max_tokens=max_tokens, pages=cfg.pages, lora=lora
+        cfg.sampling, slots=cfg.slot_count, max_tokens=max_tokens, pages=cfg.pages, kv_dtype=cfg.kv_dtype, lora=lora
     )
 
 

@@ -52,6 +52,7 @@ class Session:
         slots: int,
         max_tokens: int,
         pages: float | None = None,
+        kv_dtype: str | None = None,
         tau: float = 0.0,
         proposals: int = 1,
         roles: int = 1,
@@ -75,6 +76,7 @@ class Session:
             suppressed(self.tokenizer, sampling),
             min(self.tokenizer.size, self.model.V),
             pages,
+            kv_dtype,
         )
 
     def served(self, cfg: config_lib.Server, sampling: config_lib.Sampling, scored: bool = False) -> server.Server:
