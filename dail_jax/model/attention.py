@@ -141,7 +141,7 @@ def attend_cached(
         g = k.shape[0]
         k, by_key = _opened(k, q.dtype)
         x = jnp.einsum("gkmqh,gksh->gkmqs", by_block(query, g), k, preferred_element_type=jnp.float32)
-        x = x * (factor if by_key is None else factor * by_key)
+        x = x * factor if by_key is None else x * factor * by_key
         mask = by_block(jnp.repeat(mask, n // heads, axis=1)[:, None], g)
         logits.append(jnp.where(mask, x, NEGATIVE).reshape(*x.shape[:-1], e, -1))
     top = jnp.max(jnp.stack([by_row(x.max((-2, -1))) for x in logits]), 0)
@@ -175,7 +175,7 @@ def _opened(x: jax.Array | Int8, dtype) -> tuple[jax.Array, jax.Array | None]:
     """What products are taken with, and the float32 scales [G,K,1,1,S] by which they are then multiplied, if any."""
     if not isinstance(x, Int8):
         return x, None
-    return x.values.astype(dtype), x.scale.astype(jnp.float32)[:, :, None, None]
+    return x.values.astype(dtype), x.scale[:, :, None, None]
 
 
 def _split_entries(x: jax.Array, entries: int) -> jax.Array:

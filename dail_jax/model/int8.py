@@ -25,7 +25,7 @@ class Int8:
 
     Attributes:
       values: int8, in the exact array's own shape.
-      scale: [*outputs], [V] or [...], in the type that the exact array would have.
+      scale: [*outputs] or [V] in the type that the weight would have, or [...] in float32.
     """
 
     values: jax.Array

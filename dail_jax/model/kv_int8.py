@@ -26,9 +26,9 @@ POSITIONS = 4096  # over which a bias is averaged
 PAIR = np.array([[1, 1], [1, -1]])
 
 
-def empty(shape: tuple[int, ...], dtype) -> Int8:
-    """Zeros, with scales of type `dtype`."""
-    return Int8(jnp.zeros(shape, jnp.int8), jnp.zeros(shape[:-1], dtype))
+def empty(shape: tuple[int, ...]) -> Int8:
+    """Zeros. Scales are float32: bfloat16 ones are as exact, but a TPU would write out what it converts them to."""
+    return Int8(jnp.zeros(shape, jnp.int8), jnp.zeros(shape[:-1], jnp.float32))
 
 
 def quantized(k: jax.Array, v: jax.Array, centre: jax.Array | None) -> tuple[Int8, Int8]:
@@ -36,7 +36,7 @@ def quantized(k: jax.Array, v: jax.Array, centre: jax.Array | None) -> tuple[Int
     keys = k.astype(jnp.float32)
     if centre is not None:
         keys = keys - centre[:, None]
-    return _rounded(turned(keys) / _size(k.shape[-1]), k.dtype), _rounded(v.astype(jnp.float32), v.dtype)
+    return _rounded(turned(keys) / _size(k.shape[-1])), _rounded(v.astype(jnp.float32))
 
 
 def turned(x: jax.Array) -> jax.Array:
@@ -61,12 +61,11 @@ def centre_of(bias: jax.Array, rope: Rope | None) -> jax.Array:
     return layers.rotate(bias, (jnp.asarray(cos), jnp.asarray(sin)))
 
 
-def _rounded(x: jax.Array, dtype) -> Int8:
-    """The int8 form of x [...,H], with a scale of type `dtype` for each vector, whose largest magnitude becomes 127."""
-    kind = jnp.finfo(dtype)
-    scale = jax.lax.reduce_precision(jnp.abs(x).max(-1) / LARGEST, kind.nexp, kind.nmant)  # a cast may be left out
+def _rounded(x: jax.Array) -> Int8:
+    """The int8 form of x [...,H] in float32, with a scale for each vector, whose largest magnitude becomes 127."""
+    scale = jnp.abs(x).max(-1) / LARGEST
     values = jnp.rint(x / jnp.where(scale > 0, scale, 1)[..., None])
-    return Int8(jnp.clip(values, -LARGEST, LARGEST).astype(jnp.int8), scale.astype(dtype))
+    return Int8(jnp.clip(values, -LARGEST, LARGEST).astype(jnp.int8), scale)
 
 
 def _size(h: int) -> int:

@@ -42,7 +42,7 @@ class Cache:
 
     Attributes:
       k, v: L arrays [B, K, S, H], the rows' own tokens from slot 0 on, with RoPE already applied to the keys, or their
-        int8 form with scales [B, K, S]. Of a delta net, the two parts of the rows' states.
+        int8 form (`kv_int8`), with scales [B, K, S]. Of a delta net, the two parts of the rows' states.
       count: [B] int32, the number of own tokens of each row.
       prompt_k, prompt_v: L arrays [G, K, P, H]. Of a delta net, the states at the prompts' ends: as k and v, but with
         the third axis E times as long.
@@ -147,7 +147,7 @@ def empty_cache(
                 shapes, types, form = deltanet.shapes(cfg.deltanet, rows), (dtype, jnp.float32), None
             for arrays, (b, heads, size, h), kind in zip((k, v), shapes, types, strict=True):
                 shape = (b, heads, times * size, h)
-                arrays.append(kv_int8.empty(shape, kind) if form else jnp.zeros(shape, kind))
+                arrays.append(kv_int8.empty(shape) if form else jnp.zeros(shape, kind))
         return tuple(k), tuple(v)
 
     (k, v), (prompt_k, prompt_v) = make(rows, slots), make(blocks, prompt_slots, entries)
