@@ -63,7 +63,7 @@ def centre_of(bias: jax.Array, rope: Rope | None) -> jax.Array:
 
 def _rounded(x: jax.Array) -> Int8:
     """The int8 form of x [...,H] in float32, with a scale for each vector, whose largest magnitude becomes 127."""
-    scale = jnp.abs(x).max(-1) / LARGEST
+    scale = jnp.abs(x).max(-1) * (1 / LARGEST)
     values = jnp.rint(x / jnp.where(scale > 0, scale, 1)[..., None])
     return Int8(jnp.clip(values, -LARGEST, LARGEST).astype(jnp.int8), scale)
 
