@@ -348,7 +348,7 @@ def test_a_programs_time_is_its_instructions_and_never_less_than_its_bytes(confi
     product = (2048 * 4096 + 4096 * 64 + 2048 * 64) * 2
     moved = product + 5 * (2 * 2048 * 4096 * 2 + 3 * 32)  # what is gathered is read and written
     seconds = 175_000 / 1.75e9 + 5 * (2121 / 1.75e9 + WIDE + EXCHANGE)
-    ahead = "  %early = (f32[1000000000]{0}, f32[1000000000]{0:S(1)}) copy-start(%big)\n"  # fetched while others run
+    ahead = "  %early = (f32[1000000000]{0:S(1)}, f32[1000000000]{0}) copy-start(%big)\n"  # fetched while others run
     fetching = COSTLY.replace("  %loop", "  %big = f32[1000000000]{0} parameter(2)\n" + ahead + "  %loop")
     row = timed(config, COSTLY, tokens=4)
     assert (row.timed, row.seconds, row.bytes) == ("instructions", pytest.approx(seconds / 4), moved / 4)

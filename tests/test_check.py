@@ -133,6 +133,10 @@ BROKEN = {
         lambda t: ["evaluate.sampler=offline", "model.quantize=int8"],
         "evaluate.sampler: draws from exact weights, and model.quantize asks for int8 ones: want `engine`, or exact weights",
     ),
+    "caches": (
+        lambda t: ["evaluate.sampler=offline", "evaluate.kv_dtype=int8"],
+        "evaluate.kv_dtype: got int8, and what draws elsewhere has settings of its own for it: want null",
+    ),
     "sampler": (lambda t: ["evaluate.sampler=vllm"], "evaluate.sampler: got 'vllm', want one of engine"),
     "package": (lambda t: ["log.wandb=mine"], "log.wandb: want wandb: pip install 'dail_jax[wandb]'"),
     "arm": (lambda t: ["arms.a={train.gama: 1}"], "arms.a:train.gama: unknown key; did you mean 'gamma'?"),
