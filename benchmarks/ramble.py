@@ -36,8 +36,10 @@ BASE = (
     "pretrain.optimizer.learning_rate=3e-3",
     "pretrain.optimizer.matrix_learning_rate=0.02",
 )
-ARMS = ("base", "dail", "nll", "sft", "sharp")
+# An arm is a method, and the number of training problems if not all; with few of them it makes as many updates.
+ARMS = ("base", "dail", "nll", "sft", "sharp", "nll_100", "dail_100")
 LEARNING_RATE = {"sft": 1e-3}  # the demo's, as everything that is not named here
+EPOCHS = {"100": 42}
 # Samples per problem, by temperature: of the sets in COLUMNS, and of those in KEPT.
 SAMPLES = {1.0: (32, 8), 0.0: (1, 1), 0.6: (8, 4)}
 LONGEST = 320  # tokens of a sample
@@ -50,6 +52,7 @@ KEPT = {"known": "known", "chain": "chain", "known_composed": "known, composed"}
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", default="1")
+    parser.add_argument("--arms", default=",".join(ARMS), help="so that several processes may share the work")
     parser.add_argument("--problems", type=int, default=64, help="of each set (default: all 64)")
     parser.add_argument("--tables", action="store_true", help="nothing but the tables")
     parser.add_argument("--out", type=Path, default=Path("runs/ramble"))
@@ -60,7 +63,7 @@ def main() -> None:
         prepare(options.out)
         for seed in seeds:
             for temperature in SAMPLES:
-                for arm in ARMS:
+                for arm in options.arms.split(","):
                     measure(options.out, seed, arm, temperature, options.problems)
     tables(options.out, options.docs)
 
@@ -83,8 +86,13 @@ def student(out: Path, seed: int, arm: str) -> dail_jax.Model:
     if arm == "base":
         return base
     if not adapter.exists():
-        data = base.rows() if arm == "sft" else base.traces(traces(out, seed))
-        base.train(data, arm, learning_rate=LEARNING_RATE.get(arm)).save_adapter(adapter)
+        method, _, count = arm.partition("_")
+        data = base.rows(limit=int(count) if count else None)
+        if method != "sft":
+            known = {row.problem_id for row in data}
+            data = [trace for trace in base.traces(traces(out, seed)) if trace.problem_id in known]
+        learned = base.train(data, method, learning_rate=LEARNING_RATE.get(method), epochs=EPOCHS.get(count))
+        learned.save_adapter(adapter)
     return dail_jax.load("demo", adapter=adapter, settings=settings)
 
 
@@ -99,7 +107,7 @@ def traces(out: Path, seed: int) -> Path:
 
 def measure(out: Path, seed: int, arm: str, temperature: float, problems: int) -> None:
     """Samples a student on all sets, and notes what it found."""
-    path = out / f"seed{seed}/{arm}_{temperature:g}.json"
+    path = out / f"seed{seed}/{arm}_at_{temperature:g}.json"
     if path.exists():
         return
     model, found = student(out, seed, arm), {}
@@ -150,7 +158,7 @@ def tables(out: Path, docs: Path) -> None:
     """Writes what was measured: ramble.json and ramble.md."""
     measured = {}
     for home in sorted(out.glob("seed*")):
-        found = {path.stem: json.loads(path.read_text()) for path in home.glob("*_*.json")}
+        found = {path.stem: json.loads(path.read_text()) for path in home.glob("*_at_*.json")}
         drawn = rows(home / "traces/traces.jsonl") if (home / "traces/traces.jsonl").exists() else []
         for kind in ("hard", "known", "chain"):
             own = [{**t, "tokens": len(t["response_ids"])} for t in drawn if t["problem_id"].startswith(kind)]
@@ -177,22 +185,25 @@ def lines(seed: str, found: dict) -> list[str]:
     out += [f"| | temperature | {' | '.join(columns)} |", "|---|" + "---:|" * (1 + len(columns))]
     for arm, temperature, one in cells(found):
         texts = [passed(one[name], k) for name in COLUMNS for k in ks[name]] + [passed(one[name], 1) for name in KEPT]
-        out.append(f"| {METHODS[arm]} | {temperature:g} | {' | '.join(texts)} |")
+        out.append(f"| {titled(arm)} | {temperature:g} | {' | '.join(texts)} |")
     titles = COLUMNS | KEPT
     out += [f"\n# {seed}: tokens; re-checks and shortcuts, % of steps\n"]
     out += [f"| | temperature | {' | '.join(titles.values())} |", "|---|" + "---:|" * (1 + len(titles))]
     for arm, temperature, one in cells(found):
         texts = [habit(one[name]).replace(" | ", "; ") for name in titles]
-        out.append(f"| {METHODS[arm]} | {temperature:g} | {' | '.join(texts)} |")
+        out.append(f"| {titled(arm)} | {temperature:g} | {' | '.join(texts)} |")
     return [*out, ""]
 
 
 def cells(found: dict) -> list[tuple[str, float, dict]]:
     """(arm, temperature, what was measured), arm by arm."""
-    names = {
-        f"{arm}_{temperature:g}": (arm, temperature) for arm in ARMS for temperature in sorted(SAMPLES, reverse=True)
-    }
+    names = {f"{arm}_at_{t:g}": (arm, t) for arm in ARMS for t in sorted(SAMPLES, reverse=True)}
     return [(*names[name], found[name]) for name in names if name in found]
+
+
+def titled(arm: str) -> str:
+    method, _, count = arm.partition("_")
+    return METHODS[method] + (f", {count} problems" if count else "")
 
 
 def habit(one: dict) -> str:
