@@ -37,7 +37,7 @@ BASE = (
     "pretrain.optimizer.matrix_learning_rate=0.02",
 )
 # An arm is a method, and the number of training problems if not all; with few of them it makes as many updates.
-ARMS = ("base", "dail", "nll", "sft", "sharp", "nll_100", "dail_100")
+ARMS = ("base", "sft", "nll", "dail", "sharp", "nll_100", "dail_100")
 LEARNING_RATE = {"sft": 1e-3}  # the demo's, as everything that is not named here
 EPOCHS = {"100": 42}
 # Samples per problem, by temperature: of the sets in COLUMNS, and of those in KEPT.
@@ -135,18 +135,34 @@ def summary(evaluation: dail_jax.Evaluation, out: Path) -> dict[str, dict]:
 
 
 def habits(responses: Iterable[dict], file: Path) -> dict:
-    """Tokens (mean and half of the 95% interval, over problems), and the shares of shortcuts and of re-checks."""
-    problems, tokens, total = {row["problem_id"]: row for row in rows(file)}, {}, verify.Tally()
+    """Tokens, of all responses and of right ones (means and halves of 95% intervals over problems), and shares.
+
+    `operators` is the share of sound responses by operator.
+    """
+    problems, tokens, right, judged = {row["problem_id"]: row for row in rows(file)}, {}, {}, []
     for one in responses:
-        problem = problems[one["problem_id"]]
-        total = total.add(verify.judge(one["text"], problem["problem"], problem["solution"]))
-        tokens.setdefault(one["problem_id"], []).append(one["tokens"])
+        name, problem = one["problem_id"], problems[one["problem_id"]]
+        verdict = verify.judge(one["text"], problem["problem"], problem["solution"])
+        judged.append((name, verdict))
+        tokens.setdefault(name, []).append(one["tokens"])
+        if verdict.right:
+            right.setdefault(name, []).append(one["tokens"])
+    operators = verify.tally(judged)
+    total = operators.pop(judged[0][0].partition("-")[0])
     return {
-        "tokens": list(interval([float(np.mean(counts)) for counts in tokens.values()])),
+        "tokens": over_problems(tokens),
+        "right_tokens": over_problems(right),
         "right": total.right / total.traces,
         "shortcuts": total.shortcuts / max(total.due, 1),
         "rechecks": total.rechecks / max(total.steps, 1),
+        "operators": {name: t.sound / t.traces for name, t in operators.items()},
     }
+
+
+def over_problems(counts: dict[str, list[int]]) -> list[float] | None:
+    """Mean and half of the 95% interval of the problems' means; None for fewer than two problems."""
+    means = [float(np.mean(found)) for found in counts.values()]
+    return list(interval(means)) if len(means) > 1 else None
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -207,6 +223,7 @@ def titled(arm: str) -> str:
 
 
 def habit(one: dict) -> str:
+    """Tokens; re-checks; shortcuts."""
     mean, half = one["tokens"]
     return f"{mean:.1f} ± {half:.1f} | {100 * one['rechecks']:.1f} | {100 * one['shortcuts']:.1f}"
 
