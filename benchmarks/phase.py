@@ -50,7 +50,7 @@ from dail_jax.train.methods import CONTRAST, chosen, kl_divergence
 WORK, SKIP, NEXT = map(VOCABULARY.index, (" : ", " > ", " ; "))
 OWING = {VOCABULARY.index(word) for word in ("add ", "sub ", "mul ")}
 TRAIN = config_lib.load(ROOT / "configs/demo.yaml").train
-SHARES = (0.3, 0.6, 0.65, 0.7, 0.8, 0.9)  # of the privileged student's shortcuts in a base's corpus
+SHARES = (0.1, 0.3, 0.6, 0.65, 0.7, 0.8, 0.9)  # of the privileged student's shortcuts in a base's corpus
 STUDENT = 0.1  # the student's
 ROWS = 4000  # of a corpus
 # Weights of the reverse KL, of the forward KL to the target with this temperature, and of the likelihood of the traces.
@@ -62,21 +62,22 @@ MOVED = (0.1, 0.3, 0.5, 0.6, 0.7, 0.8, 0.9)
 EMBEDDED = "-embedded"
 STARTS = {0.7: ("reverse" + EMBEDDED, "nll" + EMBEDDED)}
 SEEDS = (2, 3, 4, 5)  # beside 1, at the two gammas of `reverse` on either side of the boundary
-# Students that learn from more traces for longer, and are sampled; temperatures and samples per problem.
+# Students that learn from more traces for longer, and are sampled, with their seeds; temperatures and samples per problem.
 SAMPLED = {
-    0.7: (
-        ("untrained", 0),
-        ("nll", 0),
-        ("reverse", 0),
-        ("reverse", 0.7),
-        ("sharp", 0.7),
-        ("sharp", 0.9),
-        ("sharp", 0),
-        ("forward", 0.7),
-        ("forward", 0),
-    )
+    0.7: {
+        ("untrained", 0): (1,),
+        ("nll", 0): (1, 2, 3),
+        ("reverse", 0): (1, 2, 3),
+        ("forward", 0): (1,),
+        ("sharp", 0): (1,),
+        ("reverse", 0.7): (1, 2, 3),
+        ("forward", 0.7): (1, 2, 3),
+        ("sharp", 0.7): (1, 2, 3),
+        ("sharp", 0.9): (1,),
+    }
 }
-TEMPERATURES = {1.0: 16, 0.6: 8, 0.0: 1}
+TEMPERATURES = {1.0: 32, 0.6: 8, 0.0: 1}
+SHOWN = (1, 8, 32)  # k of pass@k
 ROLES = ("student", *CONTRAST)
 HELD_OUT, BATCH = 64, 16
 SHORT, LONG = (256, 64), (640, 192)  # traces and updates
@@ -325,16 +326,18 @@ def measure(out: Path, share: float, arm: str, gammas, seeds) -> None:
 def sample(out: Path) -> None:
     """Trains students for longer, and samples them on the demo's benchmarks."""
     for share, arms in SAMPLED.items():
-        for arm, gamma in arms:
-            folder = out / f"{share}/sampled/{arm}_{gamma:g}_1"
+        runs = [(arm, gamma, seed) for (arm, gamma), seeds in arms.items() for seed in seeds]
+        for arm, gamma, seed in sorted(runs, key=lambda run: run[2]):
+            folder = out / f"{share}/sampled/{arm}_{gamma:g}_{seed}"
             if arm != "untrained" and not (folder / "adapter").exists():
-                lora, noted = train(out, share, arm, gamma, 1, *LONG)
+                lora, noted = train(out, share, arm, gamma, seed, *LONG)
                 model = load(out / f"{share}/model")[1]
                 peft.save(folder / "adapter", lora, model, TRAIN.lora, str(out / f"{share}/model"))
                 write_atomic(folder / "odds.json", json.dumps(noted) + "\n")
             folder.mkdir(parents=True, exist_ok=True)
             adapter = None if arm == "untrained" else folder / "adapter"
-            student = dail_jax.load("demo", adapter=adapter, settings={"model.path": str(out / f"{share}/model")})
+            settings = {"model.path": str(out / f"{share}/model"), "seed": seed}
+            student = dail_jax.load("demo", adapter=adapter, settings=settings)
             for temperature, samples in TEMPERATURES.items():
                 if not (path := folder / f"{temperature:g}.json").exists():
                     found = summary(student.evaluate(samples=samples, temperature=temperature))
@@ -414,10 +417,12 @@ def collect(out: Path) -> dict:
             cell = {"arm": arm, "gamma": float(gamma), "seed": int(seed), "optimum": optimum(roles, arm, float(gamma))}
             cell |= {"shares": {step: float(expit(odds).mean()) for step, odds in noted.items()}}
             cells.append({**cell, "mode": float((last > 0).mean()), "median": float(np.median(last))})
-        for arm, gamma in SAMPLED.get(share, ()):
-            paths = {f"{t:g}": home / f"sampled/{arm}_{gamma:g}_1/{t:g}.json" for t in TEMPERATURES}
-            found = {t: json.loads(path.read_text()) for t, path in paths.items() if path.exists()}
-            drawn |= {f"{arm}, gamma {gamma:g}": found} if found else {}
+        for (arm, gamma), seeds in SAMPLED.get(share, {}).items():
+            for t in (f"{t:g}" for t in TEMPERATURES):
+                paths = [home / f"sampled/{arm}_{gamma:g}_{seed}/{t}.json" for seed in seeds]
+                found = [json.loads(path.read_text()) for path in paths if path.exists()]
+                if found:
+                    drawn.setdefault(f"{arm}, gamma {gamma:g}", {})[t] = found
         bases[f"{share}"] = {
             "shares": {role: float(expit(roles[role]).mean()) for role in ROLES},
             "log_odds": {role: float(np.mean(roles[role])) for role in ROLES},
@@ -490,27 +495,19 @@ def lines(bases: dict) -> list[str]:
     for share, one in bases.items():
         if not one["sampled"]:
             continue
-        out += [
-            f"\n# Sampled, {100 * float(share):.0f}% asked: pass@k [95% interval over problems], and shortcuts, %\n"
-        ]
-        columns = [
-            "hard pass@1",
-            "pass@8",
-            "pass@16",
-            "shortcuts",
-            "known pass@1",
-            "shortcuts",
-            "chain pass@1",
-            "shortcuts",
-        ]
-        out += [f"| | temperature | {' | '.join(columns)} |", "|---|" + "---:|" * (1 + len(columns))]
+        out += [f"\n# Sampled, {100 * float(share):.0f}% asked: pass@k and shortcuts, %\n"]
+        out += ["95% intervals over problems where there is one seed, otherwise over seeds.\n"]
+        columns = [f"hard pass@{SHOWN[0]}", *(f"pass@{k}" for k in SHOWN[1:]), "shortcuts"]
+        columns += ["known pass@1", "shortcuts", "chain pass@1", "shortcuts"]
+        out += [f"| | seeds | temperature | {' | '.join(columns)} |", "|---|" + "---:|" * (2 + len(columns))]
         for arm, drawn in one["sampled"].items():
             for temperature, found in drawn.items():
-                texts = [passed(found["hard"], 1), *(passed(found["hard"], k, False) for k in (8, 16))]
+                texts = [passed([x["hard"] for x in found], k) for k in SHOWN]
                 for name in ("hard", "known", "chain"):
-                    texts += [passed(found[name], 1)] if name != "hard" else []
-                    texts += [f"{100 * found[name]['shortcuts']:.1f}"]
-                out.append(f"| {arm} | {temperature} | {' | '.join(texts)} |")
+                    own = [x[name] for x in found]
+                    texts += [passed(own, 1)] if name != "hard" else []
+                    texts += [percent([x["shortcuts"] for x in own])]
+                out.append(f"| {arm} | {len(found)} | {temperature} | {' | '.join(texts)} |")
     return out
 
 
@@ -522,11 +519,20 @@ def over_seeds(values: list[float]) -> str:
     return f"{mean:.2f}" if len(values) < 2 else f"{mean:.2f} ± {half:.2f} ({len(values)})"
 
 
-def passed(found: dict, k: int, whole: bool = True) -> str:
-    if str(k) not in found["pass@k"]:
+def passed(found: list[dict], k: int) -> str:
+    """pass@k of one benchmark, seed by seed."""
+    if str(k) not in found[0]["pass@k"]:
         return ""
-    x = found["pass@k"][str(k)]
-    return f"{100 * x['mean']:.1f}" + (f" [{100 * x['low']:.1f}, {100 * x['high']:.1f}]" if whole else "")
+    values = [one["pass@k"][str(k)] for one in found]
+    if len(values) > 1:
+        return percent([x["mean"] for x in values])
+    return f"{100 * values[0]['mean']:.1f} [{100 * values[0]['low']:.1f}, {100 * values[0]['high']:.1f}]"
+
+
+def percent(values: list[float]) -> str:
+    """Mean, and the 95% interval's half width where there are several."""
+    mean, half = (100 * x for x in interval(values))
+    return f"{mean:.1f}" if len(values) < 2 else f"{mean:.1f} ± {half:.1f}"
 
 
 def plot(bases: dict, docs: Path) -> None:
