@@ -39,7 +39,7 @@ ASSETS = ROOT / "dail_jax/microworld/assets"
 TRAINED = 64  # hard training problems that the arms are evaluated on
 CONFIGS = {"methods": "microworld_methods", "ablations": "microworld_study", "sharp": "microworld_sharp"}
 # Arms also evaluated at lower temperatures, and arms also evaluated with MANY samples per problem.
-COLD = {"nll": "methods", "dail": "methods", "sharp": "sharp", "nll_100": "ablations"}
+COLD = {"nll": "methods", "dail": "methods", "sharp": "sharp", "gated": "sharp", "nll_100": "ablations"}
 TEMPERATURES = ("0.5", "0.2", "0")
 DIVERSE = ("nll", "dail", "sharp")
 MANY = 128
@@ -82,7 +82,13 @@ ABLATIONS = {
     "solutions, NLL": {"25": "nll_25", "100": "nll_100", "400": "nll_400", "800": "nll"},
     "temperature": {
         f"{label}, {t}": arm if t == "1" else f"{arm}_t{t}"
-        for arm, label in {"dail": "DAIL", "sharp": "sharp", "nll": "NLL", "nll_100": "NLL, 100 solutions"}.items()
+        for arm, label in {
+            "dail": "DAIL",
+            "gated": "DAIL with a gate",
+            "sharp": "sharp",
+            "nll": "NLL",
+            "nll_100": "NLL, 100 solutions",
+        }.items()
         for t in ("1", *TEMPERATURES)
     },
     "sharp": {
@@ -296,6 +302,8 @@ def tables(out: Path, seeds: list[int], docs: Path) -> None:
             for name, columns in targets(manifest.parent.parent, out / f"methods/seed{seed}/traces.jsonl").items():
                 for column, value in columns.items():
                     measured.setdefault(name, {}).setdefault(column, []).append(value)
+    for arm in set(DIVERSE) & set(measured):  # the entropy of the same seeds, noted while they were trained
+        measured.get(f"{arm}_n{MANY}", {})["entropy"] = measured[arm].get("entropy", [])
     newer = {arm: row for arm, row in measured.items() if seeds_of(row) >= seeds_of(kept.get(arm, {}))}
     measured = {**kept, **newer}
     docs.mkdir(parents=True, exist_ok=True)
@@ -304,7 +312,7 @@ def tables(out: Path, seeds: list[int], docs: Path) -> None:
     for title, arms in ABLATIONS.items():
         found = {label: measured[arm] for label, arm in arms.items() if arm in measured}
         text += [f"\n# Ablation: {title}\n", *table(found)] if found else []
-    found = {METHODS[a]: {**measured[a], **measured[f"{a}_n{MANY}"]} for a in DIVERSE if f"{a}_n{MANY}" in measured}
+    found = {METHODS[a]: measured[f"{a}_n{MANY}"] for a in DIVERSE if f"{a}_n{MANY}" in measured}
     text += ["\n# Diversity\n", *table(found, DIVERSITY)] if found else []
     cells = {f"T {t}, gamma {g}": f"target of temperature={t},gamma={g}" for t, g in CELLS}
     cells |= {f"{role} role": f"shortcuts of the {role} role" for role in CONTRAST}

@@ -252,13 +252,17 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _steps(command: str, config, more: dict) -> list[tuple]:
-    """The stages, with their configurations, that one layout is to serve: those of a whole run, whatever the command."""
+    """The stages, with their configurations, that one layout is to serve: those of a whole run, whatever the command.
+
+    An adapter from elsewhere stands in for training, so there is no whole run then.
+    """
     from dail_jax.stages import check
 
     if command == "pretrain":  # whose model is yet to be made
         return []
     more = {key: more[key] for key in ("over", "tau") if key in more}
-    steps = check.steps_of(command if command in ("sweep", "calibrate", "select") else "run", config, **more)
+    alone = command in ("sweep", "calibrate", "select") or config.evaluate.adapter
+    steps = check.steps_of(command if alone else "run", config, **more)
     return [(step.stage, step.config) for step in steps]
 
 

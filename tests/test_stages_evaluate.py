@@ -64,7 +64,8 @@ def test_the_exported_adapter_answers_alike_in_transformers(tmp_path, pipeline, 
     assert tiny.run("evaluate", config, adapter, "train.objective=none") == 2
     assert "adapter_config.json: not found: want a PEFT adapter folder" in capsys.readouterr().err
     adapter = f"evaluate.adapter={pipeline / 'adapter'}"
-    assert tiny.run("evaluate", config, adapter, "train.objective=none") == 0
+    arms = 'arms={"nll": {"train.objective": "nll"}}'  # of which an adapter from elsewhere is none
+    assert tiny.run("evaluate", config, adapter, "train.objective=none", arms) == 0
     samples = tiny.lines(tmp_path / "run" / "samples.jsonl")
     assert json.loads((tmp_path / "run" / "results.json").read_text())["objective"] == "adapter"
     ours = [s for s in samples if s["sample"] == 0]
