@@ -87,11 +87,12 @@ def test_shared_keys_are_one_section():
     for section in (config_lib.Generate, config_lib.Online, config_lib.Evaluate):
         assert issubclass(section, config_lib.Inference)
     shared = set(config_lib.Inference.model_fields)
-    assert shared == {"slots", "pages", "max_prompt_tokens", "sampling"}
+    assert shared == {"slots", "pages", "kv_dtype", "max_prompt_tokens", "sampling"}
     for section in (config_lib.Generate, config_lib.Online):
         assert not shared & set(section.__annotations__)
     # its keys stand where they stood in files of earlier versions
-    assert {f"{s}.{k}" for s in ("generate", "train.online", "evaluate") for k in shared - {"pages"}} < set(PATHS)
+    older = shared - {"pages", "kv_dtype"}
+    assert {f"{s}.{k}" for s in ("generate", "train.online", "evaluate") for k in older} < set(PATHS)
 
 
 def test_the_command_explains(capsys):
