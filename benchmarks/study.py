@@ -302,8 +302,9 @@ def tables(out: Path, seeds: list[int], docs: Path) -> None:
             for name, columns in targets(manifest.parent.parent, out / f"methods/seed{seed}/traces.jsonl").items():
                 for column, value in columns.items():
                     measured.setdefault(name, {}).setdefault(column, []).append(value)
-    for arm in set(DIVERSE) & set(measured):  # the entropy of the same seeds, noted while they were trained
-        measured.get(f"{arm}_n{MANY}", {})["entropy"] = measured[arm].get("entropy", [])
+    for arm in DIVERSE:  # the entropy of the same seeds, noted while they were trained
+        if f"{arm}_n{MANY}" in measured and "entropy" in measured.get(arm, {}):
+            measured[f"{arm}_n{MANY}"]["entropy"] = measured[arm]["entropy"]
     newer = {arm: row for arm, row in measured.items() if seeds_of(row) >= seeds_of(kept.get(arm, {}))}
     measured = {**kept, **newer}
     docs.mkdir(parents=True, exist_ok=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import re
 from collections.abc import Sequence
@@ -13,11 +12,11 @@ import jax
 
 from dail_jax.ahead.chips import Chip
 from dail_jax.ahead.hlo import hbm_bytes
-from dail_jax.ahead.timing import Reader
+from dail_jax.ahead.timing import Additive, Reader
 
 
 @dataclass(frozen=True)
-class Figures:
+class Figures(Additive):
     """What one run takes on one device; they add up over layers.
 
     Attributes:
@@ -37,12 +36,6 @@ class Figures:
     fresh: float = 0.0
     aliased: float = 0.0
     moved: float = 0.0
-
-    def __add__(self, other: Figures) -> Figures:
-        return Figures(*(a + b for a, b in zip(dataclasses.astuple(self), dataclasses.astuple(other), strict=True)))
-
-    def __mul__(self, factor: float) -> Figures:
-        return Figures(*(factor * x for x in dataclasses.astuple(self)))
 
     @property
     def peak(self) -> float:

@@ -121,10 +121,9 @@ def _bytes(computations: dict[str, list[Op]], op: Op, types: dict[str, str], eve
     if op.name.startswith(KERNELS):
         return 0.0
     if op.kind in AHEAD:
-        target = (
-            op.type.split("), ", 1)[1] if op.kind == "slice-start" else op.type
-        )  # of a copy, the target comes first
-        target = (_ARRAY.search(target) or [""])[0]
+        # Of a copy the target comes first, of a slice after the operands.
+        results = op.type.split("), ", 1)[1] if op.kind == "slice-start" else op.type
+        target = (_ARRAY.search(results) or [""])[0]
         read = type_bytes(target, everywhere=True) if type_bytes(types.get(op.operands[0], ""), everywhere) else 0
         return type_bytes(target, everywhere) + read
     if op.kind == "dynamic-update-slice":

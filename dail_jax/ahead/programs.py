@@ -462,8 +462,22 @@ def jobs_of(config: config_lib.Config, model: ModelConfig) -> list[Job]:
         prompt = min(cfg.max_prompt_tokens, train.max_tokens - cfg.sampling.max_tokens)
         limit = cfg.sampling.max_tokens
         slots, key = cfg.slot_count, "train.online.slots"
-        job = Job("online rollouts", "train", slots, cfg.group, prompt, limit, 1, cfg.sampling, True, key, cfg.pages)
-        out.append(dataclasses.replace(job, kv_dtype=cfg.kv_dtype))
+        out.append(
+            Job(
+                "online rollouts",
+                "train",
+                slots,
+                cfg.group,
+                prompt,
+                limit,
+                1,
+                cfg.sampling,
+                True,
+                key,
+                cfg.pages,
+                kv_dtype=cfg.kv_dtype,
+            )
+        )
     if config.evaluate.benchmarks:
         cfg, prompt = config.evaluate, config.evaluate.max_prompt_tokens
         slots, key = cfg.slot_count, "evaluate.slots"

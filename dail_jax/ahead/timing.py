@@ -20,6 +20,7 @@ import dataclasses
 import math
 import re
 from dataclasses import dataclass
+from typing import Self
 
 from dail_jax.ahead import hlo
 from dail_jax.ahead.chips import LATENCY, LINKS, Chip
@@ -31,7 +32,18 @@ EXCHANGES = ("all-gather", "all-reduce", "all-to-all", "collective-permute", "re
 
 
 @dataclass(frozen=True)
-class Cost:
+class Additive:
+    """Figures that add up, field by field."""
+
+    def __add__(self, other: Self) -> Self:
+        return type(self)(*(a + b for a, b in zip(dataclasses.astuple(self), dataclasses.astuple(other), strict=True)))
+
+    def __mul__(self, factor: float) -> Self:
+        return type(self)(*(factor * x for x in dataclasses.astuple(self)))
+
+
+@dataclass(frozen=True)
+class Cost(Additive):
     """Seconds of instructions, and how many there are; they add up."""
 
     count: float = 0.0
@@ -40,12 +52,6 @@ class Cost:
     memory: float = 0.0
     links: float = 0.0
     time: float = 0.0
-
-    def __add__(self, other: Cost) -> Cost:
-        return Cost(*(a + b for a, b in zip(dataclasses.astuple(self), dataclasses.astuple(other), strict=True)))
-
-    def __mul__(self, factor: float) -> Cost:
-        return Cost(*(factor * x for x in dataclasses.astuple(self)))
 
 
 class Reader:

@@ -126,14 +126,14 @@ def empty_cache(
     dtype,
     entries: int = 1,
     paged: tuple[int, int] | None = None,
-    quantize: str | None = None,
+    kv_dtype: str | None = None,
 ) -> Cache:
     """An empty cache. `slots` must hold a row's own tokens, plus room for one `Recent` after the last of them.
 
     `prompt_slots` are those of one of the `entries` of a prompt buffer. `paged` is how many pages there are and how many
-    tokens one has; None: no layer is paged. `quantize` is the form of keys and values: `int8`, or None for exact ones.
+    tokens one has; None: no layer is paged. `kv_dtype` is the form of keys and values: `int8`, or None for exact ones.
     """
-    assert not (paged and quantize), "keys and values in pages are exact"
+    assert not (paged and kv_dtype), "keys and values in pages are exact"
 
     def make(rows: int, slots: int, times: int = 1) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
         k, v = [], []
@@ -142,7 +142,7 @@ def empty_cache(
                 k.append(None)
                 v.append(None)
                 continue
-            shapes, types, form = ((rows, cfg.K, slots_of(layer, slots), cfg.H),) * 2, (dtype, dtype), quantize
+            shapes, types, form = ((rows, cfg.K, slots_of(layer, slots), cfg.H),) * 2, (dtype, dtype), kv_dtype
             if cfg.deltanet and layer.mixer == "deltanet":
                 shapes, types, form = deltanet.shapes(cfg.deltanet, rows), (dtype, jnp.float32), None
             for arrays, (b, heads, size, h), kind in zip((k, v), shapes, types, strict=True):
@@ -323,12 +323,12 @@ def prefill(
     positions: jax.Array,
     cfg: ModelConfig,
     lora: Lora | None = None,
-    quantize: str | None = None,
+    kv_dtype: str | None = None,
 ) -> tuple[jax.Array, list[Any], list[Any]]:
     """Final hidden states [B,T,D] of prompts, and the keys and values [B,K,P,H] of each layer, to be cached.
 
     Prompts are padded on the right. A layer with a window keeps the end of each: P is `slots_of` the layer and T. A delta
-    net has its state at the prompt's end in their place. `quantize` is the form of what is kept, as in `empty_cache`; the
+    net has its state at the prompt's end in their place. `kv_dtype` is the form of what is kept, as in `empty_cache`; the
     prompts' own tokens see exact keys.
     """
     length = positions.max(1) + 1
@@ -340,7 +340,7 @@ def prefill(
             k, v, slots = constrain(k, "btkh"), constrain(v, "btkh"), slots_of(layer, k.shape[1])
             out = attention.attend(q, k, v, positions, layer.window, cfg.attention_scale)
             k, v = _end(k, length, slots), _end(v, length, slots)
-            return out, (_quantized(k, v, layer, weights) if quantize else (k, v))
+            return out, (_quantized(k, v, layer, weights) if kv_dtype else (k, v))
 
         see = {"attention": attend, "deltanet": functools.partial(deltanet.read, positions)}[layer.mixer]
         x, new = block(x, Bound(cfg, weights, pair, angles.get(layer.rope)), layer.mixer, layer.mlp, see)
