@@ -368,18 +368,18 @@ def boundary(roles: dict) -> float:
 
 
 def measured_boundary(ends: dict[float, float]) -> float:
-    """The gamma at which half the decisions prefer the shortcut, from the median log-odds at some gammas; NaN if none.
+    """The gamma at which half the decisions prefer the shortcut, from the median log-odds at some gammas.
 
-    (1 - gamma) m is linear in gamma where m is at its optimum, so its change of sign is found by interpolation (by a
-    line through the two nearest gammas, if they lie on one side).
+    (1 - gamma) m is linear in gamma where m is at its optimum, so its change of sign is found by interpolation; NaN if
+    it does not change between these gammas.
     """
     gammas = sorted(ends)
     found = np.array([(1 - gamma) * ends[gamma] for gamma in gammas])
-    if len(gammas) < 2 or found[0] < 0:
+    if found[0] < 0 or found[-1] >= 0:
         return float("nan")
-    after = max(int(np.argmax(found < 0)), 1) if (found < 0).any() else len(gammas) - 1
+    after = int(np.argmax(found < 0))
     (x, y), (a, b) = gammas[after - 1 : after + 1], found[after - 1 : after + 1]
-    return float(x + (y - x) * a / (a - b)) if a > b else float("nan")
+    return float(x + (y - x) * a / (a - b))
 
 
 def pooled(values: np.ndarray, names: list[list]) -> np.ndarray:
@@ -579,7 +579,8 @@ def plot(bases: dict, docs: Path) -> None:
             right.plot(
                 [100 * c["optimum"] for c in cells], ends, marker, color=colour, markersize=4, alpha=0.7, label=arm
             )
-        left.set(xlabel="the privileged student's shortcuts, % of decisions", ylabel="gamma", ylim=(-0.04, 0.96))
+        left.set(xlabel="the privileged student's shortcuts, % of decisions", ylabel="gamma", ylim=(-0.04, 1.34))
+        left.set_yticks(np.arange(0, 1, 0.2))
         left.set_title("where the shortcut is the trained student's mode")
         left.legend(loc="upper left")
         right.plot((0, 100), (0, 100), color="grey", linewidth=1, zorder=0)
