@@ -92,7 +92,11 @@ def parser() -> argparse.ArgumentParser:
         sub.add_argument("--processes", type=int, metavar="N", help="... how many there are")
         sub.add_argument("--process-id", type=int, metavar="I", help="... and which this one is, from 0")
         if name in AHEAD:
-            sub.add_argument("--topology", default="cpu", help="cpu (default), gpu, or a TPU slice such as v5e:4x4")
+            sub.add_argument(
+                "--topology",
+                default="cpu",
+                help="cpu (default), gpu, a TPU slice such as v5e:4x4, or GPUs such as h100:8",
+            )
             sub.add_argument("--json", metavar="FILE", help="also write what was found")
             sub.add_argument("--short", action="store_true", help="sampling from 1 and 3 layers, extrapolated: fast")
         if name == "compile":

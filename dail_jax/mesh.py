@@ -155,14 +155,20 @@ def axis_size(mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh, letter: str) 
     return int(np.prod([mesh.shape[name] for name in names], dtype=int))
 
 
-def compiler_options(mesh: jax.sharding.Mesh) -> dict[str, str] | None:
-    """XLA's options for the train step, or None.
+# XLA's options for programs that read large arrays and little else; they concern GPUs, and others accept them. By default,
+# small products that share an operand become one, of which the other operands are laid side by side first: caches and what
+# is to join them, weights and LoRA's. While decoding, that copies both at every token.
+UNMERGED = {"xla_gpu_dot_merger_threshold_mb": "0"}
+
+
+def compiler_options(mesh: jax.sharding.Mesh) -> dict[str, str]:
+    """XLA's options for the train step.
 
     On a TPU, they make sharded products gather whole weights, overlapped with other work. By default XLA loops over
     shards, and each iteration reads and writes the result (2.2 times the step's memory traffic).
     """
     tpu = mesh.devices.flat[0].platform == "tpu"
-    return {"xla_jf_spmd_threshold_for_windowed_einsum_mib": "1000000"} if tpu else None
+    return {"xla_jf_spmd_threshold_for_windowed_einsum_mib": "1000000"} if tpu else UNMERGED
 
 
 def constrain(x: jax.Array, axes: str) -> jax.Array:

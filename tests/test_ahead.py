@@ -256,7 +256,7 @@ def test_meshes_split_physical_axes_and_run_between_slices_along_data_alone():
 
 
 def test_topologies_that_do_not_exist_are_one_line():
-    for name in ("v9:2x2", "tpu", "v5e", "v5e:0x0"):
+    for name in ("v9:2x2", "tpu", "v5e", "v5e:0x0", "h100", "h100:0", "h100:8x"):
         with pytest.raises(UserError, match=r"v5e:4x4, v5p:2x2x4, v6e:4x4|libtpu"):
             chips.devices(name)
 
@@ -411,3 +411,15 @@ def test_the_command_compiles_for_devices_that_are_not_there(config, tmp_path):
     assert [row["program"] for row in rows] == [STEP]
     assert (rows[0]["verdict"], rows[0]["hbm_gb"]) == (("fits", 16) if tpu else ("compiles", None))
     assert ("TPU v5 lite" if tpu else "cpu") in done.stdout
+
+
+def test_gpus_that_are_not_there_are_described_to_the_plugin(config):
+    """Without JAX's plugin for CUDA it is asked for; with it, sharded programs compile."""
+    if not any(importlib.util.find_spec(f"jax_cuda{version}_plugin") for version in (12, 13)):
+        with pytest.raises(UserError, match=r"pip install 'dail_jax\[cuda\]'"):
+            chips.devices("h100:8")
+        pytest.skip("JAX's plugin for CUDA is not installed")
+    devices = chips.devices("h100:2x4")
+    assert len(devices) == 8 and devices[7].process_index == 1 and chips.chip(devices[0]).hbm == 80
+    rows = compile_on(config, devices[:4], quick=True, only="decode")
+    assert {row.verdict for row in rows.values()} == {"fits"}, rows

@@ -10,8 +10,8 @@ import jax
 
 from dail_jax.errors import UserError
 
-KNOWN = "cpu, gpu, or a TPU slice such as v5e:4x4, v5p:2x2x4, v6e:4x4"
-LINKS = 1 / 8  # what a device exchanges along one mesh axis, of what its main memory carries; of TPUs about this
+KNOWN = "cpu, gpu, a TPU slice such as v5e:4x4, v5p:2x2x4, v6e:4x4, or GPUs such as h100:8, h200:2x8"
+LINKS = 1 / 8  # what a device exchanges along one mesh axis, of what its main memory carries; about this, TPU or NVLink
 LATENCY = 10e-6  # seconds that an exchange takes for each doubling of the devices, however little it carries
 
 
@@ -36,8 +36,30 @@ CHIPS = {  # by a part of JAX's device kind; the first that fits counts
 }
 
 
+@dataclass(frozen=True)
+class Gpu:
+    """What XLA's GPU compiler asks about a device that is not there: JAX's name for its kind, its compute capability, its
+    number of multiprocessors, the float32 units and the KB of shared memory of each, MB of L2 cache, and the clock in GHz."""
+
+    kind: str
+    capability: tuple[int, int]
+    cores: int
+    units: int
+    shared: int
+    cache: int
+    clock: float
+
+
+GPUS = {
+    "a100": Gpu("NVIDIA A100-SXM4-80GB", (8, 0), 108, 64, 164, 40, 1.41),
+    "h100": Gpu("NVIDIA H100 80GB HBM3", (9, 0), 132, 128, 228, 50, 1.98),
+    "h200": Gpu("NVIDIA H200", (9, 0), 132, 128, 228, 50, 1.98),
+}
+
+
 def devices(topology: str) -> list:
-    """The devices of a topology: local ones for cpu and gpu, otherwise those of a TPU slice; raises UserError."""
+    """The devices of a topology: local ones for cpu and gpu, otherwise those of a TPU slice, or GPUs that need not be
+    there; raises UserError."""
     if topology in ("cpu", "gpu"):
         try:
             return jax.devices(topology)
@@ -45,6 +67,8 @@ def devices(topology: str) -> list:
             raise UserError(
                 f"got {topology!r}, but jax finds no such device here; want {KNOWN}", field="topology"
             ) from None
+    if found := re.fullmatch(rf"({'|'.join(GPUS)}):(?:([1-9]\d*)x)?([1-9]\d*)", topology):
+        return _gpus(GPUS[found[1]], hosts=int(found[2] or 1), each=int(found[3]))
     if not re.fullmatch(r"v\d+\w*:[1-9]\d*(x[1-9]\d*)*", topology):
         raise UserError(f"got {topology!r}, want {KNOWN}", field="topology")
     if importlib.util.find_spec("libtpu") is None:
@@ -57,6 +81,53 @@ def devices(topology: str) -> list:
         raise UserError(
             f"got {topology!r}, which libtpu refuses ({str(error).splitlines()[0]}); want {KNOWN}", field="topology"
         ) from None
+
+
+def _gpus(gpu: Gpu, hosts: int, each: int) -> list:
+    """Described devices of so many hosts, from which programs are compiled by the plugin for CUDA; it needs no driver."""
+    if not any(importlib.util.find_spec(f"jax_cuda{version}_plugin") for version in (12, 13)):
+        raise UserError(
+            "compiling for a GPU needs JAX's plugin for CUDA: pip install 'dail_jax[cuda]'", field="topology"
+        )
+    from jax.experimental import topologies
+
+    jax.devices()  # plugins are found when the first backend starts
+    known = next(c for kind, c in CHIPS.items() if kind in gpu.kind)
+    return list(
+        topologies.get_topology_desc(
+            platform="cuda", topology=f"1x{hosts}x{each}", target_config=_target(gpu, known)
+        ).devices
+    )
+
+
+def _target(gpu: Gpu, known: Chip) -> str:
+    """XLA's description of a GPU (`GpuTargetConfigProto`); what all kinds have in common is CUDA's."""
+    major, minor = gpu.capability
+    return f"""
+        platform_name: "CUDA"
+        device_description_str: "{gpu.kind}"
+        dnn_version_info {{ major: 9 minor: 8 }}
+        gpu_device_info {{
+            cuda_compute_capability {{ major: {major} minor: {minor} }}
+            core_count: {gpu.cores}
+            fpus_per_core: {gpu.units}
+            clock_rate_ghz: {gpu.clock}
+            memory_bandwidth: {known.bandwidth * 1e9:.0f}
+            device_memory_size: {known.hbm * 1e9:.0f}
+            l2_cache_size: {gpu.cache << 20}
+            shared_memory_per_core: {gpu.shared << 10}
+            shared_memory_per_block: {48 << 10}
+            shared_memory_per_block_optin: {(gpu.shared - 1) << 10}
+            threads_per_warp: 32
+            threads_per_block_limit: 1024
+            threads_per_core_limit: 2048
+            registers_per_core_limit: 65536
+            registers_per_block_limit: 65536
+            block_dim_limit_x: 2147483647
+            block_dim_limit_y: 65535
+            block_dim_limit_z: 65535
+        }}
+    """
 
 
 def chip(device) -> Chip | None:

@@ -48,7 +48,7 @@ def figures_of(compiled: jax.stages.Compiled, chip: Chip | None = None) -> Figur
 
     An operation that the compiler's model cannot time is -1 s there, so whole negative seconds are left out.
     """
-    cost: Any = compiled.cost_analysis()
+    cost: Any = compiled.cost_analysis() or {}
     memory: Any = compiled.memory_analysis()
     modelled, text = cost.get("optimal_seconds", 0.0), hlo_text(compiled)
     seconds = moved = math.nan

@@ -128,7 +128,7 @@ def empty(grid: Grid, cfg: ModelConfig, dtype) -> DecodeState:
     )
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=4)
+@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=4, compiler_options=mesh_lib.UNMERGED)
 def load_prompt(
     grid: Grid,
     cfg: ModelConfig,
@@ -285,7 +285,7 @@ def _started(state: DecodeState, seed, chosen, key_data, length, limit) -> dict[
     }
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=4)
+@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=4, compiler_options=mesh_lib.UNMERGED)
 def decode(
     grid: Grid,
     cfg: ModelConfig,
