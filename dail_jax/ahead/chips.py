@@ -12,6 +12,7 @@ from dail_jax.errors import UserError
 
 KNOWN = "cpu, gpu, a TPU slice such as v5e:4x4, v5p:2x2x4, v6e:4x4, or GPUs such as h100:8, h200:2x8"
 LINKS = 1 / 8  # what a device exchanges along one mesh axis, of what its main memory carries; about this, TPU or NVLink
+GPU_MEMORY = 0.92  # the share of a GPU's memory that `launch` lets JAX take, whose own default is 0.75
 LATENCY = 10e-6  # seconds that an exchange takes for each doubling of the devices, however little it carries
 
 
@@ -24,6 +25,11 @@ class Chip:
     peak: float
     bandwidth: float
     clock: float | None = None
+
+    @property
+    def usable(self) -> float:
+        """GB that programs may fill."""
+        return self.hbm if self.clock else GPU_MEMORY * self.hbm
 
 
 CHIPS = {  # by a part of JAX's device kind; the first that fits counts

@@ -44,22 +44,25 @@ class Figures(Additive):
 
 
 def figures_of(compiled: jax.stages.Compiled, chip: Chip | None = None) -> Figures:
-    """What the compiler and the program's text say; its time by instructions for a chip with a known clock.
+    """What the compiler and the program's text say; its time by instructions for a chip that is known.
 
-    An operation that the compiler's model cannot time is -1 s there, so whole negative seconds are left out.
+    An operation that the compiler's model cannot time is -1 s there, so whole negative seconds are left out. For GPUs that
+    are not there the compiler has no model, and FLOPs are those of the text as well.
     """
-    cost: Any = compiled.cost_analysis() or {}
+    found: Any = compiled.cost_analysis()
     memory: Any = compiled.memory_analysis()
-    modelled, text = cost.get("optimal_seconds", 0.0), hlo_text(compiled)
+    cost, text = found or {}, hlo_text(compiled)
+    modelled, flops = cost.get("optimal_seconds", 0.0), cost.get("flops", 0.0)
     seconds = moved = math.nan
-    if text is not None and chip is not None and chip.clock is not None:
+    if text is not None and chip is not None:
         steps = Reader(text, chip).steps()
         seconds = math.fsum(cost.time for _, cost in steps)
         moved = math.fsum(step.times * step.moved for step, _ in steps)
+        flops = flops if found else math.fsum(step.times * step.flops for step, _ in steps)
     elif text is not None:
         moved = hbm_bytes(text)
     return Figures(
-        flops=cost.get("flops", 0.0),
+        flops=flops,
         modelled=modelled - min(math.floor(modelled), 0),
         seconds=seconds,
         arguments=memory.argument_size_in_bytes,

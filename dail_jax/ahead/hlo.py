@@ -50,6 +50,14 @@ def type_bytes(type_text: str, everywhere: bool = False) -> int:
     )
 
 
+def results_of(op: Op) -> str:
+    """The type of what an instruction makes; where an exchange starts, its type lists its operands first."""
+    if not op.kind.endswith("-start") or op.kind == "all-reduce-start":
+        return op.type
+    arrays = [found[0] for found in _ARRAY.finditer(op.type)]
+    return ", ".join(arrays[len(arrays) // 2 :])
+
+
 def computations_of(text: str) -> tuple[dict[str, list[Op]], str]:
     """The computations of a program by name, and the entry's name."""
     found: dict[str, list[Op]] = {}
@@ -72,6 +80,7 @@ class Step:
       times: how often it runs.
       moved: bytes to and from main memory each time.
       touched: the same, fast memory included.
+      flops: of its products of matrices, where they are written as `dot`s, which they are not on a TPU.
       ahead: whether it copies what a later instruction reads from fast memory, while others run.
     """
 
@@ -79,6 +88,7 @@ class Step:
     times: int
     moved: float
     touched: float
+    flops: float
     ahead: bool
 
 
@@ -112,7 +122,7 @@ def steps_of(
             out += steps(op.called("to_apply") or op.called("calls") or "", times)
         else:
             moved, touched = (_bytes(computations, op, types, everywhere) for everywhere in (False, True))
-            out.append(Step(op, times, moved, touched, op.kind in AHEAD))
+            out.append(Step(op, times, moved, touched, _flops(computations, op, types), op.kind in AHEAD))
     return out
 
 
@@ -133,7 +143,26 @@ def _bytes(computations: dict[str, list[Op]], op: Op, types: dict[str, str], eve
     if op.kind == "fusion":
         return _fusion(computations, op, types, everywhere)
     operands = dict.fromkeys(op.operands)
-    return type_bytes(op.type, everywhere) + sum(type_bytes(types.get(x, ""), everywhere) for x in operands)
+    return type_bytes(results_of(op), everywhere) + sum(type_bytes(types.get(x, ""), everywhere) for x in operands)
+
+
+def _flops(computations: dict[str, list[Op]], op: Op, types: dict[str, str]) -> float:
+    """Of the products in an instruction, or in what it fuses."""
+    if op.kind == "fusion":
+        inner = computations.get(op.called("calls") or "", [])
+        local = {x.name: x.type for x in inner}
+        return sum(_flops(computations, x, local) for x in inner)
+    found = re.search(r'lhs_contracting_dim(?:s=\{|ensions":\[)([\d",]*)', op.rest)  # of a dot; of a call of cuBLAS
+    if not found:
+        return 0.0
+    left, result = (_shape(types.get(op.operands[0], "")), _shape(op.type))
+    return 2.0 * math.prod(result) * math.prod(left[int(d)] for d in re.findall(r"\d+", found[1]))
+
+
+def _shape(type_text: str) -> list[int]:
+    """Of a type's first array."""
+    found = _ARRAY.search(type_text)
+    return [int(n) for n in found[2].split(",") if n] if found else []
 
 
 def _fusion(computations: dict[str, list[Op]], op: Op, types: dict[str, str], everywhere: bool) -> float:

@@ -90,7 +90,8 @@ class ProgramReport:
     """What a program needs. GB are 1e9 bytes per device; None where it is not known.
 
     `seconds` is a call's time, a token's for decoding, and never less than `bandwidth_seconds`, what main memory alone takes
-    for `bytes`; `timed` says by what: "instructions", or "compiler", its model, where they cannot be read.
+    for `bytes`; `timed` says by what: "instructions", or "compiler", its model, where they cannot be read, or, of a GPU,
+    "bound": products at its peak, and bytes at its bandwidth.
     `layers` says how many layers were compiled: "all", or "1 and 3" and extrapolated.
     """
 
@@ -611,7 +612,7 @@ def measure(program: Program, config: config_lib.Config, quick: bool = False, sh
         verdict = f"does not fit: {first_change(program.kind, config, program.mesh, 0, 1)}"
         return report(compile_seconds=time.monotonic() - started, peak_gb=peak, fits=False, verdict=verdict)
     seconds = time.monotonic() - started
-    fits = None if known is None else figures.peak / 1e9 <= known.hbm
+    fits = None if known is None else figures.peak / 1e9 <= known.usable
     change = first_change(program.kind, config, program.mesh, figures.arguments, figures.temporaries)
     verdict = {None: "compiles", True: "fits"}.get(fits) or f"does not fit: {change}"
 
@@ -625,8 +626,8 @@ def measure(program: Program, config: config_lib.Config, quick: bool = False, sh
     moved = None if math.isnan(figures.moved) else figures.moved / max(program.tokens, 1) + fetched
     bound = moved / (known.bandwidth * 1e9) if known is not None and moved is not None else None
     estimate = timed = None
-    if counted is not None and known is not None and tpu:
-        timed = "compiler" if math.isnan(counted.seconds) else "instructions"
+    if counted is not None and known is not None:
+        timed = "compiler" if math.isnan(counted.seconds) else "instructions" if tpu else "bound"
         # the compiler's model has the body of the loop over tokens once
         estimate = counted.modelled if timed == "compiler" else counted.seconds / max(program.tokens, 1)
         estimate += counted.kernels / (known.peak * 1e12 * KERNEL_EFFICIENCY) + fetched / (known.bandwidth * 1e9)

@@ -1,7 +1,7 @@
-"""How long a compiled program takes on a TPU, instruction by instruction, with loops multiplied out.
+"""How long a compiled program takes, instruction by instruction, with loops multiplied out.
 
-The compiler's own sum, `optimal_seconds`, counts fast memory as if it were main memory, and a loop's body once. Here an
-instruction takes the longest of
+The compiler's own sum, `optimal_seconds`, counts fast memory as if it were main memory, and a loop's body once; for GPUs there
+is none. Here an instruction of a TPU takes the longest of
 
   products   the compiler's estimate of cycles, which includes fetching the operands
   vectors    two cycles for each register of 4 KB that it reads or writes (schedules that the compiler made of sums,
@@ -11,7 +11,9 @@ instruction takes the longest of
              devices (the assumptions of `mesh: auto`)
 
 and at least what the compiler takes for an instruction that does next to nothing, some 2,100 cycles. What is fetched ahead
-of its use counts as memory alone. Attention kernels hide what they do and take no time here: `programs` adds them.
+of its use counts as memory alone. On a GPU, whose compiler estimates nothing that could be read, products are FLOPs at the
+peak, and each instruction is a kernel, whose start is added: a bound that no program reaches. Attention kernels hide what
+they do and take no time here: `programs` adds them.
 """
 
 from __future__ import annotations
@@ -27,6 +29,7 @@ from dail_jax.ahead.chips import LATENCY, LINKS, Chip
 from dail_jax.ahead.hlo import Op, Step
 
 REGISTER, CYCLES = 4096, 2
+START = 2e-6  # seconds between the kernels of a GPU, about, where one follows another
 IDLE = 2200  # cycles of an instruction that does next to nothing, at most
 EXCHANGES = ("all-gather", "all-reduce", "all-to-all", "collective-permute", "reduce-scatter")
 
@@ -55,12 +58,11 @@ class Cost(Additive):
 
 
 class Reader:
-    """Costs of a program's instructions on a kind of chip whose clock is known."""
+    """Costs of a program's instructions on a kind of chip."""
 
     def __init__(self, text: str, chip: Chip):
-        assert chip.clock is not None
         self.computations, self.entry = hlo.computations_of(text)
-        self.chip, self.cycle = chip, 1e-9 / chip.clock
+        self.chip = chip
 
     def steps(self) -> list[tuple[Step, Cost]]:
         """Every instruction, with what all its runs cost; of branches, the one that takes longest."""
@@ -69,23 +71,33 @@ class Reader:
 
     def cost(self, step: Step) -> Cost:
         """Of one run of an instruction."""
-        op, found = step.op, re.search(r'"estimated_cycles":"(\d+)"', step.op.rest)
-        estimate = int(found[1]) * self.cycle if found else 0.0
         memory = step.moved / (self.chip.bandwidth * 1e9)
         if step.ahead:
             return Cost(1, memory=memory)
-        if op.kind.startswith(EXCHANGES):
-            links = self.exchange(op)
+        if step.op.kind.startswith(EXCHANGES):
+            links = self.exchange(step.op)
             return Cost(1, memory=memory, links=links, time=max(memory, links))
+        return self.kernel(step, memory) if self.chip.clock is None else self.instruction(step, memory, self.chip.clock)
+
+    def kernel(self, step: Step, memory: float) -> Cost:
+        """Of a GPU."""
+        products = step.flops / (self.chip.peak * 1e12)
+        return Cost(1, products, memory=memory, time=max(products, memory) + START)
+
+    def instruction(self, step: Step, memory: float, clock: float) -> Cost:
+        """Of a TPU with so many GHz."""
+        op, cycle = step.op, 1e-9 / clock
         if op.kind == "custom-call":  # a kernel, or the name of something that needs no work
             return Cost(1, memory=memory, time=memory)
+        found = re.search(r'"estimated_cycles":"(\d+)"', op.rest)
+        estimate = int(found[1]) * cycle if found else 0.0
         products = estimate if self.multiplies(op) else 0.0
-        vectors = 0.0 if products else CYCLES * step.touched / REGISTER * self.cycle
-        time = max(products, vectors, memory, min(estimate, IDLE * self.cycle))
+        vectors = 0.0 if products else CYCLES * step.touched / REGISTER * cycle
+        time = max(products, vectors, memory, min(estimate, IDLE * cycle))
         return Cost(1, products, vectors, memory, 0.0, time)
 
     def exchange(self, op: Op) -> float:
-        size, group = hlo.type_bytes(op.type, everywhere=True), _group(op)
+        size, group = hlo.type_bytes(hlo.results_of(op), everywhere=True), _group(op)
         share = {"all-reduce": 2 * (group - 1) / group, "reduce-scatter": group - 1.0}
         received = size * next((x for kind, x in share.items() if op.kind.startswith(kind)), (group - 1) / group)
         return received / (LINKS * self.chip.bandwidth * 1e9) + LATENCY * math.log2(group)

@@ -47,9 +47,11 @@ def run(
         rundir.write_atomic(Path(json), "".join(lines))
 
 
+MARKS = {"compiler": "~", "bound": "> "}  # before a time
 LEGEND = (
     "GB per device. FLOPs, bytes and times are per call, or per token for decoding. The first time is that of the "
-    "instructions, or with ~ that of the compiler's model, where they cannot be read; plus attention kernels at "
+    "instructions, or with ~ that of the compiler's model, where they cannot be read, or with > what a GPU takes at least; "
+    "plus attention kernels at "
     f"{programs.KERNEL_EFFICIENCY:.0%} of the peak. The second is what main memory alone takes for the bytes moved. "
     "Utilisation: useful FLOPs, by arithmetic, in the first; of decoding, bytes moved over bytes that must be read."
 )
@@ -83,7 +85,7 @@ def table(rows: list[programs.ProgramReport]) -> Table:
             memory,
             number(row.flops and row.flops / 1e12, ".3g"),
             number(row.bytes and row.bytes / 1e9, ".3g"),
-            ("~" if row.timed == "compiler" else "")
+            MARKS.get(row.timed or "", "")
             + "; ".join(f"{x * 1e3:.3g} ms" for x in (row.seconds, row.bandwidth_seconds) if x),
             used,
             row.verdict,
