@@ -174,6 +174,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
     several = args.distributed or args.coordinator is not None
     os.environ.setdefault("HF_HUB_OFFLINE", "1")  # models and tokenizers are folders
+    os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.92")  # of a GPU; the rest is NCCL's and cuDNN's
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # such as that there is no PyTorch
     if args.stage in AHEAD and args.topology != "gpu":  # no device is looked for, and libtpu's lock is not taken

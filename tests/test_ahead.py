@@ -413,6 +413,34 @@ def test_the_command_compiles_for_devices_that_are_not_there(config, tmp_path):
     assert ("TPU v5 lite" if tpu else "cpu") in done.stdout
 
 
+GPU_TEXT = """HloModule m, is_scheduled=true
+
+%product (p: bf16[256,128], q: bf16[128,512]) -> f32[256,512] {
+  %p = bf16[256,128]{1,0} parameter(0)
+  %q = bf16[128,512]{1,0} parameter(1)
+  ROOT %d = f32[256,512]{1,0} dot(%p, %q), lhs_contracting_dims={1}, rhs_contracting_dims={0}
+}
+
+ENTRY %main (x: bf16[256,128], w: bf16[32,512]) -> f32[256,512] {
+  %x = bf16[256,128]{1,0} parameter(0)
+  %w = bf16[32,512]{1,0} parameter(1)
+  %start = (bf16[32,512]{1,0}, bf16[128,512]{1,0}) all-gather-start(%w), replica_groups=[1,4]<=[4], dimensions={0}
+  %done = bf16[128,512]{1,0} all-gather-done(%start)
+  %f = f32[256,512]{1,0} fusion(%x, %done), kind=kCustom, calls=%product
+  ROOT %c = f32[256,512]{1,0} custom-call(%x, %f), custom_call_target="__cublas$gemm", backend_config={"gemm_backend_config":{"dot_dimension_numbers":{"lhs_contracting_dimensions":["1"],"rhs_contracting_dimensions":["0"]}}}
+}
+"""
+
+
+def test_a_gpus_instructions_take_their_flops_or_their_bytes_and_a_start():
+    h100 = chips.CHIPS["H100"]
+    (gather, gathered), (product, time), (call, _) = Reader(GPU_TEXT, h100).steps()
+    assert product.flops == call.flops == 2 * 256 * 128 * 512 and gather.flops == 0
+    assert gather.moved == 2 * (32 + 128) * 512 and product.moved == 2 * 256 * 128 + 2 * 128 * 512 + 4 * 256 * 512
+    assert time.time == pytest.approx(product.moved / 3350e9 + 2e-6)  # 0.24 us of memory, 0.03 of products
+    assert gathered.links == pytest.approx(2 * 96 * 512 / (3350e9 / 8) + 20e-6)
+
+
 def test_gpus_that_are_not_there_are_described_to_the_plugin(config):
     """Without JAX's plugin for CUDA it is asked for; with it, sharded programs compile."""
     if not any(importlib.util.find_spec(f"jax_cuda{version}_plugin") for version in (12, 13)):

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import importlib.metadata
 import itertools
 import json as json_lib
 from collections.abc import Callable, Mapping, Sequence
@@ -19,7 +18,7 @@ from jax.sharding import Mesh
 from rich.table import Table
 
 from dail_jax import config as config_lib
-from dail_jax import resources, rundir, strict_json
+from dail_jax import provenance, resources, rundir, strict_json
 from dail_jax.ahead import chips, programs
 from dail_jax.ahead import plan as plan_lib
 from dail_jax.ahead.plan import Lengths
@@ -150,7 +149,8 @@ def table(lines: Sequence[Line], chips_: int) -> Table:
 
 def report(topology: str, devices, rows, known, lines: Sequence[Line], at_limit: float, prompt: int) -> str:
     """The plan as a file, from which `--known` and the tests of the presets read; without programs that were known."""
-    versions = {name: importlib.metadata.version(name) for name in ("jax", "libtpu")} if "v" in topology[:1] else {}
+    compilers = ("jax", "libtpu", "jax-cuda12-plugin", "jax-cuda13-plugin") if ":" in topology else ()
+    versions = {name: found for name, found in provenance.versions(compilers).items() if found}
     tree = {
         "topology": topology,
         "chips": len(devices),
