@@ -200,7 +200,11 @@ def test_prefill_and_decode_equal_the_full_forward(pair, found, monkeypatch):
     recent, last = transformer.empty_recent(cache, 4), np.array([10, 10, 6, 10])  # tokens of each row
     for index in range(10):
         if index in (4, 8):
+            with monkeypatch.context() as patch:
+                patch.setattr(attention, "target", lambda: "gpu")
+                at_once = jax.jit(lambda *x: transformer.commit(*x))(cache, recent)
             cache = commit(cache, recent)
+            jax.tree.map(np.testing.assert_array_equal, at_once, cache)
             recent = transformer.empty_recent(cache, 4)
         recent = check(np.where(index < last, PROMPT + index, -1), cache, recent, index % 4)
     assert cache.count.tolist() == [8, 8, 6, 8] and tokens.shape[1] == PROMPT + 10

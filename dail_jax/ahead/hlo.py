@@ -18,6 +18,7 @@ WIDTHS = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s16": 2, "u16": 2, 
 FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "partition-id", "iota"}
 KERNELS = ("ragged_paged_attention", "write_pages")  # fetch what they need of an operand themselves
 AHEAD = {"copy-start", "slice-start"}
+UPDATES = {"dynamic-update-slice": 1, "scatter": 2}  # which operand is the update that is written in place
 SLICING = {"dynamic-slice", "slice", "gather"}
 _HEAD = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{\s*$")
 _LINE = re.compile(r"^\s+(ROOT )?%?([\w.\-]+) = (.+?) ([\w\-]+)\((.*)$")
@@ -136,8 +137,8 @@ def _bytes(computations: dict[str, list[Op]], op: Op, types: dict[str, str], eve
         target = (_ARRAY.search(results) or [""])[0]
         read = type_bytes(target, everywhere=True) if type_bytes(types.get(op.operands[0], ""), everywhere) else 0
         return type_bytes(target, everywhere) + read
-    if op.kind == "dynamic-update-slice":
-        return 2 * type_bytes(types.get(op.operands[1], ""), everywhere)
+    if op.kind in UPDATES:
+        return 2 * type_bytes(types.get(op.operands[UPDATES[op.kind]], ""), everywhere)
     if op.kind in SLICING:
         return 2 * type_bytes(op.type, everywhere)
     if op.kind == "fusion":
@@ -175,9 +176,9 @@ def _fusion(computations: dict[str, list[Op]], op: Op, types: dict[str, str], ev
             read += _used(computations, inner, _parameter(inner, index), whole)
     written = type_bytes(op.type, everywhere)
     for x in inner:
-        in_place = x.kind == "dynamic-update-slice" and type_bytes(x.type, True) == type_bytes(op.type, True)
+        in_place = x.kind in UPDATES and type_bytes(x.type, True) == type_bytes(op.type, True)
         if in_place and written:
-            written = type_bytes(local.get(x.operands[1], ""), everywhere=True)
+            written = type_bytes(local.get(x.operands[UPDATES[x.kind]], ""), everywhere=True)
     return read + written
 
 
@@ -197,7 +198,7 @@ def _used(computations: dict[str, list[Op]], inner: list[Op], name: str | None, 
             total += _used(computations, nested, _parameter(nested, x.operands.index(name or "")), whole)
         elif x.kind in SLICING and x.operands[0] == name:
             total += type_bytes(x.type, everywhere=True)
-        elif x.kind != "dynamic-update-slice" or x.operands[0] != name:
+        elif x.kind not in UPDATES or x.operands[0] != name:
             total += whole
     return min(total, whole)
 

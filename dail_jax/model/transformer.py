@@ -214,10 +214,15 @@ def commit(cache: Cache, recent: Recent) -> Cache:
     """The cache with each row's recent tokens, which fill its first slots of `recent`, appended to its own tokens.
 
     Where a cache is a ring, rows fill all slots of `recent`, whose number divides the ring's; only a row that has ended
-    may not. It is an explicit loop over each device's rows: XLA turns a batched update into a scatter, which copies the caches.
+    may not. On a GPU, a scatter moves all rows at once. Elsewhere it is an explicit loop over each device's rows, since XLA
+    copies the caches for a scatter.
     """
 
-    def local(own, new, count):
+    def at_once(own, new, count):
+        place = jax.vmap(functools.partial(jax.lax.dynamic_update_slice_in_dim, axis=1))
+        return jax.tree.map(lambda x, y: place(x, y, count % x.shape[2]), own, new)
+
+    def one_by_one(own, new, count):
         def move(row, own):
             def put(x, y):
                 part, place = jax.lax.dynamic_slice_in_dim(y, row, 1), (row, 0, count[row] % x.shape[2], 0)
@@ -227,6 +232,7 @@ def commit(cache: Cache, recent: Recent) -> Cache:
 
         return jax.lax.fori_loop(0, count.shape[0], move, own)
 
+    local = at_once if attention.target() == "gpu" else one_by_one
     grown = [i for i, x in enumerate(cache.k) if x is not None and i not in cache.states]
     old, new = ([x[i] for x in (pair.k, pair.v) for i in grown] for pair in (cache, recent))
     mesh = jax.sharding.get_abstract_mesh()
