@@ -606,7 +606,11 @@ def measure(program: Program, config: config_lib.Config, quick: bool = False, sh
     except jax.errors.JaxRuntimeError as error:
         used = re.search(r"Used ([\d.]+)([GM]) of", str(error))
         if "RESOURCE_EXHAUSTED" not in str(error):
-            why = f"not compiled: {str(error).splitlines()[0]}"
+            lines = str(
+                error
+            ).splitlines()  # of an error in Python code that the compiler called, its traceback comes first
+            said = next((line for line in reversed(lines) if re.match(r"\w+Error: ", line)), lines[0])
+            why = f"not compiled: {said}"
             return report(compile_seconds=time.monotonic() - started, peak_gb=None, fits=None, verdict=why)
         peak = float(used[1]) * (2**30 if used[2] == "G" else 2**20) / 1e9 if used else None
         verdict = f"does not fit: {first_change(program.kind, config, program.mesh, 0, 1)}"
