@@ -164,21 +164,22 @@ def parity(bench: Bench) -> Iterator[Row]:
 def kernels(bench: Bench) -> Iterator[Row]:
     """`attention.attend` as the device runs it, beside the einsum in float32 from the same bfloat16 inputs."""
     longest = 96 if bench.options.model == "tiny" else 4096
-    cases = {  # rows, tokens, heads, kv heads, window, padding on the left
-        "even": (2, longest, 8, 8, None, 0),
-        "grouped heads, padded left": (2, longest // 2, 16, 4, None, 17),
-        "odd length": (3, longest // 4 + 1, 8, 2, None, 0),
-        "window": (2, longest // 2, 8, 2, longest // 8, 5),
+    cases = {  # rows, tokens, heads, kv heads, their size, window, padding on the left of every other row
+        "even": (2, longest, 8, 8, 128, None, 0),
+        "grouped heads, padded on either side": (3, longest // 2, 16, 4, 128, None, 17),
+        "odd length": (3, longest // 4 + 1, 8, 2, 128, None, 0),
+        "window": (2, longest // 2, 8, 2, 128, longest // 8, 5),
+        "heads of 80": (2, longest // 4, 4, 2, 80, None, 3),
+        "heads of 256": (2, longest // 2, 4, 2, 256, longest // 8, 3),
     }
     half = jnp.bfloat16
-    for name, (b, t, n, k, window, left) in cases.items():
+    for name, (b, t, n, k, h, window, left) in cases.items():
         keys = jax.random.split(jax.random.key(1), 4)
-        q, g = (jax.random.normal(key, (b, t, n, 128), half) for key in (keys[0], keys[3]))
-        keys_, values = (jax.random.normal(key, (b, t, k, 128), half) for key in keys[1:3])
-        position = jnp.maximum(jnp.arange(t) - left, -1)
-        positions = jnp.stack(
-            [position, *[jnp.where(jnp.arange(t) < t - 7 * i, jnp.arange(t), -1) for i in range(1, b)]]
-        )
+        q, g = (jax.random.normal(key, (b, t, n, h), half) for key in (keys[0], keys[3]))
+        keys_, values = (jax.random.normal(key, (b, t, k, h), half) for key in keys[1:3])
+        row, at = jnp.arange(b)[:, None], jnp.arange(t)
+        start = jnp.where(row % 2 == 0, left, 0)
+        positions = jnp.where((at >= start) & (at < t - 7 * row), at - start, -1)
         real = (positions >= 0)[..., None, None]
 
         def run(attend, q, k, v, g=g, positions=positions, real=real, window=window):

@@ -449,5 +449,5 @@ def test_gpus_that_are_not_there_are_described_to_the_plugin(config):
         pytest.skip("JAX's plugin for CUDA is not installed")
     devices = chips.devices("h100:2x4")
     assert len(devices) == 8 and devices[7].process_index == 1 and chips.chip(devices[0]).hbm == 80
-    rows = compile_on(config, devices[:4], quick=True, only="decode")
-    assert {row.verdict for row in rows.values()} == {"fits"}, rows
+    rows = compile_on(config, devices[:4], quick=True)
+    assert len(rows) == 7 and {row.verdict for row in rows.values()} == {"fits"}, rows

@@ -7,13 +7,13 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
 from dail_jax import mesh as mesh_lib
-from dail_jax.mesh import constrain
 from dail_jax.model import kv_int8
 from dail_jax.model.int8 import Int8
 
 NEGATIVE = -1e30  # finite, so that a row that sees nothing yields zeros and not NaN
 QUERIES = 2048  # per einsum
 LANES, BLOCKS = 128, (512, 384, 256, 128)  # tile sizes of the splash kernel, in tokens
+ROW = 128  # cuDNN is given rows of a multiple of this, in tokens: of other lengths, some versions return NaN
 BLOCK_SIZES = ("block_q", "block_kv", "block_q_dkv", "block_kv_dkv", "block_q_dq", "block_kv_dq")
 
 
@@ -29,16 +29,15 @@ def attend(
 
     With a window, a token sees as many, itself among them. `scale` multiplies logits; None: H to the power of -0.5. A row's real tokens are contiguous. The output at padding is
     finite and meaningless.
-    It runs the splash kernel on a TPU, cuDNN's flash attention on a GPU in half precision, and otherwise an einsum with
-    a float32 softmax. The choice depends on the mesh that the program is compiled for, not on the host.
+    It runs the splash kernel on a TPU, cuDNN's flash attention on a GPU in half precision if `cudnn_takes` the heads, and
+    otherwise an einsum with a float32 softmax. The choice depends on the mesh that the program is compiled for, not on
+    the host.
     """
     platform = target()
     if platform == "tpu":
         return splash(q, k, v, positions, window, scale)
-    if platform == "gpu" and q.dtype in (jnp.bfloat16, jnp.float16):
-        q, k, v = (constrain(x, "b_nh") for x in (q, k, v))  # cuDNN takes no parts of rows
-        mask = causal_mask(positions, positions, window)[:, None]
-        return jax.nn.dot_product_attention(q, k, v, mask=mask, scale=scale, implementation="cudnn")
+    if platform == "gpu" and q.dtype in (jnp.bfloat16, jnp.float16) and cudnn_takes(q.shape[-1]):
+        return cudnn(q, k, v, positions, window, scale)
 
     def attend_chunk(chunk: tuple[jax.Array, jax.Array]) -> jax.Array:
         queries, at = chunk
@@ -106,6 +105,83 @@ def splash(
         out_specs=part,
         check_vma=False,
     )(kernel, q, k, v, segments, segments)
+
+
+def cudnn_takes(size: int) -> bool:
+    """Whether cuDNN has a kernel for heads of this size: for multiples of 8 up to 128, and up to 256 since Hopper.
+
+    JAX looks at this process's own GPU, whatever it compiles for. Where there is none, 128 is the limit.
+    """
+    largest = 128
+    if jax.default_backend() == "gpu":
+        capability = float(jax.local_devices()[0].compute_capability)
+        largest = 256 if capability >= 9 else 128 if capability >= 8 else 0
+    return size % 8 == 0 and size <= largest
+
+
+def cudnn(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    positions: jax.Array,
+    window: int | None = None,
+    scale: float | None = None,
+) -> jax.Array:
+    """`attend` by cuDNN's flash attention, which takes rows' lengths instead of a mask: no [T,T] bias, and no work above
+    the diagonal.
+
+    cuDNN counts a length from a row's start, so each row is rolled until its first real token comes first. What it leaves
+    at padding, in outputs and gradients alike, may be anything, so selections on both sides replace it by zeros.
+    It runs under manual sharding and takes no parts of rows. Where rows are too few to divide, heads are divided further
+    if there are enough; otherwise devices repeat each other's work.
+    """
+    t = q.shape[1]
+    band = None if window is None or window >= t else (window - 1, 0)
+
+    def local(q, k, v, positions):
+        real = positions >= 0
+        start, length = jnp.argmax(real, 1), real.sum(1, dtype=jnp.int32)
+        inside = (jnp.arange(t) < length[:, None])[..., None, None]
+        tail = ((0, 0), (0, -t % ROW), (0, 0), (0, 0))
+        q, k, v = (jnp.pad(jnp.where(inside, rolled(x, -start), 0), tail) for x in (q, k, v))
+        count = jnp.maximum(length, 1)  # a row without a real token has one all the same
+        out = jax.nn.dot_product_attention(
+            q,
+            k,
+            v,
+            scale=scale,
+            is_causal=True,
+            query_seq_lengths=count,
+            key_value_seq_lengths=count,
+            local_window_size=band,
+            implementation="cudnn",
+        )
+        return rolled(jnp.where(inside, out[:, :t], 0), start)
+
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return local(q, k, v, positions)
+    q = mesh_lib.constrain(q, "btnh")  # so that devices exchange it here, and not the halves that it is rotated by
+    rows, _, heads, _ = mesh_lib.fitting(mesh, "b_kh", k.shape)
+    if rows is None and k.shape[2] % mesh.size == 0:
+        heads = (mesh_lib.RULES["k"], *mesh_lib.RULES["b"])
+    whole = PartitionSpec(rows, None, heads, None)
+    specs = (whole, whole, whole, PartitionSpec(rows, None))
+    return jax.shard_map(local, in_specs=specs, out_specs=whole, check_vma=False)(q, k, v, positions)
+
+
+@jax.custom_vjp
+def rolled(x: jax.Array, by: jax.Array) -> jax.Array:
+    """x [B,T,N,H] with the tokens of each row moved `by` [B] places to the right, those at the end to the start.
+
+    Its derivative moves them back, where that of a gather would be a scatter.
+    """
+    t = x.shape[1]
+    source = (jnp.arange(t) - by[:, None]) % t
+    return jnp.take_along_axis(x, source[..., None, None], axis=1, mode="promise_in_bounds")
+
+
+rolled.defvjp(lambda x, by: (rolled(x, by), by), lambda by, g: (rolled(g, -by), None))
 
 
 def attend_cached(
