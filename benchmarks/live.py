@@ -58,8 +58,8 @@ class Lengths:
 class Counter:
     """Takes the place of the device: slots count up to lengths that follow from their samples' keys."""
 
-    def __init__(self, budget: int):
-        self.budget, self.lengths = budget, Lengths(MEAN, AT_LIMIT)
+    def __init__(self, budget: int, block: int):
+        self.budget, self.block, self.lengths = budget, block, Lengths(MEAN, AT_LIMIT)
         self.steps, self.live, self.fetched = 0, 0.0, 0.0
 
     def empty(self, grid, *_):
@@ -85,7 +85,7 @@ class Counter:
         text = PROMPT + state.length[state.live] + 1
         self.steps += grid.chunk
         self.live += grid.chunk * float(text.sum())
-        self.fetched += grid.chunk * float((np.ceil(text / pages.KEYS) * pages.KEYS).sum())
+        self.fetched += grid.chunk * float((np.ceil(text / self.block) * self.block).sum())
         state.length = np.where(state.live, np.minimum(state.length + grid.chunk, state.end), state.length)
         state.live &= state.length < state.end
         return state
@@ -106,10 +106,11 @@ class Figures:
     again: float
 
 
-def simulate(slots: int, budget: int, share: float | None) -> Figures:
-    """Runs the engine until every slot has drawn some samples, and counts over the next."""
+def simulate(slots: int, budget: int, share: float | None, block: int) -> Figures:
+    """Runs the engine until every slot has drawn some samples, and counts over the next; a kernel fetches blocks of so many
+    tokens."""
     mesh = mesh_lib.make_mesh(config_lib.Axes(data=1, fsdp=1, tensor=1), jax.devices()[:1])
-    sampling, counter = mixture.sampling_params(config_lib.Sampling()), Counter(budget)
+    sampling, counter = mixture.sampling_params(config_lib.Sampling()), Counter(budget, block)
     sampler = engine.Engine(PARAMS, SMALL, mesh, (), 0, slots, budget, sampling, pages=share)
     count = (BEFORE + COUNTED + 2) * slots // SAMPLES + 4
     requests = [Request(f"p{i}", ((0,) * PROMPT,), tuple(range(SAMPLES)), budget) for i in range(count)]
@@ -182,6 +183,7 @@ def token_bytes(tensor: int) -> float:
 def rows(device: str, budget: int) -> tuple[Row, Row]:
     """The caches of today, and pages."""
     kind, tensor = DEVICES[device]
+    block = pages.KEYS["tpu" if kind.startswith("TPU") else "gpu"]
     room = (CHIPS[kind].hbm * 1e9 * USABLE - held(tensor)) / token_bytes(tensor)  # tokens
     slots = MOST
     while True:
@@ -189,14 +191,14 @@ def rows(device: str, budget: int) -> tuple[Row, Row]:
         if slots * (budget + 2 * transformer.TILE) + grid.blocks * grid.entries * grid.prompt_slots <= room:
             break
         slots -= 1
-    before, found = row_of(simulate(slots, budget, None), device, False), []
+    before, found = row_of(simulate(slots, budget, None, block), device, False), []
     for factor in (1, 1.5, 2, 2.5, 3, 3.5, 4):
         more = min(round(slots * factor), MOST)
         grid = engine.grid_of(ONE, more, 1, budget, SAMPLES, engine.bucket(PROMPT), 1.0)
         spare = room / grid.page - grid.blocks * grid.entries * math.ceil(grid.prompt_slots / grid.page) - 1
         share = min((spare // more - 1) * grid.page / budget, 1.0)
         if share > 0 and not (found and more == found[-1].figures.grid.slots):
-            found.append(row_of(simulate(more, budget, share), device, True))
+            found.append(row_of(simulate(more, budget, share, block), device, True))
     return before, max(found, key=lambda row: row.speed)
 
 

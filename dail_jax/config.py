@@ -346,8 +346,8 @@ class Inference(Section):
     pages: Annotated[Number, Field(gt=0, le=1)] | None = None
     """Lets keys and values lie in pages, which samples take as they grow: a token reads its own text and not the room for
     the longest, and the pages are this share of what all slots' longest texts would fill. Where none is left, the
-    youngest samples are given up and drawn again, the same. null = every slot has room for the longest. For TPUs, and
-    models with heads of 128 channels (docs/performance.md)."""
+    youngest samples are given up and drawn again, the same. null = every slot has room for the longest. For TPUs, where a
+    model's heads have 128 channels, and for NVIDIA GPUs (docs/performance.md)."""
     kv_dtype: Literal["int8"] | None = None
     """Type of the keys and values that are kept while sampling: int8, with a scale per token and head, takes half the memory
     and traffic of bfloat16, and changes log-probabilities (docs/performance.md says how much); null = `model.dtype`."""

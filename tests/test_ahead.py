@@ -24,7 +24,7 @@ from dail_jax.ahead import chips, hlo, programs
 from dail_jax.ahead import plan as plan_lib
 from dail_jax.ahead.timing import Cost, Reader
 from dail_jax.errors import UserError
-from dail_jax.model import attention, families, transformer
+from dail_jax.model import attention, families, pages, transformer
 from dail_jax.stages import plan
 
 MODEL = {
@@ -138,7 +138,7 @@ def test_the_table_has_every_program_and_its_memory(config):
             assert row.aliased_gb * 1e9 >= caches and row.cache_copies == 0
 
 
-def test_pages_are_counted_by_the_texts_that_they_hold(config):
+def test_pages_are_counted_by_the_texts_that_they_hold(config, monkeypatch):
     """By hand: two layers of one head a device, keys and values of 128 bfloat16, two rows a device."""
     changed = config_lib.with_overrides(config, {"evaluate.pages": 0.5, "evaluate.sampling.max_tokens": 976}, "test")
     model = families.read_config(changed.model.path)
@@ -147,12 +147,17 @@ def test_pages_are_counted_by_the_texts_that_they_hold(config):
     name = "evaluation, 4 slots x 1 roles of 1000 tokens, pages 0.5 after 8 prompts of 32: decode"
     token, rows, text = 2 * 2 * 128 * 2, 2, 32 + 0.32 * 1000
     held = (1 + 4 + rows * 9) * 64 * token  # one of no row, four prompts, and 1 + 500 / 64 pages each
-    assert found[name].fetched == pytest.approx(rows * (text + 512 / 2 + 1) * token)
+    assert found[name].fetched == 0  # an einsum's reads are in the program's text
     table = 320 * 64 * 2 / 4
     assert found[name].unread == pytest.approx(table + held - rows * text * token)
     assert found[name].caches == ((23, 64, 2, 128),)
     row = programs.measure(found[name], changed, quick=True)
     assert row.aliased_gb * 1e9 >= 2 * 23 * 64 * 2 * 128 * 2 and row.cache_copies == 0
+    job = next(job for job in programs.jobs_of(changed, model) if job.pages)
+    for kernel, block in (("tpu", 512), ("gpu", 64)):
+        monkeypatch.setattr(pages, "kernel", lambda kernel=kernel: kernel)
+        _, fetched, _ = programs.paged_bytes(job.grid(mesh), model, jnp.dtype("bfloat16"), mesh)
+        assert fetched == pytest.approx(rows * (text + block / 2 + 1) * token)
 
 
 def test_answers_are_forced_after_whole_prompts_where_rows_cannot_go_back(config):
@@ -178,6 +183,7 @@ def test_a_token_reads_no_pool_that_a_kernel_is_given():
             "  %p = bf16[1000]{0} parameter(0)",
             '  %write_pages.3 = bf16[1000]{0} custom-call(%p), custom_call_target="tpu_custom_call"',
             "  %ragged_paged_attention_kernel.1 = bf16[1000]{0} custom-call(%write_pages.3)",
+            '  %pallas_call.2 = bf16[1000]{0} custom-call(%p), custom_call_target="__gpu$xla.gpu.triton"',
             "  ROOT %other = bf16[1000]{0} custom-call(%write_pages.3)",
             "}",
         )
@@ -449,5 +455,7 @@ def test_gpus_that_are_not_there_are_described_to_the_plugin(config):
         pytest.skip("JAX's plugin for CUDA is not installed")
     devices = chips.devices("h100:2x4")
     assert len(devices) == 8 and devices[7].process_index == 1 and chips.chip(devices[0]).hbm == 80
+    config = config_lib.with_overrides(config, {"evaluate.pages": 0.5}, "test")
     rows = compile_on(config, devices[:4], quick=True)
     assert len(rows) == 7 and {row.verdict for row in rows.values()} == {"fits"}, rows
+    assert [row.cache_copies for name, row in rows.items() if "pages" in name] == [0, 0]

@@ -1,6 +1,7 @@
 """Keys and values in pages: the same samples, from memory for fewer than all slots' longest texts."""
 
 import dataclasses
+import functools
 import types
 
 import jax
@@ -10,6 +11,7 @@ import pytest
 import test_sample_engine as dense
 from conftest import mesh_of
 from jax.experimental.pallas import tpu as pltpu
+from jax.experimental.pallas.ops.gpu import paged_attention
 from jax.experimental.pallas.ops.tpu.ragged_paged_attention import kernel as ragged
 
 from dail_jax import config as config_lib
@@ -18,11 +20,12 @@ from dail_jax.sample import decode
 from dail_jax.sample import pool as pool_lib
 from dail_jax.stages import checks
 
-CFG = dataclasses.replace(dense.CFG, H=128, layers=dense.CFG.layers[:1])  # the kernel's heads have 128 channels
+CFG = dataclasses.replace(dense.CFG, H=128, layers=dense.CFG.layers[:1])  # the TPU's kernel has heads of 128 channels
+SIZES = {"tpu": 128, "gpu": 32}
 
 
 @pytest.fixture
-def kernel(monkeypatch):
+def tpu(monkeypatch):
     """Runs the TPU's kernels on this CPU."""
 
     def wait(self):
@@ -31,9 +34,25 @@ def kernel(monkeypatch):
         return self._vmem_buf[...]  # loaded, since the emulation cannot reshape a reference
 
     monkeypatch.setattr(ragged.MultiPageAsyncCopyDescriptor, "wait", wait)
-    monkeypatch.setattr(pages, "runs_kernel", lambda: True)
+    monkeypatch.setattr(pages, "kernel", lambda: "tpu")
     with pltpu.force_tpu_interpret_mode():
-        yield
+        yield "tpu"
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """Runs the GPU's kernel on this CPU, with several programs for a text."""
+    emulated = functools.partial(paged_attention.paged_attention, interpret=True)
+    monkeypatch.setattr(paged_attention, "paged_attention", emulated)
+    monkeypatch.setattr(pages, "kernel", lambda: "gpu")
+    monkeypatch.setattr(pages, "SPLIT", 32)
+    return "gpu"
+
+
+@pytest.fixture(params=["tpu", "gpu"])
+def kernel(request):
+    """The platform whose kernel runs here."""
+    return request.getfixturevalue(request.param)
 
 
 @pytest.fixture(scope="module")
@@ -57,44 +76,53 @@ def test_samples_are_the_same_though_some_are_given_up(params, one_device, monke
     dense.same(drawn[0.01], drawn[1.0])
 
 
-def test_the_kernel_draws_the_einsum_s_texts_on_four_devices(kernel, monkeypatch):
+@pytest.mark.parametrize(("kernel", "parts"), [("tpu", 2), ("gpu", 2), ("gpu", 1)], indirect=["kernel"])
+def test_the_kernel_draws_the_einsum_s_texts_on_one_device_and_on_four(kernel, parts, monkeypatch):
     monkeypatch.setattr(pages, "PAGE", 8)
-    mesh = mesh_of(data=2, tensor=2)
-    params = weights.init(jax.random.key(1), CFG, std=0.4)
+    mesh, cfg = mesh_of(data=parts, tensor=parts), dataclasses.replace(CFG, H=SIZES[kernel])
+    params = weights.init(jax.random.key(1), cfg, std=0.4)
     asked = [dataclasses.replace(dense.requests()[1], samples=(0, 1), limit=5)]
     with jax.set_mesh(mesh):
-        placed = jax.device_put(params, weights.shardings(CFG, mesh))
-        kw = {"slots": 2, "cfg": CFG, "never": (5, dense.STOP)}
+        placed = jax.device_put(params, weights.shardings(cfg, mesh))
+        kw = {"slots": 2, "cfg": cfg, "never": (5, dense.STOP)}
         want, got = (dense.collect(dense.sampler(placed, mesh, pages=x, **kw), asked) for x in (None, 0.5))
     dense.same(got, want, exact=False)
     assert [len(x.tokens) for x in got.values()] == [5, 5]
 
 
 def test_the_kernel_reads_and_writes_what_a_table_lists(kernel):
-    """Rows of 1, 37 and 70 tokens, and one that has ended, beside NaN where nobody looks."""
-    b, n, k, h, page = 4, 6, 2, 128, 16
+    """Rows of 1, 37 and 70 tokens, and one that has ended, beside what nobody may look at."""
+    b, n, k, h, page = 4, 6, 2, SIZES[kernel], 16
     at, rng = np.array([0, 36, 69, -1]), np.random.default_rng(0)
     q, key, value = (rng.normal(size=(b, 1, heads, h)).astype(np.float32) for heads in (n, k, k))
     table = 1 + rng.permutation(20).reshape(b, 5).astype(np.int32)
     texts = rng.normal(size=(b, 80, 2, k, h)).astype(np.float32)
-    pool = np.full((23, page, 2 * k, h), np.nan, np.float32)
+    # The GPU's kernel multiplies what it fetches and does not look at by zero.
+    held = np.full((23, page, 2, k, h), np.nan if kernel == "tpu" else 1e4, np.float32)
     for row in range(b):
         for i in range(max(at[row], 0)):
-            pool[table[row, i // page], i % page] = texts[row, i].swapaxes(0, 1).reshape(2 * k, h)
-    pool[table[3, 0]], pool[0] = 0, 0
+            held[table[row, i // page], i % page] = texts[row, i]
+    held[table[3, 0]], held[0] = 0, 0
+
+    def pool_of(held):
+        if kernel == "tpu":
+            return pages.Joined(jnp.asarray(held.swapaxes(2, 3).reshape(23, page, 2 * k, h)))
+        return pages.Apart(*jnp.asarray(held.transpose(2, 3, 0, 1, 4)))
+
     run = jax.jit(lambda *args: pages.attend(*args, scale=0.3))
-    out, changed = run(q, key, value, jnp.asarray(pool), table, at[:, None].astype(np.int32))
+    out, changed = run(q, key, value, pool_of(held), table, at[:, None].astype(np.int32))
+    expected = held.copy()
     for row in range(3):
         keys = np.concatenate([texts[row, : at[row], 0], key[row]]).swapaxes(0, 1)[None]
         values = np.concatenate([texts[row, : at[row], 1], value[row]]).swapaxes(0, 1)[None]
         mask = np.ones((1, 1, at[row] + 1), bool)
         want = attention.attend_cached(jnp.asarray(q[row : row + 1]), [(keys, values, mask, 1)], 0.3)
         np.testing.assert_allclose(out[row], want[0], atol=1e-5)
-        written = np.stack([key[row, 0], value[row, 0]], 1).reshape(2 * k, h)
-        assert np.array_equal(changed[table[row, at[row] // page], at[row] % page], written)
+        expected[table[row, at[row] // page], at[row] % page] = key[row, 0], value[row, 0]
     assert np.isfinite(out).all()
-    same = np.asarray(changed) == pool
-    assert (~(same | np.isnan(pool))).sum((1, 2, 3)).astype(bool).sum() <= 4  # the rows' pages, and that of ended rows
+    expected[0, 0] = key[3, 0], value[3, 0]  # of rows that have ended
+    for x, y in zip(jax.tree.leaves(changed), jax.tree.leaves(pool_of(expected)), strict=True):
+        np.testing.assert_array_equal(x, y)
 
 
 def test_no_page_is_held_twice_and_all_come_back():
@@ -136,16 +164,24 @@ def test_no_page_is_held_twice_and_all_come_back():
 
 
 def test_what_the_kernel_does_not_take_is_refused():
-    refusal = lambda platform, tensor=1, **kw: pages.refusal(dataclasses.replace(CFG, **kw), platform, tensor)  # noqa: E731
+    def device(platform, capability):
+        return types.SimpleNamespace(platform=platform, compute_capability=capability)
+
+    def refusal(platform, tensor=1, capability="9.0", **kw):
+        return pages.refusal(dataclasses.replace(CFG, **kw), device(platform, capability), tensor)
+
     assert refusal("tpu") is None and refusal("cpu", H=6) is None and refusal("tpu", K=8, N=8) is None
     assert "heads of 128 channels" in str(refusal("tpu", H=64))
     assert "here are 6" in str(refusal("tpu", K=12, N=12, tensor=2))
-    assert "gpu" in str(refusal("gpu"))
+    assert refusal("gpu") is None and refusal("gpu", H=64, K=3, N=3, tensor=2, capability="12.0") is None
+    assert "16, 32, 64, 128 or 256 channels, the model's have 96" in str(refusal("gpu", H=96))
+    assert "8.0 or more, here is 7.5" in str(refusal("gpu", capability="7.5"))
+    assert "an NVIDIA GPU" in str(refusal("gpu", capability="gfx942"))
     assert "window or a state" in str(refusal("tpu", layers=(dataclasses.replace(CFG.layers[0], window=8),)))
 
-    def found(stage, platform):
+    def found(stage, *args):
         """What `check` says before a stage starts."""
-        devices = types.SimpleNamespace(flat=[types.SimpleNamespace(platform=platform)])
+        devices = types.SimpleNamespace(flat=[device(*args)])
         mesh = types.SimpleNamespace(devices=devices, shape={"data": 1, "fsdp": 1, "tensor": 2})
         tree = {"run_dir": "r", "model": {"path": "m"}, stage: {"pages": 0.5}}
         subject = types.SimpleNamespace(
@@ -153,8 +189,9 @@ def test_what_the_kernel_does_not_take_is_refused():
         )
         return [str(problem) for problem in checks.caches(subject)]  # pyright: ignore[reportArgumentType]
 
-    assert found("evaluate", "tpu") == []
-    assert found("generate", "gpu") == ["generate.pages: there is no kernel for a gpu: want null"]
+    assert found("evaluate", "tpu", None) == found("evaluate", "gpu", "8.0") == []
+    refused = "the kernel wants an NVIDIA GPU of compute capability 8.0 or more, here is 7.0"
+    assert found("generate", "gpu", "7.0") == [f"generate.pages: {refused}: want null"]
 
 
 def test_caches_are_updated_in_place(params, one_device):

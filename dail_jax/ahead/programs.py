@@ -544,32 +544,41 @@ def sampler_programs(config: config_lib.Config, model: ModelConfig, mesh: Mesh) 
 
 
 def paged_bytes(grid: decode.Grid, model: ModelConfig, dtype, mesh) -> tuple[float, float, float]:
-    """Bytes a device of the keys and values in pages: of texts as they are on average, of what a token fetches of them,
-    and of all pages."""
+    """Bytes a device of the keys and values in pages: of texts as they are on average, of what a kernel fetches of them for
+    a token, and of all pages. Where there is no kernel, an einsum reads pages, and its bytes are in the program's text."""
     layers = sum(map(pages.is_paged, model.layers)) if grid.pages else 0
     heads = model.K // mesh_lib.axis_size(mesh, "k") if model.K % mesh_lib.axis_size(mesh, "k") == 0 else model.K
     token, shards = layers * 2 * heads * model.H * dtype.itemsize, mesh_lib.axis_size(mesh, "b")
     rows, text = grid.slots * grid.roles / shards, grid.prompt_slots + LIVE * grid.max_tokens
-    fetched = text + pages.KEYS / 2 + 1  # the last block is fetched whole; and the new token is written
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+        block = pages.KEYS.get(pages.kernel())
+    fetched = text + block / 2 + 1 if block else 0.0  # the last block is fetched whole; and the new token is written
     return rows * text * token, rows * fetched * token, grid.pages / shards * grid.page * token
 
 
 def abstract_state(grid: decode.Grid, model: ModelConfig, dtype, mesh: Mesh) -> decode.DecodeState:
     """Shapes and shardings of the state of a grid."""
     made = lower(mesh, decode.empty, grid, model, dtype).compile()
-    shapes = jax.eval_shape(lambda: decode.empty(grid, model, dtype))
+    shapes = state_shapes(grid, model, dtype, mesh)
     return jax.tree.map(
         lambda s, where: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=where), shapes, made.output_shardings
     )
 
 
+def state_shapes(grid: decode.Grid, model: ModelConfig, dtype, mesh) -> decode.DecodeState:
+    """The shapes of the same, those of all devices."""
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+        return jax.eval_shape(lambda: decode.empty(grid, model, dtype))
+
+
 def cache_shapes(grid: decode.Grid, model: ModelConfig, dtype, mesh) -> tuple[tuple[int, ...], ...]:
     """A device's part of the caches of keys."""
-    shapes = jax.eval_shape(lambda: decode.empty(grid, model, dtype)).cache
+    shapes = state_shapes(grid, model, dtype, mesh).cache
     layout = mesh_lib.sharding(mesh, "bk")
     found = {layout.shard_shape(x.shape) for x in jax.tree.leaves((shapes.k, shapes.prompt_k))}
-    layout = mesh_lib.sharding(mesh, "b_k_")
-    return tuple(found | {layout.shard_shape(x.shape) for x in jax.tree.leaves(shapes.pools)})
+    for paged in filter(None, shapes.pools):
+        found |= {mesh_lib.sharding(mesh, paged.axes).shard_shape(x.shape) for x in jax.tree.leaves(paged)}
+    return tuple(found)
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -626,15 +635,16 @@ def measure(program: Program, config: config_lib.Config, quick: bool = False, sh
     elif program.cost is not None and not quick:
         counted = program.cost()
     tpu = program.mesh.devices.flat[0].platform == "tpu"
-    fetched = program.fetched if tpu else 0.0  # elsewhere an einsum reads pages, and its bytes are in the text
-    moved = None if math.isnan(figures.moved) else figures.moved / max(program.tokens, 1) + fetched
+    moved = None if math.isnan(figures.moved) else figures.moved / max(program.tokens, 1) + program.fetched
     bound = moved / (known.bandwidth * 1e9) if known is not None and moved is not None else None
     estimate = timed = None
     if counted is not None and known is not None:
         timed = "compiler" if math.isnan(counted.seconds) else "instructions" if tpu else "bound"
         # the compiler's model has the body of the loop over tokens once
         estimate = counted.modelled if timed == "compiler" else counted.seconds / max(program.tokens, 1)
-        estimate += counted.kernels / (known.peak * 1e12 * KERNEL_EFFICIENCY) + fetched / (known.bandwidth * 1e9)
+        estimate += counted.kernels / (known.peak * 1e12 * KERNEL_EFFICIENCY) + program.fetched / (
+            known.bandwidth * 1e9
+        )
         estimate = max(estimate, bound or 0.0)
     useful = program.useful if estimate else 0.0
     ratio = moved / (figures.arguments - program.unread) if program.tokens and moved is not None else None

@@ -131,8 +131,7 @@ def caches(s: Subject) -> Iterator[Finding]:
     cfg = s.config.train.online if s.stage == "train" else getattr(s.config, s.stage)
     if cfg.pages is None or s.server or (s.stage == "train" and s.method.source != "samples"):
         return
-    platform = s.sample_mesh.devices.flat[0].platform
-    if why := pages.refusal(s.model, platform, mesh_lib.axis_size(s.sample_mesh, "k")):
+    if why := pages.refusal(s.model, s.sample_mesh.devices.flat[0], mesh_lib.axis_size(s.sample_mesh, "k")):
         key = "train.online.pages" if s.stage == "train" else f"{s.stage}.pages"
         yield UserError(f"{why}: want null", field=key)
 
