@@ -8,9 +8,10 @@ Parts, each of which can be left out by naming the others in `--parts`:
 parity   a small model in float32 on the device and on this machine's CPU: logits, sampled tokens, loss and gradient
 kernels  the device's attention in bfloat16 beside the einsum in float32: padding, grouped heads, windows, odd and long rows;
          values and gradients, and how long both take
+pages    the same of keys and values in pages: one token of many rows, whose texts have all lengths; what it reads a second
 limits   what the device reaches: bytes a second of a copy, FLOPs a second of a large product
 decode   plain and mixed sampling: tokens a second, and the share of the copy's bandwidth that weights and caches account
-         for; beside `transformers.generate` where torch sees the device
+         for; beside `transformers.generate` where torch sees the device; and plain sampling from pages
 train    the update with and without cached references: share of the product's FLOPs that is useful; beside torch + peft
 memory   the peak that the device reports beside what the compiler foresaw
 profile  a trace of one decode call and one update, to be opened with TensorBoard or Perfetto
@@ -21,6 +22,7 @@ A part that fails is reported as a row, and the exit status is then 1.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import os
 import re
@@ -46,14 +48,14 @@ from dail_jax import config as config_lib
 from dail_jax import mesh as mesh_lib
 from dail_jax.ahead import programs
 from dail_jax.data import batches
-from dail_jax.model import attention, families, transformer, weights
+from dail_jax.model import attention, families, pages, transformer, weights
 from dail_jax.model.families import ModelConfig
 from dail_jax.provenance import environment
 from dail_jax.sample import decode, engine, mixture
 from dail_jax.sample.sampler import Request
 from dail_jax.train import optimizer, step
 
-PARTS = ("parity", "kernels", "limits", "decode", "train", "memory", "profile")
+PARTS = ("parity", "kernels", "pages", "limits", "decode", "train", "memory", "profile")
 SHAPES = {  # of Qwen3: width, layers, heads, kv heads, feed-forward width, vocabulary
     "tiny": (64, 2, 4, 2, 96, 512),
     "0.6b": (1024, 28, 16, 8, 3072, 151936),
@@ -101,9 +103,10 @@ class Bench:
             times.append(time.perf_counter() - started)
         return statistics.median(times[1:])
 
-    def sampler(self, roles: int, slots: int, max_tokens: int, lora=None) -> engine.Engine:
+    def sampler(self, roles: int, slots: int, max_tokens: int, share: float | None = None) -> engine.Engine:
+        """With keys and values in pages where there is a share of them."""
         sampling = mixture.sampling_params(config_lib.Sampling(temperature=0.6, top_p=0.95), 0.3)
-        return engine.Engine(self.params, self.model, self.mesh, (), 0, slots, max_tokens, sampling, roles, lora)
+        return engine.Engine(self.params, self.model, self.mesh, (), 0, slots, max_tokens, sampling, roles, pages=share)
 
     def requests(self, count: int, roles: int, prompt: int, limit: int, samples: int = 1) -> list[Request]:
         rng = np.random.default_rng(0)
@@ -208,6 +211,55 @@ def kernels(bench: Bench) -> Iterator[Row]:
             yield dict(name=f"{name}: forward and backward", value=fast * 1e3, unit="ms", beside=slow * 1e3)
 
 
+def paged(bench: Bench) -> Iterator[Row]:
+    """`pages.attend` as the device runs it, beside the einsum in float32 over the same texts."""
+    cfg = dataclasses.replace(bench.model, layers=bench.model.layers[:1])
+    if why := pages.refusal(cfg, jax.devices()[0], 1):
+        raise ValueError(why)
+    rows, width, times = (3, 4, 2) if bench.options.model == "tiny" else (64, 64, 100)
+    tokens, half, rng = width * pages.PAGE, bench.dtype, np.random.default_rng(0)
+    at = jnp.asarray(rng.integers(0, tokens, rows), jnp.int32)
+    first = 1 + jnp.arange(rows) * width
+    table = first[:, None] + jnp.arange(width)
+    keys = jax.random.split(jax.random.key(2), 5)
+    k, v = (jax.random.normal(key, (rows, cfg.K, tokens, cfg.H), half) for key in keys[:2])
+    q, new_k, new_v = (
+        jax.random.normal(key, (rows, 1, n, cfg.H), half)
+        for key, n in zip(keys[2:], (cfg.N, cfg.K, cfg.K), strict=True)
+    )
+
+    @jax.jit
+    def run(q, new_k, new_v, pool):
+        """Token after token at the same place, so that calls do not count."""
+
+        def body(_, carry):
+            out, pool = carry
+            return pages.attend(q + 0 * out, new_k, new_v, pool, table, at[:, None])
+
+        return jax.lax.fori_loop(0, times, body, (q, pool))
+
+    @jax.jit
+    def einsum(q, new_k, new_v, k, v):
+        k, v = (x.at[jnp.arange(rows), :, at].set(new[:, 0]) for x, new in ((k, new_k), (v, new_v)))
+        return attention.attend_cached(q, [(k, v, jnp.arange(tokens) <= at[:, None, None], 1)])
+
+    with jax.set_mesh(bench.mesh):
+        empty = pages.empty(cfg, 1 + rows * width, pages.PAGE, half)
+        (pool,) = jax.jit(pages.loaded)(empty, [k], [v], first, jnp.zeros((), jnp.int32))
+        got = np.asarray(run(q, new_k, new_v, pool)[0], np.float32)
+        with jax.default_matmul_precision("highest"):
+            want = np.asarray(einsum(*(x.astype(jnp.float32) for x in (q, new_k, new_v, k, v))))
+        yield dict(
+            name="output, difference / scale", value=float(np.abs(got - want).max() / np.abs(want).max()), unit=""
+        )
+        took = bench.seconds(lambda: run(q, new_k, new_v, pool)) / times
+        slow = bench.seconds(lambda: einsum(q, new_k, new_v, k, v))
+    name = f"a token of {rows} rows, {int(jnp.mean(at))} tokens each"
+    yield dict(name=f"{name}; beside the einsum over all {tokens}", value=took * 1e3, unit="ms", beside=slow * 1e3)
+    read = 2 * float(jnp.sum(at + 1)) * cfg.K * cfg.H * k.dtype.itemsize
+    yield dict(name=f"{name}: read", value=read / took / 1e9, unit="GB/s")
+
+
 # ---------------------------------------------------------------------------------------------------
 # How fast is it?
 # ---------------------------------------------------------------------------------------------------
@@ -239,6 +291,10 @@ def sampling(bench: Bench) -> Iterator[Row]:
                 kind = "plain" if roles == 1 else "mixed"
                 peer = generate(bench, slots, prompt, limit) if roles == 1 and not tiny else None
                 yield dict(name=f"{kind}, {slots} slots: tokens", value=slots * limit / took, unit="1/s", beside=peer)
+                if roles == 1 and not pages.refusal(bench.model, jax.devices()[0], 1):
+                    paged = bench.sampler(roles, slots, limit, 1.0)
+                    fast = bench.seconds(lambda s=paged, ask=ask: list(s.run(ask)))
+                    yield dict(name=f"{kind}, {slots} slots, pages: tokens", value=slots * limit / fast, unit="1/s")
                 step_seconds, held = one_call(bench, sampler, sampler.grid(4, engine.bucket(prompt)))
                 yield dict(name=f"{kind}, {slots} slots: a step", value=step_seconds * 1e3, unit="ms")
                 if "bandwidth" in bench.found:
@@ -417,7 +473,7 @@ def profile(bench: Bench) -> Iterator[Row]:
 # ---------------------------------------------------------------------------------------------------
 
 
-RUN = dict(zip(PARTS, (parity, kernels, limits, sampling, updates, memory, profile), strict=True))
+RUN = dict(zip(PARTS, (parity, kernels, paged, limits, sampling, updates, memory, profile), strict=True))
 
 
 def device_name() -> str:

@@ -27,9 +27,9 @@ def test_every_part_has_its_figures(accelerator, tmp_path, capsys):
     assert rows["loss: largest difference / scale"]["value"] < 1e-5
     assert all(row["value"] > 0 for row in report["rows"] if row["unit"] not in ("", "share"))
     assert f"| limits | copy | {rows['copy']['value']:.4g} |" in (tmp_path / "cpu.md").read_text()
-    assert accelerator.main(["--parts", "kernels", "--model", "tiny", "--runs", "1", "--out", str(tmp_path)]) == 0
+    assert accelerator.main(["--parts", "kernels,pages", "--model", "tiny", "--runs", "1", "--out", str(tmp_path)]) == 0
     kernels = json.loads((tmp_path / "cpu.json").read_text())["rows"]
-    assert len(kernels) == 30 and all(row["value"] < 0.02 for row in kernels if row["unit"] == "")
+    assert len(kernels) == 30 + 3 and all(row["value"] < 0.02 for row in kernels if row["unit"] == "")
 
 
 def test_a_part_that_fails_is_a_row(accelerator, tmp_path, monkeypatch, capsys):
