@@ -356,14 +356,6 @@ class Inference(Section):
     sampling: Sampling = Sampling()
     """How tokens are drawn; by default from the model's own distribution."""
 
-    @model_validator(mode="after")
-    def _caches(self):
-        if self.pages is not None and self.kv_dtype is not None:
-            raise ValueError(
-                f"kv_dtype: got {self.kv_dtype} with pages, whose kernel has one scale for all tokens: want null"
-            )
-        return self
-
     @property
     def slot_count(self) -> int:
         assert not isinstance(self.slots, str), "slots that are auto are chosen before they are used (stages.auto)"

@@ -153,11 +153,18 @@ def test_pages_are_counted_by_the_texts_that_they_hold(config, monkeypatch):
     assert found[name].caches == ((23, 64, 2, 128),)
     row = programs.measure(found[name], changed, quick=True)
     assert row.aliased_gb * 1e9 >= 2 * 23 * 64 * 2 * 128 * 2 and row.cache_copies == 0
+    programs.check_pages(changed, model, mesh)
+    int8 = config_lib.with_overrides(changed, {"evaluate.kv_dtype": "int8"}, "test")
+    with pytest.raises(UserError, match=r"evaluate.pages: only a GPU's kernel reads keys and values in int8"):
+        programs.check_pages(int8, model, mesh)
     job = next(job for job in programs.jobs_of(changed, model) if job.pages)
     for kernel, block in (("tpu", 512), ("gpu", 64)):
         monkeypatch.setattr(pages, "kernel", lambda kernel=kernel: kernel)
         _, fetched, _ = programs.paged_bytes(job.grid(mesh), model, jnp.dtype("bfloat16"), mesh)
         assert fetched == pytest.approx(rows * (text + block / 2 + 1) * token)
+    grid = dataclasses.replace(job.grid(mesh), kv_dtype="int8")
+    _, halved, _ = programs.paged_bytes(grid, model, jnp.dtype("bfloat16"), mesh)
+    assert halved / fetched == pytest.approx((128 + 4) / 256)
 
 
 def test_answers_are_forced_after_whole_prompts_where_rows_cannot_go_back(config):
@@ -455,7 +462,8 @@ def test_gpus_that_are_not_there_are_described_to_the_plugin(config):
         pytest.skip("JAX's plugin for CUDA is not installed")
     devices = chips.devices("h100:2x4")
     assert len(devices) == 8 and devices[7].process_index == 1 and chips.chip(devices[0]).hbm == 80
-    config = config_lib.with_overrides(config, {"evaluate.pages": 0.5}, "test")
+    paged = {"evaluate.pages": 0.5, "generate.pages": 0.5, "generate.kv_dtype": "int8"}
+    config = config_lib.with_overrides(config, paged, "test")
     rows = compile_on(config, devices[:4], quick=True)
     assert len(rows) == 7 and {row.verdict for row in rows.values()} == {"fits"}, rows
-    assert [row.cache_copies for name, row in rows.items() if "pages" in name] == [0, 0]
+    assert [row.cache_copies for name, row in rows.items() if "pages" in name] == [0] * 4

@@ -242,10 +242,6 @@ def test_it_is_on_record_where_it_is_asked_for(tmp_path):
         settings["train"]["online"]["kv_dtype"] == "int8"
         and "kv_dtype" not in recipes.train(plain).settings["train"]["online"]
     )
-    with pytest.raises(
-        UserError, match=r"evaluate: kv_dtype: got int8 with pages, whose kernel has one scale for all tokens"
-    ):
-        config_lib.build(tiny.tree(tmp_path / "run", evaluate__kv_dtype="int8", evaluate__pages=0.5), "test")
 
 
 def test_a_prompt_that_is_not_a_number_is_still_refused(params, one_device):

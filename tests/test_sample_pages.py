@@ -76,8 +76,10 @@ def test_samples_are_the_same_though_some_are_given_up(params, one_device, monke
     dense.same(drawn[0.01], drawn[1.0])
 
 
-@pytest.mark.parametrize(("kernel", "parts"), [("tpu", 2), ("gpu", 2), ("gpu", 1)], indirect=["kernel"])
-def test_the_kernel_draws_the_einsum_s_texts_on_one_device_and_on_four(kernel, parts, monkeypatch):
+@pytest.mark.parametrize(
+    ("kernel", "parts", "form"), [("tpu", 2, None), ("gpu", 2, "int8"), ("gpu", 1, None)], indirect=["kernel"]
+)
+def test_the_kernel_draws_the_einsum_s_texts_on_one_device_and_on_four(kernel, parts, form, monkeypatch):
     monkeypatch.setattr(pages, "PAGE", 8)
     mesh, cfg = mesh_of(data=parts, tensor=parts), dataclasses.replace(CFG, H=SIZES[kernel])
     params = weights.init(jax.random.key(1), cfg, std=0.4)
@@ -85,7 +87,8 @@ def test_the_kernel_draws_the_einsum_s_texts_on_one_device_and_on_four(kernel, p
     with jax.set_mesh(mesh):
         placed = jax.device_put(params, weights.shardings(cfg, mesh))
         kw = {"slots": 2, "cfg": cfg, "never": (5, dense.STOP)}
-        want, got = (dense.collect(dense.sampler(placed, mesh, pages=x, **kw), asked) for x in (None, 0.5))
+        samplers = [dense.sampler(placed, mesh, pages=share, **kw) for share in (None, 0.5)]
+        want, got = (dense.collect(dataclasses.replace(s, kv_dtype=form), asked) for s in samplers)
     dense.same(got, want, exact=False)
     assert [len(x.tokens) for x in got.values()] == [5, 5]
 
@@ -167,14 +170,16 @@ def test_what_the_kernel_does_not_take_is_refused():
     def device(platform, capability):
         return types.SimpleNamespace(platform=platform, compute_capability=capability)
 
-    def refusal(platform, tensor=1, capability="9.0", **kw):
-        return pages.refusal(dataclasses.replace(CFG, **kw), device(platform, capability), tensor)
+    def refusal(platform, tensor=1, capability="9.0", kv_dtype=None, **kw):
+        return pages.refusal(dataclasses.replace(CFG, **kw), device(platform, capability), tensor, kv_dtype)
 
     assert refusal("tpu") is None and refusal("cpu", H=6) is None and refusal("tpu", K=8, N=8) is None
     assert "heads of 128 channels" in str(refusal("tpu", H=64))
     assert "here are 6" in str(refusal("tpu", K=12, N=12, tensor=2))
     assert refusal("gpu") is None and refusal("gpu", H=64, K=3, N=3, tensor=2, capability="12.0") is None
     assert "16, 32, 64, 128 or 256 channels, the model's have 96" in str(refusal("gpu", H=96))
+    assert refusal("gpu", kv_dtype="int8") is None
+    assert "only a GPU's kernel" in str(refusal("tpu", kv_dtype="int8")) == str(refusal("cpu", kv_dtype="int8"))
     assert "8.0 or more, here is 7.5" in str(refusal("gpu", capability="7.5"))
     assert "an NVIDIA GPU" in str(refusal("gpu", capability="gfx942"))
     assert "window or a state" in str(refusal("tpu", layers=(dataclasses.replace(CFG.layers[0], window=8),)))

@@ -33,6 +33,7 @@ from dail_jax.ahead import compiled as compiled_lib
 from dail_jax.ahead.chips import chip
 from dail_jax.ahead.compiled import Figures, copies_of, figures_of
 from dail_jax.data.batches import pad
+from dail_jax.errors import UserError
 from dail_jax.model import lora as lora_lib
 from dail_jax.model import pages, transformer, weights
 from dail_jax.model.families import Layer, ModelConfig
@@ -494,6 +495,14 @@ def jobs_of(config: config_lib.Config, model: ModelConfig) -> list[Job]:
     return out
 
 
+def check_pages(config: config_lib.Config, model: ModelConfig, mesh: Mesh) -> None:
+    """Raises UserError if something cannot be drawn from pages on the devices of a mesh."""
+    for job in jobs_of(config, model):
+        why = pages.refusal(model, mesh.devices.flat[0], mesh_lib.axis_size(mesh, "k"), job.kv_dtype)
+        if job.pages and why:
+            raise UserError(f"{why}: want null", field=job.key.replace("slots", "pages"))
+
+
 def names_of(job: Job, mesh: Mesh) -> tuple[str, str]:
     """The names of a job's prefill and of its decoding."""
     grid = job.grid(mesh)
@@ -548,7 +557,8 @@ def paged_bytes(grid: decode.Grid, model: ModelConfig, dtype, mesh) -> tuple[flo
     a token, and of all pages. Where there is no kernel, an einsum reads pages, and its bytes are in the program's text."""
     layers = sum(map(pages.is_paged, model.layers)) if grid.pages else 0
     heads = model.K // mesh_lib.axis_size(mesh, "k") if model.K % mesh_lib.axis_size(mesh, "k") == 0 else model.K
-    token, shards = layers * 2 * heads * model.H * dtype.itemsize, mesh_lib.axis_size(mesh, "b")
+    size = model.H + 4 if grid.kv_dtype else model.H * dtype.itemsize  # int8 with a float32 scale
+    token, shards = layers * 2 * heads * size, mesh_lib.axis_size(mesh, "b")
     rows, text = grid.slots * grid.roles / shards, grid.prompt_slots + LIVE * grid.max_tokens
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
         block = pages.KEYS.get(pages.kernel())

@@ -20,8 +20,9 @@ from flax import struct
 from jax.sharding import PartitionSpec
 
 from dail_jax import mesh as mesh_lib
-from dail_jax.model import attention
+from dail_jax.model import attention, kv_int8
 from dail_jax.model.families import Layer, ModelConfig
+from dail_jax.model.int8 import Int8
 
 PAGE = 64  # tokens
 KEYS = {"tpu": 512, "gpu": PAGE}  # tokens that the kernel fetches at a time
@@ -39,10 +40,11 @@ class Joined:
     """
 
     tokens: jax.Array
-    axes: ClassVar[str] = "b_k_"  # of each array
+    axes: ClassVar[str] = "b_k"  # of each array, from the first on
 
     @classmethod
     def empty(cls, heads: int, pages: int, page: int, size: int, dtype) -> Joined:
+        assert dtype != jnp.int8, "the kernel has one scale for all tokens"
         return cls(jnp.zeros((pages, page, 2 * heads, size), dtype))
 
     @property
@@ -78,16 +80,17 @@ class Apart:
     """A pool of two arrays, as JAX's paged attention for GPUs reads them.
 
     Attributes:
-      keys, values: [K, pages, tokens of a page, H].
+      keys, values: [K, pages, tokens of a page, H], or their int8 form (`kv_int8`), with scales [K, pages, tokens of a page].
     """
 
-    keys: jax.Array
-    values: jax.Array
-    axes: ClassVar[str] = "kb__"
+    keys: jax.Array | Int8
+    values: jax.Array | Int8
+    axes: ClassVar[str] = "kb"
 
     @classmethod
     def empty(cls, heads: int, pages: int, page: int, size: int, dtype) -> Apart:
-        return cls(*(jnp.zeros((heads, pages, page, size), dtype) for _ in range(2)))
+        shape = (heads, pages, page, size)
+        return cls(*(kv_int8.empty(shape) if dtype == jnp.int8 else jnp.zeros(shape, dtype) for _ in range(2)))
 
     @property
     def sizes(self) -> tuple[int, int, int]:
@@ -96,17 +99,22 @@ class Apart:
 
     def in_pages(self, k: jax.Array, v: jax.Array) -> Apart:
         _, page, _ = self.sizes
-        padded = (jnp.pad(x, ((0, 0), (0, 0), (0, -x.shape[2] % page), (0, 0))) for x in (k, v))
-        return Apart(*(x.reshape(*x.shape[:2], -1, page, x.shape[3]).astype(self.keys.dtype) for x in padded))
+
+        def paged(pool, x):  # [roles,K,P,...]
+            x = jnp.pad(x, [(0, -size % page if axis == 2 else 0) for axis, size in enumerate(x.shape)])
+            return x.reshape(*x.shape[:2], -1, page, *x.shape[3:]).astype(pool.dtype)
+
+        return jax.tree.map(paged, self, Apart(k, v))
 
     def attend(
         self, q: jax.Array, k: jax.Array, v: jax.Array, number: jax.Array, at: jax.Array, table: jax.Array, scale
     ) -> tuple[jax.Array, Apart]:
+        _, page, _ = self.sizes
+
         def written(pool, new):
             return pool.at[:, number, at % page].set(new[:, 0].swapaxes(0, 1).astype(pool.dtype))
 
-        _, page, _ = self.sizes
-        pool = Apart(written(self.keys, k), written(self.values, v))
+        pool = jax.tree.map(written, self, Apart(k, v))
         return _paged(q, pool, table, at + 1, scale), pool
 
 
@@ -119,12 +127,15 @@ def is_paged(layer: Layer) -> bool:
     return layer.mixer == "attention" and layer.window is None
 
 
-def refusal(cfg: ModelConfig, device: Any, tensor: int) -> str | None:
-    """Why a model cannot be sampled from pages on such a JAX device, with heads divided by `tensor`; None: it can."""
+def refusal(cfg: ModelConfig, device: Any, tensor: int, kv_dtype: str | None = None) -> str | None:
+    """Why a model cannot be sampled from pages on such a JAX device, with heads divided by `tensor` and keys and values of
+    such a type; None: it can."""
     if not any(map(is_paged, cfg.layers)):
         return "every layer of the model has a window or a state"
     if device.platform == "gpu":
         return _refusal_gpu(cfg, device.compute_capability)
+    if kv_dtype is not None:
+        return f"only a GPU's kernel reads keys and values in {kv_dtype}, and kv_dtype asks for it"
     if device.platform == "cpu":
         return None
     if cfg.H != LANES:
@@ -145,7 +156,7 @@ def _refusal_gpu(cfg: ModelConfig, capability: str) -> str | None:
 
 
 def empty(cfg: ModelConfig, pages: int, page: int, dtype) -> Pools:
-    """A pool of so many pages, those of all devices, for each layer that is paged."""
+    """A pool of so many pages, those of all devices, for each layer that is paged; of int8 with its scales."""
     form = Apart if kernel() == "gpu" else Joined
     return tuple(form.empty(cfg.K, pages, page, cfg.H, dtype) if is_paged(x) else None for x in cfg.layers)
 
@@ -161,8 +172,8 @@ def attend(
 ) -> tuple[jax.Array, Pool]:
     """Adds one token per row, and attends from it to itself and to all before it.
 
-    q [B,1,N,H], k and v [B,1,K,H], table [B,W], positions [B,1], -1 where a row has ended -> [B,1,N,H] and the pool. The
-    output of a row that has ended is finite and meaningless.
+    q [B,1,N,H], k and v [B,1,K,H], in the pool's form, table [B,W], positions [B,1], -1 where a row has ended ->
+    [B,1,N,H] and the pool. The output of a row that has ended is finite and meaningless.
     """
     _, page, _ = pool.sizes
 
@@ -173,7 +184,7 @@ def attend(
         return pool.attend(q, k, v, number, at, table, scale)
 
     whole, rows, heads = _layout(pool)
-    by_head, by_row = PartitionSpec(rows, None, heads, None), PartitionSpec(rows, None)
+    by_head, by_row = PartitionSpec(rows, None, heads), PartitionSpec(rows, None)
     specs = (by_head, by_head, by_head, whole, by_row, by_row)
     return _on_devices(local, specs, (by_head, whole))(q, k, v, pool, table, positions)
 
@@ -236,6 +247,10 @@ def devices() -> int:
     return 1 if mesh.empty else mesh_lib.axis_size(mesh, "b")
 
 
+def is_int8(pool: Pool) -> bool:
+    return isinstance(pool, Apart) and isinstance(pool.keys, Int8)
+
+
 def kernel() -> str:
     """The platform whose kernel reads pages here; there is none for a CPU."""
     return attention.target()
@@ -296,12 +311,17 @@ def _paged(q: jax.Array, pool: Apart, table: jax.Array, lengths: jax.Array, scal
 
     (_, page, _), width = pool.sizes, table.shape[1]
     splits = -(-width * page // SPLIT)
+    keys, values, scales = pool.keys, pool.values, (None, None)
+    if isinstance(keys, Int8) and isinstance(values, Int8):
+        q = kv_int8.turned(q).astype(q.dtype)
+        keys, values, scales = keys.values, values.values, (keys.scale, values.scale)
     out = kernels.paged_attention(
         q[:, 0] * (q.shape[-1] ** -0.5 if scale is None else scale),
-        pool.keys,
-        pool.values,
+        keys,
+        values,
         jnp.pad(table, ((0, 0), (0, -width % splits))),
         lengths,
+        *scales,
         pages_per_compute_block=1,
         k_splits=splits,
     )

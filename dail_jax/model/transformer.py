@@ -133,7 +133,6 @@ def empty_cache(
     `prompt_slots` are those of one of the `entries` of a prompt buffer. `paged` is how many pages there are and how many
     tokens one has; None: no layer is paged. `kv_dtype` is the form of keys and values: `int8`, or None for exact ones.
     """
-    assert not (paged and kv_dtype), "keys and values in pages are exact"
 
     def make(rows: int, slots: int, times: int = 1) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
         k, v = [], []
@@ -159,7 +158,7 @@ def empty_cache(
         prompt_v=prompt_v,
         prompt_length=jnp.zeros((blocks, entries), jnp.int32),
         row_prompt=jnp.zeros(rows, jnp.int32),
-        pools=pages.empty(cfg, *paged, dtype) if paged else (None,) * cfg.L,
+        pools=pages.empty(cfg, *paged, jnp.dtype(kv_dtype or dtype)) if paged else (None,) * cfg.L,
         states=tuple(i for i, layer in enumerate(cfg.layers) if layer.mixer == "deltanet"),
     )
 
@@ -391,6 +390,9 @@ def decode_step(
             pool = pools[i]
             if pool is not None:
                 assert table is not None
+                if pages.is_int8(pool):
+                    both = _quantized(k.swapaxes(1, 2), v.swapaxes(1, 2), layer, weights)
+                    k, v = jax.tree.map(lambda a: a.swapaxes(1, 2), both)
                 out, pools[i] = pages.attend(q, k, v, pool, table, positions, cfg.attention_scale)
                 return out, (None, None)
             k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)

@@ -131,7 +131,9 @@ def caches(s: Subject) -> Iterator[Finding]:
     cfg = s.config.train.online if s.stage == "train" else getattr(s.config, s.stage)
     if cfg.pages is None or s.server or (s.stage == "train" and s.method.source != "samples"):
         return
-    if why := pages.refusal(s.model, s.sample_mesh.devices.flat[0], mesh_lib.axis_size(s.sample_mesh, "k")):
+    if why := pages.refusal(
+        s.model, s.sample_mesh.devices.flat[0], mesh_lib.axis_size(s.sample_mesh, "k"), cfg.kv_dtype
+    ):
         key = "train.online.pages" if s.stage == "train" else f"{s.stage}.pages"
         yield UserError(f"{why}: want null", field=key)
 

@@ -33,6 +33,7 @@ def run(
     devices = chips.devices(topology)
     config = auto.settled(config, auto.stages_of(config), devices)
     train, sample = programs.meshes_of(config.mesh, devices)
+    programs.check_pages(config, model, sample)
     shape = mesh_lib.described(train, sample)
     log(f"compile: {folder} for {len(devices)} {devices[0].device_kind} ({topology}), mesh {shape}")
     rows = []

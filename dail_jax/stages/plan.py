@@ -66,7 +66,9 @@ def run(
     for arm, own in arms_of(config).items():
         folder = resources.model(own.model.path)
         train, sample = meshes(own.mesh)
-        for program in programs.programs_of(own, read_config(folder), train, sample):
+        model = read_config(folder)
+        programs.check_pages(own, model, sample)
+        for program in programs.programs_of(own, model, train, sample):
             key = key_of(folder, program)
             if program.kind != "loss" and key not in rows:  # the train step has it
                 skipped = programs.skipped(program) if known_only else None
