@@ -6,8 +6,8 @@
 Parts, each of which can be left out by naming the others in `--parts`:
 
 parity   a small model in float32 on the device and on this machine's CPU: logits, sampled tokens, loss and gradient
-kernels  the device's attention in bfloat16 beside the einsum in float32: padding, grouped heads, windows, odd and long rows;
-         values and gradients, and how long both take
+kernels  the device's attention in bfloat16 beside the einsum in float32: padding, grouped heads and their sizes, windows, odd
+         and long rows; values and gradients, and how long both take
 pages    the same of keys and values in pages: one token of many rows, whose texts have all lengths; what it reads a second
 limits   what the device reaches: bytes a second of a copy, FLOPs a second of a large product
 decode   plain and mixed sampling: tokens a second, and the share of the copy's bandwidth that weights and caches account

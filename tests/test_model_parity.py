@@ -233,6 +233,9 @@ def test_gradients_of_scanned_layers_on_eight_devices_equal_unrolled_ones(case, 
     for x, y in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
         assert np.abs(y).max() > 0
         np.testing.assert_allclose(x, y, atol=2e-4 * np.abs(y).max())
+    (forward,) = [step for step in gradient.trace(params, lora).jaxpr.eqns if step.primitive.name == "scan"][:1]
+    kept = [x.aval.shape for x in forward.outvars[forward.params["num_carry"] :]]
+    assert kept == [(cfg.L // cfg.period, *batch()[0].shape, cfg.D)] * cfg.period  # each layer's input, and no weights
 
 
 def test_scaled_embeddings_are_rounded_as_in_transformers():

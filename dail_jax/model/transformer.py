@@ -305,13 +305,15 @@ def _scan(step: Callable, x: jax.Array, layers: dict, adapter: dict | None, cfg:
 
         return {name: jax.tree.map(one(name), leaf) for name, leaf in layers.items()}
 
+    def one(i: int, x: jax.Array, weights: Any, pairs: Any) -> jax.Array:
+        # Looked up within what is recomputed: otherwise the backward pass would be left a copy of all weights.
+        weights = look_up(weights) if rest else weights
+        pair = adapter and of_layer(pairs, i, pattern)
+        return step(pattern.layers[i], x, of_layer(weights, i, pattern), pair)
+
     def period(x, inputs):
-        weights, pairs = inputs
-        if rest:
-            weights = look_up(weights)
-        for i, layer in enumerate(pattern.layers):
-            pair = adapter and of_layer(pairs, i, pattern)
-            x = _remat(step, remat)(layer, x, of_layer(weights, i, pattern), pair)
+        for i in range(len(pattern.layers)):
+            x = _remat(one, remat)(i, x, *inputs)
         return x, None
 
     x, _ = jax.lax.scan(period, x, (jnp.arange(rounds) if rest else fold(layers), adapter and fold(adapter)))
