@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import sys
 import types
 
 import jax
@@ -11,7 +12,6 @@ import pytest
 import test_sample_engine as dense
 from conftest import mesh_of
 from jax.experimental.pallas import tpu as pltpu
-from jax.experimental.pallas.ops.gpu import paged_attention
 from jax.experimental.pallas.ops.tpu.ragged_paged_attention import kernel as ragged
 
 from dail_jax import config as config_lib
@@ -22,6 +22,7 @@ from dail_jax.stages import checks
 
 CFG = dataclasses.replace(dense.CFG, H=128, layers=dense.CFG.layers[:1])  # the TPU's kernel has heads of 128 channels
 SIZES = {"tpu": 128, "gpu": 32}
+GPU_KERNELS = "jax.experimental.pallas.ops.gpu.paged_attention"
 
 
 @pytest.fixture
@@ -42,8 +43,8 @@ def tpu(monkeypatch):
 @pytest.fixture
 def gpu(monkeypatch):
     """Runs the GPU's kernel on this CPU, with several programs for a text."""
-    emulated = functools.partial(paged_attention.paged_attention, interpret=True)
-    monkeypatch.setattr(paged_attention, "paged_attention", emulated)
+    kernels = pytest.importorskip(GPU_KERNELS)
+    monkeypatch.setattr(kernels, "paged_attention", functools.partial(kernels.paged_attention, interpret=True))
     monkeypatch.setattr(pages, "kernel", lambda: "gpu")
     monkeypatch.setattr(pages, "SPLIT", 32)
     return "gpu"
@@ -166,7 +167,7 @@ def test_no_page_is_held_twice_and_all_come_back():
     assert grown > 100 and [len(free) for free in pool.free] == total and not pool.table.any()
 
 
-def test_what_the_kernel_does_not_take_is_refused():
+def test_what_the_kernel_does_not_take_is_refused(monkeypatch):
     def device(platform, capability):
         return types.SimpleNamespace(platform=platform, compute_capability=capability)
 
@@ -197,6 +198,8 @@ def test_what_the_kernel_does_not_take_is_refused():
     assert found("evaluate", "tpu", None) == found("evaluate", "gpu", "8.0") == []
     refused = "the kernel wants an NVIDIA GPU of compute capability 8.0 or more, here is 7.0"
     assert found("generate", "gpu", "7.0") == [f"generate.pages: {refused}: want null"]
+    monkeypatch.setitem(sys.modules, GPU_KERNELS, None)  # as where a later jax has left it out
+    assert "has no kernel that reads pages on a GPU" in str(refusal("gpu"))
 
 
 def test_caches_are_updated_in_place(params, one_device):

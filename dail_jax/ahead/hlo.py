@@ -17,10 +17,7 @@ from dataclasses import dataclass
 WIDTHS = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s16": 2, "u16": 2, "s32": 4, "u32": 4, "f32": 4, "f64": 8}
 FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "partition-id", "iota"}
 KERNELS = ("ragged_paged_attention", "write_pages")  # fetch what they need of an operand themselves: a TPU's, by name
-TRITON = (
-    "__gpu$xla.gpu.triton",
-    "triton_kernel_call_ffi",
-)  # and a GPU's, by what jax 0.10 and 0.11 have them called by
+TRITON = 'custom_call_target="__gpu$xla.gpu.triton"'  # and a GPU's, by what calls them
 AHEAD = {"copy-start", "slice-start"}
 UPDATES = {"dynamic-update-slice": 1, "scatter": 2}  # which operand is the update that is written in place
 SLICING = {"dynamic-slice", "slice", "gather"}
@@ -133,7 +130,7 @@ def steps_of(
 
 def _bytes(computations: dict[str, list[Op]], op: Op, types: dict[str, str], everywhere: bool) -> float:
     """What one instruction reads and writes."""
-    if op.name.startswith(KERNELS) or any(f'custom_call_target="{name}"' in op.rest for name in TRITON):
+    if op.name.startswith(KERNELS) or TRITON in op.rest:
         return 0.0
     if op.kind in AHEAD:
         # Of a copy the target comes first, of a slice after the operands.

@@ -11,6 +11,7 @@ gathered pages takes its place.
 
 from __future__ import annotations
 
+import importlib
 import re
 from typing import Any, ClassVar
 
@@ -148,6 +149,10 @@ def refusal(cfg: ModelConfig, device: Any, tensor: int, kv_dtype: str | None = N
 
 def _refusal_gpu(cfg: ModelConfig, capability: str) -> str | None:
     """`refusal` on a GPU of such a compute capability: 9.0, or gfx942 where it is AMD's."""
+    try:
+        importlib.import_module("jax.experimental.pallas.ops.gpu.paged_attention")
+    except ImportError:  # deprecated since jax 0.11
+        return f"jax {jax.__version__} has no kernel that reads pages on a GPU, which jax 0.10 and 0.11 have"
     if not re.fullmatch(r"\d+\.\d", capability) or float(capability) < 8:
         return f"the kernel wants an NVIDIA GPU of compute capability 8.0 or more, here is {capability}"
     if cfg.H not in (16, 32, 64, 128, 256):
