@@ -53,8 +53,16 @@ TRAIN = config_lib.load(ROOT / "configs/demo.yaml").train
 SHARES = (0.1, 0.3, 0.6, 0.65, 0.7, 0.8, 0.9)  # of the privileged student's shortcuts in a base's corpus
 STUDENT = 0.1  # the student's
 ROWS = 4000  # of a corpus
-# Weights of the reverse KL, of the forward KL to the target with this temperature, and of the likelihood of the traces.
-OBJECTIVES = {"reverse": (1, 0, 1.0, 0), "forward": (0, 1, 1.0, 0), "sharp": (0, 1, 0.2, 0), "nll": (0, 0, 1.0, 1)}
+# Weights of the reverse KL, of the forward KL to the target with this temperature, of the likelihood of the traces, and of
+# that of the target's most likely token where the student gives it less than EPSILON.
+OBJECTIVES = {
+    "reverse": (1, 0, 1.0, 0, 0),
+    "gated": (1, 0, 1.0, 0, 1),
+    "forward": (0, 1, 1.0, 0, 0),
+    "sharp": (0, 1, 0.2, 0, 0),
+    "nll": (0, 0, 1.0, 1, 0),
+}
+EPSILON = 0.01
 GAMMAS = {"reverse": (0, 0.2, 0.4, 0.6, 0.8, 0.9), "forward": (0, 0.4, 0.6), "sharp": (0, 0.4, 0.6), "nll": (0,)}
 # Gammas at which the target's most likely tokens are compared with the privileged student's.
 MOVED = (0.1, 0.3, 0.5, 0.6, 0.7, 0.8, 0.9)
@@ -66,11 +74,13 @@ SEEDS = (2, 3, 4, 5)  # beside 1, at the two gammas of `reverse` on either side 
 SAMPLED = {
     0.7: {
         ("untrained", 0): (1,),
-        ("nll", 0): (1, 2, 3),
-        ("reverse", 0): (1, 2, 3),
+        ("nll", 0): (1, 2, 3, 4, 5),
+        ("reverse", 0): (1, 2, 3, 4, 5),
+        ("gated", 0): (1, 2, 3, 4, 5),
         ("forward", 0): (1,),
         ("sharp", 0): (1,),
-        ("reverse", 0.7): (1, 2, 3),
+        ("reverse", 0.7): (1, 2, 3, 4, 5),
+        ("gated", 0.7): (1, 2, 3, 4, 5),
         ("forward", 0.7): (1, 2, 3),
         ("sharp", 0.7): (1, 2, 3),
         ("sharp", 0.9): (1,),
@@ -204,12 +214,14 @@ def starts(out: Path) -> None:
 
 def loss_of(lora, params, batch, weights, model):
     """The mean over response tokens of the objective that `weights` = (*OBJECTIVES[...], gamma) chooses."""
-    reverse, forward, temperature, likelihood, gamma = weights
+    reverse, forward, temperature, likelihood, gate, gamma = weights
     m = states(params, lora, batch["tokens"], batch["positions"], model)
     p, n = batch["privileged"], batch["negative"]
     target = jax.nn.log_softmax((p - gamma * n) / ((1 - gamma) * temperature))
     loss = reverse * (kl_divergence(m, p) - gamma * kl_divergence(m, n))
     loss += forward * kl_divergence(target, m) - likelihood * chosen(m, batch["targets"])
+    missed = -chosen(m, target.argmax(-1))
+    loss += gate * jnp.where(missed > -jnp.log(EPSILON), missed, 0)
     return (loss * batch["mask"]).sum() / batch["mask"].sum()
 
 
@@ -395,7 +407,7 @@ def optimum(roles: dict, arm: str, gamma: float) -> float:
     KLs at their arithmetic mean.
     """
     p, n = np.array(roles["privileged"]), np.array(roles["negative"])
-    _, forward, temperature, likelihood = OBJECTIVES[arm.removesuffix(EMBEDDED)]
+    _, forward, temperature, likelihood, _ = OBJECTIVES[arm.removesuffix(EMBEDDED)]
     tilted = (p - gamma * n) / ((1 - gamma) * temperature)
     if likelihood:
         return float(np.mean(roles["cut_short"]))
@@ -537,7 +549,7 @@ def percent(values: list[float]) -> str:
 
 def plot(bases: dict, docs: Path) -> None:
     """Plots the boundary over gamma and laziness, predicted and measured, and the shares that training reaches."""
-    marks = dict(zip(OBJECTIVES, zip("o^s*", COLOURS, strict=False), strict=True))
+    marks = dict(zip(GAMMAS, zip("o^s*", COLOURS, strict=False), strict=True))
     last = str(SHORT[1])
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(10.8, 4.6), layout="constrained")

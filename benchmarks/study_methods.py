@@ -1,28 +1,18 @@
-"""The command line with the objectives that benchmarks/study.py compares and the package does without.
+"""The command line with an objective that benchmarks/study.py compares and the package does without.
 
-python benchmarks/study_methods.py run --config FILE train.objective=gated
+python benchmarks/study_methods.py run --config FILE train.objective=scheduled
 """
 
 from __future__ import annotations
 
 import dataclasses
-import math
 
 import jax.numpy as jnp
 import numpy as np
 
 from dail_jax import launch
 from dail_jax.stages import train
-from dail_jax.train.methods import CONTRAST, METHODS, Method, chosen, contrast, sharpened
-
-
-def gated(log, tokens, cfg):
-    """dail's loss, and -log M of the target's most likely token where M gives it less than epsilon."""
-    loss, parts = contrast(log, tokens, cfg)
-    best = (log["privileged"] - cfg.gamma * log["negative"]).argmax(-1)
-    missed = -chosen(log["student"], best)
-    missed = jnp.where(missed > -math.log(cfg.loss["epsilon"]), missed, 0)
-    return loss + missed, {**parts, "missed": missed}
+from dail_jax.train.methods import CONTRAST, METHODS, Method, contrast, sharpened
 
 
 def scheduled(log, tokens, cfg):
@@ -49,7 +39,6 @@ class Epochs(train.Epochs):
         return dataclasses.replace(batch, arrays={**batch.arrays, "progress": progress})
 
 
-METHODS["gated"] = Method("gated", "traces", gated, CONTRAST, settings={"epsilon": 0.01})
 METHODS["scheduled"] = Scheduled("scheduled", "traces", scheduled, CONTRAST, settings={"temperature": 1.0})
 train.Epochs = Epochs
 

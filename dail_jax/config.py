@@ -497,16 +497,17 @@ class Train(Section):
     """
 
     objective: str = "dail"
-    """Name of the method: dail, onpolicy, sharp, nll, sft, star, grpo, nurl, none (the untrained model), or one of your
-    own."""
+    """Name of the method: dail, onpolicy, gated, sharp, nll, sft, star, grpo, nurl, none (the untrained model), or one of
+    your own."""
     gamma: NonNegative = 0.1
-    """Weight of the negative reference (dail, onpolicy, sharp); 0.1 is the paper's. Reverse KL and sharp need gamma below
-    1."""
+    """Weight of the negative reference (dail, onpolicy, gated, sharp); 0.1 is the paper's. Reverse KL, gated and sharp need
+    gamma below 1."""
     kl: Literal["reverse", "forward"] = "reverse"
-    """Direction of the divergences (dail, onpolicy): reverse is KL(student || reference), the paper's."""
+    """Direction of the divergences (dail, onpolicy, gated): reverse is KL(student || reference), the paper's."""
     loss: dict[str, Number] = {}
-    """Further numbers, by name, which a method declares as its settings. sharp reads `temperature`, above 0 and at most 1:
-    how sharp its target is (default 0.2; less is sharper). Methods of your own declare theirs."""
+    """Further numbers, by name, which a method declares as its settings. gated reads `epsilon`, between 0 and 1: what the
+    student gives less than this is raised (default 0.01). sharp reads `temperature`, above 0 and at most 1: how sharp its
+    target is (default 0.2; less is sharper). Methods of your own declare theirs."""
     reduce: Literal["token", "sequence"] = "token"
     """What an update averages: all its tokens alike, or its sequences' own means, as the reference implementation does."""
     epochs: Count = 3

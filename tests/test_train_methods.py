@@ -15,18 +15,16 @@ from dail_jax.train import methods
 from dail_jax.train.methods import CONTRAST, METHODS, Method
 
 
-def gated(log, tokens, cfg):
-    """dail's loss, and -log M of q*'s most likely token where M gives it less than epsilon."""
-    loss, parts = methods.contrast(log, tokens, cfg)
-    best = (log["privileged"] - cfg.gamma * log["negative"]).argmax(-1)
-    missed = -methods.chosen(log["student"], best)
-    missed = jnp.where(missed > -jnp.log(cfg.loss["epsilon"]), missed, 0)
-    return loss + missed, {**parts, "missed": missed}
+def smoothed(log, tokens, cfg):
+    """nll, with a share of every token's weight spread over the vocabulary."""
+    share, nll = cfg.loss["share"], -methods.chosen(log["student"], tokens["targets"])
+    spread = -log["student"].mean(-1)
+    return (1 - share) * nll + share * spread, {"nll": nll, "spread": spread}
 
 
 @pytest.fixture
 def mine(monkeypatch):
-    method = Method("mine", "traces", gated, CONTRAST, settings={"epsilon": 0.01})
+    method = Method("mine", "traces", smoothed, settings={"share": 0.1})
     monkeypatch.setitem(METHODS, "mine", method)
     return method
 
@@ -37,19 +35,31 @@ def of(**train):
 
 def test_a_method_from_outside_trains(tmp_path, pipeline, mine, capsys):
     """One function and one entry: nothing else knows of it, and it goes from traces to results."""
-    changes = {"train__objective": "mine", "train__loss": {"epsilon": 0.5}, "train__gamma": 0.3}
+    changes = {"train__objective": "mine", "train__loss": {"share": 0.3}}
     path = tiny.write(tmp_path / "run", traces=str(pipeline / "traces.jsonl"), evaluate__samples=2, **changes)
     with tiny.alone():
         for stage in ("train", "export", "evaluate"):
             assert tiny.run(stage, path) == 0
         assert "train: mine on " in capsys.readouterr().out
         rows = [r for r in tiny.lines(tmp_path / "run" / "metrics.jsonl") if r["stage"] == "train"]
-        assert len(rows) == tiny.UPDATES and rows[-1]["missed"] < rows[0]["missed"]
+        assert len(rows) == tiny.UPDATES and rows[-1]["nll"] < rows[0]["nll"]
         for r in rows:
-            assert r["loss"] == pytest.approx(r["kl_privileged"] - 0.3 * r["kl_negative"] + r["missed"], rel=1e-5)
-        assert (tmp_path / "run" / "references" / "negative.bin").is_file()  # cached like anyone else's
-        assert tiny.run("train", path, "train.loss.epsilom=1") == 2
-        assert "train.loss.epsilom: unknown key; did you mean 'epsilon'?" in capsys.readouterr().err
+            assert r["loss"] == pytest.approx(0.7 * r["nll"] + 0.3 * r["spread"], rel=1e-5)
+        assert tiny.run("train", path, "train.loss.shar=1") == 2
+        assert "train.loss.shar: unknown key; did you mean 'share'?" in capsys.readouterr().err
+
+
+def test_gated_trains(tmp_path, pipeline):
+    """On traces, with cached references; the parts of its loss are the contrast's and what the student missed."""
+    changes = {"train__objective": "gated", "train__loss": {"epsilon": 0.5}, "train__gamma": 0.3}
+    path = tiny.write(tmp_path / "run", traces=str(pipeline / "traces.jsonl"), **changes)
+    with tiny.alone():
+        assert tiny.run("train", path) == 0
+    rows = [r for r in tiny.lines(tmp_path / "run" / "metrics.jsonl") if r["stage"] == "train"]
+    assert len(rows) == tiny.UPDATES and rows[-1]["missed"] < rows[0]["missed"]
+    for r in rows:
+        assert r["loss"] == pytest.approx(r["kl_privileged"] - 0.3 * r["kl_negative"] + r["missed"], rel=1e-5)
+    assert (tmp_path / "run" / "references" / "negative.bin").is_file()
 
 
 def test_sharp_trains(tmp_path, pipeline):
@@ -65,15 +75,15 @@ def test_sharp_trains(tmp_path, pipeline):
     ).read_bytes()
 
 
-def test_a_method_s_settings_have_defaults(mine):
+def test_a_method_s_settings_have_defaults():
     z = np.random.default_rng(0).normal(size=(3, 1, 2, 9)).astype(np.float32)
     log = dict(zip(("student", *CONTRAST), jax.nn.log_softmax(z), strict=True))
     best = (log["privileged"] - 0.3 * log["negative"]).argmax(-1)[0]
     nll = -log["student"][0, jnp.arange(2), best]
     assert (nll > -np.log(0.6)).all() and (nll < -np.log(0.01)).all()
     for loss, missed in (({}, 0), ({"epsilon": 0.6, "temperature": 0.2}, nll)):  # another method's is not read
-        cfg = config_lib.Train(objective="mine", gamma=0.3, loss=loss)
-        np.testing.assert_allclose(mine.bind(cfg)(log, {})[1]["missed"][0], missed, atol=1e-6)
+        cfg = config_lib.Train(objective="gated", gamma=0.3, loss=loss)
+        np.testing.assert_allclose(METHODS["gated"].bind(cfg)(log, {})[1]["missed"][0], missed, atol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -90,7 +100,15 @@ def test_a_method_s_settings_have_defaults(mine):
             {"objective": "nurl", "online": {"sampling": {"top_p": 0.9}}},
             "train: nurl wants plain online.sampling: temperature 1 and no truncation",
         ),
-        ({"loss": {"epsilon": 1}}, "train.loss.epsilon: unknown key; did you mean 'temperature'?"),
+        ({"loss": {"epsilom": 1}}, "train.loss.epsilom: unknown key; did you mean 'epsilon'?"),
+        (
+            {"objective": "gated", "gamma": 1, "kl": "forward"},
+            "train: gamma must be below 1: there is no target otherwise",
+        ),
+        (
+            {"objective": "gated", "loss": {"epsilon": 1}},
+            "train: loss.epsilon must be above 0 and below 1, got 1",
+        ),
         ({"objective": "sharp", "gamma": 1}, "train: gamma must be below 1: there is no target otherwise"),
         (
             {"objective": "sharp", "loss": {"temperature": 0}},
@@ -118,9 +136,9 @@ def test_what_others_accept_is_not_refused():
 
 def test_what_each_method_asks_of_the_stages():
     cfg = config_lib.Train()
-    assert [n for n, m in METHODS.items() if m.reads_traces(cfg)] == ["dail", "sharp", "nll", "star", "nurl"]
+    assert [n for n, m in METHODS.items() if m.reads_traces(cfg)] == ["dail", "gated", "sharp", "nll", "star", "nurl"]
     assert [n for n, m in METHODS.items() if m.source == "samples"] == ["onpolicy", "grpo", "nurl"]
-    assert [n for n, m in METHODS.items() if m.caches(cfg)] == ["dail", "sharp"]
+    assert [n for n, m in METHODS.items() if m.caches(cfg)] == ["dail", "gated", "sharp"]
     assert [n for n, m in METHODS.items() if m.rationalises] == ["star"]
     assert [n for n, m in METHODS.items() if not m.trains] == ["none"]
     assert METHODS["grpo"].prompted == METHODS["nll"].prompted == ("student",)

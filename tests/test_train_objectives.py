@@ -59,8 +59,11 @@ def naive(cfg, data, hidden):
         loss = cfg.online.kl_weight * kl(m, base) - jnp.minimum(ratio * a, jnp.clip(ratio, 1 - clip, 1 + clip) * a)
     elif cfg.objective == "sharp":
         loss = kl(jnp.log(sharp_target(cfg, p, n)), m)
-    else:
-        loss = kl(p, m) - cfg.gamma * kl(n, m) if cfg.kl == "forward" else kl(m, p) - cfg.gamma * kl(m, n)
+    else:  # contrast, and its target's most likely tokens where the student gives them too little
+        q = jnp.exp(p) / jnp.exp(n) ** cfg.gamma
+        best = jnp.take_along_axis(m, q.argmax(-1)[..., None], -1)[..., 0]
+        missed = jnp.where(jnp.exp(best) < cfg.loss["epsilon"], -best, 0) if cfg.objective == "gated" else 0
+        loss = missed + (kl(p, m) - cfg.gamma * kl(n, m) if cfg.kl == "forward" else kl(m, p) - cfg.gamma * kl(m, n))
     return (loss * weights).sum()
 
 
@@ -87,12 +90,16 @@ def by_hand(cfg, data):
     else:
         excess = (1 - cfg.gamma) * log_m - log_p + cfg.gamma * log_n
         slope = m * (excess - (m * excess).sum(-1, keepdims=True))
+        if cfg.objective == "gated":
+            best = jax.nn.one_hot((log_p - cfg.gamma * log_n).argmax(-1), V)
+            slope += jnp.where((m * best).sum(-1, keepdims=True) < cfg.loss["epsilon"], m - best, 0)
     return (slope * weights[..., None]) @ unembed
 
 
 CASES = [
     settings("nll"),
     *(settings("dail", gamma=g, kl=k) for g in (0.0, 0.1, 0.7) for k in ("reverse", "forward")),
+    settings("gated", gamma=0.3, loss={"epsilon": 0.2}),
     settings("sharp", gamma=0.3, loss={"temperature": 0.7}),
     *(settings("grpo", online={"kl_weight": w}) for w in (0.0, 0.5)),
 ]
@@ -172,7 +179,7 @@ def test_the_sharpened_target():
 
 
 def test_what_the_student_never_does_is_learned():
-    """A token without mass gets no gradient from reverse KL, and its whole target from `sharp`."""
+    """A token without mass gets no gradient from reverse KL, and its whole target from `gated` and `sharp`."""
     log = {role: jax.nn.log_softmax(jnp.array([[[6.0, 0.0, 0.0]]])) for role in methods.CONTRAST}
     z = jnp.array([[[-30.0, 0.0, 0.0]]])
 
@@ -180,7 +187,7 @@ def test_what_the_student_never_does_is_learned():
         bound = methods.METHODS[objective].bind(settings(objective))
         return jax.grad(lambda z: bound({"student": jax.nn.log_softmax(z), **log}, {})[0].sum())(z)[0, 0, 0]
 
-    assert abs(slope("dail")) < 1e-9 and slope("sharp") < -0.99
+    assert abs(slope("dail")) < 1e-9 and slope("gated") < -0.99 and slope("sharp") < -0.99
 
 
 def test_equal_references_and_student_give_zero(data):

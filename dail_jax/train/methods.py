@@ -3,18 +3,19 @@
 A loss is written once, as a plain function of log-probabilities; its gradient is found by automatic differentiation
 (`objectives.summed`). A new method is a loss function and an entry in `METHODS`, and touches no other file:
 
-    def gated(log, tokens, cfg):
+    def smoothed(log, tokens, cfg):
         ...
         return loss, {"name of a reported part": part}
 
-    METHODS["gated"] = Method("gated", "traces", gated, CONTRAST, settings={"epsilon": 0.01})
+    METHODS["smoothed"] = Method("smoothed", "traces", smoothed, settings={"share": 0.1})
 
-`train.objective: gated` then selects it, and `train.loss: {epsilon: 0.1}` sets what it declares in `settings`.
+`train.objective: smoothed` then selects it, and `train.loss: {share: 0.2}` sets what it declares in `settings`.
 """
 
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -150,6 +151,21 @@ def contrast(log: LogProbs, tokens: Tokens, cfg: config_lib.Train) -> Terms:
     return loss, {"kl_privileged": kl_p, "kl_negative": kl_n, "excess": loss / (1 - cfg.gamma) + log_z}
 
 
+def gated(log: LogProbs, tokens: Tokens, cfg: config_lib.Train) -> Terms:
+    """`contrast`, and what it leaves unlearned. Ours, not the paper's.
+
+        L + [M(v) < epsilon] * -log M(v),  v = argmax q*
+
+    Reverse KL weighs a token by M, so what the student never writes is not learned. The added term acts there alone: on the
+    target's most likely token, where the student gives it less than epsilon.
+    """
+    loss, parts = contrast(log, tokens, cfg)
+    best = (log["privileged"] - cfg.gamma * log["negative"]).argmax(-1)
+    missed = -chosen(log["student"], best)
+    missed = jnp.where(missed > -math.log(cfg.loss["epsilon"]), missed, 0)
+    return loss + missed, {**parts, "missed": missed}
+
+
 def sharpened(log: LogProbs, tokens: Tokens, cfg: config_lib.Train) -> Terms:
     """Forward KL to a sharpened contrast, over the full vocabulary. Ours, not the paper's.
 
@@ -189,6 +205,12 @@ def _bounded(cfg: config_lib.Train) -> str | None:
     return None
 
 
+def _gated(cfg: config_lib.Train) -> str | None:
+    if not 0 < cfg.loss["epsilon"] < 1:
+        return f"loss.epsilon must be above 0 and below 1, got {cfg.loss['epsilon']:g}"
+    return "gamma must be below 1: there is no target otherwise" if cfg.gamma >= 1 else None
+
+
 def _sharp(cfg: config_lib.Train) -> str | None:
     if cfg.gamma >= 1:
         return "gamma must be below 1: there is no target otherwise"
@@ -210,6 +232,8 @@ METHODS: dict[str, Method] = {
         Method("dail", "traces", contrast, CONTRAST, check=_bounded),
         # the same on what the student writes now
         Method("onpolicy", "samples", contrast, CONTRAST, check=_bounded),
+        # ours: the contrast, and what reverse KL leaves unlearned (docs/study.md)
+        Method("gated", "traces", gated, CONTRAST, settings={"epsilon": 0.01}, check=_gated),
         # ours: the sharpened optimum of the contrast as a target (docs/study.md)
         Method("sharp", "traces", sharpened, CONTRAST, settings={"temperature": 0.2}, check=_sharp),
         # likelihood of traces, and of expert solutions
