@@ -100,7 +100,13 @@ def test_the_kernel_of_gpus_reads_rows_from_their_first_token(kernel, mesh, rows
 
 @pytest.mark.parametrize(
     ("capability", "sizes"),
-    [(None, (64, 80, 96, 128)), ("7.5", ()), ("8.0", (64, 80, 96, 128)), ("9.0", (64, 80, 96, 128, 192, 256))],
+    [
+        (None, (64, 80, 96, 128)),
+        ("7.5", ()),
+        ("8.0", (64, 80, 96, 128)),
+        ("9.0", (64, 80, 96, 128, 192, 256)),
+        ("gfx942", ()),
+    ],
 )
 def test_heads_that_the_kernel_of_gpus_does_not_take_are_left_to_the_einsum(kernel, monkeypatch, capability, sizes):
     if capability:

@@ -108,14 +108,15 @@ def splash(
 
 
 def cudnn_takes(size: int) -> bool:
-    """Whether cuDNN has a kernel for heads of this size: for multiples of 8 up to 128, and up to 256 since Hopper.
+    """Whether cuDNN has a kernel for heads of this size: for multiples of 8 up to 128, and up to 256 since Hopper. AMD's GPUs
+    have no cuDNN.
 
     JAX looks at this process's own GPU, whatever it compiles for. Where there is none, 128 is the limit.
     """
     largest = 128
     if jax.default_backend() == "gpu":
-        capability = float(jax.local_devices()[0].compute_capability)
-        largest = 256 if capability >= 9 else 128 if capability >= 8 else 0
+        major = jax.local_devices()[0].compute_capability.partition(".")[0]  # 9 of 9.0; gfx942
+        largest = {"8": 128}.get(major, 256 if major.isdigit() and int(major) >= 9 else 0)
     return size % 8 == 0 and size <= largest
 
 
