@@ -625,9 +625,8 @@ def measure(program: Program, config: config_lib.Config, quick: bool = False, sh
     except jax.errors.JaxRuntimeError as error:
         used = re.search(r"Used ([\d.]+)([GM]) of", str(error))
         if "RESOURCE_EXHAUSTED" not in str(error):
-            lines = str(
-                error
-            ).splitlines()  # of an error in Python code that the compiler called, its traceback comes first
+            # Of an error in Python code that the compiler called, the traceback comes first.
+            lines = str(error).splitlines()
             said = next((line for line in reversed(lines) if re.match(r"\w+Error: ", line)), lines[0])
             why = f"not compiled: {said}"
             return report(compile_seconds=time.monotonic() - started, peak_gb=None, fits=None, verdict=why)
@@ -652,9 +651,8 @@ def measure(program: Program, config: config_lib.Config, quick: bool = False, sh
         timed = "compiler" if math.isnan(counted.seconds) else "instructions" if tpu else "bound"
         # the compiler's model has the body of the loop over tokens once
         estimate = counted.modelled if timed == "compiler" else counted.seconds / max(program.tokens, 1)
-        estimate += counted.kernels / (known.peak * 1e12 * KERNEL_EFFICIENCY) + program.fetched / (
-            known.bandwidth * 1e9
-        )
+        estimate += counted.kernels / (known.peak * 1e12 * KERNEL_EFFICIENCY)
+        estimate += program.fetched / (known.bandwidth * 1e9)
         estimate = max(estimate, bound or 0.0)
     useful = program.useful if estimate else 0.0
     ratio = moved / (figures.arguments - program.unread) if program.tokens and moved is not None else None
