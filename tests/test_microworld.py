@@ -363,6 +363,8 @@ def test_shipped_files_are_what_the_command_writes(tmp_path):
     assert len(made) == 8
     for path in made:
         assert path.read_bytes() == (ASSETS / path.relative_to(tmp_path)).read_bytes(), path.name
+    main(["data", "--out", str(tmp_path), "--shown", "1"])
+    assert (tmp_path / "train.jsonl").read_bytes() == (ASSETS / "lazy" / "train.jsonl").read_bytes()
 
 
 def test_data_sets(sets):
