@@ -55,7 +55,18 @@ COLOURS = (
     ("#2f7fa8", "#7cc7ea"),
 )
 # Where a method is among them, so that an arm of its name has one colour in all pages and plots.
-PLACES = {"dail": 0, "nll": 1, "sft": 2, UNTRAINED: 3, "sharp": 4, "star": 5, "grpo": 6, "onpolicy": 7, "nurl": 7}
+PLACES = {
+    "dail": 0,
+    "nll": 1,
+    "sft": 2,
+    UNTRAINED: 3,
+    "sharp": 4,
+    "star": 5,
+    "grpo": 6,
+    "onpolicy": 7,
+    "nurl": 7,
+    "gated": 6,
+}
 SHARED = -1  # the colour of what all runs share
 
 Point = tuple[float, float, float, float]  # x, y, and y's low and high end

@@ -194,8 +194,8 @@ def make_loss(spec: StepSpec, mesh: jax.sharding.Mesh):
         with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
             return gradients(spec, params, lora, batch)
 
-    options = mesh_lib.compiler_options(mesh)
-    return jax.jit(loss, compiler_options=options), jax.jit(gradient, compiler_options=options)
+    # Whoever differentiates the loss makes it part of another program, and only whole programs have options.
+    return jax.jit(loss), jax.jit(gradient, compiler_options=mesh_lib.compiler_options(mesh))
 
 
 def make_update(spec: StepSpec, tx: optax.GradientTransformation, layout: TrainState):
