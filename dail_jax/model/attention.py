@@ -27,8 +27,8 @@ def attend(
 ) -> jax.Array:
     """Causal self-attention within rows. q [B,T,N,H], k and v [B,T,K,H], positions [B,T] -> [B,T,N,H].
 
-    With a window, a token sees as many, itself among them. `scale` multiplies logits; None: H to the power of -0.5. A row's real tokens are contiguous. The output at padding is
-    finite and meaningless.
+    With a window, a token sees as many, itself among them. `scale` multiplies logits; None: H to the power of -0.5. A row's
+    real tokens are contiguous. The output at padding is finite and meaningless.
     It runs the splash kernel on a TPU, cuDNN's flash attention on a GPU in half precision if `cudnn_takes` the heads, and
     otherwise an einsum with a float32 softmax. The choice depends on the mesh that the program is compiled for, not on
     the host.
